@@ -1,0 +1,58 @@
+"""Types that every part of the package shares.
+
+Dimension letters used in tensor names everywhere: b batch, t query (or token) length, s key length,
+l layers, d model width, f MLP width, v vocabulary, h key/value heads, g query heads per key/value head,
+n query heads (h * g), k head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import struct
+
+
+class AtomError(ValueError):
+    """Bad input. The message is one sentence that names the file, the tensor or the flag at fault."""
+
+
+@struct.dataclass
+class Batch:
+    """A batch of token sequences, possibly several packed documents per row.
+
+    ids:       i32 [b, t] token ids.
+    positions: i32 [b, t] position of each token inside its own document.
+    segments:  i32 [b, t] document number within the row, from 1; 0 marks padding.
+    targets:   i32 [b, t] next-token ids, or None outside training.
+    loss_mask: bool [b, t] True where the target counts, or None.
+    """
+
+    ids: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    targets: jax.Array | None = None
+    loss_mask: jax.Array | None = None
+
+
+@struct.dataclass
+class Output:
+    """What a model returns: logits f32 [b, t, v], and `aux`, the named quantities that it learned or measured."""
+
+    logits: jax.Array
+    aux: dict[str, Any] = struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A model ready to use: its configuration, its parameters (a pytree) and its tokenizer."""
+
+    config: Any
+    params: Any
+    tokenizer: Any
+
+    @property
+    def family(self) -> str:
+        """Name of the model family, for example "llama"."""
+        return self.config.family
