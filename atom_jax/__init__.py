@@ -1,0 +1,25 @@
+"""AToM-JAX: adaptive tokenization and memory for language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "load": "atom_jax.checkpoint",
+    "save_hf": "atom_jax.checkpoint",
+    "apply": "atom_jax.inference.score",
+    "generate": "atom_jax.inference.generate",
+    "LM": "atom_jax.typing",
+    "Output": "atom_jax.typing",
+    "Batch": "atom_jax.typing",
+    "AtomError": "atom_jax.typing",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names when they are first used, so that `import atom_jax` stays quick."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'atom_jax' has no attribute {name!r}")

@@ -1,0 +1,171 @@
+"""Frozen dataclass configurations: files with variants, `--set` overrides, JSON, differences.
+
+A configuration file defines `VARIANTS: dict[str, Callable[[], Config]]`; its first entry is the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from atom_jax.typing import AtomError
+
+T = TypeVar("T")
+_KINDS: dict[str, type] = {}
+
+
+def register(cls: type[T]) -> type[T]:
+    """Marks a dataclass whose JSON carries its own name, so that a field of a general type can be restored."""
+    _KINDS[cls.__name__] = cls
+    return cls
+
+
+def to_json(value: Any) -> Any:
+    """Converts a dataclass (nested, with tuples and plain values) to what `json.dump` accepts."""
+    if dataclasses.is_dataclass(value):
+        out = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **out} if type(value).__name__ in _KINDS else out
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    return value
+
+
+def from_json(cls: type[T], data: dict[str, Any], where: str = "config") -> T:
+    """Rebuilds a dataclass from `to_json` output.
+
+    Raises AtomError for an unknown kind, an unknown field (with the valid names) or a value of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise AtomError(f"{where}: expected an object with fields, got {data!r}")
+    data = dict(data)
+    kind = data.pop("kind", None)
+    if kind is not None:
+        if kind not in _KINDS:
+            raise AtomError(f"{where}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
+        cls = _KINDS[kind]
+    if not dataclasses.is_dataclass(cls):
+        raise AtomError(f"{where}: the field 'kind' is missing; known: {', '.join(sorted(_KINDS))}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(data) - set(names))
+    if unknown:
+        raise AtomError(f"{where}: unknown field {unknown[0]!r}; valid fields: {', '.join(names)}")
+    values = {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as e:
+        raise AtomError(f"{where}: {e}") from e
+
+
+def override(cfg: T, settings: Sequence[str]) -> T:
+    """Returns `cfg` changed by settings such as "optim.learning_rate=3e-4".
+
+    Values are read with the type of the field; tuples are comma-separated; "none" clears an optional field.
+    Raises AtomError for an unknown name (with the valid ones) or an unreadable value.
+    """
+    for setting in settings:
+        path, eq, text = setting.partition("=")
+        if not eq:
+            raise AtomError(f"--set {setting}: expected NAME=VALUE")
+        cfg = _replace(cfg, path.strip().split("."), text.strip(), f"--set {setting}")
+    return cfg
+
+
+def load_file(reference: str) -> Any:
+    """Loads "FILE.py" or "FILE.py:variant" and returns the configuration that the variant builds.
+
+    Raises AtomError when the file is missing, defines no VARIANTS, or has no such variant.
+    """
+    file, _, variant = reference.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise AtomError(f"--config={reference}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    variants = getattr(module, "VARIANTS", None)
+    if not variants:
+        raise AtomError(f"--config={reference}: {file} defines no VARIANTS")
+    variant = variant or next(iter(variants))
+    if variant not in variants:
+        raise AtomError(f"--config={reference}: no variant {variant!r}; {file} has {', '.join(variants)}")
+    return variants[variant]()
+
+
+def diff(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lists the leaves in which two configurations differ, as "path: old -> new"."""
+    a, b = to_json(old), to_json(new)
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [line for k in keys for line in diff(a.get(k), b.get(k), f"{where}.{k}" if where else k)]
+    return [] if a == b else [f"{where}: {a} -> {b}"]
+
+
+def _replace(cfg: Any, names: list[str], text: str, flag: str) -> Any:
+    fields = {f.name for f in dataclasses.fields(cfg)} if dataclasses.is_dataclass(cfg) else set()
+    name, rest = names[0], names[1:]
+    if name not in fields:
+        valid = ", ".join(sorted(fields)) or f"none, it is {cfg!r}"
+        raise AtomError(f"{flag}: no field {name!r}; valid names here: {valid}")
+    if rest:
+        value = _replace(getattr(cfg, name), rest, text, flag)
+    else:
+        value = _parse(text, typing.get_type_hints(type(cfg))[name], flag)
+    return dataclasses.replace(cfg, **{name: value})
+
+
+def _parse(text: str, hint: Any, flag: str) -> Any:
+    """Reads command-line text as a value of type `hint`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none" and type(None) in args:
+            return None
+        return _parse(text, next(a for a in args if a is not type(None)), flag)
+    if origin is tuple:
+        item = args[0]
+        return tuple(_parse(t.strip(), item, flag) for t in text.split(",") if t.strip())
+    if hint is bool:
+        if text.lower() in ("true", "1", "yes", "false", "0", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise AtomError(f"{flag}: expected true or false")
+    if hint is int and text.lower().replace("e", "", 1).replace(".", "", 1).isdigit():
+        number = float(text) if not text.isdigit() else int(text)
+        if number == int(number):
+            return int(number)
+    if hint in (int, float, str):
+        try:
+            return hint(text)
+        except ValueError:
+            raise AtomError(
+                f"{flag}: {text!r} is not {'an integer' if hint is int else 'a number'}"
+            ) from None
+    raise AtomError(f"{flag}: this field holds {hint}; set its parts instead, or write a config file")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Checks a JSON value against `hint` and rebuilds tuples and dataclasses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if hint is Any or isinstance(hint, TypeVar):
+        return from_json(object, value, where) if isinstance(value, dict) and "kind" in value else value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise AtomError(f"{where}: expected a list, got {value!r}")
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and (type(value) is not hint):
+        raise AtomError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

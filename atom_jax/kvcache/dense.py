@@ -1,0 +1,64 @@
+"""The cache that keeps every key and value.
+
+A cache policy is a pytree for one layer with `write` and `attend`; the model carries one per layer (stacked or in
+a tuple) next to the number of tokens that every row has seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.nn.attention import Tokens, attend
+
+
+@struct.dataclass
+class DenseLayer:
+    """Keys and values of one layer: k, v [b, h, c, k], where slot c holds the token at position c of its row."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def empty(cls, b: int, h: int, capacity: int, k: int, dtype: Any) -> DenseLayer:
+        """A layer with room for `capacity` tokens per row."""
+        return cls(*(jnp.zeros((b, h, capacity, k), dtype) for _ in range(2)))
+
+    def write(self, k_bhtk: jax.Array, v_bhtk: jax.Array, start_b: jax.Array) -> DenseLayer:
+        """Stores t new tokens of every row from its slot start_b on."""
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice(o, n, (0, i, 0)))(
+                old, new.astype(old.dtype), start_b
+            )
+
+        return DenseLayer(put(self.k, k_bhtk), put(self.v, v_bhtk))
+
+    def attend(self, q_bhgtk: jax.Array, q: Tokens, length_b: jax.Array, window: int | None) -> jax.Array:
+        """Attention of t queries per row to the `length_b` tokens stored (those of this call included)."""
+        b, _, capacity, _ = self.k.shape
+        slots = jnp.broadcast_to(jnp.arange(capacity)[None], (b, capacity))
+        stored = (slots < length_b[:, None]).astype(jnp.int32)
+        return attend(q_bhgtk, self.k, self.v, q, Tokens(slots, stored), window=window)
+
+
+@struct.dataclass
+class Cache:
+    """Memory of a whole model: `layers` (a tuple of layers, or one stacked over a leading axis) and the number of
+    tokens seen per row, i32 [b]. `fresh` (static) promises that nothing is stored yet."""
+
+    layers: Any
+    length: jax.Array
+    fresh: bool = struct.field(pytree_node=False, default=False)
+
+
+def grow(cache: Cache, capacity: int) -> Cache:
+    """The same memory with room for `capacity` tokens per row."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, capacity - n if i == x.ndim - 2 else 0) for i, n in enumerate(x.shape)])
+
+    return cache.replace(layers=jax.tree.map(pad, cache.layers))

@@ -1,0 +1,242 @@
+"""Decoder-only transformers: Llama, Qwen3, OLMo 2 and OLMo 3 as pure functions over scanned layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax import config, params
+from atom_jax.kvcache.dense import Cache, DenseLayer
+from atom_jax.nn import rope
+from atom_jax.nn.attention import Tokens, attend, attention_spec
+from atom_jax.nn.mlp import swiglu, swiglu_spec
+from atom_jax.nn.norm import rms_norm
+from atom_jax.params import ParamSpec, normal, ones
+from atom_jax.sharding import constrain
+from atom_jax.typing import AtomError, Batch, Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What distinguishes one published family from another."""
+
+    # Where queries and keys are normalised: "none", "head" (per head) or "full" (all heads together).
+    qk_norm: str = "none"
+    # Whether norms act on the output of attention and MLP instead of on their input.
+    post_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "qwen3": Family(qk_norm="head"),
+    "olmo2": Family(qk_norm="full", post_norm=True),
+    "olmo3": Family(qk_norm="full", post_norm=True),
+}
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and published options of a decoder, and how it is computed."""
+
+    family: str = "llama"
+    vocab_size: int = 264
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    head_dim: int = 64
+    d_ff: int = 768
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: rope.RopeScaling | None = None
+    tie_embeddings: bool = True
+    # "full" or "sliding" for every layer; empty means all full. rope_scaling acts on full layers only.
+    layer_types: tuple[str, ...] = ()
+    # Tokens a sliding layer sees, its own included.
+    sliding_window: int = 4096
+    # Positions the model was made for.
+    max_length: int = 8192
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    # Compute dtype; norms, softmax, logits and losses are float32 in any case.
+    dtype: str = "float32"
+    # Recompute each layer in the backward pass instead of storing its activations.
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise AtomError(f"family: unknown {self.family!r}; known: {', '.join(FAMILIES)}")
+        if self.n_heads % self.n_kv_heads:
+            raise AtomError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.layer_types and len(self.layer_types) != self.n_layers:
+            raise AtomError(f"layer_types names {len(self.layer_types)} layers, n_layers is {self.n_layers}")
+        if set(self.layer_types) - {"full", "sliding"}:
+            raise AtomError(f"layer_types: expected 'full' or 'sliding', got {self.layer_types}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+
+    def period(self) -> int:
+        """Number of layers after which the layer types repeat: the layers of one scan step."""
+        kinds = self.layer_types
+        divisors = [p for p in range(1, self.n_layers + 1) if self.n_layers % p == 0]
+        return next(p for p in divisors if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+
+
+def spec(cfg: TransformerConfig) -> params.Tree:
+    """ParamSpec tree; tensors under "layers" are stacked over a leading layer axis."""
+    family, d = FAMILIES[cfg.family], cfg.d_model
+    out_scale = (2 * cfg.n_layers) ** -0.5
+    layer = {
+        "attn_norm": ParamSpec((d,), (None,), ones),
+        "attn": attention_spec(
+            d, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, family.qk_norm, out_scale=out_scale
+        ),
+        "mlp_norm": ParamSpec((d,), (None,), ones),
+        "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
+    }
+    tree = {
+        "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(0.02)),
+        "layers": params.stack(layer, cfg.n_layers),
+        "norm": ParamSpec((d,), (None,), ones),
+    }
+    if not cfg.tie_embeddings:
+        tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), normal(d**-0.5))
+    return tree
+
+
+def init_cache(cfg: TransformerConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
+    """An empty dense cache, stacked over layers, with room for `capacity` tokens per row."""
+    layer = DenseLayer.empty(
+        batch_size, cfg.n_kv_heads, capacity, cfg.head_dim, dtype or jnp.dtype(cfg.dtype)
+    )
+    layers = jax.tree.map(lambda x: jnp.zeros((cfg.n_layers, *x.shape), x.dtype), layer)
+    return Cache(layers=layers, length=jnp.zeros(batch_size, jnp.int32), fresh=True)
+
+
+def apply(
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None
+) -> tuple[Output, Cache | None]:
+    """Logits float32 [b, t, v] for every position, and the cache after these tokens.
+
+    With a cache, rows continue from `cache.length`; batch.positions must start there, real tokens (segment 1) come
+    before padding (segment 0), and only real tokens count into the new length.
+    """
+    x_btd, cache = hidden(p, batch, cfg=cfg, cache=cache)
+    return Output(logits=logits(p, x_btd, cfg=cfg)), cache
+
+
+def hidden(
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None
+) -> tuple[jax.Array, Cache | None]:
+    """Final normalised states [b, t, d] in the compute dtype, and the cache after these tokens."""
+    x = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
+    context = _Context(cfg, batch, cache)
+    layers, states = p["layers"], None if cache is None else cache.layers
+    if isinstance(layers, tuple):
+        new = []
+        for i, layer in enumerate(layers):
+            x, state = _layer(layer, x, None if states is None else states[i], context, i)
+            new.append(state)
+        states = tuple(new)
+    else:
+        x, states = _scan(layers, x, states, context)
+    if cache is not None:
+        cache = Cache(layers=states, length=context.length)
+    return rms_norm(x, p["norm"], cfg.norm_eps), cache
+
+
+def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
+    """Logits float32 [b, t, v] of final states; the product runs in the compute dtype and adds up in float32."""
+    table = p["embed"] if cfg.tie_embeddings else p["unembed"]
+    pattern = "btd,vd->btv" if cfg.tie_embeddings else "btd,dv->btv"
+    out = jnp.einsum(pattern, x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+    return constrain(out, "batch", None, "vocab")
+
+
+class _Context:
+    """What all layers of one call share: where tokens stand and the rotary tables of each layer type."""
+
+    def __init__(self, cfg: TransformerConfig, batch: Batch, cache: Cache | None):
+        self.cfg, self.cache = cfg, cache
+        self.tokens = Tokens(batch.positions, batch.segments)
+        kinds = set(cfg.layer_types) or {"full"}
+        self.rope = {
+            kind: rope.tables(
+                batch.positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling if kind == "full" else None
+            )
+            for kind in sorted(kinds)
+        }
+        if cache is not None:
+            self.length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
+
+    def kind(self, i: int) -> str:
+        return self.cfg.layer_types[i] if self.cfg.layer_types else "full"
+
+
+def _scan(layers: Any, x: jax.Array, states: Any, context: _Context) -> tuple[jax.Array, Any]:
+    cfg = context.cfg
+    period = cfg.period()
+
+    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        new = []
+        for i in range(period):
+            layer, state = jax.tree.map(lambda a, i=i: a[i], inputs)
+            x, state = _layer(layer, x, state, context, i)
+            new.append(state)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+    if cfg.remat:
+        step = jax.checkpoint(step)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), (layers, states))
+    x, states = jax.lax.scan(step, x, grouped)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), states)
+
+
+def _layer(p: Any, x: jax.Array, state: Any, context: _Context, i: int) -> tuple[jax.Array, Any]:
+    cfg, dtype = context.cfg, x.dtype
+    p = params.cast(p, dtype)
+    post = FAMILIES[cfg.family].post_norm
+    with jax.named_scope("attention"):
+        y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
+        y, state = _attention(p["attn"], y, state, context, context.kind(i))
+        x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
+    with jax.named_scope("mlp"):
+        y = swiglu(p["mlp"], x if post else rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+        x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
+    return constrain(x, "batch", None, None), state
+
+
+def _attention(p: Any, x: jax.Array, state: Any, context: _Context, kind: str) -> tuple[jax.Array, Any]:
+    cfg, tokens, cache = context.cfg, context.tokens, context.cache
+    q = _project(x, p["q"], p.get("q_norm"), cfg)
+    k = _project(x, p["k"], p.get("k_norm"), cfg)
+    v = _project(x, p["v"], None, cfg)
+    q, k = rope.rotate(q, *context.rope[kind]), rope.rotate(k, *context.rope[kind])
+    b, t, n, size = q.shape
+    q = q.reshape(b, t, cfg.n_kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    window = cfg.sliding_window if kind == "sliding" else None
+    if cache is not None:
+        state = state.write(k, v, cache.length)
+    if cache is None or (cache.fresh and t > 1):
+        out = attend(q, k, v, tokens, tokens, window=window, aligned=True)
+    else:
+        here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))
+        out = state.attend(q, here, context.length, window)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, size)
+    return jnp.einsum("btnk,nkd->btd", out, p["o"]), state
+
+
+def _project(x_btd: jax.Array, w_dnk: jax.Array, norm: jax.Array | None, cfg: TransformerConfig) -> jax.Array:
+    """Heads [b, t, n, k], with RMS normalisation over a head or over all heads, by the size of `norm`."""
+    y = constrain(jnp.einsum("btd,dnk->btnk", x_btd, w_dnk), "batch", None, "heads", None)
+    if norm is None:
+        return y
+    if norm.shape[0] == y.shape[-1]:
+        return rms_norm(y, norm, cfg.norm_eps)
+    return rms_norm(y.reshape(*y.shape[:2], -1), norm, cfg.norm_eps).reshape(y.shape)

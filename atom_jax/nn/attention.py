@@ -1,0 +1,84 @@
+"""Causal grouped-query attention over packed, padded or cached sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.nn.blockwise import blockwise
+from atom_jax.params import ParamSpec, normal, ones
+
+# Above this many scores per head the blockwise form is used: a tile of this size is what one block holds.
+DIRECT_LIMIT = 512 * 512
+BLOCK = 256
+NEGATIVE = -1e30
+
+
+@struct.dataclass
+class Tokens:
+    """Where tokens stand: positions i32 [b, t] within a document, segments i32 [b, t] (0 = padding)."""
+
+    positions: jax.Array
+    segments: jax.Array
+
+
+def attention_spec(
+    d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0
+) -> dict[str, ParamSpec]:
+    """Projections of an attention layer: width d, n query heads, h key/value heads of size k.
+
+    qk_norm: "none", "head" (one weight [k] for every head, Qwen3) or "full" (over all heads at once, OLMo 2).
+    """
+    spec = {
+        "q": ParamSpec((d, n, k), ("embed", "heads", None), normal(d**-0.5)),
+        "k": ParamSpec((d, h, k), ("embed", "kv_heads", None), normal(d**-0.5)),
+        "v": ParamSpec((d, h, k), ("embed", "kv_heads", None), normal(d**-0.5)),
+        "o": ParamSpec((n, k, d), ("heads", None, "embed"), normal(out_scale * (n * k) ** -0.5)),
+    }
+    if qk_norm == "head":
+        spec |= {"q_norm": ParamSpec((k,), (None,), ones), "k_norm": ParamSpec((k,), (None,), ones)}
+    if qk_norm == "full":
+        spec |= {
+            "q_norm": ParamSpec((n * k,), ("heads",), ones),
+            "k_norm": ParamSpec((h * k,), ("kv_heads",), ones),
+        }
+    return spec
+
+
+def mask(q: Tokens, k: Tokens, window: int | None) -> jax.Array:
+    """bool [b, t, s]: same document, not in the future, and less than `window` tokens back."""
+    distance = q.positions[:, :, None] - k.positions[:, None, :]
+    seen = (q.segments[:, :, None] == k.segments[:, None, :]) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(
+    q_bhgtk: jax.Array,
+    k_bhsk: jax.Array,
+    v_bhsk: jax.Array,
+    q: Tokens,
+    k: Tokens,
+    *,
+    window: int | None = None,
+    aligned: bool = False,
+) -> jax.Array:
+    """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
+
+    Args:
+      q_bhgtk: queries, g heads for each of the h key/value heads. k_bhsk, v_bhsk: keys and values.
+      q, k: where queries and keys stand; a query sees keys of its own segment that are not after it.
+      window: a query sees only keys fewer than `window` positions back (None: all).
+      aligned: True promises that key i stands where query i stands, so that blocks above the diagonal or
+        outside the window are never computed.
+    Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
+    """
+    t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
+    if t > 1 and t * s > DIRECT_LIMIT:
+        places = (q.positions, q.segments, k.positions, k.segments)
+        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, BLOCK)
+    scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
+    seen = jnp.broadcast_to(mask(q, k, window)[:, None, None], scores.shape)
+    scores = jnp.where(seen, scores * q_bhgtk.shape[-1] ** -0.5, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_bhsk.dtype)
+    return jnp.einsum("bhgts,bhsk->bhgtk", weights, v_bhsk).astype(q_bhgtk.dtype)

@@ -1,0 +1,88 @@
+"""One mesh (data, fsdp, tensor), and rules from logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from atom_jax import params as params_lib
+from atom_jax.typing import AtomError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or those given). Raises AtomError when the sizes do not multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        raise AtomError(
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit {len(devices)} devices"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any, rules: dict[str, tuple[str, ...]] = RULES
+) -> P:
+    """PartitionSpec of an array with named axes. A mesh axis that does not divide the dimension is dropped, and
+    no mesh axis is used twice (the first dimension that asks for it has it)."""
+    used: set[str] = set()
+    entries = []
+    for size, name in zip(shape, axes):
+        chosen: list[str] = []
+        for mesh_axis in rules.get(name, ()):
+            extent = mesh.shape[mesh_axis]
+            if mesh_axis not in used and extent > 1 and size % (extent * _extent(mesh, chosen)) == 0:
+                chosen.append(mesh_axis)
+        used.update(chosen)
+        entries.append(tuple(chosen) if len(chosen) > 1 else (chosen[0] if chosen else None))
+    return P(*entries)
+
+
+def shardings(spec: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] = RULES) -> Any:
+    """The tree of NamedSharding that places a tree of ParamSpec on `mesh`."""
+    return params_lib.map_specs(lambda s: NamedSharding(mesh, partition(s.shape, s.axes, mesh, rules)), spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes, everything else whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axes; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def _extent(mesh: Any, axes: list[str]) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
