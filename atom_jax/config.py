@@ -143,9 +143,7 @@ def _parse(text: str, hint: Any, flag: str) -> Any:
         try:
             return hint(text)
         except ValueError:
-            raise AtomError(
-                f"{flag}: {text!r} is not {'an integer' if hint is int else 'a number'}"
-            ) from None
+            raise AtomError(f"{flag}: {text!r} is not {'an integer' if hint is int else 'a number'}") from None
     raise AtomError(f"{flag}: this field holds {hint}; set its parts instead, or write a config file")
 
 

@@ -71,9 +71,7 @@ def abstract(spec: Tree, dtype: Any = None, shardings: Tree | None = None) -> Tr
     """The tree of jax.ShapeDtypeStruct, optionally with shardings, that `init` would fill."""
     if shardings is None:
         return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype), spec)
-    return map_specs(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), spec, shardings
-    )
+    return map_specs(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), spec, shardings)
 
 
 def stack(spec: Tree, n: int, axis: str = "layers") -> Tree:

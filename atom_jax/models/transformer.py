@@ -93,9 +93,7 @@ def spec(cfg: TransformerConfig) -> params.Tree:
     out_scale = (2 * cfg.n_layers) ** -0.5
     layer = {
         "attn_norm": ParamSpec((d,), (None,), ones),
-        "attn": attention_spec(
-            d, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, family.qk_norm, out_scale=out_scale
-        ),
+        "attn": attention_spec(d, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, family.qk_norm, out_scale=out_scale),
         "mlp_norm": ParamSpec((d,), (None,), ones),
         "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
     }
@@ -111,9 +109,7 @@ def spec(cfg: TransformerConfig) -> params.Tree:
 
 def init_cache(cfg: TransformerConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
     """An empty dense cache, stacked over layers, with room for `capacity` tokens per row."""
-    layer = DenseLayer.empty(
-        batch_size, cfg.n_kv_heads, capacity, cfg.head_dim, dtype or jnp.dtype(cfg.dtype)
-    )
+    layer = DenseLayer.empty(batch_size, cfg.n_kv_heads, capacity, cfg.head_dim, dtype or jnp.dtype(cfg.dtype))
     layers = jax.tree.map(lambda x: jnp.zeros((cfg.n_layers, *x.shape), x.dtype), layer)
     return Cache(layers=layers, length=jnp.zeros(batch_size, jnp.int32), fresh=True)
 

@@ -23,9 +23,7 @@ class Tokens:
     segments: jax.Array
 
 
-def attention_spec(
-    d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0
-) -> dict[str, ParamSpec]:
+def attention_spec(d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0) -> dict[str, ParamSpec]:
     """Projections of an attention layer: width d, n query heads, h key/value heads of size k.
 
     qk_norm: "none", "head" (one weight [k] for every head, Qwen3) or "full" (over all heads at once, OLMo 2).
