@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from atom_jax.typing import AtomError
 
 T = TypeVar("T")
-_KINDS: dict[str, type] = {}
+_CLASSES: dict[str, type] = {}
 
 
 def register(cls: type[T]) -> type[T]:
     """Marks a dataclass whose JSON carries its own name, so that a field of a general type can be restored."""
-    _KINDS[cls.__name__] = cls
+    _CLASSES[cls.__name__] = cls
     return cls
 
 
@@ -29,7 +29,7 @@ def to_json(value: Any) -> Any:
     """Converts a dataclass (nested, with tuples and plain values) to what `json.dump` accepts."""
     if dataclasses.is_dataclass(value):
         out = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **out} if type(value).__name__ in _KINDS else out
+        return {"class": type(value).__name__, **out} if type(value).__name__ in _CLASSES else out
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
     if isinstance(value, dict):
@@ -40,18 +40,18 @@ def to_json(value: Any) -> Any:
 def from_json(cls: type[T], data: dict[str, Any], where: str = "config") -> T:
     """Rebuilds a dataclass from `to_json` output.
 
-    Raises AtomError for an unknown kind, an unknown field (with the valid names) or a value of the wrong type.
+    Raises AtomError for an unknown class, an unknown field (with the valid names) or a value of the wrong type.
     """
     if not isinstance(data, dict):
         raise AtomError(f"{where}: expected an object with fields, got {data!r}")
     data = dict(data)
-    kind = data.pop("kind", None)
-    if kind is not None:
-        if kind not in _KINDS:
-            raise AtomError(f"{where}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
-        cls = _KINDS[kind]
+    name = data.pop("class", None)
+    if name is not None:
+        if name not in _CLASSES:
+            raise AtomError(f"{where}: unknown class {name!r}; known: {', '.join(sorted(_CLASSES))}")
+        cls = _CLASSES[name]
     if not dataclasses.is_dataclass(cls):
-        raise AtomError(f"{where}: the field 'kind' is missing; known: {', '.join(sorted(_KINDS))}")
+        raise AtomError(f"{where}: the field 'class' is missing; known: {', '.join(sorted(_CLASSES))}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(data) - set(names))
@@ -155,7 +155,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         return _coerce(value, next(a for a in args if a is not type(None)), where)
     if hint is Any or isinstance(hint, TypeVar):
-        return from_json(object, value, where) if isinstance(value, dict) and "kind" in value else value
+        return from_json(object, value, where) if isinstance(value, dict) and "class" in value else value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise AtomError(f"{where}: expected a list, got {value!r}")

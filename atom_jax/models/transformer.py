@@ -12,6 +12,7 @@ from atom_jax import config, params
 from atom_jax.kvcache.dense import Cache, DenseLayer
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attend, attention_spec
+from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, normal, ones
@@ -225,12 +226,12 @@ def _attention(p: Any, x: jax.Array, state: Any, context: _Context, kind: str) -
         here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))
         out = state.attend(q, here, context.length, window)
     out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, size)
-    return jnp.einsum("btnk,nkd->btd", out, p["o"]), state
+    return project(out, p["o"], inputs=2), state
 
 
 def _project(x_btd: jax.Array, w_dnk: jax.Array, norm: jax.Array | None, cfg: TransformerConfig) -> jax.Array:
     """Heads [b, t, n, k], with RMS normalisation over a head or over all heads, by the size of `norm`."""
-    y = constrain(jnp.einsum("btd,dnk->btnk", x_btd, w_dnk), "batch", None, "heads", None)
+    y = constrain(project(x_btd, w_dnk), "batch", None, "heads", None)
     if norm is None:
         return y
     if norm.shape[0] == y.shape[-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, normal
 from atom_jax.sharding import constrain
 
@@ -19,5 +20,5 @@ def swiglu_spec(d: int, f: int, out_scale: float = 1.0) -> dict[str, ParamSpec]:
 
 def swiglu(params: dict[str, jax.Array], x_btd: jax.Array) -> jax.Array:
     """SwiGLU (Shazeer, 2020): (silu(x gate) * (x up)) down; [b, t, d] to [b, t, d] in the dtype of x."""
-    h_btf = jax.nn.silu(x_btd @ params["gate"]) * (x_btd @ params["up"])
-    return constrain(h_btf, "batch", None, "mlp") @ params["down"]
+    h_btf = jax.nn.silu(project(x_btd, params["gate"])) * project(x_btd, params["up"])
+    return project(constrain(h_btf, "batch", None, "mlp"), params["down"])

@@ -1,0 +1,44 @@
+# Two commands do everything: `make quickstart` and `make test`. PYTHON chooses the interpreter, VENV the directory.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= gguf,tfds,dev
+
+.PHONY: quickstart test lint install install-torch smollm2 evaldata bench clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed-core: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-$(EXTRAS): $(VENV)/.installed-core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch '$@'
+
+install: $(VENV)/.installed-$(EXTRAS)  ## create the environment with the development extras
+
+quickstart: $(VENV)/.installed-core  ## train a byte-level model on six novels, evaluate it, let it write (minutes)
+	$(BIN)/python train.py --config=configs/lm.py:quick --workdir=runs/quickstart
+
+test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the live parity tests and the benchmark
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch$(TORCH)' --editable '.[torch]'
+
+smollm2: $(VENV)/.installed-$(EXTRAS)  ## fetch SmolLM2-135M-Instruct (Q4_1, dequantized) to models/
+	$(BIN)/python -m atom_jax.checkpoint.smollm2
+
+evaldata: $(VENV)/.installed-core  ## fetch the offline evaluation sets to evaldata/
+	$(BIN)/python -m atom_jax.evaluation.evaldata
+
+bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
+	$(BIN)/python -m benchmarks.lm
+
+clean:  ## remove environments and caches (not models/, evaldata/ and runs/)
+	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

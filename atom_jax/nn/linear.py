@@ -1,0 +1,19 @@
+"""Dense projections."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+
+def project(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the first `inputs` axes of w; result in the dtype of x.
+
+    Computed as one product of two matrices: with the leading axes kept apart, XLA's CPU backend takes about twice
+    as long for the gradients.
+    """
+    rows, columns = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    contracted = math.prod(w.shape[:inputs])
+    y = x.reshape(-1, contracted) @ w.reshape(contracted, -1).astype(x.dtype)
+    return y.reshape(*rows, *columns)

@@ -1,0 +1,119 @@
+"""The four families against the official implementations' numbers, and what must hold for any of them."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import atom_jax
+from atom_jax import params
+from atom_jax.models import transformer
+from atom_jax.models.transformer import FAMILIES, TransformerConfig
+from atom_jax.typing import AtomError, Batch
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def case(request, golden):
+    directory = golden / "hf_tiny" / request.param
+    return atom_jax.load(str(directory)), load_file(directory / "io.safetensors")
+
+
+def batch(ids, positions=None, segments=None):
+    ids = jnp.asarray(ids, jnp.int32)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    segments = jnp.ones_like(ids) if segments is None else segments
+    return Batch(ids, jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
+
+
+def logits(lm, b, **changes):
+    cfg = dataclasses.replace(lm.config, **changes)
+    return transformer.apply(lm.params, b, cfg=cfg)[0].logits
+
+
+def test_logits_equal_the_official_ones(case):
+    lm, io = case
+    np.testing.assert_allclose(logits(lm, batch(io["input_ids"])), io["logits"], atol=2e-4)
+
+
+def test_left_padded_logits_equal_the_official_ones(case):
+    lm, io = case
+    real = io["leftpad_attention_mask"] == 1
+    out = logits(lm, batch(io["input_ids"], io["leftpad_position_ids"], real))
+    np.testing.assert_allclose(np.asarray(out)[real], io["leftpad_logits"][real], atol=2e-4)
+
+
+def test_packed_documents_do_not_see_each_other(case):
+    lm, io = case
+    ids = io["input_ids"]
+    row = np.concatenate([ids[0, :25], ids[1, :15]])[None]
+    positions = np.concatenate([np.arange(25), np.arange(15)])[None]
+    segments = np.repeat([1, 2], [25, 15])[None]
+    out = logits(lm, batch(row, positions, segments))[0]
+    np.testing.assert_allclose(out[:25], logits(lm, batch(ids[:1, :25]))[0], atol=1e-5)
+    np.testing.assert_allclose(out[25:], logits(lm, batch(ids[1:, :15]))[0], atol=1e-5)
+
+
+def test_prefill_and_steps_equal_the_whole(case):
+    lm, io = case
+    cfg, ids = lm.config, io["input_ids"]
+    whole = logits(lm, batch(ids))
+    cache = transformer.init_cache(cfg, 2, 48)
+    step = jax.jit(lambda b, c: transformer.apply(lm.params, b, cfg=cfg, cache=c))
+    for start, stop in [(0, 20), (20, 33), (33, 34), (34, 35), (35, 40)]:
+        positions = np.broadcast_to(np.arange(start, stop)[None], (2, stop - start))
+        out, cache = step(batch(ids[:, start:stop], positions), cache)
+        np.testing.assert_allclose(out.logits, whole[:, start:stop], atol=2e-5)
+    np.testing.assert_array_equal(cache.length, [40, 40])
+
+
+def test_unrolled_layers_and_remat_change_nothing(case):
+    lm, io = case
+    b = batch(io["input_ids"])
+    unrolled = {**lm.params, "layers": params.unstack(lm.params["layers"], lm.config.n_layers)}
+    np.testing.assert_allclose(transformer.apply(unrolled, b, cfg=lm.config)[0].logits, logits(lm, b), atol=1e-5)
+
+    def grads(remat):
+        cfg = dataclasses.replace(lm.config, remat=remat)
+        return jax.grad(lambda p: transformer.apply(p, b, cfg=cfg)[0].logits.std())(lm.params)
+
+    chex.assert_trees_all_close(grads(True), grads(False), atol=1e-6)
+
+
+def test_bfloat16_compute_stays_close(case):
+    lm, io = case
+    out = logits(lm, batch(io["input_ids"]), dtype="bfloat16")
+    assert out.dtype == jnp.float32
+    assert np.abs(np.asarray(out) - io["logits"]).mean() < 0.05 * io["logits"].std()
+
+
+def test_layer_types_repeat_with_the_smallest_period():
+    kinds = ("sliding", "sliding", "full")
+    assert TransformerConfig(n_layers=6, layer_types=kinds * 2).period() == 3
+    assert TransformerConfig(n_layers=4, layer_types=("full",) * 4).period() == 1
+    assert TransformerConfig(n_layers=4, layer_types=(*kinds, "sliding")).period() == 4
+
+
+def test_real_configurations_have_the_published_sizes():
+    smollm2 = TransformerConfig(
+        vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536, tie_embeddings=True
+    )
+    assert params.count(transformer.spec(smollm2)) == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"family": "gpt"}, "llama, qwen3"),
+        ({"n_kv_heads": 3}, "n_kv_heads"),
+        ({"layer_types": ("full",)}, "layer_types"),
+        ({"dtype": "float16"}, "dtype"),
+    ],
+)
+def test_impossible_configurations_are_refused(change, words):
+    with pytest.raises(AtomError, match=words):
+        TransformerConfig(**change)
