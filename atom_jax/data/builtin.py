@@ -21,10 +21,11 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 def austen(split: str) -> Corpus:
-    """Returns the chapters of Jane Austen's six novels (public domain, 4.0 MB of ASCII); a chapter is a document.
+    """Returns Jane Austen's six novels (public domain, 4.0 MB of ASCII), a chapter as a document.
 
-    train: Emma, Mansfield Park, Northanger Abbey, Pride and Prejudice, Sense and Sensibility (3.56 MB, 245 chapters).
-    validation: Persuasion, chapters 1 to 12 (0.22 MB). test: Persuasion, chapters 13 to 24 (0.25 MB).
+    train: Emma, Mansfield Park, Northanger Abbey, Pride and Prejudice, Sense and Sensibility (3.56 MB).
+    validation: Persuasion, chapters 1 to 12 (0.22 MB).
+    test: Persuasion, chapters 13 to 24 (0.25 MB).
     """
     with lzma.open(AUSTEN) as f:
         text = f.read()
@@ -44,10 +45,10 @@ def _chapters(novel: bytes) -> list[bytes]:
 
 
 def pystdlib(split: str) -> Corpus:
-    """Returns the .py files of the running Python's standard library, without its tests; a file is a document.
+    """Returns the source files of the running Python's standard library without its tests, as documents.
 
-    The split (90 / 5 / 5 percent) follows a hash of the path inside the library, so that a file keeps its split in
-    every Python version. The few files that are not UTF-8 are left out.
+    The split (90 / 5 / 5 percent) follows a hash of the path inside the library, so that a file keeps its
+    split in every Python version. The few files that are not UTF-8 are left out.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     texts = []

@@ -1,4 +1,4 @@
-"""Documents with random access: a corpus knows how many there are, how long they are, and reads a part of one."""
+"""Documents with random access: how many there are, how long they are, and any part of one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Texts:
 
 
 class Files:
-    """One document per text file, read when asked for. Empty files are left out; all are checked to be UTF-8 at once."""
+    """One document per text file, read when asked for. Empty files are left out, others must be UTF-8."""
 
     def __init__(self, what: str, paths: Sequence[pathlib.Path]):
         self.what = what
@@ -70,7 +70,7 @@ class Files:
 
 
 class JsonLines:
-    """One document per line of an uncompressed .jsonl file, the string under `field`. Lines are parsed when asked for."""
+    """One document per line of a plain .jsonl file, the string under `field`, parsed again when asked for."""
 
     def __init__(self, path: pathlib.Path, field: str):
         self.what = str(path)
@@ -99,7 +99,7 @@ class JsonLines:
 
 
 class Records:
-    """One document per record of a random-access data source (array_record, tfds); each is checked when it is read."""
+    """One document per record of a data source (array_record, tfds); each is checked when it is read."""
 
     sizes = None
 
@@ -202,7 +202,7 @@ def check_utf8(text: bytes, where: str) -> None:
 
 
 def check_file(path: pathlib.Path) -> int:
-    """Returns the size of a text file in bytes, having read it once; AtomError with the byte offset if not UTF-8."""
+    """Returns the size of a text file in bytes; AtomError with the byte offset if it is not UTF-8."""
     decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
     with open(path, "rb") as f:
         while True:
@@ -218,7 +218,7 @@ def check_file(path: pathlib.Path) -> int:
 
 
 def json_text(line: bytes, field: str, where: str) -> bytes:
-    """Returns the UTF-8 of the string under `field` in one line of JSON; AtomError that begins with `where`."""
+    """Returns the string under `field` of one line of JSON as UTF-8; AtomErrors begin with `where`."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as e:

@@ -20,7 +20,7 @@ _CHUNK = 1 << 20  # bytes tokenized at a time, so that a file of any size passes
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """ids: i32 [n + 1], n inputs and the last target; known: how many targets an earlier window has scored."""
+    """ids: i32 [n + 1], n inputs and the last target; known: how many targets a window before it scored."""
 
     ids: np.ndarray
     known: int
@@ -34,10 +34,11 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of one pass over cfg.sources in the split cfg.split, shaped like make_iterator's.
 
-    Every document starts in a segment of its own and is read in windows of seq_len; windows that end short share a row
-    with the next ones, as other segments. The loss mask is True exactly once for every token that something precedes in
-    its document: all but the first, which is bos where the tokenizer has one. The last batch is filled up with padding.
-    overlap: this many tokens are repeated in front of every window that continues a document, unscored, as context.
+    Every document starts in a segment of its own and is read in windows of seq_len; windows that end short
+    share a row with the next ones, as other segments. The loss mask is True exactly once for every token that
+    something precedes in its document: all but the first, which is bos where the tokenizer has one. The last
+    batch is filled up with padding.
+    overlap: every window that continues a document begins with this many tokens of the one before, unscored.
     seed, shuffle, weights and piece_bytes have no meaning here. All processes get the same number of batches.
     """
     if not 0 <= overlap < cfg.seq_len:

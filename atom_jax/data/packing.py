@@ -1,8 +1,8 @@
 """Rows of token ids filled with documents that cannot see each other.
 
-A row holds segments 1, 2, ...; positions start from 0 in each. A token's target is the next token of the same piece of
-text, also when that token opens the next row; where there is none the loss mask is False. Every token is the input at
-exactly one place.
+A row holds segments 1, 2, ...; positions start from 0 in each. A token's target is the next token of the same
+piece of text, also when that token opens the next row; where there is none the loss mask is False. Every
+token is the input at exactly one place.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Batch = dict[str, np.ndarray]
 def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
     """Returns i32 [n], the tokens of {"text", "first", "last"}.
 
-    The first piece of a document begins with bos, the last ends with eos, where the tokenizer has them. Without bos,
-    eos goes in front too: the first token of the text then has something to be predicted from.
+    The first piece of a document begins with bos, the last ends with eos, where the tokenizer has them.
+    Without bos, eos goes in front too: the first token of the text then has something to be predicted from.
     """
     end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     front = end if tokenizer.bos_id is None else tokenizer.bos_id
@@ -29,7 +29,7 @@ def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def empty_batch(rows: int, seq_len: int, pad_id: int) -> Batch:
-    """Returns a batch of padding: ids and targets pad_id, the rest 0. i32 [rows, seq_len] each; loss_mask is bool."""
+    """Returns a batch of padding, [rows, seq_len] each: ids and targets are pad_id, the rest 0 or False."""
     shape = (rows, seq_len)
     return {
         "ids": np.full(shape, pad_id, np.int32),
@@ -41,9 +41,9 @@ def empty_batch(rows: int, seq_len: int, pad_id: int) -> Batch:
 
 
 def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, known: int = 0) -> None:
-    """Writes ids[:take] into a row from column `at` on, as one segment, with ids[1:] as targets where they exist.
+    """Writes ids[:take] into a row from column `at` on, as one segment.
 
-    ids: i32 [n], n >= take; one more than `take` gives the last of them its target.
+    ids: i32 [n], n >= take; when n is greater, the last of them has a target too.
     known: the first `known` targets are left out of the loss.
     """
     end = at + take

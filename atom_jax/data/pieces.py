@@ -6,22 +6,22 @@ import re
 
 import numpy as np
 
+from atom_jax.data.config import LEAST_PIECE
 from atom_jax.data.corpus import Corpus
 
-LEAST = 64  # bytes; below this a piece could lose its whole length to the search for a good place to cut
 _WORD_END = re.compile(rb"\S(?=[ \n])")
 
 
 class Pieces:
     """A random-access source of {"text": bytes, "first": bool, "last": bool}, each about `piece_bytes` long.
 
-    `first` and `last` say whether the piece begins and ends its document. Pieces of a document joined give the document
-    again. Where the corpus doesn't know its sizes, a piece is a whole document.
+    `first` and `last` say whether the piece begins and ends its document. Pieces of a document joined give
+    the document again. Where the corpus doesn't know its sizes, a piece is a whole document.
     """
 
     def __init__(self, corpus: Corpus, piece_bytes: int):
         self.corpus = corpus
-        self.piece_bytes = max(LEAST, piece_bytes)
+        self.piece_bytes = max(LEAST_PIECE, piece_bytes)
         self.reach = min(256, self.piece_bytes // 4)
         if corpus.sizes is None:
             self.ends = None
@@ -54,12 +54,15 @@ class Pieces:
 
 
 def cut(text: bytes) -> int:
-    """Returns where in `text` (the bytes from a nominal cut on) to cut: before the first space or line end that follows
-    a word, which is where subword tokenizers split anyhow; else before the first byte that begins a character."""
+    """Returns where to cut `text`, the bytes that follow a nominal cut.
+
+    That is before the first space or line end after a word, where subword tokenizers split anyhow, or else
+    before the first byte that begins a character.
+    """
     match = _WORD_END.search(text)
     if match:
         return match.end()
     for i, byte in enumerate(text[:4]):
         if byte & 0xC0 != 0x80:
             return i
-    return 0
+    return len(text)

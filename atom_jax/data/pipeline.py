@@ -1,13 +1,16 @@
-"""The training stream: sources -> shuffled pieces (Grain) -> one lane per row -> packed batches, ahead of the step.
+"""The training stream: sources -> shuffled pieces (Grain) -> one lane per row -> packed batches.
 
-The pieces form one endless sequence, reshuffled in every epoch. Lane r takes every batch_size-th piece from the r-th
-on and becomes row r of every batch. So a row depends on the configuration and its number only: the global batch is the
-same however many processes share it, and a lane's whole state is two numbers, the piece it is in and the tokens used.
+The pieces form one endless sequence, reshuffled in every epoch. Lane r takes every batch_size-th piece from
+the r-th on and becomes row r of every batch. So a row depends on the configuration and its number only: the
+global batch is the same however many processes share it, and a lane's whole state is two numbers, the piece
+it is in and the tokens used.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -32,22 +35,42 @@ def make_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}.
 
-    Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global batch.
-    Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state() continues exactly
-    after the batch returned last; it takes the state of a process with the same rows, or any that `merge_states` made.
-    close() stops the thread. Raises AtomError for bad sources and a batch_size that the processes cannot share.
+    Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
+    batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
+    continues exactly after the batch returned last; it takes the state of a process with the same rows, or
+    any that `merge_states` made. close() stops the thread. Raises AtomError for bad sources and a batch_size
+    that the processes cannot share.
     """
     if not 0 <= process_index < process_count:
         raise AtomError(f"process_index {process_index} is not below process_count {process_count}.")
     if cfg.batch_size % process_count:
         raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
     rows = cfg.batch_size // process_count
-    packed = _PackedRows(cfg, tokenizer, process_index * rows, rows)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=_AHEAD))
+    numbers = range(process_index * rows, (process_index + 1) * rows)
+    iterator = _Ahead(_PackedRows(cfg, tokenizer, numbers), prefetch_buffer_size=_AHEAD)
+    _open_iterators.add(iterator)
+    return iterator
+
+
+class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's prefetching, closed once: a second time fails when the interpreter is shutting down."""
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+
+
+_open_iterators: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for iterator in list(_open_iterators):
+        iterator.close()
 
 
 def merge_states(states: Sequence[dict]) -> dict:
-    """Joins the states of all processes after the same step into one that any process of any number can restore."""
+    """Joins the states of all processes after one step; any number of processes can restore the result."""
     states = sorted(states, key=lambda s: s["first_row"])
     merged = {"config": states[0]["config"], "first_row": 0, "piece": [], "used": []}
     for state in states:
@@ -60,22 +83,6 @@ def merge_states(states: Sequence[dict]) -> dict:
     return merged
 
 
-class _PackedRows(grain.IterDataset):
-    """Batches of the rows first_row : first_row + rows."""
-
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, first_row: int, rows: int):
-        super().__init__(())
-        found = open_pieces(cfg, tokenizer)
-        self.cfg = cfg
-        self.tokenizer = tokenizer
-        self.numbers = range(first_row, first_row + rows)
-        self.stream = piece_stream(cfg, found)
-        self.identity = _identity(cfg, tokenizer, found)
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _PackedRowsIterator(self)
-
-
 def open_pieces(cfg: DataConfig, tokenizer: Tokenizer) -> list[Pieces]:
     """Returns the pieces of every source, in the sources' own order."""
     size = cfg.piece_bytes or 8 * cfg.seq_len * (1 if isinstance(tokenizer, ByteTokenizer) else 4)
@@ -83,7 +90,7 @@ def open_pieces(cfg: DataConfig, tokenizer: Tokenizer) -> list[Pieces]:
 
 
 def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
-    """Returns the endless MapDataset of pieces {"text": bytes, "first": bool, "last": bool} that training reads."""
+    """Returns the endless MapDataset of {"text": bytes, "first": bool, "last": bool} that training reads."""
     parts = [grain.MapDataset.source(p) for p in found]
     if not cfg.weights:
         parts = [grain.MapDataset.concatenate(parts)]
@@ -97,17 +104,19 @@ def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
     return grain.MapDataset.mix(parts, weights=[c / sum(counts) for c in counts])
 
 
-class _PackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, rows: _PackedRows):
+class _PackedRows(grain.DatasetIterator):
+    """The given rows of every batch."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, numbers: range):
         super().__init__()
-        self.seq_len = rows.cfg.seq_len
-        self.first_row = rows.numbers.start
-        self.pad_id = rows.tokenizer.pad_id
-        self.identity = rows.identity
+        found = open_pieces(cfg, tokenizer)
+        stream = piece_stream(cfg, found)
+        self.seq_len = cfg.seq_len
+        self.first_row = numbers.start
+        self.pad_id = tokenizer.pad_id
+        self.identity = _identity(cfg, tokenizer, found)
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        self.lanes = [
-            _Lane(r, rows.cfg.batch_size, rows.stream, rows.tokenizer, self.pool) for r in rows.numbers
-        ]
+        self.lanes = [_Lane(r, cfg.batch_size, stream, tokenizer, self.pool) for r in numbers]
 
     def __next__(self) -> Batch:
         batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id)
@@ -124,16 +133,17 @@ class _PackedRowsIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict) -> None:
+        if not isinstance(state, dict) or state.keys() != self.get_state().keys():
+            raise AtomError("The data state is not one that this iterator made.")
         for field, value in self.identity.items():
             if state["config"].get(field) != value:
+                saved = state["config"].get(field)
                 raise AtomError(
-                    f"The data state was saved with {field}={state['config'].get(field)!r}, and this run has {value!r}."
+                    f"The data state was saved with {field}={saved!r}, and this run has {value!r}."
                 )
         skip = self.first_row - state["first_row"]
         if skip < 0 or skip + len(self.lanes) > len(state["piece"]):
-            raise AtomError(
-                "The data state holds other rows than this process reads: merge the states of all processes."
-            )
+            raise AtomError("The data state holds other rows than this process reads: use merge_states.")
         for i, lane in enumerate(self.lanes, skip):
             lane.seek(int(state["piece"][i]), int(state["used"][i]))
 
@@ -143,7 +153,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 class _Lane:
-    """The endless tokens of one row. `piece` counts this lane's pieces, `used` the tokens given out of the current."""
+    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current."""
 
     def __init__(
         self, row: int, stride: int, stream: grain.MapDataset, tokenizer: Tokenizer, pool: ThreadPoolExecutor
@@ -189,6 +199,6 @@ class _Lane:
 
 
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
-    """Returns what must be equal for a state to mean the same place in the same text, as JSON gives it back."""
+    """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
     return identity | {"vocab_size": tokenizer.vocab_size, "pieces": [len(p) for p in found]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import pathlib
+from collections.abc import Callable
+from functools import partial
 
 import grain
 
@@ -29,7 +31,7 @@ _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 
 
 def open_source(source: str, split: str) -> Corpus:
-    """Returns the documents of one split ("train", "validation", "test", "all") of a source (see DataConfig.sources).
+    """Returns the documents of one split of a source; DataConfig documents both.
 
     Raises AtomError when the source is missing, empty, damaged or not UTF-8.
     """
@@ -75,19 +77,19 @@ def _tfds(source: str, split: str) -> Corpus:
         found = {name: builder.as_data_source(name) for name in builder.info.splits}
     except Exception as e:  # tfds raises many kinds, all of them about what is in the directory
         raise AtomError(f"{source} is not a prepared array_record dataset: {one_line(e)}.") from None
-    parts = {k: Records(f"{source}, split {k}", v, feature or "text") for k, v in found.items() if len(v)}
+    parts = {k: partial(Records, f"{source}, split {k}", v, feature or "text") for k, v in found.items()}
     return _choose(source, split, parts)
 
 
-def _choose(source: str, split: str, parts: dict[str, Corpus]) -> Corpus:
-    """Picks the named split. A source whose only part is "train" is split further, by data/splits.py."""
+def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]]) -> Corpus:
+    """Opens the named split. A source whose only part is "train" is split further, by data/splits.py."""
     if set(parts) == {"train"}:
-        return take_split(parts["train"], split)
+        return take_split(parts["train"](), split)
     if split == "all" and parts:
-        return Joined(source, list(parts.values()))
+        return Joined(source, [part() for part in parts.values()])
     for name in _NAMES.get(split, ()):
         if name in parts:
-            return parts[name]
+            return parts[name]()
     raise AtomError(f"{source} has no {split} split: it has {', '.join(sorted(parts)) or 'none'}.")
 
 
@@ -100,8 +102,8 @@ def _paths(source: str, split: str) -> Corpus:
         known = [n for names in _NAMES.values() for n in names]
         folders = [path / n for n in known if (path / n).is_dir()]
         if folders:
-            return _choose(source, split, {p.name: _files(str(p), _listing(p), field) for p in folders})
-        return take_split(_files(name, _listing(path), field), split)
+            return _choose(source, split, {p.name: partial(_directory, p, field) for p in folders})
+        return take_split(_directory(path, field), split)
     found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
     found = [p for p in found if p.is_file()]
     if not found:
@@ -109,6 +111,10 @@ def _paths(source: str, split: str) -> Corpus:
             f"There is no source {source}: no built-in has this name and no file or directory matches."
         )
     return take_split(_files(name, found, field), split)
+
+
+def _directory(path: pathlib.Path, field: str | None) -> Corpus:
+    return _files(str(path), _listing(path), field)
 
 
 def _listing(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -1,8 +1,8 @@
 """Which text belongs to which split, for sources that don't say so themselves.
 
-From 20 documents on, whole documents: every block of 20 consecutive ones holds 18 of train, one of validation and one
-of test, at places drawn from a hash of the block's number; those after the last whole block are train. This takes no
-memory and no look at the data, and appending documents moves none of the whole blocks.
+From 20 documents on, whole documents: every block of 20 consecutive ones holds 18 of train, one of validation
+and one of test, at places drawn from a hash of the block's number; those after the last whole block are
+train. This takes no memory and no look at the data, and appending documents moves none of the whole blocks.
 With fewer documents, parts of each: the first 90 percent are train, the next 5 validation, the last 5 test.
 """
 
@@ -19,7 +19,7 @@ _RANGES = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # perce
 
 
 def take_split(corpus: Corpus, split: str) -> Corpus:
-    """Returns the part of `corpus` that is `split` ("train", "validation", "test", or "all" for the whole)."""
+    """Returns the part of `corpus` that is `split`: "train", "validation", "test" or "all"."""
     if split == "all":
         return corpus
     if len(corpus) >= BLOCK:
@@ -39,7 +39,7 @@ def _at(corpus: Corpus, i: int, size: int, percent: int) -> int:
 
 
 def name_split(name: str) -> str:
-    """Returns the split of a named document (90 / 5 / 5 percent), from a hash that is the same on every machine."""
+    """Returns the split of a named document (90 / 5 / 5 percent), the same on every machine."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % BLOCK
     return {0: "validation", 1: "test"}.get(bucket, "train")
 

@@ -11,7 +11,7 @@ __all__ = ["ByteTokenizer", "Tokenizer", "from_name"]
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer called "bytes", or the one in a tokenizer.json file or a directory that holds one.
+    """Returns the tokenizer "bytes", or the one in a tokenizer.json file or a directory that holds one.
 
     Raises AtomError when the file is missing or unreadable.
     """

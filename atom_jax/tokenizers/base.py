@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         ...
 
     def spans(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (ids i32 [n], spans i32 [n, 2]): token i covers bytes spans[i, 0]:spans[i, 1] of the UTF-8 text."""
+        """Returns (ids i32 [n], spans i32 [n, 2]), the first and one past the last byte of each token."""
         ...
 
     def save(self, directory) -> None:

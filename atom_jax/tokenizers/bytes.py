@@ -20,11 +20,11 @@ class ByteTokenizer:
     pad_id = 258
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns i32 [n], the bytes of `text`. Bytes are taken as they are; a str with a lone surrogate is an AtomError."""
+        """Returns i32 [n], the bytes of `text`; AtomError when a str holds a lone surrogate."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
     def decode_bytes(self, ids) -> bytes:
-        """Returns the bytes of `ids` (any sequence of int), leaving special ids out. Ids outside [0, 264) are an AtomError."""
+        """Returns the bytes of `ids`, without the special ones; AtomError for ids outside [0, 264)."""
         ids = np.asarray(ids, np.int64).reshape(-1)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
