@@ -1,0 +1,1 @@
+"""Text sources, and the packed batches made of them. Numpy and Grain only."""

@@ -1,0 +1,24 @@
+"""Tokenizers: bytes, and `tokenizer.json` files through the `tokenizers` package."""
+
+from __future__ import annotations
+
+import os
+
+from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.bytes import ByteTokenizer
+
+__all__ = ["ByteTokenizer", "Tokenizer", "from_name"]
+
+
+def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer "bytes", or the one in a tokenizer.json file or a directory that holds one.
+
+    Raises AtomError when the file is missing or unreadable.
+    """
+    if str(name_or_path) == "bytes":
+        return ByteTokenizer()
+    from atom_jax.tokenizers.json_tokenizer import (
+        JsonTokenizer,
+    )  # `tokenizers` is only needed for this branch
+
+    return JsonTokenizer(name_or_path)

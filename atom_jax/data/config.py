@@ -1,0 +1,66 @@
+"""What text to read, and in what shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from atom_jax.typing import AtomError
+
+SPLITS = ("train", "validation", "test", "all")
+LEAST_PIECE = 64  # bytes; in less, the search for a place to cut could take in the whole piece
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text sources and the batches made of them.
+
+    sources: one or more of
+        "austen"      six novels that come with the package (data/builtin.py has the split)
+        "pystdlib"    the source files of the running Python's standard library
+        a file, a directory or a pattern of files, all of one kind:
+            UTF-8 text (also .gz, .xz): one document per file;
+            .jsonl (also .gz, .xz): one document per line, in its field "text"; "FILE.jsonl#name" reads
+            another; *.array_record*: one document per record, which is UTF-8
+        "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
+                      "tfds:DIR#name" reads another
+    weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.
+        (): the sources are joined, so that every document is seen once per epoch.
+    split: "train", "validation", "test", or "all" for the whole source. A directory with such subdirectories
+        and a tfds directory with such splits say themselves what is in which; data/splits.py has the rule for
+        others.
+    seq_len: tokens per row.
+    batch_size: rows per batch, over all processes.
+    seed: order of the pieces; a different one in every epoch.
+    shuffle: False reads the sources in order, epoch after epoch.
+    piece_bytes: long documents are cut into pieces of about this many bytes and the pieces are shuffled, so
+        that a document doesn't fill one row for many steps. 0: about eight rows' worth. Records of
+        array_record and tfds sources stay whole, for their lengths are unknown until they are read.
+    """
+
+    sources: tuple[str, ...] = ("austen",)
+    weights: tuple[float, ...] = ()
+    split: str = "train"
+    seq_len: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    shuffle: bool = True
+    piece_bytes: int = 0
+
+    def __post_init__(self):
+        if not self.sources or isinstance(self.sources, str):
+            raise AtomError("data.sources must be a tuple that names at least one source.")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise AtomError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources: give one each."
+            )
+        if any(not 0 < w < float("inf") for w in self.weights):
+            raise AtomError(f"data.weights must be positive and finite, not {self.weights}.")
+        if self.split not in SPLITS:
+            raise AtomError(f"data.split is {self.split!r}: it must be one of {', '.join(SPLITS)}.")
+        for field, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0), ("piece_bytes", 0)):
+            if getattr(self, field) < least:
+                raise AtomError(f"data.{field} is {getattr(self, field)}: it must be at least {least}.")
+        if 0 < self.piece_bytes < LEAST_PIECE:
+            raise AtomError(
+                f"data.piece_bytes is {self.piece_bytes}: it must be 0 or more than {LEAST_PIECE - 1}."
+            )

@@ -1,0 +1,238 @@
+"""Documents with random access: how many there are, how long they are, and any part of one."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import lzma
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from atom_jax.typing import AtomError
+
+PACKED = {".gz": gzip.open, ".xz": lzma.open}
+_READ = 1 << 20
+
+
+class Corpus(Protocol):
+    """A sequence of UTF-8 documents.
+
+    what:  the source's name for messages.
+    sizes: i64 [n] bytes of every document, or None where finding out means reading everything.
+    """
+
+    what: str
+    sizes: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        """Returns bytes start:stop of document i."""
+        ...
+
+
+class Texts:
+    """Documents held in memory."""
+
+    def __init__(self, what: str, texts: Sequence[bytes]):
+        self.what = what
+        self.texts = [t for t in texts if t]
+        self.sizes = np.array([len(t) for t in self.texts], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        return self.texts[i][start:stop]
+
+
+class Files:
+    """One document per text file, read when asked for. Empty files are left out, others must be UTF-8."""
+
+    def __init__(self, what: str, paths: Sequence[pathlib.Path]):
+        self.what = what
+        sizes = [check_file(p) for p in paths]
+        self.paths = [p for p, n in zip(paths, sizes) if n]
+        self.sizes = np.array([n for n in sizes if n], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        with open(self.paths[i], "rb") as f:
+            f.seek(start)
+            return f.read(-1 if stop is None else stop - start)
+
+
+class JsonLines:
+    """One document per line of a plain .jsonl file, the string under `field`, parsed again when asked for."""
+
+    def __init__(self, path: pathlib.Path, field: str):
+        self.what = str(path)
+        self.path = path
+        self.field = field
+        starts, sizes, at = [], [], 0
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    size = len(json_text(line, field, f"{path}, line {number}"))
+                    if size:
+                        starts.append((at, len(line)))
+                        sizes.append(size)
+                at += len(line)
+        self.lines = np.array(starts, np.int64).reshape(-1, 2)
+        self.sizes = np.array(sizes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        at, length = self.lines[i]
+        with open(self.path, "rb") as f:
+            f.seek(at)
+            return json_text(f.read(length), self.field, f"{self.path}, byte {at}")[start:stop]
+
+
+class Records:
+    """One document per record of a data source (array_record, tfds); each is checked when it is read."""
+
+    sizes = None
+
+    def __init__(self, what: str, source, field: str | None = None):
+        """source: len() and [] giving bytes, or mappings whose `field` is bytes."""
+        self.what = what
+        self.source = source
+        self.field = field
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        try:
+            record = self.source[i]
+        except Exception as e:  # the readers of record files raise many kinds
+            raise AtomError(f"{self.what}, record {i} cannot be read: {one_line(e)}.") from None
+        if self.field is not None:
+            if self.field not in record:
+                raise AtomError(
+                    f"{self.what} has no feature {self.field!r}: it has {', '.join(sorted(record))}."
+                )
+            record = record[self.field]
+        if not isinstance(record, bytes):
+            raise AtomError(
+                f"{self.what}, record {i}: the text must be bytes, found {type(record).__name__}."
+            )
+        check_utf8(record, f"{self.what}, record {i}")
+        return record[start:stop]
+
+
+class Subset:
+    """Some documents of a corpus, in the order of `indices`."""
+
+    def __init__(self, corpus: Corpus, indices: Sequence[int]):
+        self.what = corpus.what
+        self.corpus = corpus
+        self.indices = indices
+        self.sizes = None if corpus.sizes is None else corpus.sizes[np.array(indices, np.int64)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        return self.corpus.read(self.indices[i], start, stop)
+
+
+class Spans:
+    """Parts of documents: span i is bytes start:stop of a document, and counts as a document."""
+
+    def __init__(self, corpus: Corpus, spans: Sequence[tuple[int, int, int]]):
+        """spans: (document number, start, stop) each."""
+        self.what = corpus.what
+        self.corpus = corpus
+        self.spans = spans
+        self.sizes = np.array([stop - start for _, start, stop in spans], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        doc, begin, end = self.spans[i]
+        return self.corpus.read(doc, begin + start, end if stop is None else min(end, begin + stop))
+
+
+class Joined:
+    """Several corpora one after the other."""
+
+    def __init__(self, what: str, parts: Sequence[Corpus]):
+        self.what = what
+        self.parts = parts
+        self.ends = np.cumsum([len(p) for p in parts])
+        known = all(p.sizes is not None for p in parts)
+        self.sizes = np.concatenate([p.sizes for p in parts]) if known else None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        first = 0 if part == 0 else int(self.ends[part - 1])
+        return self.parts[part].read(i - first, start, stop)
+
+
+def read_packed(path: pathlib.Path) -> bytes:
+    """Returns the content of a .gz or .xz file; AtomError when it is damaged."""
+    try:
+        with PACKED[path.suffix](path, "rb") as f:
+            return f.read()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+        raise AtomError(f"{path} cannot be decompressed: {e}.") from None
+
+
+def check_utf8(text: bytes, where: str) -> None:
+    """Raises an AtomError with the byte offset unless `text` is UTF-8."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise AtomError(f"{where} is not UTF-8 at byte {e.start}.") from None
+
+
+def check_file(path: pathlib.Path) -> int:
+    """Returns the size of a text file in bytes; AtomError with the byte offset if it is not UTF-8."""
+    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as f:
+        while True:
+            block = f.read(_READ)
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise AtomError(f"{path} is not UTF-8 at byte {size - held + e.start}.") from None
+            if not block:
+                return size
+            size += len(block)
+
+
+def json_text(line: bytes, field: str, where: str) -> bytes:
+    """Returns the string under `field` of one line of JSON as UTF-8; AtomErrors begin with `where`."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as e:
+        raise AtomError(f"{where} is not UTF-8 at byte {e.start} of the line.") from None
+    except json.JSONDecodeError as e:
+        raise AtomError(f"{where} is not JSON: {e.msg} at column {e.colno}.") from None
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        raise AtomError(f"{where} has no string under the field {field!r}.")
+    try:
+        return record[field].encode("utf-8")
+    except UnicodeEncodeError:
+        raise AtomError(f"{where} has a lone surrogate under the field {field!r}.") from None
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an exception from elsewhere, short enough for one sentence."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -1,0 +1,204 @@
+"""The training stream: sources -> shuffled pieces (Grain) -> one lane per row -> packed batches.
+
+The pieces form one endless sequence, reshuffled in every epoch. Lane r takes every batch_size-th piece from
+the r-th on and becomes row r of every batch. So a row depends on the configuration and its number only: the
+global batch is the same however many processes share it, and a lane's whole state is two numbers, the piece
+it is in and the tokens used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import grain
+import numpy as np
+
+from atom_jax.data.config import DataConfig
+from atom_jax.data.packing import Batch, empty_batch, piece_ids, place
+from atom_jax.data.pieces import Pieces
+from atom_jax.data.sources import open_source
+from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.bytes import ByteTokenizer
+from atom_jax.typing import AtomError
+
+_AHEAD = 2  # batches prepared before they are asked for
+_THREADS = 4  # tokenizers release the interpreter lock
+_EMPTY_LIMIT = 10_000  # pieces without a token in a row, after which the source is called empty
+
+
+def make_iterator(
+    cfg: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}.
+
+    Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
+    batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
+    continues exactly after the batch returned last; it takes the state of a process with the same rows, or
+    any that `merge_states` made. close() stops the thread. Raises AtomError for bad sources and a batch_size
+    that the processes cannot share.
+    """
+    if not 0 <= process_index < process_count:
+        raise AtomError(f"process_index {process_index} is not below process_count {process_count}.")
+    if cfg.batch_size % process_count:
+        raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
+    rows = cfg.batch_size // process_count
+    numbers = range(process_index * rows, (process_index + 1) * rows)
+    iterator = _Ahead(_PackedRows(cfg, tokenizer, numbers), prefetch_buffer_size=_AHEAD)
+    _open_iterators.add(iterator)
+    return iterator
+
+
+class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's prefetching, closed once: a second time fails when the interpreter is shutting down."""
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+
+
+_open_iterators: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for iterator in list(_open_iterators):
+        iterator.close()
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """Joins the states of all processes after one step; any number of processes can restore the result."""
+    states = sorted(states, key=lambda s: s["first_row"])
+    merged = {"config": states[0]["config"], "first_row": 0, "piece": [], "used": []}
+    for state in states:
+        if state["first_row"] != len(merged["piece"]) or state["config"] != merged["config"]:
+            raise AtomError("The data states are not those of all processes of one run.")
+        merged["piece"] += state["piece"]
+        merged["used"] += state["used"]
+    if len(merged["piece"]) != merged["config"]["batch_size"]:
+        raise AtomError("The data states are not those of all processes of one run.")
+    return merged
+
+
+def open_pieces(cfg: DataConfig, tokenizer: Tokenizer) -> list[Pieces]:
+    """Returns the pieces of every source, in the sources' own order."""
+    size = cfg.piece_bytes or 8 * cfg.seq_len * (1 if isinstance(tokenizer, ByteTokenizer) else 4)
+    return [Pieces(open_source(source, cfg.split), size) for source in cfg.sources]
+
+
+def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
+    """Returns the endless MapDataset of {"text": bytes, "first": bool, "last": bool} that training reads."""
+    parts = [grain.MapDataset.source(p) for p in found]
+    if not cfg.weights:
+        parts = [grain.MapDataset.concatenate(parts)]
+    if cfg.shuffle:
+        parts = [p.seed(cfg.seed + i).shuffle() for i, p in enumerate(parts)]
+    parts = [p.repeat() for p in parts]
+    if not cfg.weights:
+        return parts[0]
+    # Grain counts pieces, the weights count bytes.
+    counts = [w / p.mean_bytes() for w, p in zip(cfg.weights, found)]
+    return grain.MapDataset.mix(parts, weights=[c / sum(counts) for c in counts])
+
+
+class _PackedRows(grain.DatasetIterator):
+    """The given rows of every batch."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, numbers: range):
+        super().__init__()
+        found = open_pieces(cfg, tokenizer)
+        stream = piece_stream(cfg, found)
+        self.seq_len = cfg.seq_len
+        self.first_row = numbers.start
+        self.pad_id = tokenizer.pad_id
+        self.identity = _identity(cfg, tokenizer, found)
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        self.lanes = [_Lane(r, cfg.batch_size, stream, tokenizer, self.pool) for r in numbers]
+
+    def __next__(self) -> Batch:
+        batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id)
+        for row, lane in enumerate(self.lanes):
+            lane.fill(batch, row)
+        return batch
+
+    def get_state(self) -> dict:
+        return {
+            "config": self.identity,
+            "first_row": self.first_row,
+            "piece": [lane.piece for lane in self.lanes],
+            "used": [lane.used for lane in self.lanes],
+        }
+
+    def set_state(self, state: dict) -> None:
+        if not isinstance(state, dict) or state.keys() != self.get_state().keys():
+            raise AtomError("The data state is not one that this iterator made.")
+        for field, value in self.identity.items():
+            if state["config"].get(field) != value:
+                saved = state["config"].get(field)
+                raise AtomError(
+                    f"The data state was saved with {field}={saved!r}, and this run has {value!r}."
+                )
+        skip = self.first_row - state["first_row"]
+        if skip < 0 or skip + len(self.lanes) > len(state["piece"]):
+            raise AtomError("The data state holds other rows than this process reads: use merge_states.")
+        for i, lane in enumerate(self.lanes, skip):
+            lane.seek(int(state["piece"][i]), int(state["used"][i]))
+
+    def close(self) -> None:
+        super().close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Lane:
+    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current."""
+
+    def __init__(
+        self, row: int, stride: int, stream: grain.MapDataset, tokenizer: Tokenizer, pool: ThreadPoolExecutor
+    ):
+        self.row = row
+        self.stride = stride
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.pool = pool
+        self.seek(0, 0)
+
+    def seek(self, piece: int, used: int) -> None:
+        self.piece = piece
+        self.used = used
+        self.ids: np.ndarray | None = None
+        self.next: Future | None = None
+
+    def fill(self, batch: Batch, row: int) -> None:
+        at, segment, seq_len = 0, 0, batch["ids"].shape[1]
+        while at < seq_len:
+            self._load()
+            take = min(seq_len - at, len(self.ids) - self.used)
+            segment += 1
+            place(batch, row, at, segment, self.ids[self.used :], take)
+            at += take
+            self.used += take
+
+    def _load(self) -> None:
+        """Makes sure that the current piece has tokens left."""
+        if self.ids is None:
+            self.ids = self._tokens(self.piece)
+            self.next = self.pool.submit(self._tokens, self.piece + 1)
+        for _ in range(_EMPTY_LIMIT):
+            if self.used < len(self.ids):
+                return
+            self.ids = self.next.result()
+            self.piece, self.used = self.piece + 1, 0
+            self.next = self.pool.submit(self._tokens, self.piece + 1)
+        raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row without a token.")
+
+    def _tokens(self, piece: int) -> np.ndarray:
+        return piece_ids(self.stream[self.row + piece * self.stride], self.tokenizer)
+
+
+def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
+    """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
+    identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+    return identity | {"vocab_size": tokenizer.vocab_size, "pieces": [len(p) for p in found]}

@@ -1,0 +1,177 @@
+"""From the name of a source to its documents."""
+
+from __future__ import annotations
+
+import glob
+import pathlib
+from collections.abc import Callable
+from functools import partial
+
+import grain
+
+from atom_jax.data import builtin
+from atom_jax.data.corpus import (
+    PACKED,
+    Corpus,
+    Files,
+    Joined,
+    JsonLines,
+    Records,
+    Texts,
+    check_utf8,
+    json_text,
+    one_line,
+    read_packed,
+)
+from atom_jax.data.splits import take_split
+from atom_jax.typing import AtomError
+
+# What directories and tfds splits call them.
+_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def open_source(source: str, split: str) -> Corpus:
+    """Returns the documents of one split of a source; DataConfig documents both.
+
+    Raises AtomError when the source is missing, empty, damaged or not UTF-8.
+    """
+    if source == "austen":
+        corpus = builtin.austen(split)
+    elif source == "pystdlib":
+        corpus = builtin.pystdlib(split)
+    elif source.startswith("tfds:"):
+        corpus = _tfds(source, split)
+    else:
+        corpus = _paths(source, split)
+    if not len(corpus):
+        raise AtomError(f"{source} has no text in its {split} split.")
+    return corpus
+
+
+def documents(source: str, split: str) -> grain.MapDataset:
+    """Returns a grain MapDataset of {"text": bytes}, the documents of one split in order."""
+    return grain.MapDataset.source(_Whole(open_source(source, split)))
+
+
+class _Whole:
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"text": self.corpus.read(i)}
+
+
+def _tfds(source: str, split: str) -> Corpus:
+    directory, _, feature = source.removeprefix("tfds:").partition("#")
+    if not pathlib.Path(directory).is_dir():
+        raise AtomError(f"{source}: there is no directory {directory}.")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise AtomError(f"{source} needs tensorflow-datasets: pip install 'atom-jax[tfds]'.") from None
+    try:
+        builder = tfds.builder_from_directory(directory)
+        found = {name: builder.as_data_source(name) for name in builder.info.splits}
+    except Exception as e:  # tfds raises many kinds, all of them about what is in the directory
+        raise AtomError(f"{source} is not a prepared array_record dataset: {one_line(e)}.") from None
+    parts = {k: partial(Records, f"{source}, split {k}", v, feature or "text") for k, v in found.items()}
+    return _choose(source, split, parts)
+
+
+def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]]) -> Corpus:
+    """Opens the named split. A source whose only part is "train" is split further, by data/splits.py."""
+    if set(parts) == {"train"}:
+        return take_split(parts["train"](), split)
+    if split == "all" and parts:
+        return Joined(source, [part() for part in parts.values()])
+    for name in _NAMES.get(split, ()):
+        if name in parts:
+            return parts[name]()
+    raise AtomError(f"{source} has no {split} split: it has {', '.join(sorted(parts)) or 'none'}.")
+
+
+def _paths(source: str, split: str) -> Corpus:
+    name, field = source, None
+    if not pathlib.Path(source).exists() and "#" in source:
+        name, _, field = source.rpartition("#")
+    path = pathlib.Path(name)
+    if path.is_dir():
+        known = [n for names in _NAMES.values() for n in names]
+        folders = [path / n for n in known if (path / n).is_dir()]
+        if folders:
+            return _choose(source, split, {p.name: partial(_directory, p, field) for p in folders})
+        return take_split(_directory(path, field), split)
+    found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
+    found = [p for p in found if p.is_file()]
+    if not found:
+        raise AtomError(
+            f"There is no source {source}: no built-in has this name and no file or directory matches."
+        )
+    return take_split(_files(name, found, field), split)
+
+
+def _directory(path: pathlib.Path, field: str | None) -> Corpus:
+    return _files(str(path), _listing(path), field)
+
+
+def _listing(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files under a directory, sorted by path, without hidden ones and Python's caches."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        if path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in parts):
+            found.append(path)
+    if not found:
+        raise AtomError(f"{directory} holds no files.")
+    if {"dataset_info.json", "features.json"} <= {p.name for p in found}:
+        raise AtomError(f"{directory} is a tensorflow-datasets directory: write tfds:{directory}.")
+    return found
+
+
+def _kind(path: pathlib.Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".xz")
+    if ".array_record" in name:
+        return "array_record"
+    return "jsonl" if name.endswith(".jsonl") else "text"
+
+
+def _files(what: str, paths: list[pathlib.Path], field: str | None) -> Corpus:
+    kinds = sorted({_kind(p) for p in paths})
+    if len(kinds) > 1:
+        raise AtomError(
+            f"{what} holds {' and '.join(kinds)} files: choose one kind with a pattern, such as DIR/*.jsonl."
+        )
+    if field and kinds != ["jsonl"]:
+        raise AtomError(f"{what}#{field}: only .jsonl files and tfds directories have fields.")
+    if kinds == ["array_record"]:
+        return Records(what, _array_record(what, paths))
+    if kinds == ["jsonl"]:
+        corpora = [_jsonl(p, field or "text") for p in paths]
+    else:
+        plain = [p for p in paths if p.suffix not in PACKED]
+        corpora = [Files(what, plain)] + [_packed_text(p) for p in paths if p.suffix in PACKED]
+    return Joined(what, corpora)
+
+
+def _array_record(what: str, paths: list[pathlib.Path]):
+    try:
+        return grain.sources.ArrayRecordDataSource([str(p) for p in paths])
+    except Exception as e:  # a missing package and a damaged file come as many kinds
+        raise AtomError(f"{what} cannot be opened as array_record: {one_line(e)}.") from None
+
+
+def _packed_text(path: pathlib.Path) -> Corpus:
+    text = read_packed(path)
+    check_utf8(text, f"{path}, decompressed,")
+    return Texts(str(path), [text])
+
+
+def _jsonl(path: pathlib.Path, field: str) -> Corpus:
+    if path.suffix not in PACKED:
+        return JsonLines(path, field)
+    lines = read_packed(path).splitlines()
+    texts = [json_text(line, field, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    return Texts(str(path), texts)
