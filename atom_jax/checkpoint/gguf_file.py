@@ -7,6 +7,7 @@ dequantization come from the `gguf` package.
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,12 @@ class GGUFFile:
             raise AtomError(f"{self.path}: tensor '{name}' has unknown type number {type_id}") from None
         block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise AtomError(f"{self.path}: tensor '{name}' of shape {shape} does not fill {kind.name} blocks of {block}")
-        # Python integers: a product of lying dimensions must not wrap around.
-        n_elements = 1
-        for size in shape:
-            n_elements *= size
-        return kind, n_elements // block * block_bytes
+            raise AtomError(f"{self.path}: tensor '{name}' {shape} does not fill {kind.name} blocks of {block}")
+        return kind, math.prod(shape) // block * block_bytes
 
-    def storage(self, name: str) -> str:
-        """Name of the storage type of one tensor, for example "Q4_1"."""
-        return self._infos[name][1].name
+    def stored(self) -> list[tuple[str, tuple[int, ...], str, int]]:
+        """(name, shape, storage type such as "Q4_1", bytes) of every tensor."""
+        return [(name, shape, kind.name, n) for name, (shape, kind, _, n) in self._infos.items()]
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor as float32, dequantized, shape `shapes[name]`."""
@@ -100,7 +97,7 @@ class GGUFFile:
         try:
             out = self._gguf.quants.dequantize(raw, kind)
         except NotImplementedError:
-            raise AtomError(f"{self.path}: tensor '{name}' is stored as {kind.name}, which cannot be dequantized") from None
+            raise AtomError(f"{self.path}: tensor '{name}' is {kind.name}, which gguf cannot dequantize") from None
         return np.asarray(out, np.float32).reshape(shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from atom_jax.checkpoint.gguf_file import GGUFFile
 from atom_jax.checkpoint.gguf_tokenizer import special_id, tokenizer_files
 from atom_jax.checkpoint.tensors import TensorInfo, check_finite
+from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
 _TOP = {
@@ -35,7 +35,7 @@ _ROPE_FREQS = "rope_freqs.weight"
 class GGUFSource:
     """A GGUF file as a TensorSource under Hugging Face's Llama names, float32, one tensor at a time.
 
-    hf_config: the config.json that belongs to it. tokenizer_files: file name -> text.
+    hf_config: the config.json that belongs to it.
     Raises AtomError for other architectures and for whatever GGUFFile refuses.
     """
 
@@ -46,7 +46,7 @@ class GGUFSource:
         if arch != "llama":
             raise AtomError(f"{path}: GGUF architecture {arch!r} is not supported (llama is)")
         self.hf_config = _hf_config(self._file)
-        self.tokenizer_files = tokenizer_files(self._file.metadata, self.label)
+        self._tokenizer_files = tokenizer_files(self._file.metadata, self.label)
         self._names = self._hf_names()
         float32 = np.dtype(np.float32)
         self.infos = {hf: TensorInfo(self._file.shapes[name], float32) for hf, name in self._names.items()}
@@ -71,13 +71,13 @@ class GGUFSource:
             return _unpermute(x, self.hf_config["num_key_value_heads"])
         return x
 
-    def quantization(self) -> str:
-        """Storage type that holds most of the parameters, for example "Q4_1"."""
-        counts: dict[str, int] = {}
-        for name, shape in self._file.shapes.items():
-            kind = self._file.storage(name)
-            counts[kind] = counts.get(kind, 0) + math.prod(shape)
-        return max(counts, key=counts.__getitem__)
+    def tokenizer(self) -> JsonTokenizer:
+        """The tokenizer that the file describes, with its chat template."""
+        return JsonTokenizer.from_files(self._tokenizer_files, self.label)
+
+    def stored(self) -> list[tuple[str, tuple[int, ...], str, int]]:
+        """(name in the file, shape, storage type such as "Q4_1", bytes) of every tensor."""
+        return self._file.stored()
 
 
 def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
@@ -109,7 +109,6 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "_name_or_path": f"{meta.get('general.name', file.path.stem)}, dequantized from {file.path.name}",
         "vocab_size": file.shapes["token_embd.weight"][0],
         "hidden_size": width,
         "intermediate_size": number("feed_forward_length"),
@@ -158,7 +157,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     blend = np.clip((original * frequencies / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
     expected = 1.0 / ((1 - blend) / factor + blend)
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
-        raise AtomError(f"{file.path}: {_ROPE_FREQS} does not follow Llama 3's rule, so the rotary scaling is unknown")
+        raise AtomError(f"{file.path}: {_ROPE_FREQS} does not follow Llama 3's rule; the rotary scaling is unknown")
     return {
         "rope_type": "llama3",
         "factor": factor,

