@@ -1,0 +1,154 @@
+"""Loading and saving models: Hugging Face directories, Orbax directories and GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from atom_jax import tokenizers
+from atom_jax.checkpoint import families, hf_config
+from atom_jax.checkpoint.atomic import staged
+from atom_jax.checkpoint.fields import read_json
+from atom_jax.checkpoint.safetensors_io import (
+    SHARD_BYTES,
+    SafetensorsSource,
+    is_weight_file,
+    refuse_pickle,
+    write_tensors,
+)
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
+from atom_jax.typing import LM, AtomError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None, shardings: Any = None) -> LM:
+    """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, or,
+    with huggingface_hub installed, a hub id such as "HuggingFaceTB/SmolLM2-135M".
+
+    dtype: "float32" or "bfloat16" converts the parameters and computes in it; None keeps what is stored and computes
+    in what config.json names. shardings: tree of jax.sharding.Sharding for the parameters, or None for one device.
+    The tokenizer is None where the checkpoint has none. Raises AtomError, naming the file and the tensor or field,
+    for whatever is missing, malformed or not supported.
+    """
+    if adapter is not None:
+        raise AtomError(f"adapter {adapter!r}: no adapters are shipped, and loading one from a path is not supported")
+    if dtype is not None:
+        dtype = _dtype(dtype)
+    path = find(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        from atom_jax.checkpoint.gguf_import import GGUFSource
+
+        source = GGUFSource(path)
+        cfg = hf_config.from_hf(source.hf_config, str(path))
+        lm = LM(cfg, families.load(source, cfg, dtype, shardings), source.tokenizer())
+    elif kind == "orbax":
+        from atom_jax.checkpoint import store
+
+        lm = LM(*store.load_params(path, dtype, shardings))
+    else:
+        cfg, tokenizer = load_config(path)
+        source = SafetensorsSource(path)
+        lm = LM(cfg, families.load(source, cfg, dtype, shardings), tokenizer)
+    if dtype is None:
+        return lm
+    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
+
+
+def load_config(path: Path) -> tuple[TransformerConfig, Any]:
+    """(configuration, tokenizer or None) of a Hugging Face directory, without its weights."""
+    data = read_json(path / CONFIG)
+    if (path / GENERATION).is_file():
+        # As transformers does: generation_config.json has the last word on which tokens end a text.
+        eos = read_json(path / GENERATION).get("eos_token_id")
+        data = data if eos is None else {**data, "eos_token_id": eos}
+    cfg = hf_config.from_hf(data, str(path / CONFIG))
+    if (name := data.get("atom_tokenizer")) is not None:
+        if name != "bytes":
+            raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}; only 'bytes' is known")
+        return cfg, tokenizers.from_name(name)
+    return cfg, JsonTokenizer(path) if (path / MAIN).is_file() else None
+
+
+def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes config.json, generation_config.json, model.safetensors (shards beyond `shard_bytes`) and the tokenizer's
+    files, under the family's published names and in the parameters' dtypes.
+
+    name: what the model is called, kept in config.json. All or nothing: on any failure `directory` is as before.
+    Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where
+    the published family has no such option.
+    """
+    if not isinstance(lm.config, TransformerConfig):
+        raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
+    source = families.ExportSource(lm.config, lm.params)
+    dtype = source.infos["model.embed_tokens.weight"].dtype.name
+    config = hf_config.to_hf(lm.config, dtype)
+    if lm.tokenizer is not None and lm.tokenizer.name == "bytes":
+        config["atom_tokenizer"] = "bytes"
+    if name is not None:
+        config["_name_or_path"] = name
+    with staged(directory, stale=_is_model_file) as staging:
+        write_tensors(staging, source, shard_bytes)
+        if lm.tokenizer is not None:
+            lm.tokenizer.save(staging)
+        for file, table in ((CONFIG, config), (GENERATION, hf_config.token_ids(lm.config))):
+            (staging / file).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
+
+
+def kind_of(path: Path) -> str:
+    """ "gguf", "orbax" or "hf": what kind of checkpoint an existing path is. AtomError when it is none."""
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    if path.is_dir() and not (path / CONFIG).is_file():
+        from atom_jax.checkpoint import store
+
+        if store.is_checkpoint(path):
+            return "orbax"
+    refuse_pickle(path)
+    if path.is_dir() and (path / CONFIG).is_file():
+        return "hf"
+    raise AtomError(f"{path}: not a Hugging Face directory ({CONFIG}, safetensors), an Orbax directory or a .gguf")
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The local path of a checkpoint, downloaded first where `path` is a hub id. AtomError when there is none."""
+    local = Path(path)
+    if local.exists():
+        return local
+    # A name below a directory that exists is a mistyped path, and nothing to ask the network about.
+    if not _HUB_ID.fullmatch(str(path)) or local.parent.is_dir():
+        raise AtomError(f"{path}: no such file or directory")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        hint = "for a model id of the Hugging Face hub install huggingface_hub (pip install 'atom-jax[hub]')"
+        raise AtomError(f"{path}: no such file or directory; {hint}") from None
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+    except Exception as e:  # its errors have no common base: HTTP, file system, validation, offline mode
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise AtomError(f"{path}: not a local path, and the Hugging Face hub did not deliver it ({reason})") from None
+
+
+def _dtype(dtype: Any) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise AtomError(f"dtype {name} is not supported for loading (float32 and bfloat16 are)")
+    return name
+
+
+def _is_model_file(name: str) -> bool:
+    return is_weight_file(name) or name in TOKENIZER_FILES

@@ -1,0 +1,108 @@
+"""The commands `convert` and `info` of python -m atom_jax."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atom_jax import checkpoint
+from atom_jax import params as params_lib
+from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.models import registry
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.typing import AtomError
+
+FORMATS = ("hf", "orbax")
+_Row = tuple[str, tuple[int, ...], str, int]  # name, shape, stored type, bytes
+
+
+def convert(source: str, target: str, to: str | None = None) -> str:
+    """Converts a checkpoint and returns a sentence about what was written.
+
+    to: "hf" or "orbax"; None means orbax for a Hugging Face directory and hf for anything else. The target must be
+    missing or empty. Raises AtomError for whatever cannot be read or written.
+    """
+    from atom_jax.checkpoint import store
+
+    if to is not None and to not in FORMATS:
+        raise AtomError(f"--to={to}: expected {' or '.join(FORMATS)}")
+    out = Path(target)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AtomError(f"{target}: already exists; name a new directory")
+    path = checkpoint.find(source)
+    kind = checkpoint.kind_of(path)
+    to = to or ("orbax" if kind == "hf" else "hf")
+    lm = checkpoint.load(path)
+    if to == "orbax":
+        store.save_model(out, lm)
+    else:
+        name = f"{path.stem}, dequantized" if kind == "gguf" else None
+        checkpoint.save_hf(lm, out, name=name)
+    count = params_lib.count(lm.params)
+    return f"{target}: {lm.family}, {count:,} parameters, {'Hugging Face' if to == 'hf' else 'Orbax'} directory"
+
+
+def info(source: str, tensors: bool = False) -> str:
+    """What is in a checkpoint: format, family, sizes, parameters, stored types and bytes, tokenizer.
+
+    tensors: adds one line per tensor. Of a Hugging Face directory or GGUF file only headers are read.
+    Raises AtomError where it is not a whole, supported checkpoint.
+    """
+    path = checkpoint.find(source)
+    kind = checkpoint.kind_of(path)
+    cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
+    formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
+    lines = [f"{'path':<12}{source}", f"{'format':<12}{formats[kind]}"]
+    lines += [f"{key:<12}{value}" for key, value in _summary(cfg, tokenizer, rows)]
+    if tensors:
+        width = max(len(row[0]) for row in rows)
+        lines += ["", *(f"{name:<{width}}  {dtype:<9} {n:>14,}  {list(shape)}" for name, shape, dtype, n in rows)]
+    return "\n".join(lines)
+
+
+def _summary(cfg: TransformerConfig, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
+    heads = f"{cfg.n_heads} query and {cfg.n_kv_heads} key/value heads of {cfg.head_dim}"
+    sliding = cfg.layer_types.count("sliding")
+    window = f", {sliding} of the layers with a window of {cfg.sliding_window}" if sliding else ""
+    scaling = f", {cfg.rope_scaling.kind} scaling by {cfg.rope_scaling.factor:g}" if cfg.rope_scaling else ""
+    types = collections.Counter(row[2] for row in rows)
+    if tokenizer is None:
+        described = "none"
+    else:
+        described = f"{'bytes' if tokenizer.name == 'bytes' else 'tokenizer.json'}, {tokenizer.vocab_size:,} ids"
+    return [
+        ("family", cfg.family),
+        ("sizes", f"{cfg.n_layers} layers, width {cfg.d_model}, MLP {cfg.d_ff}, {heads}{window}"),
+        ("vocabulary", f"{cfg.vocab_size:,}, {'tied' if cfg.tie_embeddings else 'separate'} output embedding"),
+        ("positions", f"{cfg.max_length:,}, rotary base {cfg.rope_theta:g}{scaling}"),
+        ("parameters", f"{params_lib.count(registry.of(cfg).spec(cfg)):,}"),
+        ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
+        ("bytes", f"{sum(row[3] for row in rows):,}"),
+        ("tokenizer", described),
+    ]
+
+
+def _hf(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
+    cfg, tokenizer = checkpoint.load_config(path)
+    source = SafetensorsSource(path)
+    rows = [(name, i.shape, i.dtype.name, i.nbytes) for name, i in source.infos.items()]
+    return cfg, tokenizer, rows
+
+
+def _gguf(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
+    from atom_jax.checkpoint.gguf_import import GGUFSource
+
+    source = GGUFSource(path)
+    cfg = checkpoint.hf_config.from_hf(source.hf_config, str(path))
+    return cfg, source.tokenizer(), source.stored()
+
+
+def _orbax(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
+    from atom_jax.checkpoint import store
+
+    cfg, params, tokenizer = store.load_params(path)
+    leaves = params_lib.flatten(params)
+    return cfg, tokenizer, [(name, x.shape, np.dtype(x.dtype).name, x.nbytes) for name, x in leaves.items()]

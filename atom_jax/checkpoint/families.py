@@ -1,0 +1,190 @@
+"""One table of rules per family from published tensor names to our parameters, used to load and to export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from atom_jax import params as params_lib
+from atom_jax.checkpoint.tensors import TensorInfo, TensorSource
+from atom_jax.models import registry
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.typing import AtomError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Published name ({i}: layer number) -> our path.
+
+    inputs = 0 keeps the array as it is. Otherwise the published matrix is [out, in], and ours is its transpose with
+    the first `inputs` axes together being "in" and the rest "out".
+    """
+
+    hf: str
+    path: str
+    inputs: int = 0
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the published tensor for our shape (without the layer axis)."""
+        return (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])) if self.inputs else shape
+
+    def to_hf(self, x: np.ndarray) -> np.ndarray:
+        """Our array of one layer in its published form."""
+        return x.reshape(self.hf_shape(x.shape)[::-1]).T if self.inputs else x
+
+    def from_hf(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The published array in our form (a view)."""
+        return x.T.reshape(shape) if self.inputs else x
+
+
+def _layer(hf: str, path: str, inputs: int = 0) -> Rule:
+    return Rule(f"model.layers.{{i}}.{hf}.weight", f"layers/{path}", inputs)
+
+
+_COMMON = (
+    Rule("model.embed_tokens.weight", "embed"),
+    _layer("self_attn.q_proj", "attn/q", 1),
+    _layer("self_attn.k_proj", "attn/k", 1),
+    _layer("self_attn.v_proj", "attn/v", 1),
+    _layer("self_attn.o_proj", "attn/o", 2),
+    _layer("mlp.gate_proj", "mlp/gate", 1),
+    _layer("mlp.up_proj", "mlp/up", 1),
+    _layer("mlp.down_proj", "mlp/down", 1),
+    Rule("model.norm.weight", "norm"),
+    Rule("lm_head.weight", "unembed", 1),
+)
+_QK_NORM = (_layer("self_attn.q_norm", "attn/q_norm"), _layer("self_attn.k_norm", "attn/k_norm"))
+# The same published name stands for different norms: before the MLP, or after attention.
+_PRE_NORM = (_layer("input_layernorm", "attn_norm"), _layer("post_attention_layernorm", "mlp_norm"))
+_POST_NORM = (_layer("post_attention_layernorm", "attn_norm"), _layer("post_feedforward_layernorm", "mlp_norm"))
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "llama": _COMMON + _PRE_NORM,
+    "qwen3": _COMMON + _PRE_NORM + _QK_NORM,
+    "olmo2": _COMMON + _POST_NORM + _QK_NORM,
+    "olmo3": _COMMON + _POST_NORM + _QK_NORM,
+}
+# Written by old versions of transformers; recomputed from the configuration.
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    rule: Rule
+    shape: tuple[int, ...]  # of one layer, in our form
+    layer: int | None
+
+
+def _places(cfg: TransformerConfig) -> dict[str, _Place]:
+    """Every published name of this model, layer by layer, with where it goes."""
+    specs = params_lib.flatten(registry.of(cfg).spec(cfg))
+    places = {}
+    for rule in RULES[cfg.family]:
+        if rule.path not in specs:
+            continue
+        shape = specs[rule.path].shape
+        if "{i}" not in rule.hf:
+            places[rule.hf] = _Place(rule, shape, None)
+        else:
+            places |= {rule.hf.format(i=i): _Place(rule, shape[1:], i) for i in range(shape[0])}
+    return places
+
+
+def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardings: Any = None) -> params_lib.Tree:
+    """Parameters of `cfg` from published tensors: the tree of `spec(cfg)`, layers stacked.
+
+    dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None.
+    One stacked array is assembled at a time, so the peak is the model plus its largest array. Raises AtomError,
+    naming the first few, for missing, unexpected or misshapen tensors and for weights that are not floating-point.
+    """
+    places = _places(cfg)
+    _check(source, places, cfg)
+    specs = params_lib.flatten(registry.of(cfg).spec(cfg))
+    placements = None if shardings is None else params_lib.flatten(shardings)
+    names: dict[str, list[str]] = {}
+    for name, place in places.items():
+        names.setdefault(place.rule.path, []).append(name)
+    leaves = {}
+    for path, spec in specs.items():
+        stored = {source.infos[name].dtype for name in names[path]}
+        out = np.empty(spec.shape, dtype or (stored.pop() if len(stored) == 1 else np.float32))
+        for name in names[path]:
+            place = places[name]
+            target = out if place.layer is None else out[place.layer]
+            target[...] = place.rule.from_hf(source.read(name), place.shape)
+        leaves[path] = _to_device(out, None if placements is None else placements[path])
+    return params_lib.unflatten(leaves)
+
+
+def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConfig) -> None:
+    missing = [name for name in places if name not in source.infos]
+    if missing:
+        raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this config.json")
+    extra = [name for name in source.infos if name not in places and not _DERIVED.fullmatch(name)]
+    if cfg.tie_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        if not _same(source, "lm_head.weight", "model.embed_tokens.weight"):
+            raise AtomError(f"{source.label}: lm_head.weight differs from the embedding, yet config.json ties them")
+    if extra:
+        raise AtomError(f"{source.label}: {_listing(extra, 'unexpected')} for a {cfg.family} of this config.json")
+    for name, place in places.items():
+        info, expected = source.infos[name], place.rule.hf_shape(place.shape)
+        if info.shape != expected:
+            raise AtomError(f"{source.label}: tensor '{name}' is {info.shape}; config.json asks for {expected}")
+        if info.dtype not in _FLOATS:
+            raise AtomError(f"{source.label}: tensor '{name}' is {info.dtype}, not float32, float16 or bfloat16")
+
+
+def _same(source: TensorSource, a: str, b: str) -> bool:
+    return source.infos[a] == source.infos[b] and source.read(a).tobytes() == source.read(b).tobytes()
+
+
+def _listing(names: list[str], what: str) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{more})"
+
+
+class ExportSource:
+    """The parameters of a model under their published names, one tensor at a time; the inverse of `load`.
+
+    Dtypes are kept. Raises AtomError where the parameters do not have the shapes of `cfg`.
+    """
+
+    def __init__(self, cfg: TransformerConfig, params: params_lib.Tree):
+        self.label = f"{cfg.family} parameters"
+        specs, self._leaves = params_lib.flatten(registry.of(cfg).spec(cfg)), params_lib.flatten(params)
+        if {path: spec.shape for path, spec in specs.items()} != {p: x.shape for p, x in self._leaves.items()}:
+            wrong = [p for p in {**specs, **self._leaves} if _shape(specs, p) != _shape(self._leaves, p)]
+            raise AtomError(f"{self.label}: {_listing(wrong, 'missing, unexpected or misshapen')} for this config")
+        self._places = _places(cfg)
+        self.infos = {}
+        for name, place in self._places.items():
+            leaf = self._leaves[place.rule.path]
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                raise AtomError(f"{self.label}: '{place.rule.path}' is spread over several hosts; gather it first")
+            self.infos[name] = TensorInfo(place.rule.hf_shape(place.shape), np.dtype(leaf.dtype))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its published shape."""
+        place = self._places[name]
+        leaf = self._leaves[place.rule.path]
+        # Sliced before the copy to the host: an array that was copied whole keeps that copy for as long as it lives.
+        return place.rule.to_hf(np.asarray(leaf if place.layer is None else leaf[place.layer]))
+
+
+def _shape(leaves: dict[str, Any], path: str) -> tuple[int, ...] | None:
+    return leaves[path].shape if path in leaves else None

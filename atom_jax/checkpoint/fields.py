@@ -1,0 +1,82 @@
+"""Reads JSON files and their fields with complaints that name the file and the field."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from atom_jax.typing import AtomError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; AtomError naming the file where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        raise AtomError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise AtomError(f"{path}: not a JSON object")
+    return value
+
+
+class Fields:
+    """Typed access to the fields of a config.json; every complaint names the file and the field."""
+
+    def __init__(self, data: dict[str, Any], where: str):
+        self.data, self.where = data, where
+
+    def size(self, name: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
+        """A whole number in [least, most]. A missing or null field takes the default, if there is one."""
+        value = self._get(name, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self._wrong(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not 0 < value < 1e30 or not math.isfinite(value):
+            raise self._wrong(name, value, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise self._wrong(name, value, "true or false")
+        return value
+
+    def ids(self, name: str, vocab: int) -> tuple[int, ...]:
+        """One token id, a list of them, or none. Ids outside the vocabulary (some files say -1) are dropped."""
+        value = self.data.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(i) is not int for i in ids):
+            raise self._wrong(name, value, "a token id or a list of them")
+        inside = tuple(i for i in ids if 0 <= i < vocab)
+        if len(inside) < len(ids):
+            logging.warning("%s: ignored %s outside the vocabulary of %d", self.where, name, vocab)
+        return inside
+
+    def table(self, *names: str) -> Fields:
+        """The object under a chain of names; empty where it is missing or null."""
+        value: Any = self.data
+        for name in names:
+            value = {} if value.get(name) is None else value[name]
+            if not isinstance(value, dict):
+                raise self._wrong(name, value, "an object")
+        return Fields(value, self.where)
+
+    def _wrong(self, name: str, value: Any, expected: str) -> AtomError:
+        return AtomError(f"{self.where}: {name} is {str(value)[:60]}; it must be {expected}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.data.get(name)
+        if value is None and default is None:
+            raise AtomError(f"{self.where}: the field {name} is missing")
+        return default if value is None else value
