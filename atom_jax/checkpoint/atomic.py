@@ -59,4 +59,3 @@ def _move_into(staging: Path, target: Path, stale: Callable[[str], bool]) -> Non
     for path in target.iterdir():
         if path.name not in written and path.is_file() and stale(path.name):
             path.unlink()
-

@@ -179,9 +179,11 @@ def write_tensors(directory: Path, source: TensorSource, shard_bytes: int = SHAR
             filled = 0
         shards[-1].append(name)
         filled += info.nbytes
-    files = [SINGLE] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, names in zip(files, shards):
         # The writer reads raw memory, so every array must be contiguous.
         arrays = {name: np.ascontiguousarray(source.read(name)) for name in names}

@@ -61,6 +61,4 @@ class DataConfig:
             if getattr(self, field) < least:
                 raise AtomError(f"data.{field} is {getattr(self, field)}: it must be at least {least}.")
         if 0 < self.piece_bytes < LEAST_PIECE:
-            raise AtomError(
-                f"data.piece_bytes is {self.piece_bytes}: it must be 0 or more than {LEAST_PIECE - 1}."
-            )
+            raise AtomError(f"data.piece_bytes is {self.piece_bytes}: it must be 0 or more than {LEAST_PIECE - 1}.")

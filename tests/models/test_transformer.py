@@ -54,8 +54,8 @@ def test_packed_documents_do_not_see_each_other(case):
     positions = np.concatenate([np.arange(25), np.arange(15)])[None]
     segments = np.repeat([1, 2], [25, 15])[None]
     out = logits(lm, batch(row, positions, segments))[0]
-    np.testing.assert_allclose(out[:25], logits(lm, batch(ids[:1, :25]))[0], atol=1e-5)
-    np.testing.assert_allclose(out[25:], logits(lm, batch(ids[1:, :15]))[0], atol=1e-5)
+    np.testing.assert_allclose(out[:25], logits(lm, batch(ids[:1, :25]))[0], atol=1e-4)
+    np.testing.assert_allclose(out[25:], logits(lm, batch(ids[1:, :15]))[0], atol=1e-4)
 
 
 def test_prefill_and_steps_equal_the_whole(case):
@@ -67,7 +67,7 @@ def test_prefill_and_steps_equal_the_whole(case):
     for start, stop in [(0, 20), (20, 33), (33, 34), (34, 35), (35, 40)]:
         positions = np.broadcast_to(np.arange(start, stop)[None], (2, stop - start))
         out, cache = step(batch(ids[:, start:stop], positions), cache)
-        np.testing.assert_allclose(out.logits, whole[:, start:stop], atol=2e-5)
+        np.testing.assert_allclose(out.logits, whole[:, start:stop], atol=1e-4)
     np.testing.assert_array_equal(cache.length, [40, 40])
 
 
@@ -75,13 +75,13 @@ def test_unrolled_layers_and_remat_change_nothing(case):
     lm, io = case
     b = batch(io["input_ids"])
     unrolled = {**lm.params, "layers": params.unstack(lm.params["layers"], lm.config.n_layers)}
-    np.testing.assert_allclose(transformer.apply(unrolled, b, cfg=lm.config)[0].logits, logits(lm, b), atol=1e-5)
+    np.testing.assert_allclose(transformer.apply(unrolled, b, cfg=lm.config)[0].logits, logits(lm, b), atol=1e-4)
 
     def grads(remat):
         cfg = dataclasses.replace(lm.config, remat=remat)
         return jax.grad(lambda p: transformer.apply(p, b, cfg=cfg)[0].logits.std())(lm.params)
 
-    chex.assert_trees_all_close(grads(True), grads(False), atol=1e-6)
+    chex.assert_trees_all_close(grads(True), grads(False), atol=1e-5)
 
 
 def test_bfloat16_compute_stays_close(case):
