@@ -120,14 +120,10 @@ class Records:
             raise AtomError(f"{self.what}, record {i} cannot be read: {one_line(e)}.") from None
         if self.field is not None:
             if self.field not in record:
-                raise AtomError(
-                    f"{self.what} has no feature {self.field!r}: it has {', '.join(sorted(record))}."
-                )
+                raise AtomError(f"{self.what} has no feature {self.field!r}: it has {', '.join(sorted(record))}.")
             record = record[self.field]
         if not isinstance(record, bytes):
-            raise AtomError(
-                f"{self.what}, record {i}: the text must be bytes, found {type(record).__name__}."
-            )
+            raise AtomError(f"{self.what}, record {i}: the text must be bytes, found {type(record).__name__}.")
         check_utf8(record, f"{self.what}, record {i}")
         return record[start:stop]
 

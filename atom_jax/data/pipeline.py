@@ -138,9 +138,7 @@ class _PackedRows(grain.DatasetIterator):
         for field, value in self.identity.items():
             if state["config"].get(field) != value:
                 saved = state["config"].get(field)
-                raise AtomError(
-                    f"The data state was saved with {field}={saved!r}, and this run has {value!r}."
-                )
+                raise AtomError(f"The data state was saved with {field}={saved!r}, and this run has {value!r}.")
         skip = self.first_row - state["first_row"]
         if skip < 0 or skip + len(self.lanes) > len(state["piece"]):
             raise AtomError("The data state holds other rows than this process reads: use merge_states.")

@@ -107,9 +107,7 @@ def _paths(source: str, split: str) -> Corpus:
     found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
     found = [p for p in found if p.is_file()]
     if not found:
-        raise AtomError(
-            f"There is no source {source}: no built-in has this name and no file or directory matches."
-        )
+        raise AtomError(f"There is no source {source}: no built-in has this name and no file or directory matches.")
     return take_split(_files(name, found, field), split)
 
 

@@ -61,9 +61,7 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     n = np.bincount(np.minimum(counts, 5), minlength=5).astype(np.float64)
     y = n[1] / max(n[1] + 2 * n[2], 1)
     raw = [i - (i + 1) * y * n[i + 1] / max(n[i], 1) for i in (1, 2, 3)]
-    return np.array(
-        [0.0, *np.clip(raw, 0.1, (1, 2, 3))]
-    )  # the estimate is unreliable when little was counted
+    return np.array([0.0, *np.clip(raw, 0.1, (1, 2, 3))])  # the estimate is unreliable when little was counted
 
 
 def _grams(data: bytes, k: int) -> np.ndarray:

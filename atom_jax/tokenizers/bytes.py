@@ -51,6 +51,4 @@ def _utf8(text: str | bytes) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise AtomError(
-            f"The text has a lone surrogate at character {e.start}, which UTF-8 cannot hold."
-        ) from None
+        raise AtomError(f"The text has a lone surrogate at character {e.start}, which UTF-8 cannot hold.") from None

@@ -44,9 +44,7 @@ def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, seq_len, b
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(alphabet="abc", min_size=1, max_size=50), min_size=1, max_size=8), st.integers(2, 16))
 def test_segments_hold_one_stretch_of_one_document(tmp_path_factory, texts, seq_len):
-    batches = list(
-        eval_batches(make_cfg(tmp_path_factory.mktemp("data"), texts, seq_len, 2), TOKENIZER, overlap=1)
-    )
+    batches = list(eval_batches(make_cfg(tmp_path_factory.mktemp("data"), texts, seq_len, 2), TOKENIZER, overlap=1))
     documents = [bytes([1, *t.encode(), 2]) for t in texts]  # bos and eos as 1 and 2, to search in bytes
     for batch in batches:
         for ids, positions, segments, targets, mask in zip(*batch.values()):
@@ -55,9 +53,7 @@ def test_segments_hold_one_stretch_of_one_document(tmp_path_factory, texts, seq_
                 assert positions[at].tolist() == list(range(at.sum()))
                 stretch = [*ids[at], targets[at][-1]]
                 assert np.array_equal(stretch[1:], targets[at])
-                assert any(
-                    bytes({256: 1, 257: 2}.get(int(i), int(i)) for i in stretch) in d for d in documents
-                )
+                assert any(bytes({256: 1, 257: 2}.get(int(i), int(i)) for i in stretch) in d for d in documents)
             pad = segments == 0
             assert not mask[pad].any() and (ids[pad] == TOKENIZER.pad_id).all()
             assert (np.diff(np.flatnonzero(~pad)) == 1).all() and (pad.all() or not pad[0])

@@ -133,9 +133,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sources")
-    a = write_jsonl(
-        directory / "a.jsonl", [f"a long document {i} with many words " * (7 * i) for i in range(1, 9)]
-    )
+    a = write_jsonl(directory / "a.jsonl", [f"a long document {i} with many words " * (7 * i) for i in range(1, 9)])
     b = write_jsonl(directory / "b.jsonl", [f"short {i}" for i in range(70)])
     return DataConfig((a, b), (3, 1), "all", seq_len=48, batch_size=8, seed=5, piece_bytes=128)
 

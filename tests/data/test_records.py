@@ -58,9 +58,7 @@ def tfds_directory(tmp_path_factory):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = tfds.features.FeaturesDict(
-                {"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)}
-            )
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)})
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
