@@ -50,9 +50,7 @@ class DataConfig:
         if not self.sources or isinstance(self.sources, str):
             raise AtomError("data.sources must be a tuple that names at least one source.")
         if self.weights and len(self.weights) != len(self.sources):
-            raise AtomError(
-                f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources: give one each."
-            )
+            raise AtomError(f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources.")
         if any(not 0 < w < float("inf") for w in self.weights):
             raise AtomError(f"data.weights must be positive and finite, not {self.weights}.")
         if self.split not in SPLITS:
@@ -61,4 +59,4 @@ class DataConfig:
             if getattr(self, field) < least:
                 raise AtomError(f"data.{field} is {getattr(self, field)}: it must be at least {least}.")
         if 0 < self.piece_bytes < LEAST_PIECE:
-            raise AtomError(f"data.piece_bytes is {self.piece_bytes}: it must be 0 or more than {LEAST_PIECE - 1}.")
+            raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import lzma
 import pathlib
 import zlib
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Files:
         return len(self.paths)
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
-        with open(self.paths[i], "rb") as f:
+        with open_file(self.paths[i]) as f:
             f.seek(start)
             return f.read(-1 if stop is None else stop - start)
 
@@ -77,7 +78,7 @@ class JsonLines:
         self.path = path
         self.field = field
         starts, sizes, at = [], [], 0
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     size = len(json_text(line, field, f"{path}, line {number}"))
@@ -93,7 +94,7 @@ class JsonLines:
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
         at, length = self.lines[i]
-        with open(self.path, "rb") as f:
+        with open_file(self.path) as f:
             f.seek(at)
             return json_text(f.read(length), self.field, f"{self.path}, byte {at}")[start:stop]
 
@@ -180,6 +181,16 @@ class Joined:
         return self.parts[part].read(i - first, start, stop)
 
 
+@contextlib.contextmanager
+def open_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading bytes; what the system refuses, then or later, becomes an AtomError."""
+    try:
+        with open(path, "rb") as f:
+            yield f
+    except OSError as e:
+        raise AtomError(f"{path} cannot be read: {e.strerror}.") from None
+
+
 def read_packed(path: pathlib.Path) -> bytes:
     """Returns the content of a .gz or .xz file; AtomError when it is damaged."""
     try:
@@ -200,7 +211,7 @@ def check_utf8(text: bytes, where: str) -> None:
 def check_file(path: pathlib.Path) -> int:
     """Returns the size of a text file in bytes; AtomError with the byte offset if it is not UTF-8."""
     decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         while True:
             block = f.read(_READ)
             held = len(decoder.getstate()[0])
@@ -219,8 +230,8 @@ def json_text(line: bytes, field: str, where: str) -> bytes:
         record = json.loads(line)
     except UnicodeDecodeError as e:
         raise AtomError(f"{where} is not UTF-8 at byte {e.start} of the line.") from None
-    except json.JSONDecodeError as e:
-        raise AtomError(f"{where} is not JSON: {e.msg} at column {e.colno}.") from None
+    except (ValueError, RecursionError) as e:
+        raise AtomError(f"{where} is not JSON: {one_line(e)}.") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise AtomError(f"{where} has no string under the field {field!r}.")
     try:

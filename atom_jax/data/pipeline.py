@@ -47,7 +47,8 @@ def make_iterator(
         raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
     rows = cfg.batch_size // process_count
     numbers = range(process_index * rows, (process_index + 1) * rows)
-    iterator = _Ahead(_PackedRows(cfg, tokenizer, numbers), prefetch_buffer_size=_AHEAD)
+    packed = _PackedRows(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
+    iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
     _open_iterators.add(iterator)
     return iterator
 
@@ -107,9 +108,8 @@ def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
 class _PackedRows(grain.DatasetIterator):
     """The given rows of every batch."""
 
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, numbers: range):
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces], numbers: range):
         super().__init__()
-        found = open_pieces(cfg, tokenizer)
         stream = piece_stream(cfg, found)
         self.seq_len = cfg.seq_len
         self.first_row = numbers.start

@@ -34,7 +34,7 @@ def take_split(corpus: Corpus, split: str) -> Corpus:
 
 
 def _at(corpus: Corpus, i: int, size: int, percent: int) -> int:
-    nominal = size * percent // 100
+    nominal = -(-size * percent // 100)  # rounded up: a document too short to share is train
     return nominal if percent in (0, 100) else nominal + cut(corpus.read(i, nominal, nominal + 256))
 
 

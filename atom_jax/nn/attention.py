@@ -9,9 +9,6 @@ from flax import struct
 from atom_jax.nn.blockwise import blockwise
 from atom_jax.params import ParamSpec, normal, ones
 
-# Above this many scores per head the blockwise form is used: a tile of this size is what one block holds.
-DIRECT_LIMIT = 512 * 512
-BLOCK = 256
 NEGATIVE = -1e30
 
 
@@ -51,6 +48,13 @@ def mask(q: Tokens, k: Tokens, window: int | None) -> jax.Array:
     return seen if window is None else seen & (distance < window)
 
 
+def block_size(s: int) -> int:
+    """Queries and keys per tile for s keys. On a CPU a tile should stay in the second-level cache."""
+    if jax.default_backend() == "cpu":
+        return 64 if s <= 512 else 256
+    return 512
+
+
 def attend(
     q_bhgtk: jax.Array,
     k_bhsk: jax.Array,
@@ -72,9 +76,10 @@ def attend(
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
     """
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
-    if t > 1 and t * s > DIRECT_LIMIT:
+    block = block_size(s)
+    if t > 1 and t * s > block * block:
         places = (q.positions, q.segments, k.positions, k.segments)
-        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, BLOCK)
+        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block)
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
     seen = jnp.broadcast_to(mask(q, k, window)[:, None, None], scores.shape)
     scores = jnp.where(seen, scores * q_bhgtk.shape[-1] ** -0.5, NEGATIVE)

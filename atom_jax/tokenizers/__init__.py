@@ -17,8 +17,6 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
     """
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
-    from atom_jax.tokenizers.json_tokenizer import (
-        JsonTokenizer,
-    )  # `tokenizers` is only needed for this branch
+    from atom_jax.tokenizers.json_tokenizer import JsonTokenizer  # imports the `tokenizers` package
 
     return JsonTokenizer(name_or_path)
