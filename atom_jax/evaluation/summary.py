@@ -1,0 +1,135 @@
+"""What a finished training run achieved: next to baselines that need no training, with a sample and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import jax
+
+import atom_jax
+from atom_jax import config
+from atom_jax.data.config import DataConfig
+from atom_jax.data.sources import open_source
+from atom_jax.evaluation import run
+from atom_jax.evaluation.baselines import ngram_bits_per_byte, xz_bits_per_byte
+from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.inference.generate import generate
+from atom_jax.typing import AtomError
+
+# The baselines hold the text in memory several times over; beyond this many bytes they are left out.
+LARGEST = 64 * 2**20
+ORDER = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Bits per byte of the validation text by name, a sample that the model wrote, and the picture's path."""
+
+    bits_per_byte: dict[str, float]
+    sample: str
+    picture: pathlib.Path
+
+    def __str__(self) -> str:
+        width = max(map(len, self.bits_per_byte))
+        rows = [f"  {name.ljust(width)}  {value:.3f}" for name, value in self.bits_per_byte.items()]
+        return "\n".join(
+            ["Bits per byte of the validation text (lower is better)", *rows, "", "A sample", self.sample, ""]
+        )
+
+
+def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, seed: int = 0) -> Summary:
+    """Judges the newest checkpoint of a training directory on the whole validation split of its own data.
+
+    The baselines, saved in WORKDIR/baselines.json, are `xz -9e` with the training text as history and a
+    Kneser-Ney model of order 5 counted on the training text; both see the same bytes as the model.
+    Writes WORKDIR/plots/summary.png. Raises AtomError when the directory holds no finished checkpoint.
+    """
+    folder = pathlib.Path(workdir)
+    data = _data(folder)
+    lm = atom_jax.load(workdir)
+    cfg = run.resolve(EvalConfig(), workdir)
+    model = run.evaluate(lm, ["bpb"], cfg)["bpb"].metrics["bpb"].value
+    scores = {**_baselines(folder, data), f"this model, {_steps(folder)} steps": model}
+    sample = generate(lm, [prompt], sample_tokens, temperature=0.8, key=jax.random.key(seed))
+    return Summary(scores, prompt + sample.text[0], _draw(folder, scores))
+
+
+def next_commands(workdir: str) -> str:
+    """Commands worth trying on a training directory."""
+    w = shlex.quote(str(workdir))
+    return "\n".join(
+        [
+            "Try next",
+            f'  python -m atom_jax generate --checkpoint={w} --prompt="My dear" --temperature=0.8',
+            f"  python eval.py --checkpoint={w} --tasks=bpb --set bpb.split=test",
+            f"  python -m atom_jax convert {w} {w}/hf        # a directory that transformers loads",
+            f"  python -m atom_jax info {w}",
+            "  python train.py --config=configs/lm.py:base --workdir=runs/base    # longer and better",
+        ]
+    )
+
+
+def _data(folder: pathlib.Path) -> DataConfig:
+    file = folder / "experiment.json"
+    if not file.is_file():
+        raise AtomError(f"{folder} is not a training directory: it has no experiment.json")
+    return config.from_json(DataConfig, json.loads(file.read_text())["data"], f"{file}: data")
+
+
+def _text(data: DataConfig, split: str) -> bytes:
+    corpora = [open_source(source, split) for source in data.sources]
+    return b"".join(corpus.read(i) for corpus in corpora for i in range(len(corpus)))
+
+
+def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
+    file = folder / "baselines.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    train, text = _text(data, "train"), _text(data, "validation")
+    if len(train) > LARGEST:
+        return {}
+    scores = {
+        "xz -9e after the training text": xz_bits_per_byte(train, text),
+        f"order-{ORDER} Kneser-Ney counts": ngram_bits_per_byte(train, text, ORDER),
+    }
+    file.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def _lines(folder: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+    from atom_jax.training.record import read
+
+    return [line for line in read(folder / "metrics.jsonl") if line["kind"] == kind]
+
+
+def _steps(folder: pathlib.Path) -> int:
+    return max(line["step"] for line in _lines(folder, "train"))
+
+
+def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
+    """The run's bits per byte by step, with every score as a horizontal line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for kind, style in (("train", "-"), ("validation", "o-")):
+        points = [(r["step"], r["bits_per_byte"]) for r in _lines(folder, kind) if r.get("bits_per_byte")]
+        if points:
+            ax.plot(*zip(*points), style, label=kind, linewidth=1, markersize=4)
+    for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
+        ax.axhline(value, linestyle=style, color="black", linewidth=1)
+        ax.annotate(f"{name}: {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper right")
+    path = folder / "plots" / "summary.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
