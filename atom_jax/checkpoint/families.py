@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -102,8 +101,8 @@ def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardi
     """Parameters of `cfg` from published tensors: the tree of `spec(cfg)`, layers stacked.
 
     dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None.
-    One stacked array is assembled at a time, so the peak is the model plus its largest array. Raises AtomError,
-    naming the first few, for missing, unexpected or misshapen tensors and for weights that are not floating-point.
+    One stacked array is assembled at a time on the host, which on the CPU becomes the parameter itself. Raises
+    AtomError, naming the first few, for missing, unexpected or misshapen tensors and for weights of other types.
     """
     places = _places(cfg)
     _check(source, places, cfg)
@@ -115,7 +114,7 @@ def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardi
     leaves = {}
     for path, spec in specs.items():
         stored = {source.infos[name].dtype for name in names[path]}
-        out = np.empty(spec.shape, dtype or (stored.pop() if len(stored) == 1 else np.float32))
+        out = _aligned(spec.shape, dtype or (stored.pop() if len(stored) == 1 else np.float32))
         for name in names[path]:
             place = places[name]
             target = out if place.layer is None else out[place.layer]
@@ -124,9 +123,17 @@ def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardi
     return params_lib.unflatten(leaves)
 
 
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that JAX takes over on the CPU without a copy: it must begin at a multiple of 64 bytes."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
 def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(x)
+        return jax.device_put(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

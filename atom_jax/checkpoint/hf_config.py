@@ -70,7 +70,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
     layer_types, window = _sliding(fields, family, layers)
     theta, scaling = hf_rope.from_hf(fields, family, length, "sliding" in layer_types)
     # Qwen3's published code has a fixed default, the others divide.
-    head_dim = fields.size("head_dim", 128 if family == "qwen3" else width // heads)
+    head_dim = fields.size("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
     if head_dim % 2:
         raise AtomError(f"{where}: head_dim {head_dim} is odd, rotary embeddings need pairs")
     stored = data.get("dtype") or data.get("torch_dtype")

@@ -111,9 +111,9 @@ class JsonTokenizer:
     def spans(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """Returns (ids i32 [n], spans i32 [n, 2]): token i covers bytes spans[i, 0]:spans[i, 1] of the UTF-8 text.
 
-        Byte-level vocabularies: the spans tile the text, and a token may hold a part of a character. Where the
-        tokenizer rewrites the text first (Unicode normalisation, added spaces), spans follow the characters that
-        each token came from, so that several tokens of one character share its span.
+        Byte-level vocabularies: the spans tile the text, and a token may hold a part of a character. Where such a
+        tokenizer rewrites the text first (Unicode normalisation), and for all others, spans follow the characters
+        that each token came from, so that several tokens of one character share its span.
         """
         text = _valid(text)
         encoding = self._tk.encode(text, add_special_tokens=False)
@@ -123,8 +123,12 @@ class JsonTokenizer:
             if b"".join(pieces) == text.encode("utf-8"):
                 bounds = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
                 return ids, np.stack([bounds[:-1], bounds[1:]], axis=1)
-        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-        return ids, _byte_bounds(text)[offsets]
+        spans = _byte_bounds(text)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+        if self._decoder == "bytes" and len(spans):
+            # Characters that normalisation merged into the one before (combining marks) belong to its token.
+            spans[:-1, 1] = np.maximum(spans[:-1, 1], spans[1:, 0])
+            spans[-1, 1] = len(text.encode("utf-8"))
+        return ids, spans
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the files that the tokenizer came with into `directory`, byte for byte.
