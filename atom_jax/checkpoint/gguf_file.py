@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,33 +32,35 @@ class GGUFFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._gguf = _gguf_package()
+        self._infos: dict[str, tuple[tuple[int, ...], Any, int, int]] = {}
+        self.metadata: dict[str, Any] = {}
         try:
-            self._data = np.memmap(self.path, mode="r")
-        except (OSError, ValueError) as e:
-            raise AtomError(f"{self.path}: cannot be read as a GGUF file ({e})") from None
-        cursor = _Cursor(self._data, self.path)
+            with open(self.path, "rb") as f:
+                self._read_header(_Cursor(f, self.path))
+        except OSError as e:
+            raise AtomError(f"{self.path}: cannot be read ({e.strerror})") from None
+        self.shapes = {name: info[0] for name, info in self._infos.items()}
+
+    def _read_header(self, cursor: _Cursor) -> None:
         if cursor.take(4) != b"GGUF":
             raise AtomError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
         version = cursor.scalar("I")
         if version not in (2, 3):
             raise AtomError(f"{self.path}: GGUF version {version} is not supported (2 and 3 are, little-endian)")
         n_tensors, n_keys = cursor.scalar("Q"), cursor.scalar("Q")
-        self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.scalar("I"))
-        self._infos: dict[str, tuple[tuple[int, ...], Any, int, int]] = {}
         self._read_infos(cursor, n_tensors)
-        self.shapes = {name: info[0] for name, info in self._infos.items()}
 
     def _read_infos(self, cursor: _Cursor, n_tensors: int) -> None:
         raw = []
         for _ in range(n_tensors):
             name = cursor.string()
             n_dims = cursor.scalar("I")
-            if not 1 <= n_dims <= _MAX_DIMS:
-                raise AtomError(f"{self.path}: tensor '{name}' claims {n_dims} dimensions")
-            shape = tuple(cursor.scalar("Q") for _ in range(n_dims))[::-1]
+            shape = tuple(cursor.scalar("Q") for _ in range(min(n_dims, _MAX_DIMS)))[::-1]
+            if not 1 <= n_dims <= _MAX_DIMS or 0 in shape:
+                raise AtomError(f"{self.path}: tensor '{name}' claims {n_dims} dimensions of sizes {shape}")
             raw.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
@@ -66,7 +68,7 @@ class GGUFFile:
         start = -(-cursor.offset // alignment) * alignment
         for name, shape, type_id, offset in raw:
             kind, n_bytes = self._storage(name, shape, type_id)
-            if start + offset + n_bytes > self._data.size:
+            if start + offset + n_bytes > cursor.size:
                 raise AtomError(f"{self.path}: tensor '{name}' lies beyond the end of the file (truncated file?)")
             if name in self._infos:
                 raise AtomError(f"{self.path}: tensor '{name}' appears twice")
@@ -90,7 +92,10 @@ class GGUFFile:
         """One tensor as float32, dequantized, shape `shapes[name]`."""
         shape, kind, offset, n_bytes = self._infos[name]
         block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
-        raw = self._data[offset : offset + n_bytes].reshape(-1, shape[-1] // block * block_bytes)
+        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=offset)
+        if raw.size != n_bytes:
+            raise AtomError(f"{self.path}: ends inside tensor '{name}'; it has changed since it was opened")
+        raw = raw.reshape(-1, shape[-1] // block * block_bytes)
         types = self._gguf.GGMLQuantizationType
         if kind in (types.F32, types.F16):
             raw = raw.view(np.float32 if kind == types.F32 else np.float16)
@@ -104,16 +109,15 @@ class GGUFFile:
 class _Cursor:
     """Reads little-endian values in order and refuses to read past the end of the file."""
 
-    def __init__(self, data: np.ndarray, path: Path):
-        self._data, self._path, self.offset = data, path, 0
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path, self.offset = file, path, 0
+        self.size = path.stat().st_size
 
     def take(self, n: int) -> bytes:
-        end = self.offset + n
-        if end > self._data.size:
+        if self.offset + n > self.size:
             raise AtomError(f"{self._path}: the GGUF header runs past the end of the file (truncated or corrupt)")
-        out = self._data[self.offset : end].tobytes()
-        self.offset = end
-        return out
+        self.offset += n
+        return self._file.read(n)
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]

@@ -67,12 +67,12 @@ def to_hf(cfg: TransformerConfig) -> dict[str, Any]:
         scaling = {"rope_type": kind, **{name: value for name, value in values.items() if value is not None}}
         if "sliding" in cfg.layer_types and cfg.family != "olmo3":
             raise AtomError(f"rope_scaling: published {cfg.family} models scale sliding layers too, not this one")
-        if kind == "linear" and cfg.family == "olmo2":
-            # transformers 4 accepts nothing but these two fields for OLMo 2.
-            scaling["type"] = scaling.pop("rope_type")
     full = {"rope_type": "default", **scaling, "rope_theta": cfg.rope_theta}
     if cfg.family == "olmo3":
         full = {_FULL: full, _SLIDING: {"rope_type": "default", "rope_theta": cfg.rope_theta}}
+    if cfg.family == "olmo2" and scaling.get("rope_type") == "linear":
+        # transformers 4 accepts nothing but these two fields for OLMo 2.
+        scaling = {"type": "linear", "factor": scaling["factor"]}
     return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling or None, "rope_parameters": full}
 
 

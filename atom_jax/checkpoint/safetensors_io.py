@@ -186,7 +186,7 @@ def write_tensors(directory: Path, source: TensorSource, shard_bytes: int = SHAR
     )
     for file, names in zip(files, shards):
         # The writer reads raw memory, so every array must be contiguous.
-        arrays = {name: np.ascontiguousarray(source.read(name)) for name in names}
+        arrays = {name: np.asarray(source.read(name), order="C") for name in names}
         _save(arrays, directory / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
-CORPUS = ["the cat sat on the mat, the dog too", "naïve café — “quoted”", "東京 is in Japan 東京", "x = f(12)\n\n\ty"] * 3
+CORPUS = ["the cat sat on the mat, the dog too", "naïve café — “quoted”", "東京 in 東京", "x = f(12)\n\n\ty"] * 3
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
@@ -122,7 +122,7 @@ def test_save_keeps_the_files(tmp_path):
     source, out = tmp_path / "a", tmp_path / "b"
     source.mkdir(), out.mkdir()
     byte_level().save(str(source / "tokenizer.json"))
-    (source / "tokenizer_config.json").write_text('{"eos_token": "<|end|>",\r\n "chat_template": "é"}', "utf-8", newline="")
+    (source / "tokenizer_config.json").write_bytes('{"eos_token": "<|end|>",\r\n "chat_template": "é"}'.encode())
     JsonTokenizer(source).save(out)
     assert {p.name for p in out.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -141,7 +141,7 @@ def test_from_name_finds_it(tmp_path):
         assert tk.name == str(path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "\ufeff{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "\ufeff{}", '{"model": {"type": "BPE", "vocab": {}}}'])
 def test_a_bad_file_is_one_sentence(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(AtomError, match=r"tokenizer\.json"):
