@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
 
 from atom_jax import tokenizers
 from atom_jax.checkpoint import families, hf_config
@@ -60,6 +61,9 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
         cfg, tokenizer = load_config(path)
         source = SafetensorsSource(path)
         lm = LM(cfg, families.load(source, cfg, dtype, shardings), tokenizer)
+    if lm.tokenizer is not None and lm.tokenizer.vocab_size > lm.config.vocab_size:
+        sizes = f"{lm.tokenizer.vocab_size} ids, the embedding {lm.config.vocab_size} rows"
+        logging.warning("%s: the tokenizer has %s; texts with ids beyond them cannot be used", path, sizes)
     if dtype is None:
         return lm
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))

