@@ -1,0 +1,139 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, the progress bar; and what looks wrong in it."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from atom_jax.typing import AtomError
+
+
+class Recorder:
+    """Writes the metrics of a run into `workdir`. All but process 0 pass enabled=False and write nothing.
+
+    After `resume at step n`, lines of later steps (from a run that was cut off) are removed first.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, steps: int, log_every: int, enabled: bool):
+        self._every, self._steps, self._enabled = log_every, steps, enabled
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not enabled, dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+        self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
+        if enabled:
+            from tensorboardX import SummaryWriter
+
+            rewind(workdir / "metrics.jsonl", step)
+            self._file = open(workdir / "metrics.jsonl", "a")
+            self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1 if step else None)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Notes the metrics (host scalars) of one step."""
+        self._tokens += int(metrics["tokens"])
+        self._bytes += int(metrics["bytes"])
+        self._bar.update()
+        if step % self._every and step != self._steps:
+            return
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        rates = {"tokens_per_second": self._tokens / seconds, "bytes_per_second": self._bytes / seconds}
+        self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
+        values = {k: float(v) for k, v in metrics.items() if k not in ("tokens", "bytes")} | rates
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits/byte, "
+            f"{rates['bytes_per_second']:,.0f} bytes/s, {rates['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
+        )
+        self._write(step, "train", values)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Notes a validation; the time it took doesn't count into the rates."""
+        self._write(step, "validation", values)
+        self.say(f"step {step}: validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
+
+    def text(self, step: int, text: str) -> None:
+        """Notes a sample."""
+        if self._enabled:
+            self._board.add_text("sample", text, step)
+        self.say(f"step {step}: {text!r}")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._enabled:
+            self._bar.write(line, file=sys.stderr)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last line out of the rates."""
+        self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._bar.close()
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+    def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        if not self._enabled:
+            return
+        # Strict JSON has no NaN: null is what readers understand.
+        clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def rewind(path: pathlib.Path, step: int) -> None:
+    """Removes the lines after `step`, all at once or not at all."""
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, path)
+
+
+class Watch:
+    """Looks for steps that went wrong."""
+
+    def __init__(self, max_bad_steps: int):
+        self._limit = max_bad_steps
+        self._recent: collections.deque[float] = collections.deque(maxlen=50)
+
+    def look(self, step: int, metrics: dict[str, Any]) -> str:
+        """A sentence about what is wrong with this step, or "".
+
+        Raises AtomError after too many steps in a row without a finite gradient.
+        """
+        loss, bad = float(metrics["loss"]), int(metrics["bad"])
+        if bad >= self._limit:
+            raise AtomError(
+                f"loss or gradient was not finite in {bad} steps in a row, from step {step - bad + 1} on: training "
+                "stops; a smaller optim.learning_rate or optim.clip_norm may help"
+            )
+        if bad:
+            return f"step {step}: loss {loss:.4g}, gradient norm {float(metrics['grad_norm']):.4g}: step skipped"
+        recent = self._recent
+        usual = statistics.median(recent) if len(recent) == recent.maxlen else math.inf
+        # The spread of ordinary steps, but never so small that noise counts as a spike.
+        spread = max(3 * (max(recent) - min(recent)), 0.5) if recent else math.inf
+        recent.append(loss)
+        return f"step {step}: loss {loss:.3f} is far above the usual {usual:.3f}" if loss > usual + spread else ""
