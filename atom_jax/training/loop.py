@@ -1,0 +1,164 @@
+"""The training loop: data in, steps, validation, checkpoints, and a way back in after any interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from atom_jax import config, tokenizers
+from atom_jax import sharding as sharding_lib
+from atom_jax.checkpoint.store import Store
+from atom_jax.data.pipeline import make_iterator, merge_states
+from atom_jax.training import plots
+from atom_jax.training.config import Experiment, check_resumable
+from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
+from atom_jax.training.program import Program
+from atom_jax.training.record import Recorder, Watch
+from atom_jax.training.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: the step it reached, the last validation, and the signal that ended it (0: none)."""
+
+    step: int
+    validation: dict[str, float]
+    signal: int
+
+
+def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
+    """Trains until `exp.train.steps`, continuing from the newest checkpoint in `workdir` if there is one.
+
+    Raises AtomError for a configuration that does not fit the model, the devices, the data or the checkpoint, for a
+    full disk, and when gradients stop being finite.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizers.from_name(exp.tokenizer)
+    mesh = sharding_lib.make_mesh(exp.mesh)
+    with jax.set_mesh(mesh), Interrupts() as interrupts:
+        run = Run(exp, workdir, Program(exp, mesh, tokenizer), tokenizer)
+        try:
+            return run.train(interrupts)
+        finally:
+            run.close()
+
+
+class Run:
+    """One process's part of a run: the state on the devices and everything open on the disk."""
+
+    def __init__(self, exp: Experiment, workdir: pathlib.Path, program: Program, tokenizer: Any):
+        self.exp, self.workdir, self.program, self.tokenizer = exp, workdir, program, tokenizer
+        self.data = make_iterator(exp.data, tokenizer, jax.process_index(), jax.process_count())
+        self.store = Store(workdir / "checkpoints", exp.train.keep)
+        first = jax.process_index() == 0
+        self.state, self.at, notes = self._begin()
+        self.saved = self.at
+        if first:
+            (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
+            tokenizer.save(workdir)
+        self.recorder = Recorder(workdir, self.at, exp.train.steps, exp.train.log_every, enabled=first)
+        self.watch = Watch(exp.train.max_bad_steps)
+        self.last_validation: dict[str, float] = {}
+        for line in notes:
+            self.recorder.say(line)
+
+    def train(self, interrupts: Interrupts) -> Result:
+        """Steps until the end or an interruption, then saves and draws."""
+        cfg, agreement = self.exp.train, Agreement(self.program.mesh, self.exp.train.checkpoint_minutes)
+        # Metrics are read one step late, when they have long been there: the device never waits for Python.
+        behind: tuple[int, Any] | None = None
+        wish = GO
+        while self.at < cfg.steps and wish != STOP:
+            self.state, metrics = self.program.step(self.state, self.program.put(next(self.data)))
+            self.at += 1
+            if behind:
+                self._note(*behind)
+            behind = self.at, metrics
+            wish = agreement.ask(bool(interrupts.signal))
+            last = self.at == cfg.steps
+            judge = cfg.eval_every and (last or self.at % cfg.eval_every == 0) and wish != STOP
+            save = last or wish != GO or (cfg.checkpoint_every and self.at % cfg.checkpoint_every == 0)
+            if judge or save:
+                self._note(*behind)
+                behind = None
+            if judge:
+                self._validate()
+            if save:
+                self.save()
+                agreement.saved()
+        self.store.wait()
+        if interrupts.signal:
+            self.recorder.say(f"stopped after step {self.at}; the same command continues from there")
+        return Result(self.at, self.last_validation, interrupts.signal)
+
+    def save(self) -> None:
+        """Starts to save this step, unless that has been done."""
+        if self.saved == self.at:
+            return
+        notes = {"data": merge_states(_from_all(self.data.get_state())), "config": config.to_json(self.exp)}
+        self.store.save(self.at, _trees(self.state), notes)
+        self.saved = self.at
+        self.recorder.restart_clock()
+
+    def close(self) -> None:
+        """Ends the data threads, closes the files and draws the curves."""
+        self.data.close()
+        self.recorder.close()
+        if jax.process_index() == 0:
+            plots.draw(self.workdir)
+        self.store.close()
+
+    def _begin(self) -> tuple[State, int, list[str]]:
+        """The newest checkpoint's state, with the data where it was; else the first state."""
+        step = self.store.latest()
+        if step is None:
+            return self.program.initial(), 0, []
+        saved, data = self.store.notes(step, "config", "data")
+        where = str(self.store.directory / str(step))
+        changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
+        trees = self.store.restore(step, _trees(self.program.state))
+        state = State(params=trees["params"], ema=trees.get("ema"), **trees["opt"])
+        self.data.set_state(data)
+        return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
+
+    def _note(self, step: int, metrics: Any) -> None:
+        values = jax.device_get(metrics)
+        self.recorder.step(step, values)
+        warning = self.watch.look(step, values)
+        if warning:
+            self.recorder.say(warning)
+
+    def _validate(self) -> None:
+        cfg = dataclasses.replace(self.exp.data, split="validation")
+        data = make_iterator(cfg, self.tokenizer, jax.process_index(), jax.process_count())
+        try:
+            batches = itertools.islice(data, self.exp.train.eval_batches)
+            self.last_validation = self.program.validate(self.state, batches)
+        finally:
+            data.close()
+        self.recorder.validation(self.at, self.last_validation)
+        self.recorder.restart_clock()
+
+
+def _trees(state: State) -> dict[str, Any]:
+    """The parts of a state that a checkpoint keeps apart, so that parameters can be read alone."""
+    opt = {"opt": state.opt, "step": state.step, "bad": state.bad}
+    return {"params": state.params, "opt": opt} | ({"ema": state.ema} if state.ema is not None else {})
+
+
+def _from_all(value: Any) -> list[Any]:
+    """A JSON-able value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(t[:n].tobytes()) for t, n in zip(texts, sizes)]

@@ -1,0 +1,59 @@
+"""Trains a model.
+
+    python train.py --config=configs/lm.py:quick --workdir=runs/quick [--set optim.learning_rate=1e-3 ...]
+
+The same command continues a run that was interrupted. WORKDIR receives metrics.jsonl, tb/ (TensorBoard), plots/,
+checkpoints/ and experiment.json. `python -m atom_jax generate --checkpoint=WORKDIR` uses the result.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+
+CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:variant, see configs/.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.")
+SET = flags.DEFINE_multi_string("set", [], "Changes a field of the configuration: NAME=VALUE. Repeatable.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step, print what it needs per device, stop.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: a TPU topology such as v5p:4x4x4.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of other hosts before anything else.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; found by itself on TPU and Slurm.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: number of this process, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: number of processes.")
+
+
+def run() -> int:
+    """Does what the flags say; returns the exit code."""
+    import jax
+
+    from atom_jax import config
+    from atom_jax.training import loop
+    from atom_jax.typing import AtomError
+
+    experiment = config.override(config.load_file(CONFIG.value), SET.value)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if not WORKDIR.value:
+        raise AtomError("--workdir is missing")
+    result = loop.fit(experiment, WORKDIR.value)
+    return 128 + result.signal if result.signal else 0
+
+
+def main(argv: list[str]) -> None:
+    """Prints bad input and a full disk as one sentence."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes.
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        sys.exit(run())
+    except (ValueError, OSError) as e:
+        if type(e).__name__ not in ("AtomError", "OSError") and not isinstance(e, OSError):
+            raise
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
