@@ -27,30 +27,31 @@ def run() -> int:
     """Does what the flags say; returns the exit code."""
     import jax
 
-    from atom_jax import config
-    from atom_jax.training import loop
-    from atom_jax.typing import AtomError
+    from atom_jax.training import loop, report, start
 
-    experiment = config.override(config.load_file(CONFIG.value), SET.value)
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    if not WORKDIR.value:
-        raise AtomError("--workdir is missing")
+    experiment = start.configure(CONFIG.value, SET.value)
+    if COMPILE_ONLY.value:
+        print(report.compile_only(experiment, TOPOLOGY.value))
+        return 0
     result = loop.fit(experiment, WORKDIR.value)
     return 128 + result.signal if result.signal else 0
 
 
 def main(argv: list[str]) -> None:
     """Prints bad input and a full disk as one sentence."""
+    from atom_jax.typing import AtomError
+
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes.
     try:
         if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
+            raise AtomError(f"unexpected argument {argv[1]!r}")
+        if not COMPILE_ONLY.value and not WORKDIR.value:
+            raise AtomError("--workdir is missing")
         sys.exit(run())
-    except (ValueError, OSError) as e:
-        if type(e).__name__ not in ("AtomError", "OSError") and not isinstance(e, OSError):
-            raise
+    except (AtomError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,7 +1,7 @@
 """Checkpoints of training runs and parameter directories, through Orbax. The only file that knows Orbax.
 
-    WORKDIR/checkpoints/STEP/{params,ema,opt,data,config}   a run; `ema` only when it keeps an average
-    DIR/{params,model.json,tokenizer.json}                  a model alone
+A run:          WORKDIR/checkpoints/STEP/{params,ema,opt,data,config}; `ema` only when it keeps an average
+A model alone:  DIR/{params,model.json,tokenizer.json}
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
 
 MODEL_FILE = "model.json"
+TREES, NOTES = ("params", "ema", "opt"), ("data", "config")
 
 
 class Store:
@@ -32,15 +33,17 @@ class Store:
         # Orbax refuses relative paths, in a background thread.
         self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in NOTES}
         with _sentence(f"{self.directory} cannot be opened"):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest complete step."""
         return self._manager.latest_step()
 
     def save(self, step: int, trees: dict[str, Tree], notes: dict[str, Any]) -> None:
-        """Starts to save trees of arrays and JSON-able notes; the arrays may be given up when this returns.
+        """Starts to save TREES of arrays and JSON-able NOTES; the arrays may be given up when this returns.
 
         Raises AtomError when this save or the one before fails; earlier checkpoints stay as they are.
         """
@@ -67,20 +70,20 @@ class Store:
         Raises AtomError for a tensor that is missing or has another shape or dtype.
         """
         where = self.directory / str(step)
-        found = self._manager.item_metadata(step)
         for name, tree in trees.items():
-            if found.get(name) is None:
-                raise AtomError(f"{where}: {name} is missing")
-            _compare(tree, found[name].tree, f"{where}/{name}")
+            _compare(tree, _metadata(where / name), f"{where}/{name}")
         args = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in trees.items()})
         with _sentence(f"{where} cannot be read"):
             restored = self._manager.restore(step, args=args)
         return {k: restored[k] for k in trees}
 
-    def close(self) -> None:
-        """Waits for the last save. Raises AtomError when it failed."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Waits for the last save and raises AtomError when it failed, unless another error is under way."""
+        with contextlib.suppress(AtomError) if kind else contextlib.nullcontext(), self._saving("saving failed"):
+            self._manager.close()
 
     @contextlib.contextmanager
     def _saving(self, what: str) -> Iterator[None]:
@@ -112,9 +115,11 @@ def load_config(path: str | pathlib.Path) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of a model directory, a run's WORKDIR or one of its checkpoints."""
     _, note, home = _open(path)
     model = config.from_json(object, note["model"], f"{path}: model")
-    if note["tokenizer"] != "bytes" and (home / "tokenizer.json").exists():
+    name = note["tokenizer"]
+    # A run keeps a copy of its tokenizer, whatever became of the original.
+    if name != "bytes" and (home / "tokenizer.json").exists():
         return model, tokenizers.from_name(home)
-    return model, tokenizers.from_name(note["tokenizer"])
+    return model, tokenizers.from_name(name or "bytes")
 
 
 def load_params(path: str | pathlib.Path, dtype: Any = None, shardings: Any = None) -> tuple[Any, Tree, Any]:

@@ -107,7 +107,7 @@ class Experiment:
 
 
 # Differences with which a run may be resumed; all others would silently make it another run.
-RESUMABLE = ("train.", "mesh.", "model.remat")
+RESUMABLE = ("train.", "mesh.", "model.remat", "init_from")
 
 
 def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:

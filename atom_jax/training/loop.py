@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,16 +13,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from atom_jax import config, tokenizers
-from atom_jax import sharding as sharding_lib
+from atom_jax import config, sharding
+from atom_jax import params as params_lib
 from atom_jax.checkpoint.store import Store
 from atom_jax.data.pipeline import make_iterator, merge_states
-from atom_jax.training import plots
+from atom_jax.training import plots, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
 from atom_jax.training.program import Program
 from atom_jax.training.record import Recorder, Watch
-from atom_jax.training.state import State
+from atom_jax.training.state import State, shardings
+from atom_jax.typing import LM, AtomError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,42 +38,47 @@ class Result:
 def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
     """Trains until `exp.train.steps`, continuing from the newest checkpoint in `workdir` if there is one.
 
-    Raises AtomError for a configuration that does not fit the model, the devices, the data or the checkpoint, for a
-    full disk, and when gradients stop being finite.
+    SIGINT and SIGTERM end the run after the current step with a checkpoint. Raises AtomError for a configuration that
+    does not fit the model, the devices, the data or the checkpoint, for a full disk while a checkpoint is saved, and
+    when gradients stay not finite.
     """
     workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.from_name(exp.tokenizer)
-    mesh = sharding_lib.make_mesh(exp.mesh)
-    with jax.set_mesh(mesh), Interrupts() as interrupts:
-        run = Run(exp, workdir, Program(exp, mesh, tokenizer), tokenizer)
-        try:
-            return run.train(interrupts)
-        finally:
-            run.close()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AtomError(f"--workdir={workdir}: {e.strerror}") from None
+    mesh = sharding.make_mesh(exp.mesh)
+    with jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
+        run = _Run(exp, workdir, Program(exp, mesh, start.tokenizer(exp)), opened)
+        return run.train(interrupts)
 
 
-class Run:
+class _Run:
     """One process's part of a run: the state on the devices and everything open on the disk."""
 
-    def __init__(self, exp: Experiment, workdir: pathlib.Path, program: Program, tokenizer: Any):
-        self.exp, self.workdir, self.program, self.tokenizer = exp, workdir, program, tokenizer
-        self.data = make_iterator(exp.data, tokenizer, jax.process_index(), jax.process_count())
-        self.store = Store(workdir / "checkpoints", exp.train.keep)
-        first = jax.process_index() == 0
+    def __init__(self, exp: Experiment, workdir: pathlib.Path, program: Program, opened: contextlib.ExitStack):
+        self.exp, self.workdir, self.program, self.opened = exp, workdir, program, opened
+        self.store = opened.enter_context(Store(workdir / "checkpoints", exp.train.keep))
+        self.data = self._read("train")
+        self.held_out = self._read("validation") if exp.train.eval_every else None
+        self.held_out_start = self.held_out.get_state() if self.held_out else None
         self.state, self.at, notes = self._begin()
         self.saved = self.at
+        first = jax.process_index() == 0
         if first:
+            program.tokenizer.save(workdir)
             (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
-            tokenizer.save(workdir)
-        self.recorder = Recorder(workdir, self.at, exp.train.steps, exp.train.log_every, enabled=first)
-        self.watch = Watch(exp.train.max_bad_steps)
-        self.last_validation: dict[str, float] = {}
+            opened.callback(plots.draw, workdir)
+        cfg = exp.train
+        self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
+        opened.callback(self.recorder.close)
+        self.watch = Watch(cfg.max_bad_steps)
+        self.validation: dict[str, float] = {}
         for line in notes:
             self.recorder.say(line)
 
     def train(self, interrupts: Interrupts) -> Result:
-        """Steps until the end or an interruption, then saves and draws."""
+        """Steps until the end or an interruption, then saves."""
         cfg, agreement = self.exp.train, Agreement(self.program.mesh, self.exp.train.checkpoint_minutes)
         # Metrics are read one step late, when they have long been there: the device never waits for Python.
         behind: tuple[int, Any] | None = None
@@ -92,35 +99,22 @@ class Run:
             if judge:
                 self._validate()
             if save:
-                self.save()
+                self._save()
                 agreement.saved()
         self.store.wait()
-        if interrupts.signal:
+        if wish == STOP:
             self.recorder.say(f"stopped after step {self.at}; the same command continues from there")
-        return Result(self.at, self.last_validation, interrupts.signal)
-
-    def save(self) -> None:
-        """Starts to save this step, unless that has been done."""
-        if self.saved == self.at:
-            return
-        notes = {"data": merge_states(_from_all(self.data.get_state())), "config": config.to_json(self.exp)}
-        self.store.save(self.at, _trees(self.state), notes)
-        self.saved = self.at
-        self.recorder.restart_clock()
-
-    def close(self) -> None:
-        """Ends the data threads, closes the files and draws the curves."""
-        self.data.close()
-        self.recorder.close()
-        if jax.process_index() == 0:
-            plots.draw(self.workdir)
-        self.store.close()
+        return Result(self.at, self.validation, (interrupts.signal or 15) if wish == STOP else 0)
 
     def _begin(self) -> tuple[State, int, list[str]]:
         """The newest checkpoint's state, with the data where it was; else the first state."""
         step = self.store.latest()
         if step is None:
-            return self.program.initial(), 0, []
+            params, notes = None, []
+            if self.exp.init_from:
+                params, notes = start.parameters(self.exp, shardings(self.program.state).params)
+            size = f"{params_lib.count(self.program.spec):,} parameters on {self.program.mesh.size} devices"
+            return self.program.initial(params), 0, [size, *notes]
         saved, data = self.store.notes(step, "config", "data")
         where = str(self.store.directory / str(step))
         changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
@@ -129,6 +123,12 @@ class Run:
         self.data.set_state(data)
         return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
 
+    def _read(self, split: str) -> Any:
+        cfg = self.exp.data if split == "train" else dataclasses.replace(self.exp.data, split=split)
+        data = make_iterator(cfg, self.program.tokenizer, jax.process_index(), jax.process_count())
+        self.opened.callback(data.close)
+        return data
+
     def _note(self, step: int, metrics: Any) -> None:
         values = jax.device_get(metrics)
         self.recorder.step(step, values)
@@ -136,15 +136,30 @@ class Run:
         if warning:
             self.recorder.say(warning)
 
+    def _save(self) -> None:
+        """Starts to save this step, unless that has been done."""
+        if self.saved == self.at:
+            return
+        notes = {"data": merge_states(_from_all(self.data.get_state())), "config": config.to_json(self.exp)}
+        self.store.save(self.at, _trees(self.state), notes)
+        self.saved = self.at
+        self.recorder.restart_clock()
+
     def _validate(self) -> None:
-        cfg = dataclasses.replace(self.exp.data, split="validation")
-        data = make_iterator(cfg, self.tokenizer, jax.process_index(), jax.process_count())
-        try:
-            batches = itertools.islice(data, self.exp.train.eval_batches)
-            self.last_validation = self.program.validate(self.state, batches)
-        finally:
-            data.close()
-        self.recorder.validation(self.at, self.last_validation)
+        """Judges the model on the same batches every time, and lets it write a sample."""
+        self.held_out.set_state(self.held_out_start)
+        batches = itertools.islice(self.held_out, self.exp.train.eval_batches)
+        self.validation = self.program.validate(self.state, batches)
+        self.recorder.validation(self.at, self.validation)
+        cfg = self.exp.train
+        if cfg.sample_prompt and jax.process_count() == 1:
+            from atom_jax.inference.generate import generate
+
+            lm = LM(self.exp.model, self.program.averaged(self.state), self.program.tokenizer)
+            sample = generate(
+                lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
+            )
+            self.recorder.text(self.at, sample.text[0])
         self.recorder.restart_clock()
 
 

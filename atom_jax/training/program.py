@@ -34,7 +34,7 @@ class Program:
 
     def __init__(self, exp: Experiment, mesh: Mesh, tokenizer: Any):
         _check(exp, mesh, tokenizer)
-        self.exp, self.mesh = exp, mesh
+        self.exp, self.mesh, self.tokenizer = exp, mesh, tokenizer
         self.spec = registry.of(exp.model).spec(exp.model)
         self.optimizer = optim.make(exp.optim, self.spec, exp.train.steps)
         self.state = state_lib.abstract(self.spec, self.optimizer, exp.optim.ema > 0, mesh)
@@ -65,9 +65,7 @@ class Program:
             key = jax.random.key(self.exp.seed)
             draw = jax.jit(lambda key: params_lib.init(key, self.spec), out_shardings=places.params)
             params = draw(key)
-        begin = jax.jit(
-            lambda p: state_lib.fresh(p, self.optimizer, ema), out_shardings=places, donate_argnums=0
-        )
+        begin = jax.jit(lambda p: state_lib.fresh(p, self.optimizer, ema), out_shardings=places, donate_argnums=0)
         return begin(params)
 
     def averaged(self, state: State) -> Any:

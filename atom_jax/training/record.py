@@ -27,30 +27,35 @@ class Recorder:
         self._every, self._steps, self._enabled = log_every, steps, enabled
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not enabled, dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-        self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
+        # Rates start with the second step: the first one compiles.
+        self._clock: float | None = None
+        self._tokens = self._bytes = 0
         if enabled:
             from tensorboardX import SummaryWriter
 
             rewind(workdir / "metrics.jsonl", step)
-            self._file = open(workdir / "metrics.jsonl", "a")
+            self._file = workdir / "metrics.jsonl"
             self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1 if step else None)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics (host scalars) of one step."""
-        self._tokens += int(metrics["tokens"])
-        self._bytes += int(metrics["bytes"])
+        if self._clock is None:
+            self.restart_clock()
+        else:
+            self._tokens += int(metrics["tokens"])
+            self._bytes += int(metrics["bytes"])
         self._bar.update()
         if step % self._every and step != self._steps:
             return
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        rates = {"tokens_per_second": self._tokens / seconds, "bytes_per_second": self._bytes / seconds}
-        self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
-        values = {k: float(v) for k, v in metrics.items() if k not in ("tokens", "bytes")} | rates
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits/byte, "
-            f"{rates['bytes_per_second']:,.0f} bytes/s, {rates['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
+        values = {k: float(v) for k, v in metrics.items() if k not in ("tokens", "bytes")}
+        line = f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits/byte"
+        if self._tokens:
+            seconds = max(time.monotonic() - self._clock, 1e-9)
+            rates = {"bytes_per_second": self._bytes / seconds, "tokens_per_second": self._tokens / seconds}
+            line += ", {bytes_per_second:,.0f} bytes/s, {tokens_per_second:,.0f} tokens/s".format(**rates)
+            values |= rates
+        self._bar.set_postfix_str(line, refresh=False)
+        self.restart_clock()
         self._write(step, "train", values)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
@@ -77,7 +82,6 @@ class Recorder:
         """Closes the files."""
         self._bar.close()
         if self._enabled:
-            self._file.close()
             self._board.close()
 
     def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -85,8 +89,8 @@ class Recorder:
             return
         # Strict JSON has no NaN: null is what readers understand.
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-        self._file.flush()
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
