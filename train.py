@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     from atom_jax.typing import AtomError
 
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes.
+        # Orbax logs every file that it writes, and tracebacks of what arrives here as one sentence.
+        logging.set_verbosity(logging.FATAL)
     try:
         if len(argv) > 1:
             raise AtomError(f"unexpected argument {argv[1]!r}")

@@ -7,14 +7,16 @@ A model alone:  DIR/{params,model.json,tokenizer.json}
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import logging
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from atom_jax import config, tokenizers
 from atom_jax import params as params_lib
@@ -40,7 +42,8 @@ class Store:
 
     def latest(self) -> int | None:
         """The newest complete step."""
-        return self._manager.latest_step()
+        # Read from the disk: the manager also counts a step that is being saved or could not be.
+        return max(self._manager.all_steps(read=True), default=None)
 
     def save(self, step: int, trees: dict[str, Tree], notes: dict[str, Any]) -> None:
         """Starts to save TREES of arrays and JSON-able NOTES; the arrays may be given up when this returns.
@@ -170,8 +173,8 @@ def _open(path: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], pathl
 
 
 def _metadata(path: pathlib.Path) -> Tree:
-    with _sentence(f"{path} cannot be read"), ocp.StandardCheckpointer() as reader:
-        return reader.metadata(path).item_metadata.tree
+    with _sentence(f"{path} cannot be read"):
+        return ocp.StandardCheckpointHandler().metadata(epath.Path(path)).tree
 
 
 def _restore(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +211,8 @@ def _sentence(what: str, then: str = "") -> Iterator[None]:
     except AtomError:
         raise
     except Exception as e:
-        logging.getLogger(__name__).debug("%s", what, exc_info=True)
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise AtomError(f"{what} ({reason[0][:300]}){then}") from e
+        text = str(e) or type(e).__name__
+        # TensorStore wraps "No space left on device" in paragraphs of paths and options.
+        known = [os.strerror(n) for n in errno.errorcode]
+        reason = next((k for k in known if k in text), text.strip().splitlines()[0][:300])
+        raise AtomError(f"{what} ({reason}){then}") from e

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from atom_jax.training import plots, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
 from atom_jax.training.program import Program
-from atom_jax.training.record import Recorder, Watch
+from atom_jax.training.record import Recorder
 from atom_jax.training.state import State, shardings
+from atom_jax.training.watch import Watch
 from atom_jax.typing import LM, AtomError
 
 
@@ -68,10 +70,9 @@ class _Run:
         if first:
             program.tokenizer.save(workdir)
             (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
-            opened.callback(plots.draw, workdir)
         cfg = exp.train
         self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
-        opened.callback(self.recorder.close)
+        opened.callback(self._finish)
         self.watch = Watch(cfg.max_bad_steps)
         self.validation: dict[str, float] = {}
         for line in notes:
@@ -145,6 +146,15 @@ class _Run:
         self.saved = self.at
         self.recorder.restart_clock()
 
+    def _finish(self) -> None:
+        """Closes the records and draws them, whatever ended the run; that error must not be hidden by one here."""
+        try:
+            self.recorder.close()
+            if jax.process_index() == 0:
+                plots.draw(self.workdir)
+        except OSError as e:
+            print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
+
     def _validate(self) -> None:
         """Judges the model on the same batches every time, and lets it write a sample."""
         self.held_out.set_state(self.held_out_start)
@@ -159,7 +169,7 @@ class _Run:
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
             )
-            self.recorder.text(self.at, sample.text[0])
+            self.recorder.sample(self.at, sample.text[0])
         self.recorder.restart_clock()
 
 

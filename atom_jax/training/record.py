@@ -1,26 +1,25 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, the progress bar; and what looks wrong in it."""
+"""What a run writes down: metrics.jsonl, TensorBoard and the progress bar."""
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
 import pathlib
-import statistics
 import sys
 import time
 from typing import Any
 
 from tqdm import tqdm
 
+from atom_jax.training.board import Board
 from atom_jax.typing import AtomError
 
 
 class Recorder:
     """Writes the metrics of a run into `workdir`. All but process 0 pass enabled=False and write nothing.
 
-    After `resume at step n`, lines of later steps (from a run that was cut off) are removed first.
+    A run that continues at `step` first removes the lines of later steps.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, steps: int, log_every: int, enabled: bool):
@@ -30,15 +29,13 @@ class Recorder:
         # Rates start with the second step: the first one compiles.
         self._clock: float | None = None
         self._tokens = self._bytes = 0
+        self._file = workdir / "metrics.jsonl"
         if enabled:
-            from tensorboardX import SummaryWriter
-
-            rewind(workdir / "metrics.jsonl", step)
-            self._file = workdir / "metrics.jsonl"
-            self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1 if step else None)
+            rewind(self._file, step)
+            self._board = Board(workdir / "tb", step + 1 if step else None)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Notes the metrics (host scalars) of one step."""
+        """Notes the metrics (host scalars) of one step. Raises AtomError when the file cannot be written."""
         if self._clock is None:
             self.restart_clock()
         else:
@@ -59,14 +56,14 @@ class Recorder:
         self._write(step, "train", values)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Notes a validation; the time it took doesn't count into the rates."""
+        """Notes a validation. Raises AtomError when the file cannot be written."""
         self._write(step, "validation", values)
         self.say(f"step {step}: validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
-    def text(self, step: int, text: str) -> None:
-        """Notes a sample."""
+    def sample(self, step: int, text: str) -> None:
+        """Notes a sample of the model's writing."""
         if self._enabled:
-            self._board.add_text("sample", text, step)
+            self._board.text(step, "sample", text)
         self.say(f"step {step}: {text!r}")
 
     def say(self, line: str) -> None:
@@ -75,7 +72,7 @@ class Recorder:
             self._bar.write(line, file=sys.stderr)
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last line out of the rates."""
+        """Leaves the time since the last line, and the tokens, out of the rates."""
         self._clock, self._tokens, self._bytes = time.monotonic(), 0, 0
 
     def close(self) -> None:
@@ -89,10 +86,14 @@ class Recorder:
             return
         # Strict JSON has no NaN: null is what readers understand.
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+            self._board.scalars(step, {f"{kind}/{k}": v for k, v in values.items()})
+        except OSError as e:
+            raise AtomError(
+                f"{self._file.parent}: the metrics of step {step} cannot be written ({e.strerror})"
+            ) from e
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -113,31 +114,3 @@ def rewind(path: pathlib.Path, step: int) -> None:
         part = path.with_suffix(".part")
         part.write_text("".join(kept))
         os.replace(part, path)
-
-
-class Watch:
-    """Looks for steps that went wrong."""
-
-    def __init__(self, max_bad_steps: int):
-        self._limit = max_bad_steps
-        self._recent: collections.deque[float] = collections.deque(maxlen=50)
-
-    def look(self, step: int, metrics: dict[str, Any]) -> str:
-        """A sentence about what is wrong with this step, or "".
-
-        Raises AtomError after too many steps in a row without a finite gradient.
-        """
-        loss, bad = float(metrics["loss"]), int(metrics["bad"])
-        if bad >= self._limit:
-            raise AtomError(
-                f"loss or gradient was not finite in {bad} steps in a row, from step {step - bad + 1} on: training "
-                "stops; a smaller optim.learning_rate or optim.clip_norm may help"
-            )
-        if bad:
-            return f"step {step}: loss {loss:.4g}, gradient norm {float(metrics['grad_norm']):.4g}: step skipped"
-        recent = self._recent
-        usual = statistics.median(recent) if len(recent) == recent.maxlen else math.inf
-        # The spread of ordinary steps, but never so small that noise counts as a spike.
-        spread = max(3 * (max(recent) - min(recent)), 0.5) if recent else math.inf
-        recent.append(loss)
-        return f"step {step}: loss {loss:.3f} is far above the usual {usual:.3f}" if loss > usual + spread else ""

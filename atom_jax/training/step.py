@@ -42,13 +42,13 @@ def make_step(
         norm = optax.global_norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, opt = optimizer.update(grads, state.opt, learn, state.step)
-        keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
-        new, opt = jax.tree.map(keep, (new, opt), (learn, state.opt))
         average = state.ema
         if average is not None:
             # Early on the average follows quickly, or it would be made of initial values for 1 / (1 - ema) steps.
-            decay = jnp.where(good, jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step)), 1.0)
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
             average = jax.tree.map(lambda a, p: a + (1.0 - decay).astype(a.dtype) * (p - a), average, new)
+        keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
+        new, opt, average = jax.tree.map(keep, (new, opt, average), (learn, state.opt, state.ema))
         bad = jnp.where(good, 0, state.bad + 1)
         metrics = summary(sums) | {
             "grad_norm": norm,
