@@ -39,10 +39,17 @@ def run() -> int:
     return 128 + result.signal if result.signal else 0
 
 
+def _unraisable(report: sys.UnraisableHookArgs) -> None:
+    """Leaves out what TensorStore's threads tell an event loop that Orbax closed when saving failed."""
+    if "Event loop is closed" not in str(report.exc_value):
+        sys.__unraisablehook__(report)
+
+
 def main(argv: list[str]) -> None:
     """Prints bad input and a full disk as one sentence."""
     from atom_jax.typing import AtomError
 
+    sys.unraisablehook = _unraisable
     if not flags.FLAGS["verbosity"].present:
         # Orbax logs every file that it writes, and tracebacks of what arrives here as one sentence.
         logging.set_verbosity(logging.FATAL)

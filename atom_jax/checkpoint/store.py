@@ -34,6 +34,7 @@ class Store:
     def __init__(self, directory: pathlib.Path, keep: int):
         # Orbax refuses relative paths, in a background thread.
         self.directory = directory.absolute()
+        self._unchecked = False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in NOTES}
@@ -43,7 +44,7 @@ class Store:
     def latest(self) -> int | None:
         """The newest complete step."""
         # Read from the disk: the manager also counts a step that is being saved or could not be.
-        return max(self._manager.all_steps(read=True), default=None)
+        return _latest(self.directory)
 
     def save(self, step: int, trees: dict[str, Tree], notes: dict[str, Any]) -> None:
         """Starts to save TREES of arrays and JSON-able NOTES; the arrays may be given up when this returns.
@@ -54,12 +55,18 @@ class Store:
         args |= {k: ocp.args.JsonSave(v) for k, v in notes.items()}
         with self._saving(f"the checkpoint of step {step} could not be saved"):
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self._unchecked = True
+
+    def check(self) -> None:
+        """Raises AtomError when a save has failed meanwhile; cheap enough for every step."""
+        if self._unchecked and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when everything is on the disk. Raises AtomError when saving failed."""
+        self._unchecked = False
         with self._saving("the checkpoint could not be saved"):
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def notes(self, step: int, *names: str) -> list[Any]:
         """The JSON notes of a step."""
@@ -162,14 +169,19 @@ def _open(path: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], pathl
         except ValueError as e:
             raise AtomError(f"{path / MODEL_FILE} is not JSON ({e})") from None
     if (path / "checkpoints").is_dir():
-        steps = [int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
-        if not steps:
+        step = _latest(path / "checkpoints")
+        if step is None:
             raise AtomError(f"{path / 'checkpoints'} holds no complete checkpoint")
-        path = path / "checkpoints" / str(max(steps))
+        path = path / "checkpoints" / str(step)
     if not (path / "config").is_dir() or not (path / "params").is_dir():
         raise AtomError(f"{path} is neither a training workdir nor one of its checkpoints")
     with _sentence(f"{path / 'config'} cannot be read"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return path, reader.restore(path / "config", args=ocp.args.JsonRestore()), path.parent.parent
+
+
+def _latest(directory: pathlib.Path) -> int | None:
+    """The highest step; what is not complete yet has another name."""
+    return max((int(p.name) for p in directory.iterdir() if p.name.isdigit()), default=None)
 
 
 def _metadata(path: pathlib.Path) -> Tree:

@@ -1,7 +1,7 @@
 """TensorBoard event files.
 
-tensorboardX's SummaryWriter adds a thread and a process queue that outlive errors (a full disk ends in tracebacks after
-the program's own message), so its event file is written directly.
+tensorboardX's SummaryWriter adds a thread and a process queue that outlive errors: on a full disk their tracebacks
+follow the program's own message. So its event file is written directly.
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ class _Run:
         while self.at < cfg.steps and wish != STOP:
             self.state, metrics = self.program.step(self.state, self.program.put(next(self.data)))
             self.at += 1
+            self.store.check()
             if behind:
                 self._note(*behind)
             behind = self.at, metrics

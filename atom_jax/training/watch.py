@@ -28,8 +28,8 @@ class Watch:
         loss, bad = float(metrics["loss"]), int(metrics["bad"])
         if bad >= self._limit:
             raise AtomError(
-                f"step {step}: loss or gradient was not finite in {bad} steps in a row, from step {step - bad + 1} on; "
-                "a smaller optim.learning_rate or optim.clip_norm may help, and the checkpoints are kept"
+                f"loss or gradient was not finite in {bad} steps in a row, from step {step - bad + 1} on: training "
+                "stops; a smaller optim.learning_rate or optim.clip_norm may help, and the checkpoints are kept"
             )
         if bad:
             return f"step {step}: loss {loss:.4g}, gradient norm {float(metrics['grad_norm']):.4g}: update skipped"
