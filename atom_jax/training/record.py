@@ -89,7 +89,7 @@ class Recorder:
         try:
             with self._file.open("a") as file:
                 file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-            self._board.scalars(step, {f"{kind}/{k}": v for k, v in values.items()})
+            self._board.scalars(step, {f"{kind}/{k}": v for k, v in clean.items() if v is not None})
         except OSError as e:
             raise AtomError(
                 f"{self._file.parent}: the metrics of step {step} cannot be written ({e.strerror})"

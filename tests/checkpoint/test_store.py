@@ -21,7 +21,7 @@ from atom_jax.typing import LM, AtomError
 
 CFG = transformer.TransformerConfig(d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24)
 NOTES = {
-    "config": {"model": {"kind": "TransformerConfig", "d_model": 4}, "tokenizer": "bytes"},
+    "config": {"model": {"class": "TransformerConfig", "d_model": 4}, "tokenizer": "bytes"},
     "data": {"next": [3]},
 }
 
