@@ -8,7 +8,7 @@ import pytest
 
 from atom_jax import config
 from atom_jax.checkpoint import store
-from atom_jax.training import interrupt, losses, loop, start
+from atom_jax.training import interrupt, loop, losses, start
 from atom_jax.training.record import read
 from atom_jax.typing import AtomError
 
