@@ -74,42 +74,39 @@ def _on_one_cpu(leaves: list[Any]) -> bool:
     return jax.default_backend() == "cpu" and not spread
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "capacity", "unroll"))
-def prefill(
-    params: Any,
-    ids_bt: jax.Array,
-    length_b: jax.Array,
-    keys_b: jax.Array,
-    how: sampling.Sampler,
-    stop_ids: jax.Array,
-    *,
-    cfg: Any,
-    capacity: int,
-    unroll: bool,
-) -> tuple[State, jax.Array]:
+def start(
+    params: Any, ids_bt: Any, length_b: Any, keys_b: jax.Array, how: sampling.Sampler, stop_ids: jax.Array, *,
+    cfg: Any, capacity: int, unroll: bool,
+) -> tuple[State, jax.Array]:  # fmt: skip
     """Reads prompts and chooses the first new token of every row.
 
-    ids_bt: prompts padded on the right; length_b: their lengths, at least 1. unroll: one cache per layer instead of
-    a stacked one. Logits are computed for the last token of every prompt only. Returns the state and tokens i32 [b]
-    (-1 where a stop id was chosen).
+    ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
+    instead of a stacked one. Returns the state and the tokens i32 [b], -1 where a stop id was chosen.
     """
+    logits_bv, cache = _read(params, ids_bt, length_b, cfg=cfg, capacity=capacity)
+    token, done = _first(logits_bv, keys_b, how, stop_ids)
+    state = State(dense.unstack(cache) if unroll else cache, token, done, jnp.int32(1))
+    return state, jnp.where(done, -1, token)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
+def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capacity: int) -> tuple[jax.Array, Any]:
+    """Logits after the last token of every prompt only, float32 [b, v], and the cache."""
     model = registry.of(cfg)
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32))
     x_btd, cache = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
-    if unroll:
-        cache = cache.replace(layers=_separate(cache.layers))
     last_b1d = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)
-    logits_bv = model.logits(params, last_b1d, cfg=cfg)[:, 0]
+    return model.logits(params, last_b1d, cfg=cfg)[:, 0], cache
+
+
+@jax.jit
+def _first(
+    logits_bv: jax.Array, keys_b: jax.Array, how: sampling.Sampler, stop_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     token = sampling.choose(logits_bv, keys_b, jnp.int32(0), how)
-    done = jnp.any(token[:, None] == stop_ids[None], axis=1)
-    return State(cache, token, done, jnp.int32(1)), jnp.where(done, -1, token)
-
-
-def _separate(layers: Any) -> tuple[Any, ...]:
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
+    return token, jnp.any(token[:, None] == stop_ids[None], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")

@@ -13,7 +13,7 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, State, bucket, decode, decode_params, grow, prefill
+from atom_jax.inference.decode import CHUNK, State, bucket, decode, decode_params, grow, start
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.typing import LM, AtomError
@@ -114,7 +114,7 @@ class _Run:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(lengths.max() + room, LEAST)
-        self.state, token = prefill(
+        self.state, token = start(
             params, ids, lengths, *self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
         self.peak = float(lengths.sum())

@@ -28,7 +28,7 @@ class DenseLayer:
         return cls(*(jnp.zeros((b, h, capacity, k), dtype) for _ in range(2)))
 
     def write(self, k_bhtk: jax.Array, v_bhtk: jax.Array, start_b: jax.Array) -> DenseLayer:
-        """Stores t new tokens of every row from its slot start_b on. A single token beyond the capacity is dropped."""
+        """Stores t new tokens of every row from its slot start_b on; a single one beyond the capacity is dropped."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             if new.shape[2] == 1:
@@ -63,6 +63,17 @@ class Cache:
     def capacity(self) -> int:
         """Tokens per row that fit."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
+
+
+def unstack(cache: Cache) -> Cache:
+    """The same memory with a tuple of layers in place of a stacked one."""
+    count = jax.tree.leaves(cache.layers)[0].shape[0]
+    return cache.replace(layers=tuple(_pick(cache.layers, i) for i in range(count)))
+
+
+@jax.jit
+def _pick(layers: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], layers)
 
 
 def grow(cache: Cache, capacity: int) -> Cache:

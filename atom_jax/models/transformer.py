@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -163,10 +164,21 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
       doubles the traffic on a CPU.
     """
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
-    layers = params.cast(p["layers"], cfg.dtype)
     if unroll:
-        layers = params.unstack(jax.jit(_fuse)(layers), cfg.n_layers)
+        # One small program, run for every layer: slicing all of them in one program compiles for seconds.
+        layers = tuple(_decode_layer(p["layers"], i, cfg.dtype) for i in range(cfg.n_layers))
+    else:
+        layers = params.cast(p["layers"], cfg.dtype)
     return {**p, **tables, "layers": layers}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decode_layer(layers: params.Tree, i: int, dtype: str) -> params.Tree:
+    layer = params.cast(jax.tree.map(lambda x: x[i], layers), dtype)
+    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
+    attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=1)
+    mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=1)
+    return {**layer, "attn": attn, "mlp": mlp}
 
 
 def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
@@ -175,13 +187,6 @@ def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Arra
     sliding = sum(kind == "sliding" for kind in cfg.layer_types) / cfg.n_layers
     held = cache.length.astype(jnp.float32)
     return held, (1 - sliding) * held + sliding * jnp.minimum(held, cfg.sliding_window)
-
-
-def _fuse(layers: params.Tree) -> params.Tree:
-    attn, mlp = dict(layers["attn"]), dict(layers["mlp"])
-    attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=-2)
-    mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=-1)
-    return {**layers, "attn": attn, "mlp": mlp}
 
 
 class _Context:
