@@ -1,0 +1,163 @@
+"""The commands of `python -m atom_jax`: generate, convert and info."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from atom_jax.typing import AtomError
+
+USAGE = """python -m atom_jax COMMAND [...]
+
+  generate  --checkpoint=PATH --prompt=TEXT   continue a text
+  convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
+  info      PATH                              what is in a checkpoint
+
+`python -m atom_jax COMMAND --help` lists the flags of a command. A checkpoint is a Hugging Face directory, an Orbax
+directory (converted, or the --workdir of a training run), a .gguf file or a Hugging Face model id."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
+    commands: dict[str, Callable[[list[str]], None]] = {"generate": _generate, "convert": _convert, "info": _info}
+    if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
+        print(USAGE)
+        return 0 if len(argv) > 1 else 1
+    try:
+        if argv[1] not in commands:
+            raise AtomError(f"unknown command {argv[1]!r}; known: {', '.join(commands)}")
+        commands[argv[1]](argv[1:])
+        sys.stdout.flush()
+    except _Done:
+        return 0
+    except (AtomError, flags.Error) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone (head, a closed pager); keep Python from complaining on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+class _Flags:
+    """The flags of one command."""
+
+    def __init__(self, usage: str):
+        self._usage, self._help, self._values = usage, [], flags.FlagValues()
+
+    def add(self, define: Callable[..., Any], name: str, default: Any, text: str) -> None:
+        """Defines a flag with one of absl's DEFINE functions."""
+        define(name, default, text, flag_values=self._values)
+        known = "" if default in (None, False, [], "") else f" (default {default})"
+        self._help.append(f"  --{name:<16} {text}{known}")
+
+    def parse(self, argv: list[str], positional: int) -> tuple[flags.FlagValues, list[str]]:
+        """Returns the flags and the arguments left over, of which there must be `positional`."""
+        if any(a in ("--help", "-h", "-help") for a in argv):
+            print("\n".join([f"python -m atom_jax {self._usage}", "", *self._help]))
+            raise _Done
+        rest = self._values(argv)[1:]
+        if len(rest) != positional:
+            raise AtomError(f"expected {positional} arguments besides flags, got {rest}; usage: {self._usage}")
+        return self._values, rest
+
+
+class _Done(Exception):
+    """The command has nothing left to do."""
+
+
+def _generate(argv: list[str]) -> None:
+    known = _Flags("generate --checkpoint=PATH --prompt=TEXT [flags]\n\nWrites the new text to the terminal.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_multi_string, "prompt", None, "text to continue; several --prompt run as one batch")
+    known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
+    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
+    values, _ = known.parse(argv, 0)
+    for name in ("checkpoint", "prompt"):
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+
+    import jax
+
+    from atom_jax.checkpoint import load
+    from atom_jax.inference.generate import generate
+
+    lm = load(values.checkpoint, dtype=values.dtype)
+    alone = len(values.prompt) == 1 and not values.json
+    result = generate(
+        lm,
+        values.prompt,
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        key=jax.random.key(values.seed),
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        stop=values.stop,
+        on_text=_write if alone else None,
+    )
+    if values.json:
+        print(json.dumps({"text": result.text, "ids": result.ids, "stats": result.stats}, ensure_ascii=False))
+    elif alone:
+        print()
+    else:
+        for prompt, text in zip(values.prompt, result.text):
+            print(f"--- {prompt}\n{text}")
+    _report(result.stats, everything=values.stats)
+
+
+def _write(row: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _report(stats: dict[str, float], everything: bool) -> None:
+    rate = f"{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s"
+    print(f"{rate} ({stats['prompt_tokens']} of prompt, first token after {stats['prefill_seconds']:.1f} s)",
+          file=sys.stderr)  # fmt: skip
+    if everything:
+        for name, value in stats.items():
+            print(
+                f"  {name:<20}{value:,.3f}" if isinstance(value, float) else f"  {name:<20}{value:,}", file=sys.stderr
+            )
+
+
+def _convert(argv: list[str]) -> None:
+    known = _Flags("convert SRC DST [flags]\n\nConverts a checkpoint; DST must not exist yet.")
+    known.add(flags.DEFINE_string, "to", None, "hf or orbax; by default orbax for Hugging Face input, else hf")
+    values, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.convert(source, target, values.to))
+
+
+def _info(argv: list[str]) -> None:
+    known = _Flags("info PATH [flags]\n\nSays what is in a checkpoint.")
+    known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
+    values, (path,) = known.parse(argv, 1)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.info(path, values.tensors))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
