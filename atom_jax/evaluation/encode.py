@@ -55,9 +55,9 @@ class Encoder:
         moved = context[len(kept) :] + continuation
         front = self._front() if self.always_front or not kept else []
         before, after = self._split(kept, moved)
-        ids = np.concatenate([np.array(front, np.int32), before, after])
-        items = windows(ids, len(front) + len(before), self.length, self.length // 2)
-        return Piece(items, len(moved.encode()), len(items[0].ids) - items[0].start < len(front) + len(before))
+        start = len(front) + len(before)
+        items = windows(np.concatenate([np.array(front, np.int32), before, after]), start, self.length, self.length // 2)
+        return Piece(items, len(moved.encode()), cut=items[0].start < start)
 
     def document(self, text: bytes, context: int) -> tuple[list[Item], list[int]]:
         """A whole document in windows, every token scored once, given at least `context` tokens (fewer only at the

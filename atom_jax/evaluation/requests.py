@@ -92,6 +92,8 @@ def _request(path: pathlib.Path, document: int, rows: Sequence[dict], neutral: S
     contexts = tuple(r["request"]["context"] for r in rows)
     continuations = tuple(r["request"]["continuation"] for r in rows)
     gold = rows[0]["label"] if len(rows) > 1 else 0
+    if len(rows) > 1 and any(r["label"] != gold for r in rows):
+        raise AtomError(f"{path}, document {document}: its choices disagree about the right one")
     if type(gold) is not int or not 0 <= gold < len(rows):
         raise AtomError(f"{path}, document {document}: label {gold!r} is none of its {len(rows)} choices")
     if neutral is None:
