@@ -3,9 +3,9 @@
     python eval.py --checkpoint=PATH --tasks=bpb,lambada [--set lambada.limit=1000 ...] [--out=FILE.json]
 
 PATH is anything `atom_jax.load` takes: a training directory, a Hugging Face directory, an Orbax directory, a .gguf
-file. Settings are the fields of atom_jax.evaluation.tasks.EvalConfig. Most tasks need `make evaldata` once; bpb on the
-built-in text needs nothing. With --out the results go to a JSON file, and an interrupted evaluation goes on where it
-was when the same command is given again.
+file. Settings are the fields of atom_jax.evaluation.tasks.EvalConfig. Most tasks need `make evaldata` once; bpb on
+the built-in text needs nothing. With --out the results go to a JSON file, and an interrupted evaluation goes on where
+it was when the same command is given again.
 
 On two CPU cores SmolLM2-135M reads about 300 tokens a second: 1,000 documents of LAMBADA take 5 minutes.
 """

@@ -54,7 +54,8 @@ def test_nnx_equals_the_functions(tree, expected):
 def test_padding_is_masked(tree, expected):
     mask = jnp.arange(12)[None] < jnp.array([[12], [7]])
     changed = IDS.at[1, 7:].set(0)
-    for logits in (LinenLM(CONFIG).apply(to_linen(tree), changed, mask).logits, NnxLM(CONFIG, tree)(changed, mask).logits):
+    for module in (LinenLM(CONFIG).bind(to_linen(tree)), NnxLM(CONFIG, tree)):
+        logits = module(changed, mask).logits
         np.testing.assert_allclose(logits[0], expected[0], atol=1e-5)
         np.testing.assert_allclose(logits[1, :7], expected[1, :7], atol=1e-5)
 

@@ -25,8 +25,8 @@ class BpbSettings:
 
     sources: as in DataConfig.sources; (): those that a training directory was trained on, else "austen".
     split: "train", "validation", "test" or "all" (for a single file).
-    context: every token is given at least this many tokens before it, fewer only at the beginning of a document (0: half
-        of what the model sees at once).
+    context: every token is given at least this many tokens before it, fewer only at the beginning of a document
+        (0: half of what the model sees at once).
     limit: windows to draw at random with `seed` (0: all).
     """
 

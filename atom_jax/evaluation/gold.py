@@ -28,8 +28,8 @@ class Gold:
     bpb:      bits per UTF-8 byte of all continuations together.
     bpb_mean: mean over documents of their bits per byte.
     last_word adds
-    acc:      every token of the word is the likeliest. The word may go on: a tokenizer with short tokens, bytes at the
-              extreme, is asked for more decisions and none of them says that the word ends.
+    acc:      every token of the word is the likeliest. None of them says that the word ends, so "sign" may be right
+              where the model would write "signs", and more so the shorter the tokens: bytes at the extreme.
     ppl:      exp of the mean negative log-likelihood of the word, whatever its number of tokens.
     """
 

@@ -1,8 +1,8 @@
 """Batched log-likelihoods of the last tokens of many sequences.
 
-Sequences are sorted by length and padded to few lengths, so that few programs are compiled. Logits are computed at the
-scored positions only, in blocks of bounded size. Items with the same input (the letters of a multiple-choice question)
-share one row.
+Sequences are sorted by length and padded to few lengths, so that few programs are compiled. Logits are computed at
+the scored positions only, in blocks of bounded size. Items with the same input (the letters of a multiple-choice
+question) share one row.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ class Work:
 
 
 def plan(items: Sequence[Item], batch_tokens: int, multiple: int = 1) -> list[Work]:
-    """Groups items into batches of about `batch_tokens` tokens, longest first; row counts are a multiple of `multiple`.
-    Depends on its arguments only, so that an interrupted evaluation goes on with the same batches."""
+    """Groups items into batches of about `batch_tokens` tokens, longest first.
+
+    multiple: row counts are multiples of it. The batches depend on these arguments only, so that an interrupted
+    evaluation goes on with the same ones. Raises AtomError for an item with nothing to score.
+    """
     inputs: dict[bytes, list[int]] = {}
     for i, item in enumerate(items):
         if not 1 <= item.start < len(item.ids):
@@ -101,7 +104,8 @@ def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple
     lengths = np.zeros(rows, np.int32)
     for r, row in enumerate(one.rows):
         ids[r, : len(row)], lengths[r] = row, len(row)
-    x = _states(lm.params, *jax.device_put((ids, lengths), sharding), cfg=lm.config, size=max(rows * one.length, batch_tokens))
+    inputs = jax.device_put((ids, lengths), sharding)
+    x = _states(lm.params, *inputs, cfg=lm.config, size=max(rows * one.length, batch_tokens))
     index, target = [], []
     for i, r in zip(one.items, one.row_of):
         item = items[i]

@@ -1,7 +1,7 @@
 """Reads request files into records, and refuses files that aren't laid out as expected.
 
-A line of a file is one continuation of one document. In "doubled" files each document appears a second time, under its
-number plus UNCONDITIONAL, with the same continuations after a neutral context ("Answer:"). That half measures how
+A line of a file is one continuation of one document. In "doubled" files each document appears a second time, under
+its number plus UNCONDITIONAL, with the same continuations after a neutral context ("Answer:"). That half measures how
 likely each answer is by itself; counted as documents of its own it would make every accuracy wrong.
 """
 
@@ -99,6 +99,9 @@ def _request(path: pathlib.Path, document: int, rows: Sequence[dict], neutral: S
     if neutral is None:
         return Request(document, contexts, continuations, gold)
     found = {r["request"]["context"] for r in neutral}
-    if tuple(r["request"]["continuation"] for r in neutral) != continuations or len(found) != 1 or found & {*contexts}:
-        raise AtomError(f"{path}, document {document}: its second half is not the same answers after a neutral context")
+    same = tuple(r["request"]["continuation"] for r in neutral) == continuations
+    if not same or len(found) != 1 or found & {*contexts}:
+        raise AtomError(
+            f"{path}, document {document}: its second copy isn't the same answers after a neutral context"
+        )
     return Request(document, contexts, continuations, gold, found.pop())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
@@ -49,8 +50,8 @@ def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
 def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | None = None) -> dict[str, Result]:
     """Results of the named tasks.
 
-    out: a JSON file for them, written after every task. Beside it, OUT.items.jsonl holds the scores of single items; a
-        run that was interrupted goes on from there. None: nothing is kept.
+    out: a JSON file for them, written after every task. Beside it, OUT.items.jsonl holds the scores of single items;
+        a run that was interrupted goes on from there. None: nothing is kept.
     Raises AtomError for unknown tasks, missing data and bad settings.
     """
     check_tasks(names)
@@ -149,5 +150,8 @@ def _used(cfg: EvalConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _entry(result: Result, seconds: float) -> dict[str, Any]:
-    metrics = {k: {"value": m.value, "stderr": m.stderr if m.stderr == m.stderr else None} for k, m in result.metrics.items()}
+    metrics = {
+        name: {"value": value, "stderr": None if math.isnan(stderr) else stderr}
+        for name, (value, stderr) in result.metrics.items()
+    }
     return {"metrics": metrics, "count": result.count, **result.notes, "seconds": round(seconds, 1)}

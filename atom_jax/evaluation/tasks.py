@@ -53,15 +53,15 @@ class _Common:
     batch_tokens: tokens of one batch.
     max_length: tokens that the model sees at once (0: the row length it was trained with, where the checkpoint is a
         training directory, else what the model was made for, but no more than 2048).
-    front: "yes" puts the front token (bos) before every context, "no" only before texts scored from their first token,
-        "auto" does what the tokenizer does by itself.
+    front: "yes" puts the front token (bos) before every context, "no" only before texts that are scored from their
+        first token on, "auto" does what the tokenizer does by itself.
     mesh: how the devices are used when there are several.
     """
 
     batch_tokens: int = 8192
     max_length: int = 0
     front: str = "auto"
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 EvalConfig = dataclasses.make_dataclass(

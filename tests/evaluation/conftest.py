@@ -32,8 +32,8 @@ def uniform(lm) -> LM:
     return dataclasses.replace(lm, params=jax.tree.map(lambda x: x * 0, lm.params))
 
 
-def rows(documents, neutral=None, labels=None):
-    """Lines of a request file for [(contexts, continuations, gold)]; doubled with a neutral context if one is given."""
+def rows(documents, neutral=None):
+    """Lines of a request file for [(contexts, continuations, gold)]; doubled if a neutral context is given."""
     out = []
     for offset in (0, 1_000_000)[: 1 if neutral is None else 2]:
         for number, (contexts, continuations, gold) in enumerate(documents):

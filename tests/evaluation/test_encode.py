@@ -23,7 +23,10 @@ class Words:
         return self.spans(text)[0]
 
 
-@pytest.mark.parametrize(("n", "start", "length", "context"), [(10, 1, 20, 3), (50, 1, 8, 4), (50, 1, 8, 8), (50, 1, 8, 1), (50, 30, 9, 4), (9, 1, 8, 4), (10, 1, 8, 4), (30, 28, 8, 4)])
+CASES = [(10, 1, 20, 3), (50, 1, 8, 4), (50, 1, 8, 8), (50, 1, 8, 1), (50, 30, 9, 4), (9, 1, 8, 4), (30, 28, 8, 4)]
+
+
+@pytest.mark.parametrize(("n", "start", "length", "context"), CASES)
 def test_windows_score_each_token_once_with_enough_context(n, start, length, context):
     ids = np.arange(n, dtype=np.int32)
     scored = []
@@ -89,7 +92,7 @@ def test_long_pairs():
 
 
 def test_document_bytes_add_up():
-    text = "one two three four five six seven".encode()
+    text = b"one two three four five six seven"
     for tokenizer in (Words(), ByteTokenizer()):
         items, sizes = Encoder(tokenizer, 4, False).document(text, 2)
         assert sum(sizes) == len(text) and len(items) == len(sizes) > 1

@@ -27,7 +27,7 @@ def wheel(tmp_path, monkeypatch):
 def test_extracts_only_what_is_needed(wheel, tmp_path, capsys):
     assert evaldata.main([]) == 0
     assert sorted(p.name for p in (tmp_path / "sets").rglob("*") if p.is_file()) == ["LICENSE", "rc_0shot.jsonl.gz"]
-    assert gzip.open(evaldata.path("piqa/rc_0shot")).read() == b"{}\n"
+    assert gzip.decompress(evaldata.path("piqa/rc_0shot").read_bytes()) == b"{}\n"
     assert evaldata.main([str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere/piqa/rc_0shot.jsonl.gz").is_file()
 

@@ -11,6 +11,7 @@ from atom_jax.evaluation.encode import Item
 from atom_jax.models import transformer
 from atom_jax.typing import AtomError, Batch
 
+APPLY = jax.jit(transformer.apply, static_argnames="cfg")
 RNG = np.random.default_rng(0)
 ITEMS = [
     Item(RNG.integers(0, 264, n).astype(np.int32), start)
@@ -25,7 +26,7 @@ def direct(lm, item):
     ids = jnp.asarray(item.ids)[None]
     positions = jnp.arange(len(item.ids), dtype=jnp.int32)[None]
     batch = Batch(ids=ids, positions=positions, segments=jnp.ones_like(ids))
-    logits = transformer.apply(lm.params, batch, cfg=lm.config)[0].logits[0, item.start - 1 : -1]
+    logits = APPLY(lm.params, batch, cfg=lm.config)[0].logits[0, item.start - 1 : -1]
     target = item.ids[item.start :]
     logprob = jax.nn.log_softmax(logits)[np.arange(len(target)), target].sum()
     return float(logprob), bool((logits.argmax(axis=1) == target).all())
@@ -51,7 +52,7 @@ def test_greedy_is_found(lm):
     ids = [5, 6]
     for _ in range(3):
         batch = Batch(jnp.array([ids]), jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), jnp.int32))
-        ids.append(int(transformer.apply(lm.params, batch, cfg=lm.config)[0].logits[0, -1].argmax()))
+        ids.append(int(APPLY(lm.params, batch, cfg=lm.config)[0].logits[0, -1].argmax()))
     right = Item(np.array(ids, np.int32), 2)
     wrong = Item(np.array([*ids[:-1], (ids[-1] + 1) % 264], np.int32), 2)
     assert [s.greedy for s in collect(lm, [right, wrong], 100)] == [True, False]
