@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atom_jax.data.config import SPLITS
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import requests
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Result, ratio
 from atom_jax.evaluation.task import Plan
+from atom_jax.typing import AtomError
 
 # Fewer documents than this give no useful standard error: windows are the unit then.
 _DOCUMENTS = 30
@@ -49,12 +51,16 @@ class TextBpb:
         sizes: list[int] = []
         owner: list[int] = []
         context = settings.context or max(1, encoder.length // 2)
+        if settings.split not in SPLITS:
+            raise AtomError(f"bpb.split={settings.split}: expected one of {', '.join(SPLITS)}")
         corpora = [open_source(source, settings.split) for source in settings.sources]
         for number, (corpus, i) in enumerate((c, i) for c in corpora for i in range(len(c))):
             cut, nbytes = encoder.document(corpus.read(i), context)
             items += cut
             sizes += nbytes
             owner += [number] * len(cut)
+        if not items:
+            raise AtomError(f"bpb.sources={','.join(settings.sources)}: the tokenizer makes no token of their text")
         chosen = requests.subset(len(items), settings.limit, settings.seed)
         nbytes, owners = np.array(sizes, np.float64)[chosen], np.array(owner)[chosen]
 

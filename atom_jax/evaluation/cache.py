@@ -103,15 +103,22 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def _checksum(x: jax.Array) -> int:
-    """64 bits, from two sums over the bits of all elements; one of them weighs an element by its place."""
+    """64 bits from all bits of an array and their places."""
     return sum(int(half) << 32 * i for i, half in enumerate(_sums(jnp.asarray(x))))
 
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums, uint32, of numbers mixed from each element and its place; computed where the array lies."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.ones(x.shape, jnp.uint32)
+    mixed = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     for axis in range(x.ndim):
-        place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * 2
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * place, dtype=jnp.uint32)
+        mixed = _mix(mixed + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(0x9E3779B1))
+    return jnp.sum(_mix(mixed), dtype=jnp.uint32), jnp.sum(_mix(mixed ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 by which every input bit reaches every output bit (the last step of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -21,12 +21,13 @@ ITEMS = [
 ITEMS += [Item(np.append(ITEMS[3].ids, i).astype(np.int32), 17) for i in (1, 2, 3)] + [ITEMS[6]]
 
 
-def direct(lm, item):
-    """One sequence, unpadded, all logits."""
-    ids = jnp.asarray(item.ids)[None]
-    positions = jnp.arange(len(item.ids), dtype=jnp.int32)[None]
-    batch = Batch(ids=ids, positions=positions, segments=jnp.ones_like(ids))
-    logits = APPLY(lm.params, batch, cfg=lm.config)[0].logits[0, item.start - 1 : -1]
+def direct(lm, item, width=72):
+    """One sequence by itself, with all its logits; padded to `width` so that it compiles once."""
+    n = len(item.ids)
+    ids = jnp.asarray(np.pad(item.ids, (0, width - n)))[None]
+    positions = jnp.arange(width, dtype=jnp.int32)[None]
+    batch = Batch(ids=ids, positions=positions, segments=(positions < n).astype(jnp.int32))
+    logits = APPLY(lm.params, batch, cfg=lm.config)[0].logits[0, item.start - 1 : n - 1]
     target = item.ids[item.start :]
     logprob = jax.nn.log_softmax(logits)[np.arange(len(target)), target].sum()
     return float(logprob), bool((logits.argmax(axis=1) == target).all())
@@ -41,6 +42,7 @@ def collect(lm, items, batch_tokens, mesh=None, multiple=1):
 
 def test_equals_the_direct_computation(lm, monkeypatch):
     expected = [direct(lm, item) for item in ITEMS]
+    assert direct(lm, ITEMS[3], width=17) == pytest.approx(expected[3], abs=1e-4)
     monkeypatch.setattr(loglik, "_BLOCK", 7 * lm.config.vocab_size)  # several blocks in a batch
     for batch_tokens in (1, 100, 1000):
         found = collect(lm, ITEMS, batch_tokens)
