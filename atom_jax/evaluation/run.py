@@ -22,7 +22,6 @@ from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.metrics import Result
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
 from atom_jax.models import registry
-from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 
 _LONGEST = 2048
@@ -83,8 +82,8 @@ def make_encoder(lm: LM, cfg: EvalConfig) -> Encoder:
         raise AtomError("max_length must be at least 2, and batch_tokens at least 1")
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, and the tasks are texts")
-    auto = isinstance(lm.tokenizer, ByteTokenizer) or getattr(lm.tokenizer, "adds_bos", False)
-    return Encoder(lm.tokenizer, length, cfg.front == "yes" or (cfg.front == "auto" and auto))
+    front = lm.tokenizer.add_bos if cfg.front == "auto" else cfg.front == "yes"
+    return Encoder(lm.tokenizer, length, front)
 
 
 def table(results: dict[str, Result]) -> str:

@@ -124,7 +124,9 @@ def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
             ax.plot(*zip(*points), style, label=kind, linewidth=1, markersize=4)
     for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
         ax.axhline(value, linestyle=style, color="black", linewidth=1)
-        ax.annotate(f"{name}: {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        ax.annotate(
+            f"{name}: {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
     ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
     ax.grid(alpha=0.3)
     ax.legend(loc="upper right")
