@@ -15,6 +15,7 @@ class Tokenizer(Protocol):
     vocab_size: ids are in [0, vocab_size).
     bos_id:     id that begins a document, or None.
     eos_ids:    ids that end a document; data uses the first. () when there is none.
+    add_bos:    whether the tokenizer's makers put bos before every text (encode doesn't).
     pad_id:     id that fills unused positions; it is always masked.
     """
 
@@ -22,6 +23,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    add_bos: bool
     pad_id: int
 
     def encode(self, text: str | bytes) -> np.ndarray:

@@ -17,6 +17,7 @@ class ByteTokenizer:
     vocab_size = 264
     bos_id = 256
     eos_ids = (257,)
+    add_bos = True
     pad_id = 258
 
     def encode(self, text: str | bytes) -> np.ndarray:

@@ -58,6 +58,7 @@ class JsonTokenizer:
         # Stored truncation, padding and templates would change or add tokens, or trim their offsets.
         self._tk.no_truncation()
         self._tk.no_padding()
+        front = self._tk.encode("").ids[:1]
         self._tk.post_processor = None
         self._vocab = self._tk.get_vocab(with_added_tokens=True)
         if not self._vocab:
@@ -69,6 +70,7 @@ class JsonTokenizer:
         self._n_ids = max(self.vocab_size, padded) if type(padded) is int else self.vocab_size
         self.bos_id = next(iter(self._special(tables, "bos")), None)
         self.eos_ids = tuple(self._special(tables, "eos"))
+        self.add_bos = front == [self.bos_id]
         pad = next(iter(self._special(tables, "pad")), None)
         self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
 

@@ -1,0 +1,124 @@
+"""What makes an evaluation resumable: the scores of single items in a file, under a key for what produced them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax import config, params
+from atom_jax.evaluation.encode import Item
+from atom_jax.evaluation.loglik import Score
+from atom_jax.typing import LM, AtomError
+
+
+def fingerprint(lm: LM) -> str:
+    """16 hex digits that depend on the configuration and on every bit of the parameters, not on where they lie."""
+    digest = hashlib.sha256(json.dumps(config.to_json(lm.config), sort_keys=True).encode())
+    for name, leaf in params.flatten(lm.params).items():
+        digest.update(f"{name} {leaf.shape} {leaf.dtype} {_checksum(leaf)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def key(model: str, task: str, items: Sequence[Item], batch_tokens: int) -> str:
+    """16 hex digits for one task on one model: the items themselves carry the data, the settings and the tokenizer.
+    batch_tokens belongs to it because other batches round differently."""
+    digest = hashlib.sha256(f"{model} {task} {batch_tokens}\n".encode())
+    for item in items:
+        digest.update(b"%d %d " % (item.start, len(item.ids)) + item.ids.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+class ItemCache:
+    """Scores of items in a JSON-lines file, added batch by batch; path None keeps nothing.
+
+    A line is {"key", "item", "logprob", "greedy"}; lines of other keys are left alone. A last line that was cut short
+    by an interruption is dropped.
+    """
+
+    def __init__(self, path: pathlib.Path | None, key: str):
+        """Reads what is there under `key`. Raises AtomError when the file cannot be read or written."""
+        self.key, self.done = key, dict[int, Score]()
+        self.file = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+b")  # noqa: SIM115 (closed by close)
+            self._load()
+        except OSError as e:
+            raise AtomError(f"{path}: {e.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise AtomError(f"{path} is not a cache of evaluation items: delete it or choose another --out") from None
+
+    def _load(self) -> None:
+        self.file.seek(0)
+        whole = 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                self.file.truncate(whole)
+                break
+            whole += len(line)
+            row = json.loads(line)
+            if row["key"] == self.key:
+                self.done[row["item"]] = Score(row["logprob"], row["greedy"])
+
+    def add(self, items: Sequence[int], scores: Sequence[Score]) -> None:
+        """Remembers the scores of a batch. Raises AtomError when they cannot be written."""
+        self.done.update(zip(items, scores))
+        if self.file is None:
+            return
+        rows = ({"key": self.key, "item": i, **s._asdict()} for i, s in zip(items, scores))
+        try:
+            self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self.file.flush()
+        except OSError as e:
+            raise AtomError(f"{self.file.name}: {e.strerror}") from None
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            self.file.close()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a whole JSON file or leaves the old one. Raises AtomError when it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=2, allow_nan=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise AtomError(f"{path}: {e.strerror}") from None
+
+
+def _checksum(x: jax.Array) -> int:
+    """64 bits from all bits of an array and their places."""
+    return sum(int(half) << 32 * i for i, half in enumerate(_sums(jnp.asarray(x))))
+
+
+@jax.jit
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums, uint32, of numbers mixed from each element and its place; computed where the array lies."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    mixed = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    for axis in range(x.ndim):
+        mixed = _mix(mixed + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(0x9E3779B1))
+    return jnp.sum(_mix(mixed), dtype=jnp.uint32), jnp.sum(_mix(mixed ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 by which every input bit reaches every output bit (the last step of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

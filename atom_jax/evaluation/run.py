@@ -1,0 +1,156 @@
+"""Runs tasks on a model: plans, scores what the cache doesn't hold, sums up, writes the results."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from atom_jax import config, sharding
+from atom_jax.data.config import DataConfig
+from atom_jax.evaluation import cache, loglik
+from atom_jax.evaluation.encode import Encoder, Item
+from atom_jax.evaluation.metrics import Result
+from atom_jax.evaluation.tasks import TASKS, EvalConfig
+from atom_jax.models import registry
+from atom_jax.typing import LM, AtomError
+
+_LONGEST = 2048
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises AtomError unless every name is a task, and there is one."""
+    for name in names or [""]:
+        if name not in TASKS:
+            raise AtomError(f"--tasks: no task {name!r}; the tasks are {', '.join(TASKS)}")
+
+
+def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
+    """Fills in what depends on the checkpoint: the sources of `bpb` and max_length, from the experiment.json of a
+    training directory (or of the one that holds this step)."""
+    data = _training_data(checkpoint)
+    if not cfg.bpb.sources:
+        sources = data.sources if data else ("austen",)
+        cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))
+    if not cfg.max_length and data:
+        cfg = dataclasses.replace(cfg, max_length=data.seq_len)
+    return cfg
+
+
+def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | None = None) -> dict[str, Result]:
+    """Results of the named tasks.
+
+    out: a JSON file for them, written after every task. Beside it, OUT.items.jsonl holds the scores of single items;
+        a run that was interrupted goes on from there. None: nothing is kept.
+    Raises AtomError for unknown tasks, missing data and bad settings.
+    """
+    check_tasks(names)
+    encoder = make_encoder(lm, cfg)
+    model = cache.fingerprint(lm)
+    lm, mesh = _place(lm, cfg.mesh)
+    results: dict[str, Result] = {}
+    report = {"fingerprint": model, "family": lm.family, "config": _used(cfg, names), "tasks": {}}
+    for name in names:
+        began = time.monotonic()
+        plan = TASKS[name].plan(getattr(cfg, name), encoder)
+        key = cache.key(model, name, plan.items, cfg.batch_tokens)
+        items = cache.ItemCache(out and out.with_name(out.name + ".items.jsonl"), key)
+        with contextlib.closing(items):
+            _score(lm, plan.items, cfg.batch_tokens, items, mesh, name)
+            results[name] = plan.summarize([items.done[i] for i in range(len(plan.items))])
+        report["tasks"][name] = _entry(results[name], time.monotonic() - began)
+        if out is not None:
+            cache.write_json(out, report)
+    return results
+
+
+def make_encoder(lm: LM, cfg: EvalConfig) -> Encoder:
+    """How texts become tokens for this model. Raises AtomError for bad settings."""
+    if cfg.front not in ("auto", "yes", "no"):
+        raise AtomError(f"front={cfg.front}: expected auto, yes or no")
+    length = cfg.max_length or min(lm.config.max_length, _LONGEST)
+    if length < 2 or cfg.batch_tokens < 1:
+        raise AtomError("max_length must be at least 2, and batch_tokens at least 1")
+    if lm.tokenizer is None:
+        raise AtomError("the checkpoint has no tokenizer, and the tasks are texts")
+    front = lm.tokenizer.add_bos if cfg.front == "auto" else cfg.front == "yes"
+    return Encoder(lm.tokenizer, length, front)
+
+
+def table(results: dict[str, Result]) -> str:
+    """The results as lines of text."""
+    rows = [("task", "metric", "value", "stderr", "n")]
+    for task, result in results.items():
+        for name, metric in result.metrics.items():
+            rows.append((task, name, f"{metric.value:.4f}", f"{metric.stderr:.4f}", str(result.count)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _score(lm: LM, items: list[Item], batch_tokens: int, done: cache.ItemCache, mesh: Any, name: str) -> None:
+    """Scores the batches that `done` doesn't hold whole."""
+    multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    work = loglik.plan(items, batch_tokens, multiple)
+    left = [w for w in work if not all(i in done.done for i in w.items)]
+    tokens = {id(w): sum(map(len, w.rows)) for w in work}
+    total = sum(tokens.values())
+    bar = tqdm(
+        total=total,
+        initial=total - sum(tokens[id(w)] for w in left),
+        desc=name,
+        unit="tok",
+        unit_scale=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
+    with bar, contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for one, scores in loglik.score(lm, items, left, batch_tokens, mesh):
+            done.add(one.items, scores)
+            bar.update(tokens[id(one)])
+
+
+def _place(lm: LM, cfg: sharding.MeshConfig) -> tuple[LM, Any]:
+    """Spreads the parameters over the devices, when there are several."""
+    if len(jax.devices()) == 1:
+        return lm, None
+    mesh = sharding.make_mesh(cfg)
+    spec = registry.of(lm.config).spec(lm.config)
+    return dataclasses.replace(lm, params=jax.device_put(lm.params, sharding.shardings(spec, mesh))), mesh
+
+
+def _training_data(checkpoint: str) -> DataConfig | None:
+    path = pathlib.Path(checkpoint)
+    for folder in (path, path.parent.parent):
+        file = folder / "experiment.json"
+        if file.is_file() and (folder == path or path.parent.name == "checkpoints"):
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))["data"]
+            except (ValueError, KeyError, TypeError):
+                raise AtomError(f"{file} has no readable data configuration") from None
+            return config.from_json(DataConfig, data, f"{file}: data")
+    return None
+
+
+def _used(cfg: EvalConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The settings that these tasks depend on."""
+    return {k: v for k, v in config.to_json(cfg).items() if k not in TASKS or k in names}
+
+
+def _entry(result: Result, seconds: float) -> dict[str, Any]:
+    metrics = {
+        name: {"value": value, "stderr": None if math.isnan(stderr) else stderr}
+        for name, (value, stderr) in result.metrics.items()
+    }
+    return {"metrics": metrics, "count": result.count, **result.notes, "seconds": round(seconds, 1)}
