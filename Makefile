@@ -22,6 +22,7 @@ install: $(VENV)/.installed-$(EXTRAS)  ## create the environment with the develo
 
 quickstart: $(VENV)/.installed-core  ## train a byte-level model on six novels, evaluate it, let it write (minutes)
 	$(BIN)/python train.py --config=configs/lm.py:quick --workdir=runs/quickstart
+	$(BIN)/python -m atom_jax summary runs/quickstart
 
 test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The commands of `python -m atom_jax`: generate, convert and info."""
+"""The commands of `python -m atom_jax`: generate, convert, info and summary."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ USAGE = """python -m atom_jax COMMAND [...]
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   info      PATH                              what is in a checkpoint
+  summary   WORKDIR                           a training run next to baselines, with a sample and a picture
 
 `python -m atom_jax COMMAND --help` lists the flags of a command. A checkpoint is a Hugging Face directory, an Orbax
 directory (converted, or the --workdir of a training run), a .gguf file or a Hugging Face model id."""
@@ -24,7 +25,12 @@ directory (converted, or the --workdir of a training run), a .gguf file or a Hug
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
-    commands: dict[str, Callable[[list[str]], None]] = {"generate": _generate, "convert": _convert, "info": _info}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "generate": _generate,
+        "convert": _convert,
+        "info": _info,
+        "summary": _summary,
+    }
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
         print(USAGE)
         return 0 if len(argv) > 1 else 1
@@ -157,6 +163,18 @@ def _info(argv: list[str]) -> None:
     from atom_jax.checkpoint import cli
 
     print(cli.info(path, values.tensors))
+
+
+def _summary(argv: list[str]) -> None:
+    known = _Flags("summary WORKDIR [flags]\n\nJudges a training run on its whole validation text; draws a picture.")
+    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
+    known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
+    values, (workdir,) = known.parse(argv, 1)
+
+    from atom_jax.evaluation import summary
+
+    result = summary.summarize(workdir, values.prompt, values.sample_tokens)
+    print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
 
 
 if __name__ == "__main__":
