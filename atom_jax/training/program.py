@@ -60,13 +60,14 @@ class Program:
 
     def initial(self, params: Any = None) -> State:
         """The first state: random parameters from the experiment's seed, or those given (already in place)."""
-        ema, places = self.exp.optim.ema > 0, state_lib.shardings(self.state)
-        if params is None:
-            key = jax.random.key(self.exp.seed)
-            draw = jax.jit(lambda key: params_lib.init(key, self.spec), out_shardings=places.params)
-            params = draw(key)
-        begin = jax.jit(lambda p: state_lib.fresh(p, self.optimizer, ema), out_shardings=places, donate_argnums=0)
-        return begin(params)
+        places = state_lib.shardings(self.state)
+
+        def begin(source: Any) -> State:
+            values = params_lib.init(source, self.spec) if params is None else source
+            return state_lib.fresh(values, self.optimizer, self.exp.optim.ema > 0)
+
+        start = jax.jit(begin, out_shardings=places, donate_argnums=() if params is None else 0)
+        return start(jax.random.key(self.exp.seed) if params is None else params)
 
     def averaged(self, state: State) -> Any:
         """The parameters to judge and to use: the moving average where there is one."""

@@ -32,10 +32,10 @@ def test_accumulation_equals_the_large_batch():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_loss_falls(kind):
-    out = run(make(f"optim.optimizer={kind}", "optim.learning_rate=0.01", "train.steps=30"), 15)
+    out = run(make(f"optim.optimizer={kind}"), 15)
     losses = [m["loss"] for _, m in out]
     # Eight equally likely bytes of 264.
-    assert losses[0] > 5 and losses[-1] < 3.2
+    assert losses[0] > 5 and losses[-1] < losses[0] - 1
     assert [int(s.step) for s, _ in out] == list(range(1, 16))
 
 
@@ -63,7 +63,7 @@ def test_frozen_parameters_stay_bit_identical():
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    exp = make("optim.ema=0.9")
+    exp = make("optim.ema=0.5")
     with jax.set_mesh(mesh(exp.mesh)):
         p = program(exp)
         good, (batch, *_) = p.initial(), batches(exp, 2)
@@ -94,14 +94,11 @@ def test_one_trace_for_many_steps(monkeypatch):
     run(exp, 4)
 
 
-MANY = [("adamw", (8, 1, 1)), ("adamw", (2, 2, 2)), ("muon", (2, 2, 2))]
-
-
-@pytest.mark.parametrize("kind, sizes", MANY, ids=["adamw-data", "adamw-all", "muon-all"])
-def test_eight_devices_equal_one(kind, sizes):
-    settings = [f"optim.optimizer={kind}", "train.steps=10"]
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_eight_devices_equal_one(kind):
+    settings = [f"optim.optimizer={kind}"]
     one = run(make(*settings), 10)
-    many = run(make(*settings, *(f"mesh.{k}={v}" for k, v in zip(("data", "fsdp", "tensor"), sizes))), 10)
+    many = run(make(*settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), 10)
     np.testing.assert_allclose([m["loss"] for _, m in one], [m["loss"] for _, m in many], rtol=2e-5)
     np.testing.assert_allclose([m["grad_norm"] for _, m in one], [m["grad_norm"] for _, m in many], rtol=1e-3)
 
