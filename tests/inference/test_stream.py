@@ -30,7 +30,7 @@ def test_pieces_are_whole_characters_and_add_up(step):
 
 
 def test_broken_characters_are_replaced_at_the_end():
-    s, pieces = stream(list("é".encode())[:1] , 1)
+    s, pieces = stream(list("é".encode())[:1], 1)
     assert pieces == [""] and s.finish() == s.text == "\ufffd"
     s, pieces = stream([0xFF, 65], 1)
     assert "".join(pieces) + s.finish() == "\ufffdA"
