@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int:
 class _Flags:
     """The flags of one command."""
 
-    def __init__(self, usage: str):
-        self._usage, self._help, self._values = usage, [], flags.FlagValues()
+    def __init__(self, usage: str, purpose: str):
+        self._usage, self._values = usage, flags.FlagValues()
+        self._help = [f"python -m atom_jax {usage} [flags]", "", purpose, ""]
 
     def add(self, define: Callable[..., Any], name: str, default: Any, text: str) -> None:
         """Defines a flag with one of absl's DEFINE functions."""
@@ -69,11 +70,12 @@ class _Flags:
     def parse(self, argv: list[str], positional: int) -> tuple[flags.FlagValues, list[str]]:
         """Returns the flags and the arguments left over, of which there must be `positional`."""
         if any(a in ("--help", "-h", "-help") for a in argv):
-            print("\n".join([f"python -m atom_jax {self._usage}", "", *self._help]))
+            print("\n".join(self._help))
             raise _Done
         rest = self._values(argv)[1:]
         if len(rest) != positional:
-            raise AtomError(f"expected {positional} arguments besides flags, got {rest}; usage: {self._usage}")
+            given = " ".join(rest) or "nothing"
+            raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
         return self._values, rest
 
 
@@ -82,7 +84,7 @@ class _Done(Exception):
 
 
 def _generate(argv: list[str]) -> None:
-    known = _Flags("generate --checkpoint=PATH --prompt=TEXT [flags]\n\nWrites the new text to the terminal.")
+    known = _Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_multi_string, "prompt", None, "text to continue; several --prompt run as one batch")
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
@@ -146,7 +148,7 @@ def _report(stats: dict[str, float], everything: bool) -> None:
 
 
 def _convert(argv: list[str]) -> None:
-    known = _Flags("convert SRC DST [flags]\n\nConverts a checkpoint; DST must not exist yet.")
+    known = _Flags("convert SRC DST", "Converts a checkpoint; DST must not exist yet.")
     known.add(flags.DEFINE_string, "to", None, "hf or orbax; by default orbax for Hugging Face input, else hf")
     values, (source, target) = known.parse(argv, 2)
 
@@ -156,7 +158,7 @@ def _convert(argv: list[str]) -> None:
 
 
 def _info(argv: list[str]) -> None:
-    known = _Flags("info PATH [flags]\n\nSays what is in a checkpoint.")
+    known = _Flags("info PATH", "Says what is in a checkpoint.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     values, (path,) = known.parse(argv, 1)
 
