@@ -15,7 +15,7 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what to evaluate")
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks; a wrong name prints the list")
@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status; settings may follow one --set without repeating it."""
     from atom_jax.typing import AtomError
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it reads.
     try:
         run([*_SET.value, *arguments[1:]])
     except AtomError as e:

@@ -75,6 +75,7 @@ def test_training_directory(lm, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "eval.json").read_text())["config"]
     assert used["bpb"]["sources"] == ["austen"] and used["max_length"] == 32
+    assert all("tok/s" in line for line in done.stderr.splitlines() if line)
 
 
 def test_smollm2_reads_english(tmp_path):
