@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     except (AtomError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class TrainConfig:
     log_every: int = 10
     # Steps between validations; 0 = never.
     eval_every: int = 200
+    # Batches per validation, each as large as one of the optim.accumulate parts of a training batch.
     eval_batches: int = 16
     # A checkpoint is due after so many steps or minutes, whichever comes first; 0 = only at the end.
     checkpoint_every: int = 1000

@@ -126,7 +126,9 @@ class _Run:
         return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
 
     def _read(self, split: str) -> Any:
-        cfg = self.exp.data if split == "train" else dataclasses.replace(self.exp.data, split=split)
+        cfg = self.exp.data
+        if split != "train":
+            cfg = dataclasses.replace(cfg, split=split, batch_size=cfg.batch_size // self.exp.optim.accumulate)
         data = make_iterator(cfg, self.program.tokenizer, jax.process_index(), jax.process_count())
         self.opened.callback(data.close)
         return data
@@ -170,7 +172,7 @@ class _Run:
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
             )
-            self.recorder.sample(self.at, sample.text[0])
+            self.recorder.sample(self.at, cfg.sample_prompt + sample.text[0])
         self.recorder.restart_clock()
 
 

@@ -28,7 +28,12 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
 
 def tokenizer(exp: Experiment) -> Any:
     """The tokenizer that the experiment names, or that of `init_from`."""
-    return tokenizers.from_name(exp.tokenizer) if exp.tokenizer else _source(exp, "tokenizer")[1]
+    if exp.tokenizer:
+        return tokenizers.from_name(exp.tokenizer)
+    found = _source(exp, "tokenizer")[1]
+    if found is None:
+        raise AtomError(f"init_from {exp.init_from} has no tokenizer: set `tokenizer`")
+    return found
 
 
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 
 import chex
@@ -89,6 +90,7 @@ def test_another_configuration_is_refused_and_harmless_changes_are_not(whole):
         (["mesh.data=3"], "does not fit 8 devices"),
         (["data.sources=nowhere"], "nowhere"),
         (["init_from=nowhere"], "nowhere"),
+        (["init_from=tests/golden/hf_tiny/llama", "tokenizer="], "no tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tmp_path, settings, words):
@@ -161,3 +163,9 @@ def test_the_model_of_init_from(whole, tmp_path):
         start.parameters(config.override(exp, ["model.vocab_size=272"]), None)
     with pytest.raises(AtomError, match="model is not set"):
         start.configure(str(file), ["init_from="])
+
+
+def test_samples(tmp_path, capfd):
+    settings = ["train.steps=6", "train.sample_prompt=It was", "train.sample_tokens=4"]
+    loop.fit(experiment(*settings), tmp_path)
+    assert re.search(r"step 6: ['\"]It was", capfd.readouterr().err)
