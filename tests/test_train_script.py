@@ -18,7 +18,7 @@ from absl.testing import flagsaver
 from atom_jax.training.record import read
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 200
+STEPS = 240
 SETTINGS = ["train.eval_every=0", "train.checkpoint_every=20", "train.keep=99", "optim.schedule=constant"]
 SETTINGS += [f"train.steps={STEPS}", "model.n_layers=1", "data.seq_len=16"]
 
@@ -65,13 +65,14 @@ def whole(tmp_path_factory):
 
 
 def test_kills_and_interrupts_leave_no_trace_in_the_losses(whole, tmp_path):
-    # Wherever it strikes: in a step, while a checkpoint is saved, or between.
+    # Wherever it strikes: in a step, while a checkpoint is saved, or between. Past step 40 there is a whole one.
     first = begin(tmp_path)
-    reach(first, tmp_path, random.randint(30, 80))
+    reach(first, tmp_path, random.randint(45, 90))
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    killed = read(tmp_path / "metrics.jsonl")[-1]["step"]
     second = begin(tmp_path)
-    reach(second, tmp_path, random.randint(110, 150))
+    reach(second, tmp_path, killed + random.randint(5, 40))
     second.send_signal(signal.SIGINT)
     err = end(second, 130)
     (stopped,) = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -17,14 +18,18 @@ GO, SAVE, STOP = 0, 1, 2
 
 
 class Interrupts:
-    """Inside this context SIGINT and SIGTERM are only noted in `signal`; a second SIGINT ends the process."""
+    """Inside this context SIGINT and SIGTERM are only noted in `signal`; a second SIGINT ends the process.
+
+    Outside the main thread Python allows no signal handlers, and nothing is noted.
+    """
 
     def __init__(self):
         self.signal = 0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self._old[number] = signal.signal(number, self._note)
         return self
 

@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from atom_jax import config
+import atom_jax
+from atom_jax import config, sharding
 from atom_jax.checkpoint import store
+from atom_jax.models import transformer
+from atom_jax.sharding import MeshConfig
 from atom_jax.training import interrupt, loop, losses, start
 from atom_jax.training.record import read
 from atom_jax.typing import AtomError
@@ -163,6 +166,19 @@ def test_the_model_of_init_from(whole, tmp_path):
         start.parameters(config.override(exp, ["model.vocab_size=272"]), None)
     with pytest.raises(AtomError, match="model is not set"):
         start.configure(str(file), ["init_from="])
+
+
+def test_the_model_of_a_published_checkpoint(tmp_path):
+    file = tmp_path / "finetune.py"
+    file.write_text(
+        "from atom_jax.training.config import Experiment\n"
+        "VARIANTS = {'a': lambda: Experiment(init_from='tests/golden/hf_tiny/llama')}\n"
+    )
+    exp = start.configure(str(file), [])
+    places = sharding.shardings(transformer.spec(exp.model), sharding.make_mesh(MeshConfig(1, 4, 2)))
+    params, notes = start.parameters(exp, places)
+    assert notes == [] and params["embed"].sharding == places["embed"] and params["embed"].dtype == np.float32
+    chex.assert_trees_all_equal(params, atom_jax.load(exp.init_from, dtype="float32").params)
 
 
 def test_samples(tmp_path, capfd):

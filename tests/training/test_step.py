@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,13 @@ from atom_jax.training.config import Group, OptimConfig
 from tests.training.tiny import batches, make, mesh, program
 
 
-def run(exp, n: int, poison: int | None = None):
-    """States and metrics on the host after every one of n steps; step `poison` has a NaN parameter gradient."""
+@functools.cache
+def run(*settings: str):
+    """States and metrics on the host after every one of ten steps."""
+    return follow(make(*settings), 10)
+
+
+def follow(exp, n: int):
     with jax.set_mesh(mesh(exp.mesh)):
         p = program(exp)
         state, out = p.initial(), []
@@ -22,9 +29,8 @@ def run(exp, n: int, poison: int | None = None):
 
 
 def test_accumulation_equals_the_large_batch():
-    whole = run(make(), 3)
-    cut = run(make("optim.accumulate=4"), 3)
-    for (_, m), (_, n) in zip(whole, cut):
+    whole, cut = run("optim.optimizer=adamw"), run("optim.accumulate=4")
+    for (_, m), (_, n) in zip(whole[:3], cut[:3]):
         chex.assert_trees_all_close(m, n, rtol=1e-4)
     # After one step Adam's first moment is a tenth of the gradient.
     chex.assert_trees_all_close(whole[0][0].opt, cut[0][0].opt, rtol=1e-4, atol=1e-7)
@@ -32,16 +38,16 @@ def test_accumulation_equals_the_large_batch():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_loss_falls(kind):
-    out = run(make(f"optim.optimizer={kind}"), 15)
+    out = run(f"optim.optimizer={kind}")
     losses = [m["loss"] for _, m in out]
     # Eight equally likely bytes of 264.
-    assert losses[0] > 5 and losses[-1] < losses[0] - 1
-    assert [int(s.step) for s, _ in out] == list(range(1, 16))
+    assert losses[0] > 5 and losses[-1] < losses[0] - 0.5
+    assert [int(s.step) for s, _ in out] == list(range(1, 11))
 
 
 def test_metrics():
     exp = make()
-    _, m = run(exp, 1)[0]
+    _, m = run("optim.optimizer=adamw")[0]
     mask = batches(exp, 1)[0]["loss_mask"]
     assert m["tokens"] == m["bytes"] == mask.sum() and m["bad"] == 0
     np.testing.assert_allclose(m["bits_per_byte"], m["loss"] / np.log(2), rtol=1e-6)
@@ -53,7 +59,7 @@ def test_frozen_parameters_stay_bit_identical():
     exp = make(optim=OptimConfig(learning_rate=0.01, warmup_steps=1, groups=groups))
     with jax.set_mesh(mesh(exp.mesh)):
         start = jax.device_get(program(exp).initial()).params
-    state = run(exp, 3)[-1][0]
+    state = follow(exp, 3)[-1][0]
     a, b = params_lib.flatten(start), params_lib.flatten(state.params)
     for name in a:
         same = np.array_equal(a[name], b[name])
@@ -79,7 +85,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_moving_average():
-    first, second = (s for s, _ in run(make("optim.ema=0.5"), 2))
+    first, second = (s for s, _ in run("optim.ema=0.5")[:2])
     # The decay starts at 1 / 10 and would reach 0.5 after eight steps.
     expected = jax.tree.map(lambda a, p: 2 / 11 * a + 9 / 11 * p, first.ema, second.params)
     chex.assert_trees_all_close(second.ema, expected, rtol=1e-5, atol=1e-7)
@@ -91,14 +97,13 @@ def test_one_trace_for_many_steps(monkeypatch):
 
     counted = chex.assert_max_traces(n=1)(losses.next_token)
     monkeypatch.setattr(losses, "next_token", counted)
-    run(exp, 4)
+    follow(exp, 4)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_eight_devices_equal_one(kind):
-    settings = [f"optim.optimizer={kind}"]
-    one = run(make(*settings), 10)
-    many = run(make(*settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), 10)
+    one = run(f"optim.optimizer={kind}")
+    many = run(f"optim.optimizer={kind}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     np.testing.assert_allclose([m["loss"] for _, m in one], [m["loss"] for _, m in many], rtol=2e-5)
     np.testing.assert_allclose([m["grad_norm"] for _, m in one], [m["grad_norm"] for _, m in many], rtol=1e-3)
 
