@@ -34,6 +34,20 @@ class State:
 
 
 @struct.dataclass
+class Choice:
+    """How next tokens are chosen. keys [b]: one PRNG key per row; stop_ids: i32 [n], where -1 matches none."""
+
+    keys: jax.Array
+    how: sampling.Sampler
+    stop_ids: jax.Array
+
+    def take(self, logits_bv: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens i32 [b] and whether each is a stop id, bool [b]."""
+        token = sampling.choose(logits_bv, self.keys, step, self.how)
+        return token, jnp.any(token[:, None] == self.stop_ids[None], axis=1)
+
+
+@struct.dataclass
 class Made:
     """What one call made.
 
@@ -75,16 +89,15 @@ def _on_one_cpu(leaves: list[Any]) -> bool:
 
 
 def start(
-    params: Any, ids_bt: Any, length_b: Any, keys_b: jax.Array, how: sampling.Sampler, stop_ids: jax.Array, *,
-    cfg: Any, capacity: int, unroll: bool,
-) -> tuple[State, jax.Array]:  # fmt: skip
+    params: Any, ids_bt: Any, length_b: Any, choice: Choice, *, cfg: Any, capacity: int, unroll: bool
+) -> tuple[State, jax.Array]:
     """Reads prompts and chooses the first new token of every row.
 
     ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
     instead of a stacked one. Returns the state and the tokens i32 [b], -1 where a stop id was chosen.
     """
     logits_bv, cache = _read(params, ids_bt, length_b, cfg=cfg, capacity=capacity)
-    token, done = _first(logits_bv, keys_b, how, stop_ids)
+    token, done = _first(choice, logits_bv)
     state = State(dense.unstack(cache) if unroll else cache, token, done, jnp.int32(1))
     return state, jnp.where(done, -1, token)
 
@@ -102,24 +115,12 @@ def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capa
 
 
 @jax.jit
-def _first(
-    logits_bv: jax.Array, keys_b: jax.Array, how: sampling.Sampler, stop_ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    token = sampling.choose(logits_bv, keys_b, jnp.int32(0), how)
-    return token, jnp.any(token[:, None] == stop_ids[None], axis=1)
+def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return choice.take(logits_bv, jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def decode(
-    params: Any,
-    state: State,
-    keys_b: jax.Array,
-    how: sampling.Sampler,
-    stop_ids: jax.Array,
-    steps: jax.Array,
-    *,
-    cfg: Any,
-) -> tuple[State, Made]:
+def decode(params: Any, state: State, choice: Choice, steps: jax.Array, *, cfg: Any) -> tuple[State, Made]:
     """Makes up to `steps` (at most CHUNK) more tokens in every row that is not done.
 
     Ends early when all rows are done or the next token of one of them no longer fits the cache. Rows that are done
@@ -139,8 +140,8 @@ def decode(
         batch = Batch(state.token[:, None], state.cache.length[:, None], live[:, None].astype(jnp.int32))
         x_b1d, cache = model.hidden(params, batch, cfg=cfg, cache=state.cache)
         held_b, read_b = (jnp.where(live, n, 0.0) for n in model.cache_use(cache, cfg))
-        token = sampling.choose(model.logits(params, x_b1d, cfg=cfg)[:, 0], keys_b, state.made, how)
-        done = state.done | jnp.any(token[:, None] == stop_ids[None], axis=1)
+        token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
+        done = state.done | stopped
         made = Made(
             tokens=made.tokens.at[:, i].set(jnp.where(done, -1, token)),
             reads=made.reads + read_b,

@@ -13,7 +13,7 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, State, bucket, decode, decode_params, grow, start
+from atom_jax.inference.decode import CHUNK, Choice, State, bucket, decode, decode_params, grow, start
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.typing import LM, AtomError
@@ -82,7 +82,7 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    run = _Run(lm, rows, how, _stop_ids(lm, stop_ids), _row_keys(key, len(rows)), stop, on_text)
+    run = _Run(lm, rows, Choice(_row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids)), stop, on_text)
     run.start(min(max_new_tokens, ROOM))
     first = time.perf_counter()
     while run.made < max_new_tokens and not run.finished:
@@ -93,15 +93,13 @@ def generate(
 class _Run:
     """One call of `generate`: the device state and the text of every row."""
 
-    def __init__(
-        self, lm: LM, rows: list[np.ndarray], how: Any, stop_ids: Any, keys: jax.Array, stop: list[str], on_text: Any
-    ):
-        self.lm, self.rows, self.on_text = lm, rows, on_text
-        self.choice = keys, how, stop_ids
+    def __init__(self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any):
+        self.lm, self.rows, self.choice, self.on_text = lm, rows, choice, on_text
         self.params = decode_params(lm)
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
         self.made, self.reads, self.peak, self.busy, self.finished = 0, 0.0, 0.0, 0.0, False
         self.state: State | None = None
+        self.compiled = 0  # capacity that `decode` was last compiled for
 
     def start(self, room: int) -> None:
         """Reads the prompts and chooses the first tokens."""
@@ -115,19 +113,21 @@ class _Run:
         params = self.lm.params if unroll else self.params
         capacity = bucket(lengths.max() + room, LEAST)
         self.state, token = start(
-            params, ids, lengths, *self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
+            params, ids, lengths, self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
         self.peak = float(lengths.sum())
         self._take(np.asarray(token)[:, None], 1)
-        self._compile()
 
     def advance(self, steps: int) -> None:
         """Makes up to `steps` tokens in every unfinished row, in a larger cache if need be."""
         if int(jnp.max(jnp.where(self.state.done, 0, self.state.cache.length))) >= self.state.cache.capacity:
             self.state = grow(self.state, bucket(self.state.cache.capacity + 1))
-            self._compile()
+        if self.state.cache.capacity != self.compiled:
+            # No step is taken: rates are to count decoding, not compiling.
+            self.state, _ = decode(self.params, self.state, self.choice, np.int32(0), cfg=self.lm.config)
+            self.compiled = self.state.cache.capacity
         began, before = time.perf_counter(), int(self.state.made)
-        self.state, made = decode(self.params, self.state, *self.choice, np.int32(steps), cfg=self.lm.config)
+        self.state, made = decode(self.params, self.state, self.choice, np.int32(steps), cfg=self.lm.config)
         tokens = np.asarray(made.tokens)
         self.busy += time.perf_counter() - began
         self.reads += float(np.asarray(made.reads, np.float64).sum())
@@ -152,10 +152,6 @@ class _Run:
         }
         text = None if self.lm.tokenizer is None else [s.text for s in self.streams]
         return Generation([s.ids for s in self.streams], text, stats)
-
-    def _compile(self) -> None:
-        """Compiles for the cache as it is now, so that rates count decoding only: no step is taken."""
-        self.state, _ = decode(self.params, self.state, *self.choice, np.int32(0), cfg=self.lm.config)
 
     def _take(self, tokens: np.ndarray, used: int) -> None:
         """Adds new tokens [rows, used] to the texts; rows that met a stop string are done from here on."""

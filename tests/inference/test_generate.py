@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 import atom_jax
 from atom_jax import params as params_lib
+from atom_jax import sharding
 from atom_jax.inference import decode
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
@@ -94,6 +95,16 @@ def test_the_scanned_layout_of_accelerators_gives_the_same(tiny, monkeypatch):
     expected = generate(tiny, PROMPTS, 20, 1.0).ids
     monkeypatch.setattr(decode, "_on_one_cpu", lambda leaves: False)
     assert generate(dataclasses.replace(tiny), PROMPTS, 20, 1.0).ids == expected
+
+
+def test_sharded_parameters_give_the_same(tiny):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(tiny.params, sharding.shardings(transformer.spec(tiny.config), mesh))
+    lm = dataclasses.replace(tiny, params=placed)
+    expected = generate(tiny, PROMPTS[:2], 20, 1.0).ids
+    assert generate(lm, PROMPTS[:2], 20, 1.0).ids == expected
+    with jax.set_mesh(mesh):
+        assert generate(lm, PROMPTS[:2], 20, 1.0).ids == expected
 
 
 def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
