@@ -32,16 +32,16 @@ def quick() -> Experiment:
         model=byte_model(d_model=192, n_layers=4, remat=True),
         data=DataConfig(sources=("austen",), seq_len=256, batch_size=16),
         optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.05),
-        train=TrainConfig(steps=600, eval_every=100, eval_batches=12, sample_prompt="It was"),
+        train=TrainConfig(steps=500, eval_every=100, eval_batches=12, sample_prompt="It was"),
     )
 
 
 def base() -> Experiment:
     return Experiment(
-        model=byte_model(d_model=256, n_layers=6, remat=True),
-        data=DataConfig(sources=("austen",), seq_len=512, batch_size=16),
-        optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=100, final_fraction=0.02),
-        train=TrainConfig(steps=2000, eval_every=250, eval_batches=12, sample_prompt="It was"),
+        model=byte_model(d_model=256, n_layers=4, remat=True),
+        data=DataConfig(sources=("austen",), seq_len=256, batch_size=16),
+        optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=50, final_fraction=0.02),
+        train=TrainConfig(steps=2000, eval_every=200, eval_batches=12, sample_prompt="It was"),
     )
 
 
