@@ -169,6 +169,14 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
     return {**p, **tables, "layers": layers}
 
 
+def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Entries of the cache that each row holds, and that its latest token read: float32 [b] each, averaged over
+    layers and key/value heads."""
+    sliding = sum(kind == "sliding" for kind in cfg.layer_types) / cfg.n_layers
+    held = cache.length.astype(jnp.float32)
+    return held, (1 - sliding) * held + sliding * jnp.minimum(held, cfg.sliding_window)
+
+
 def _fuse(layers: params.Tree) -> params.Tree:
     attn, mlp = dict(layers["attn"]), dict(layers["mlp"])
     attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=-2)
