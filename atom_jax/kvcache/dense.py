@@ -28,9 +28,14 @@ class DenseLayer:
         return cls(*(jnp.zeros((b, h, capacity, k), dtype) for _ in range(2)))
 
     def write(self, k_bhtk: jax.Array, v_bhtk: jax.Array, start_b: jax.Array) -> DenseLayer:
-        """Stores t new tokens of every row from its slot start_b on."""
+        """Stores t new tokens of every row from its slot start_b on. A single token beyond the capacity is dropped."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            if new.shape[2] == 1:
+                # One scatter index per row and head: XLA then updates in place, where the form below copies.
+                rows, heads = (jnp.arange(n) for n in old.shape[:2])
+                at = old.at[rows[:, None], heads[None], start_b[:, None]]
+                return at.set(new[:, :, 0].astype(old.dtype), mode="drop", unique_indices=True)
             return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice(o, n, (0, i, 0)))(
                 old, new.astype(old.dtype), start_b
             )
@@ -53,6 +58,11 @@ class Cache:
     layers: Any
     length: jax.Array
     fresh: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
 
 
 def grow(cache: Cache, capacity: int) -> Cache:

@@ -155,6 +155,35 @@ def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.A
     return constrain(out, "batch", None, "vocab")
 
 
+def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> params.Tree:
+    """Parameters laid out for generation, in the compute dtype; `hidden` and `logits` take them as they are.
+
+    unroll: separate layers whose query, key and value matrices, and gate and up matrices, lie side by side.
+      One token through an unrolled stack reads every weight once; the scan copies each layer out first, which
+      doubles the traffic on a CPU.
+    """
+    tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
+    layers = params.cast(p["layers"], cfg.dtype)
+    if unroll:
+        layers = params.unstack(jax.jit(_fuse)(layers), cfg.n_layers)
+    return {**p, **tables, "layers": layers}
+
+
+def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Entries of the cache that each row holds, and that its latest token read: float32 [b] each, averaged over
+    layers and key/value heads."""
+    sliding = sum(kind == "sliding" for kind in cfg.layer_types) / cfg.n_layers
+    held = cache.length.astype(jnp.float32)
+    return held, (1 - sliding) * held + sliding * jnp.minimum(held, cfg.sliding_window)
+
+
+def _fuse(layers: params.Tree) -> params.Tree:
+    attn, mlp = dict(layers["attn"]), dict(layers["mlp"])
+    attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=-2)
+    mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=-1)
+    return {**layers, "attn": attn, "mlp": mlp}
+
+
 class _Context:
     """What all layers of one call share: where tokens stand and the rotary tables of each layer type."""
 
@@ -210,9 +239,7 @@ def _layer(p: Any, x: jax.Array, state: Any, context: _Context, i: int) -> tuple
 
 def _attention(p: Any, x: jax.Array, state: Any, context: _Context, kind: str) -> tuple[jax.Array, Any]:
     cfg, tokens, cache = context.cfg, context.tokens, context.cache
-    q = _project(x, p["q"], p.get("q_norm"), cfg)
-    k = _project(x, p["k"], p.get("k_norm"), cfg)
-    v = _project(x, p["v"], None, cfg)
+    q, k, v = _projections(p, x, cfg)
     q, k = rope.rotate(q, *context.rope[kind]), rope.rotate(k, *context.rope[kind])
     b, t, n, size = q.shape
     q = q.reshape(b, t, cfg.n_kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
@@ -229,11 +256,19 @@ def _attention(p: Any, x: jax.Array, state: Any, context: _Context, kind: str) -
     return project(out, p["o"], inputs=2), state
 
 
-def _project(x_btd: jax.Array, w_dnk: jax.Array, norm: jax.Array | None, cfg: TransformerConfig) -> jax.Array:
-    """Heads [b, t, n, k], with RMS normalisation over a head or over all heads, by the size of `norm`."""
-    y = constrain(project(x_btd, w_dnk), "batch", None, "heads", None)
-    if norm is None:
-        return y
-    if norm.shape[0] == y.shape[-1]:
-        return rms_norm(y, norm, cfg.norm_eps)
-    return rms_norm(y.reshape(*y.shape[:2], -1), norm, cfg.norm_eps).reshape(y.shape)
+def _projections(p: Any, x_btd: jax.Array, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [b, t, n, k], keys and values [b, t, h, k], normalised where the family does so."""
+    if "qkv" in p:
+        q, k, v = jnp.split(project(x_btd, p["qkv"]), [cfg.n_heads, cfg.n_heads + cfg.n_kv_heads], axis=2)
+    else:
+        q, k, v = (constrain(project(x_btd, p[name]), "batch", None, "heads", None) for name in "qkv")
+    return _normalise(q, p.get("q_norm"), cfg), _normalise(k, p.get("k_norm"), cfg), v
+
+
+def _normalise(x_btnk: jax.Array, weight: jax.Array | None, cfg: TransformerConfig) -> jax.Array:
+    """RMS normalisation over a head or over all heads, by the size of `weight`; none without one."""
+    if weight is None:
+        return x_btnk
+    if weight.shape[0] == x_btnk.shape[-1]:
+        return rms_norm(x_btnk, weight, cfg.norm_eps)
+    return rms_norm(x_btnk.reshape(*x_btnk.shape[:2], -1), weight, cfg.norm_eps).reshape(x_btnk.shape)

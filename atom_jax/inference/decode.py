@@ -1,0 +1,161 @@
+"""The compiled halves of generation: reading prompts, and choosing tokens one after another."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.inference import sampling
+from atom_jax.kvcache import dense
+from atom_jax.models import registry
+from atom_jax.typing import LM, Batch
+
+# Tokens that one call of `decode` can make for each row.
+CHUNK = 128
+
+
+@struct.dataclass
+class State:
+    """Where generation stands.
+
+    cache: the model's memory. token: i32 [b], chosen, but not yet read by the model. done: bool [b]. made: i32,
+    tokens chosen so far in every row that is not done.
+    """
+
+    cache: Any
+    token: jax.Array
+    done: jax.Array
+    made: jax.Array
+
+
+@struct.dataclass
+class Made:
+    """What one call made.
+
+    tokens: i32 [b, CHUNK], -1 where there is none. reads: f32 [b], cache entries that each row read; peak: f32, the
+    most entries that unfinished rows held together; both averaged over layers and heads.
+    """
+
+    tokens: jax.Array
+    reads: jax.Array
+    peak: jax.Array
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The first of 16, 24, 32, 48, 64, 96, ... that is at least `n` and `least`."""
+    size = 16
+    while size < max(n, least):
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+_LAID_OUT: dict[int, tuple[list[Any], Any]] = {}
+
+
+def decode_params(lm: LM) -> Any:
+    """The model's `decode_params` for this backend, kept as long as `lm` lives and its arrays are the same."""
+    leaves = jax.tree.leaves(lm.params)
+    known, laid_out = _LAID_OUT.get(id(lm), ([], None))
+    if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
+        laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=_on_one_cpu(leaves))
+        if id(lm) not in _LAID_OUT:
+            weakref.finalize(lm, _LAID_OUT.pop, id(lm), None).atexit = False
+        _LAID_OUT[id(lm)] = leaves, laid_out
+    return laid_out
+
+
+def _on_one_cpu(leaves: list[Any]) -> bool:
+    spread = any(len(x.sharding.device_set) > 1 for x in leaves if isinstance(x, jax.Array))
+    return jax.default_backend() == "cpu" and not spread
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "capacity", "unroll"))
+def prefill(
+    params: Any,
+    ids_bt: jax.Array,
+    length_b: jax.Array,
+    keys_b: jax.Array,
+    how: sampling.Sampler,
+    stop_ids: jax.Array,
+    *,
+    cfg: Any,
+    capacity: int,
+    unroll: bool,
+) -> tuple[State, jax.Array]:
+    """Reads prompts and chooses the first new token of every row.
+
+    ids_bt: prompts padded on the right; length_b: their lengths, at least 1. unroll: one cache per layer instead of
+    a stacked one. Logits are computed for the last token of every prompt only. Returns the state and tokens i32 [b]
+    (-1 where a stop id was chosen).
+    """
+    model = registry.of(cfg)
+    b, t = ids_bt.shape
+    positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32))
+    x_btd, cache = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
+    if unroll:
+        cache = cache.replace(layers=_separate(cache.layers))
+    last_b1d = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)
+    logits_bv = model.logits(params, last_b1d, cfg=cfg)[:, 0]
+    token = sampling.choose(logits_bv, keys_b, jnp.int32(0), how)
+    done = jnp.any(token[:, None] == stop_ids[None], axis=1)
+    return State(cache, token, done, jnp.int32(1)), jnp.where(done, -1, token)
+
+
+def _separate(layers: Any) -> tuple[Any, ...]:
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
+def decode(
+    params: Any,
+    state: State,
+    keys_b: jax.Array,
+    how: sampling.Sampler,
+    stop_ids: jax.Array,
+    steps: jax.Array,
+    *,
+    cfg: Any,
+) -> tuple[State, Made]:
+    """Makes up to `steps` (at most CHUNK) more tokens in every row that is not done.
+
+    Ends early when all rows are done or the next token of one of them no longer fits the cache. Rows that are done
+    are computed along, but nothing of them changes.
+    """
+    model = registry.of(cfg)
+    b = state.token.shape[0]
+
+    def going(loop: tuple[jax.Array, State, Made]) -> jax.Array:
+        i, state, _ = loop
+        fits = jnp.max(jnp.where(state.done, 0, state.cache.length)) < state.cache.capacity
+        return (i < steps) & fits & ~jnp.all(state.done)
+
+    def step(loop: tuple[jax.Array, State, Made]) -> tuple[jax.Array, State, Made]:
+        i, state, made = loop
+        live = ~state.done
+        batch = Batch(state.token[:, None], state.cache.length[:, None], live[:, None].astype(jnp.int32))
+        x_b1d, cache = model.hidden(params, batch, cfg=cfg, cache=state.cache)
+        held_b, read_b = (jnp.where(live, n, 0.0) for n in model.cache_use(cache, cfg))
+        token = sampling.choose(model.logits(params, x_b1d, cfg=cfg)[:, 0], keys_b, state.made, how)
+        done = state.done | jnp.any(token[:, None] == stop_ids[None], axis=1)
+        made = Made(
+            tokens=made.tokens.at[:, i].set(jnp.where(done, -1, token)),
+            reads=made.reads + read_b,
+            peak=jnp.maximum(made.peak, held_b.sum()),
+        )
+        return i + 1, State(cache, token, done, state.made + 1), made
+
+    nothing = Made(jnp.full((b, CHUNK), -1, jnp.int32), jnp.zeros(b, jnp.float32), jnp.float32(0))
+    _, state, made = jax.lax.while_loop(going, step, (jnp.int32(0), state, nothing))
+    return state, made
+
+
+def grow(state: State, capacity: int) -> State:
+    """The same state with room for `capacity` tokens per row."""
+    return state.replace(cache=dense.grow(state.cache, capacity))

@@ -1,0 +1,227 @@
+"""Text from a model: prompts in, new tokens and text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax import params as params_lib
+from atom_jax.inference import sampling
+from atom_jax.inference.decode import CHUNK, State, bucket, decode, decode_params, grow, prefill
+from atom_jax.inference.score import check_ids
+from atom_jax.inference.stream import TextStream
+from atom_jax.typing import LM, AtomError
+
+# Steps between looks at the text, where somebody waits for it or a stop string may end it.
+LOOK = 8
+# Room for new tokens that a cache starts with (fewer when fewer are asked for), and its least size. A larger one
+# is read for nothing, a smaller one is compiled for sooner.
+ROOM = 128
+LEAST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """New tokens of every row, their text (None without a tokenizer), and what it cost.
+
+    stats: prompt_tokens, new_tokens; seconds in all; prefill_seconds: until the first tokens, compilation included;
+    tokens_per_second: later tokens by the time that they took, without compilation; kv_entries_peak: the most cache
+    entries that unfinished rows held together; kv_reads: entries that decoding read (both averaged over layers and
+    key/value heads; sliding layers read at most their window); kv_bytes: size of the cache buffers at the end.
+    """
+
+    ids: list[list[int]]
+    text: list[str] | None
+    stats: dict[str, float]
+
+
+def generate(
+    lm: LM,
+    prompts: str | Sequence[str | Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> Generation:
+    """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
+
+    Args:
+      prompts: texts or lists of token ids, of any lengths (or one text). Texts of byte models get the bos first.
+      temperature: 0 takes the most likely token. top_k, top_p, min_p: see `sampling.restrict`.
+      key: PRNG key, key(0) if None. Row r draws with fold_in(key, r); or an array of keys [rows], one for each.
+      stop: a row ends before the first of these strings, and its text is cut there.
+      stop_ids: a row ends at one of these tokens, which is not returned; None: those of the tokenizer and the model.
+      on_text: called with (row, piece) as text becomes certain; the pieces of a row add up to its text.
+    Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
+    """
+    began = time.perf_counter()
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    if max_new_tokens < 1:
+        raise AtomError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if lm.tokenizer is None and (stop or on_text):
+        raise AtomError("this model has no tokenizer: stop strings and streaming need one")
+    if "" in stop:
+        raise AtomError("stop: an empty string would stop everywhere")
+    how = sampling.sampler(temperature, top_k, top_p, min_p)
+    rows = _token_rows(lm, prompts)
+    longest = max(map(len, rows))
+    if longest + max_new_tokens > lm.config.max_length:
+        raise AtomError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
+            " positions of the model"
+        )
+    run = _Run(lm, rows, how, _stop_ids(lm, stop_ids), _row_keys(key, len(rows)), stop, on_text)
+    run.start(min(max_new_tokens, ROOM))
+    first = time.perf_counter()
+    while run.made < max_new_tokens and not run.finished:
+        run.advance(min(LOOK if stop or on_text else CHUNK, max_new_tokens - run.made))
+    return run.result(began, first)
+
+
+class _Run:
+    """One call of `generate`: the device state and the text of every row."""
+
+    def __init__(
+        self, lm: LM, rows: list[np.ndarray], how: Any, stop_ids: Any, keys: jax.Array, stop: list[str], on_text: Any
+    ):
+        self.lm, self.rows, self.on_text = lm, rows, on_text
+        self.choice = keys, how, stop_ids
+        self.params = decode_params(lm)
+        self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
+        self.made, self.reads, self.peak, self.busy, self.finished = 0, 0.0, 0.0, 0.0, False
+        self.state: State | None = None
+
+    def start(self, room: int) -> None:
+        """Reads the prompts and chooses the first tokens."""
+        lengths = np.array([len(row) for row in self.rows], np.int32)
+        size = bucket(lengths.max())
+        ids = np.zeros((len(self.rows), size), np.int32)
+        for row, out in zip(self.rows, ids):
+            out[: len(row)] = row
+        unroll = isinstance(self.params["layers"], tuple)
+        # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
+        params = self.lm.params if unroll else self.params
+        capacity = bucket(lengths.max() + room, LEAST)
+        self.state, token = prefill(
+            params, ids, lengths, *self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
+        )
+        self.peak = float(lengths.sum())
+        self._take(np.asarray(token)[:, None], 1)
+        self._compile()
+
+    def advance(self, steps: int) -> None:
+        """Makes up to `steps` tokens in every unfinished row, in a larger cache if need be."""
+        if int(jnp.max(jnp.where(self.state.done, 0, self.state.cache.length))) >= self.state.cache.capacity:
+            self.state = grow(self.state, bucket(self.state.cache.capacity + 1))
+            self._compile()
+        began, before = time.perf_counter(), int(self.state.made)
+        self.state, made = decode(self.params, self.state, *self.choice, np.int32(steps), cfg=self.lm.config)
+        tokens = np.asarray(made.tokens)
+        self.busy += time.perf_counter() - began
+        self.reads += float(np.asarray(made.reads, np.float64).sum())
+        self.peak = max(self.peak, float(made.peak))
+        self._take(tokens, int(self.state.made) - before)
+
+    def result(self, began: float, first: float) -> Generation:
+        """Ends all rows and adds up."""
+        for r, stream in enumerate(self.streams):
+            if self.lm.tokenizer is not None:
+                self._say(r, stream.finish())
+        new = sum(len(s.ids) for s in self.streams)
+        stats = {
+            "prompt_tokens": sum(map(len, self.rows)),
+            "new_tokens": new,
+            "seconds": time.perf_counter() - began,
+            "prefill_seconds": first - began,
+            "tokens_per_second": max(new - len(self.rows), 0) / self.busy if self.busy else 0.0,
+            "kv_entries_peak": self.peak,
+            "kv_reads": self.reads,
+            "kv_bytes": params_lib.nbytes(self.state.cache.layers),
+        }
+        text = None if self.lm.tokenizer is None else [s.text for s in self.streams]
+        return Generation([s.ids for s in self.streams], text, stats)
+
+    def _compile(self) -> None:
+        """Compiles for the cache as it is now, so that rates count decoding only: no step is taken."""
+        self.state, _ = decode(self.params, self.state, *self.choice, np.int32(0), cfg=self.lm.config)
+
+    def _take(self, tokens: np.ndarray, used: int) -> None:
+        """Adds new tokens [rows, used] to the texts; rows that met a stop string are done from here on."""
+        self.made += used
+        done = np.array(self.state.done)
+        for r, (stream, new) in enumerate(zip(self.streams, tokens[:, :used])):
+            new = new[new >= 0].tolist()
+            if self.lm.tokenizer is None:
+                stream.ids += new
+            else:
+                self._say(r, stream.push(new))
+            done[r] |= stream.stopped
+        self.finished = bool(done.all())
+        self.state = self.state.replace(done=jnp.asarray(done))
+
+    def _say(self, row: int, piece: str) -> None:
+        if piece and self.on_text is not None:
+            self.on_text(row, piece)
+
+
+def _token_rows(lm: LM, prompts: Any) -> list[np.ndarray]:
+    """Prompts as i32 arrays, checked."""
+    prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+    if not prompts:
+        raise AtomError("prompts: there is none")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str | bytes):
+            ids = _encode(lm, prompt)
+        else:
+            ids = np.asarray(prompt)
+            if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
+                raise AtomError(f"prompts[{i}]: expected a text or a list of token ids")
+        if not ids.size:
+            raise AtomError(f"prompts[{i}] is empty, and the model has no token that begins a text")
+        check_ids(ids, lm.config.vocab_size)
+        rows.append(ids.astype(np.int32))
+    return rows
+
+
+def _encode(lm: LM, text: str | bytes) -> np.ndarray:
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
+        raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
+    ids = np.asarray(tokenizer.encode(text))
+    if tokenizer.bos_id is not None and getattr(tokenizer, "add_bos", tokenizer.name == "bytes"):
+        ids = np.concatenate([[tokenizer.bos_id], ids])
+    return ids
+
+
+def _stop_ids(lm: LM, stop_ids: Sequence[int] | None) -> np.ndarray:
+    """i32 array, filled up with -1 to a multiple of 8, so that their number does not recompile."""
+    if stop_ids is None:
+        known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
+        stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
+    ids = np.array(sorted(stop_ids), np.int64)
+    check_ids(ids, lm.config.vocab_size)
+    return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
+
+
+def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
+    key = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return sampling.row_keys(key, rows)
+    if key.shape != (rows,):
+        raise AtomError(f"key has shape {list(key.shape)}; expected one key, or one for each of the {rows} prompts")
+    return key

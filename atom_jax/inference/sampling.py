@@ -1,0 +1,105 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.typing import AtomError
+
+# Temperatures below this one count as 0.
+COLDEST = 1e-6
+
+
+@struct.dataclass
+class Sampler:
+    """How tokens are chosen. All fields are traced scalars, so that changing them compiles nothing.
+
+    temperature: f32, 0 takes the most likely token. top_k: i32, 0 keeps all. top_p: f32, 1 keeps all.
+    min_p: f32, 0 keeps all.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+
+def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
+    """Checks the values and packs them. Raises AtomError for a value outside its range."""
+    if not 0 <= temperature < float("inf"):
+        raise AtomError(f"temperature is {temperature}; expected 0 or more")
+    if top_k != int(top_k) or not 0 <= top_k < 2**31:
+        raise AtomError(f"top_k is {top_k}; expected a number of tokens, or 0 for all")
+    if not 0 < top_p <= 1:
+        raise AtomError(f"top_p is {top_p}; expected more than 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise AtomError(f"min_p is {min_p}; expected between 0 and 1")
+    return Sampler(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """One key per row [rows]: row r gets fold_in(key, r), whatever the batch it is in."""
+    return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+
+
+def choose(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler) -> jax.Array:
+    """The next token i32 [b] of every row. Row r draws with fold_in(keys_b[r], step).
+
+    logits_bv: float32 [b, v]. keys_b: typed PRNG keys [b]. step: i32 scalar, different for every token of a row.
+    """
+
+    def draw() -> jax.Array:
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_b)
+        return jax.vmap(jax.random.categorical)(keys, restrict(logits_bv, how)).astype(jnp.int32)
+
+    return jax.lax.cond(how.temperature < COLDEST, lambda: greedy(logits_bv), draw)
+
+
+def greedy(logits_bv: jax.Array) -> jax.Array:
+    """The most likely token i32 [b]; the lowest id among equals."""
+    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+
+
+def restrict(logits_bv: jax.Array, how: Sampler) -> jax.Array:
+    """Log-probabilities up to a constant, float32 [b, v], -inf for tokens that are not to be drawn.
+
+    In order: temperature; the top_k most likely; of those, renormalised, the fewest most likely that together reach
+    top_p (Holtzman et al., 2020); those at least min_p times as likely as the best (Nguyen et al., 2024). Tokens as
+    likely as the last one kept are kept too.
+    """
+    x = logits_bv.astype(jnp.float32)
+    x = (x - x.max(-1, keepdims=True)) / jnp.maximum(how.temperature, COLDEST)
+    x = jax.lax.cond(how.top_k > 0, lambda: _top_k(x, how.top_k), lambda: x)
+    x = jax.lax.cond(how.top_p < 1, lambda: _top_p(x, how.top_p), lambda: x)
+    return jnp.where(x >= jnp.log(how.min_p), x, -jnp.inf)
+
+
+def _top_k(x_bv: jax.Array, k: jax.Array) -> jax.Array:
+    return _keep(x_bv, x_bv, lambda kept: jnp.sum(kept, -1) >= k)
+
+
+def _top_p(x_bv: jax.Array, p: jax.Array) -> jax.Array:
+    probabilities = jax.nn.softmax(x_bv, axis=-1)
+    return _keep(x_bv, probabilities, lambda kept: jnp.sum(jnp.where(kept, probabilities, 0.0), -1) >= p)
+
+
+def _keep(x_bv: jax.Array, rank_bv: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """x where `rank` reaches the highest threshold for which the tokens at or above it are enough, else -inf.
+
+    The threshold is found bit by bit in 32 counts over the vocabulary; sorting 49,152 logits takes a CPU 40 times
+    as long.
+    """
+    bits = jax.lax.bitcast_convert_type(rank_bv, jnp.uint32)
+    # Unsigned integers in the order of the floats.
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+    def bit(i: jax.Array, low_b: jax.Array) -> jax.Array:
+        higher = low_b | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(order >= higher[:, None]), higher, low_b)
+
+    threshold = jax.lax.fori_loop(0, 32, bit, jnp.zeros(rank_bv.shape[0], jnp.uint32))
+    return jnp.where(order >= threshold[:, None], x_bv, -jnp.inf)

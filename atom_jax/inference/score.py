@@ -1,0 +1,90 @@
+"""A model's logits and log-probabilities for given tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.models import registry
+from atom_jax.typing import LM, AtomError, Batch, Output
+
+# Logits that `logprobs` holds at once.
+BLOCK = 2**24
+
+
+def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
+    """Logits float32 [b, t, v] at every position; meaningless where the mask is False.
+
+    Args:
+      ids: integers [b, t].
+      mask: bool [b, t], True = real; None = all real. Padding may be on the left or on the right of a row.
+    Raises AtomError for wrong shapes, ids out of range, or a row whose real positions are not contiguous.
+    """
+    return _apply(lm.params, to_batch(lm, ids, mask), cfg=lm.config)
+
+
+def logprobs(lm: LM, ids: Any, mask: Any = None) -> jax.Array:
+    """Log-probability of each token given those before it, float32 [b, t - 1]: entry i is that of ids[:, i + 1].
+
+    0 where either of the two positions is padding. Arguments and errors as for `apply`; the logits of all positions
+    never exist together.
+    """
+    batch = to_batch(lm, ids, mask)
+    if batch.ids.shape[1] < 2:
+        return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
+    return _logprobs(lm.params, batch, cfg=lm.config)
+
+
+def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
+    """Checks ids and mask as `apply` describes them; positions count the real tokens of a row from 0."""
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) and ids.size):
+        raise AtomError(f"ids must be integers of shape [B, T], got {ids.dtype} of shape {list(ids.shape)}")
+    mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if mask.shape != ids.shape:
+        raise AtomError(f"mask has shape {list(mask.shape)}, ids have {list(ids.shape)}")
+    if (np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1).sum(1).max() > 1:
+        raise AtomError("mask: the real positions of a row must be contiguous")
+    check_ids(np.where(mask, ids, 0), lm.config.vocab_size)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    # Ids of padding may be anything, for example -1.
+    clean = np.where(mask, ids, 0)
+    return Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises AtomError when an id is outside [0, vocab_size)."""
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise AtomError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _apply(params: Any, batch: Batch, *, cfg: Any) -> Output:
+    return registry.of(cfg).apply(params, batch, cfg=cfg)[0]
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> jax.Array:
+    model = registry.of(cfg)
+    x_btd, _ = model.hidden(params, batch, cfg=cfg)
+    b, t, d = x_btd.shape
+    n = b * (t - 1)
+    block = min(n, max(16, BLOCK // cfg.vocab_size))
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_nd, target_n = inputs
+        logits = model.logits(params, x_nd[None], cfg=cfg)[0]
+        chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    x_nd = jnp.pad(x_btd[:, :-1].reshape(n, d), ((0, -n % block), (0, 0)))
+    target_n = jnp.pad(batch.ids[:, 1:].reshape(n), (0, -n % block))
+    out = jax.lax.map(one, (x_nd.reshape(-1, block, d), target_n.reshape(-1, block)))
+    out = out.reshape(-1)[:n].reshape(b, t - 1)
+    both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)
+    return jnp.where(both, out, 0.0)
