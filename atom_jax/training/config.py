@@ -1,0 +1,125 @@
+"""What a training run is: model, data, optimiser, schedule, mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from atom_jax import config
+from atom_jax.data.config import DataConfig
+from atom_jax.sharding import MeshConfig
+from atom_jax.typing import AtomError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters whose whole path ("layers/attn/q") matches the regular expression learn at `factor` times the
+    learning rate; 0 freezes them: no gradient, no moments, no weight decay."""
+
+    pattern: str
+    factor: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and how its learning rate moves."""
+
+    # "adamw", or "muon" for matrices with AdamW for embeddings and norms.
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    # After the warm-up: "cosine" down to final_fraction, "wsd" (constant, then a linear fall) or "constant".
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    # Share of all steps that the fall of "wsd" takes.
+    decay_fraction: float = 0.2
+    # Learning rate at the last step over learning_rate.
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    # Decoupled, times the learning rate; acts on matrices only, not on embeddings, norms or biases.
+    weight_decay: float = 0.1
+    # Gradients with a larger global norm are scaled down to it; 0 = never.
+    clip_norm: float = 1.0
+    # Decay of the moving average of the parameters that validation and `load` use; 0 = none is kept.
+    ema: float = 0.0
+    # Weight of the squared log-partition function in the loss.
+    z_loss: float = 0.0
+    # Parts into which a batch is cut, one after the other, to save memory; the result is the same.
+    accumulate: int = 1
+    # The first group that matches a parameter counts.
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "muon"):
+            raise AtomError(f"optim.optimizer: expected adamw or muon, got {self.optimizer!r}")
+        if self.schedule not in ("cosine", "wsd", "constant"):
+            raise AtomError(f"optim.schedule: expected cosine, wsd or constant, got {self.schedule!r}")
+        if self.accumulate < 1:
+            raise AtomError(f"optim.accumulate: expected at least 1, got {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise AtomError(f"optim.ema: expected a decay in [0, 1), got {self.ema}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to write down on the way."""
+
+    steps: int = 1000
+    # Steps between lines of metrics.jsonl.
+    log_every: int = 10
+    # Steps between validations; 0 = never.
+    eval_every: int = 200
+    eval_batches: int = 16
+    # A checkpoint is due after so many steps or minutes, whichever comes first; 0 = only at the end.
+    checkpoint_every: int = 1000
+    checkpoint_minutes: float = 10.0
+    # Checkpoints kept, the newest ones.
+    keep: int = 2
+    # Training stops after so many steps in a row whose gradient is not finite.
+    max_bad_steps: int = 10
+    # Text that the model continues after every validation; "" = none.
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "eval_batches", "keep", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise AtomError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    # The model's configuration, or None for the model of init_from.
+    model: Any = None
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    # "bytes", or a tokenizer.json or its directory; "" = the tokenizer of init_from.
+    tokenizer: str = "bytes"
+    # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
+    init_from: str = ""
+    seed: int = 0
+
+
+# Differences with which a run may be resumed; all others would silently make it another run.
+RESUMABLE = ("train.", "mesh.", "model.remat", "init_from")
+
+
+def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:
+    """Differences between a checkpoint's experiment and the present one, all of them harmless.
+
+    Raises AtomError that lists the others.
+    """
+    lines = config.diff(old, new)
+    refused = [line for line in lines if not line.startswith(RESUMABLE)]
+    if refused:
+        raise AtomError(
+            f"{where} belongs to a run with another configuration ({'; '.join(refused)}): "
+            "use another --workdir, or undo these changes to resume"
+        )
+    return lines

@@ -1,0 +1,190 @@
+"""The training loop: data in, steps, validation, checkpoints, and a way back in after any interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from atom_jax import config, sharding
+from atom_jax import params as params_lib
+from atom_jax.checkpoint.store import Store
+from atom_jax.data.pipeline import make_iterator, merge_states
+from atom_jax.training import plots, start
+from atom_jax.training.config import Experiment, check_resumable
+from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
+from atom_jax.training.program import Program
+from atom_jax.training.record import Recorder
+from atom_jax.training.state import State, shardings
+from atom_jax.training.watch import Watch
+from atom_jax.typing import LM, AtomError
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: the step it reached, the last validation, and the signal that ended it (0: none)."""
+
+    step: int
+    validation: dict[str, float]
+    signal: int
+
+
+def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
+    """Trains until `exp.train.steps`, continuing from the newest checkpoint in `workdir` if there is one.
+
+    SIGINT and SIGTERM end the run after the current step with a checkpoint. Raises AtomError for a configuration that
+    does not fit the model, the devices, the data or the checkpoint, for a full disk while a checkpoint is saved, and
+    when gradients stay not finite.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AtomError(f"--workdir={workdir}: {e.strerror}") from None
+    mesh = sharding.make_mesh(exp.mesh)
+    with jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
+        run = _Run(exp, workdir, Program(exp, mesh, start.tokenizer(exp)), opened)
+        return run.train(interrupts)
+
+
+class _Run:
+    """One process's part of a run: the state on the devices and everything open on the disk."""
+
+    def __init__(self, exp: Experiment, workdir: pathlib.Path, program: Program, opened: contextlib.ExitStack):
+        self.exp, self.workdir, self.program, self.opened = exp, workdir, program, opened
+        self.store = opened.enter_context(Store(workdir / "checkpoints", exp.train.keep))
+        self.data = self._read("train")
+        self.held_out = self._read("validation") if exp.train.eval_every else None
+        self.held_out_start = self.held_out.get_state() if self.held_out else None
+        self.state, self.at, notes = self._begin()
+        self.saved = self.at
+        first = jax.process_index() == 0
+        if first:
+            program.tokenizer.save(workdir)
+            (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
+        cfg = exp.train
+        self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
+        opened.callback(self._finish)
+        self.watch = Watch(cfg.max_bad_steps)
+        self.validation: dict[str, float] = {}
+        for line in notes:
+            self.recorder.say(line)
+
+    def train(self, interrupts: Interrupts) -> Result:
+        """Steps until the end or an interruption, then saves."""
+        cfg, agreement = self.exp.train, Agreement(self.program.mesh, self.exp.train.checkpoint_minutes)
+        # Metrics are read one step late, when they have long been there: the device never waits for Python.
+        behind: tuple[int, Any] | None = None
+        wish = GO
+        while self.at < cfg.steps and wish != STOP:
+            self.state, metrics = self.program.step(self.state, self.program.put(next(self.data)))
+            self.at += 1
+            self.store.check()
+            if behind:
+                self._note(*behind)
+            behind = self.at, metrics
+            wish = agreement.ask(bool(interrupts.signal))
+            last = self.at == cfg.steps
+            judge = cfg.eval_every and (last or self.at % cfg.eval_every == 0) and wish != STOP
+            save = last or wish != GO or (cfg.checkpoint_every and self.at % cfg.checkpoint_every == 0)
+            if judge or save:
+                self._note(*behind)
+                behind = None
+            if judge:
+                self._validate()
+            if save:
+                self._save()
+                agreement.saved()
+        self.store.wait()
+        if wish == STOP:
+            self.recorder.say(f"stopped after step {self.at}; the same command continues from there")
+        return Result(self.at, self.validation, (interrupts.signal or 15) if wish == STOP else 0)
+
+    def _begin(self) -> tuple[State, int, list[str]]:
+        """The newest checkpoint's state, with the data where it was; else the first state."""
+        step = self.store.latest()
+        if step is None:
+            params, notes = None, []
+            if self.exp.init_from:
+                params, notes = start.parameters(self.exp, shardings(self.program.state).params)
+            size = f"{params_lib.count(self.program.spec):,} parameters on {self.program.mesh.size} devices"
+            return self.program.initial(params), 0, [size, *notes]
+        saved, data = self.store.notes(step, "config", "data")
+        where = str(self.store.directory / str(step))
+        changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
+        trees = self.store.restore(step, _trees(self.program.state))
+        state = State(params=trees["params"], ema=trees.get("ema"), **trees["opt"])
+        self.data.set_state(data)
+        return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
+
+    def _read(self, split: str) -> Any:
+        cfg = self.exp.data if split == "train" else dataclasses.replace(self.exp.data, split=split)
+        data = make_iterator(cfg, self.program.tokenizer, jax.process_index(), jax.process_count())
+        self.opened.callback(data.close)
+        return data
+
+    def _note(self, step: int, metrics: Any) -> None:
+        values = jax.device_get(metrics)
+        self.recorder.step(step, values)
+        warning = self.watch.look(step, values)
+        if warning:
+            self.recorder.say(warning)
+
+    def _save(self) -> None:
+        """Starts to save this step, unless that has been done."""
+        if self.saved == self.at:
+            return
+        notes = {"data": merge_states(_from_all(self.data.get_state())), "config": config.to_json(self.exp)}
+        self.store.save(self.at, _trees(self.state), notes)
+        self.saved = self.at
+        self.recorder.restart_clock()
+
+    def _finish(self) -> None:
+        """Closes the records and draws them, whatever ended the run; that error must not be hidden by one here."""
+        try:
+            self.recorder.close()
+            if jax.process_index() == 0:
+                plots.draw(self.workdir)
+        except OSError as e:
+            print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
+
+    def _validate(self) -> None:
+        """Judges the model on the same batches every time, and lets it write a sample."""
+        self.held_out.set_state(self.held_out_start)
+        batches = itertools.islice(self.held_out, self.exp.train.eval_batches)
+        self.validation = self.program.validate(self.state, batches)
+        self.recorder.validation(self.at, self.validation)
+        cfg = self.exp.train
+        if cfg.sample_prompt and jax.process_count() == 1:
+            from atom_jax.inference.generate import generate
+
+            lm = LM(self.exp.model, self.program.averaged(self.state), self.program.tokenizer)
+            sample = generate(
+                lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
+            )
+            self.recorder.sample(self.at, sample.text[0])
+        self.recorder.restart_clock()
+
+
+def _trees(state: State) -> dict[str, Any]:
+    """The parts of a state that a checkpoint keeps apart, so that parameters can be read alone."""
+    opt = {"opt": state.opt, "step": state.step, "bad": state.bad}
+    return {"params": state.params, "opt": opt} | ({"ema": state.ema} if state.ema is not None else {})
+
+
+def _from_all(value: Any) -> list[Any]:
+    """A JSON-able value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(t[:n].tobytes()) for t, n in zip(texts, sizes)]

@@ -1,0 +1,95 @@
+"""Next-token cross-entropy, as sums over targets, in memory that does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from atom_jax.models import registry
+from atom_jax.typing import Batch
+
+# Logits per device above which they are computed block by block: 128 MiB in float32.
+BLOCK_LOGITS = 2**25
+
+
+@struct.dataclass
+class Sums:
+    """Totals over the targets that count, so that parts of a batch add up exactly.
+
+    objective: f32 [], what is minimised once divided by the number of targets: nats plus penalties.
+    nats:      f32 [], cross-entropy.
+    tokens:    i32 [], targets that count.
+    bytes:     i32 [], UTF-8 bytes that these targets stand for.
+    """
+
+    objective: jax.Array
+    nats: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+
+
+def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """i32 [vocab_size]: UTF-8 bytes of each token id; 0 for specials and for ids past the tokenizer's own."""
+    known = min(tokenizer.vocab_size, vocab_size)
+    specials = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.eos_ids}
+    lengths = [0 if i in specials else len(tokenizer.decode_bytes([i])) for i in range(known)]
+    return np.array(lengths + [0] * (vocab_size - known), np.int32)
+
+
+def next_token(
+    params: Any, batch: Batch, *, cfg: Any, lengths: np.ndarray, z_loss: float = 0.0, block: int | None = None
+) -> Sums:
+    """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 per target.
+
+    Args:
+      lengths: i32 [v], bytes per token id.
+      block: positions per block of logits; None chooses one block when [b, t, v] is small.
+    """
+    model = registry.of(cfg)
+    x_btd, _ = model.hidden(params, batch, cfg=cfg)
+    b, t, _ = x_btd.shape
+    mask = batch.loss_mask.astype(jnp.float32)
+
+    def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return _score(model.logits(params, x, cfg=cfg), targets, mask)
+
+    block = block or _block(b, t, cfg.vocab_size)
+    if block >= t:
+        nats, z = score(x_btd, batch.targets, mask)
+    else:
+        parts = [_blocks(a, block) for a in (x_btd, batch.targets, mask)]
+        step = jax.checkpoint(lambda total, part: (total + score(*part), None))
+        (nats, z), _ = jax.lax.scan(step, jnp.zeros(2, jnp.float32), tuple(parts))
+    counted = jnp.take(jnp.asarray(lengths), batch.targets, axis=0) * (mask > 0)
+    return Sums(
+        objective=nats + z_loss * z,
+        nats=nats,
+        tokens=jnp.sum(mask > 0, dtype=jnp.int32),
+        bytes=jnp.sum(counted, dtype=jnp.int32),
+    )
+
+
+def _score(logits_btv: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """f32 [2]: sums of the cross-entropy and of log(Z)^2."""
+    log_z = jax.nn.logsumexp(logits_btv, axis=-1)
+    # A comparison instead of a gather: it stays local when the vocabulary is sharded, and so does its gradient.
+    here = jax.lax.broadcasted_iota(jnp.int32, logits_btv.shape, 2) == targets[..., None]
+    chosen = jnp.sum(jnp.where(here, logits_btv, 0.0), axis=-1)
+    return jnp.stack([jnp.sum((log_z - chosen) * mask), jnp.sum(jnp.square(log_z) * mask)])
+
+
+def _block(b: int, t: int, v: int) -> int:
+    """Positions whose logits fit the limit."""
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    return t if b * t * v <= BLOCK_LOGITS * devices else max(BLOCK_LOGITS * devices // (b * v), 1)
+
+
+def _blocks(x: jax.Array, block: int) -> jax.Array:
+    """[b, t, ...] to [n, b, block, ...], padded with zeros."""
+    b, t = x.shape[:2]
+    x = jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0)

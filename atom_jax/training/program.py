@@ -1,0 +1,109 @@
+"""The compiled parts of a run: initial state, step, validation, and where everything lies on the mesh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from atom_jax import params as params_lib
+from atom_jax import sharding
+from atom_jax.models import registry
+from atom_jax.training import losses, optim
+from atom_jax.training import state as state_lib
+from atom_jax.training.config import Experiment
+from atom_jax.training.losses import Sums
+from atom_jax.training.state import State
+from atom_jax.training.step import make_step, summary
+from atom_jax.typing import AtomError, Batch
+
+FIELDS = ("ids", "positions", "segments", "targets", "loss_mask")
+
+
+class Program:
+    """What one experiment computes on one mesh. Call inside `jax.set_mesh(mesh)`.
+
+    step:     (state, batch) -> (state, metrics); the state passed in is given up.
+    evaluate: (state, batch) -> Sums, with the averaged parameters when the run keeps them.
+    """
+
+    def __init__(self, exp: Experiment, mesh: Mesh, tokenizer: Any):
+        _check(exp, mesh, tokenizer)
+        self.exp, self.mesh, self.tokenizer = exp, mesh, tokenizer
+        self.spec = registry.of(exp.model).spec(exp.model)
+        self.optimizer = optim.make(exp.optim, self.spec, exp.train.steps)
+        self.state = state_lib.abstract(self.spec, self.optimizer, exp.optim.ema > 0, mesh)
+        self.rows = sharding.batch_sharding(mesh)
+        whole, places = NamedSharding(mesh, P()), state_lib.shardings(self.state)
+        loss = functools.partial(
+            losses.next_token,
+            cfg=exp.model,
+            lengths=losses.byte_lengths(tokenizer, exp.model.vocab_size),
+            z_loss=exp.optim.z_loss,
+        )
+        self.step = jax.jit(
+            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema),
+            in_shardings=(places, self.rows),
+            out_shardings=(places, whole),
+            donate_argnums=0,
+        )
+        self.evaluate = jax.jit(
+            lambda state, batch: loss(self.averaged(state), batch),
+            in_shardings=(places, self.rows),
+            out_shardings=whole,
+        )
+
+    def initial(self, params: Any = None) -> State:
+        """The first state: random parameters from the experiment's seed, or those given (already in place)."""
+        ema, places = self.exp.optim.ema > 0, state_lib.shardings(self.state)
+        if params is None:
+            key = jax.random.key(self.exp.seed)
+            draw = jax.jit(lambda key: params_lib.init(key, self.spec), out_shardings=places.params)
+            params = draw(key)
+        begin = jax.jit(lambda p: state_lib.fresh(p, self.optimizer, ema), out_shardings=places, donate_argnums=0)
+        return begin(params)
+
+    def averaged(self, state: State) -> Any:
+        """The parameters to judge and to use: the moving average where there is one."""
+        return state.params if state.ema is None else optim.merge(state.ema, self.optimizer.split(state.params)[1])
+
+    def put(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Places this process's rows of a batch on its devices."""
+        arrays = {k: rows[k] for k in FIELDS}
+        if jax.process_count() > 1:
+            place = functools.partial(jax.make_array_from_process_local_data, self.rows)
+            return Batch(**jax.tree.map(place, arrays))
+        return Batch(**jax.device_put(arrays, self.rows))
+
+    def abstract_batch(self) -> Batch:
+        """The shape of a batch, for compiling without data."""
+        shape = (self.exp.data.batch_size, self.exp.data.seq_len)
+        kinds = dict.fromkeys(FIELDS, jnp.int32) | {"loss_mask": jnp.bool_}
+        return Batch(**{k: jax.ShapeDtypeStruct(shape, t, sharding=self.rows) for k, t in kinds.items()})
+
+    def validate(self, state: State, batches: Any) -> dict[str, float]:
+        """Loss (nats per token) and bits per byte over all of `batches`."""
+        total: Sums | None = None
+        for batch in batches:
+            sums = self.evaluate(state, self.put(batch))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return {k: float(v) for k, v in jax.device_get(summary(total)).items()}
+
+
+def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
+    """Refuses sizes that do not fit together, before anything is compiled."""
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], exp.optim.accumulate
+    if exp.data.batch_size % (shards * parts):
+        raise AtomError(
+            f"data.batch_size {exp.data.batch_size} is not a multiple of {shards} (devices that share a batch) "
+            f"times {parts} (optim.accumulate)"
+        )
+    if tokenizer.vocab_size > exp.model.vocab_size:
+        raise AtomError(
+            f"model.vocab_size {exp.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )

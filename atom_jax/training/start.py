@@ -1,0 +1,65 @@
+"""How a run begins: the model of `init_from`, its tokenizer and its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from atom_jax import config, tokenizers
+from atom_jax import params as params_lib
+from atom_jax.models import registry
+from atom_jax.training.config import Experiment
+from atom_jax.typing import AtomError
+
+
+def configure(reference: str, settings: Sequence[str]) -> Experiment:
+    """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from` before
+    the settings that concern it are applied."""
+    exp = config.load_file(reference)
+    if not isinstance(exp, Experiment):
+        raise AtomError(f"--config={reference}: expected an Experiment, got {type(exp).__name__}")
+    later = [s for s in settings if s.startswith("model.")]
+    exp = config.override(exp, [s for s in settings if s not in later])
+    if exp.model is None:
+        exp = dataclasses.replace(exp, model=_source(exp, "model")[0])
+    return config.override(exp, later)
+
+
+def tokenizer(exp: Experiment) -> Any:
+    """The tokenizer that the experiment names, or that of `init_from`."""
+    return tokenizers.from_name(exp.tokenizer) if exp.tokenizer else _source(exp, "tokenizer")[1]
+
+
+def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
+    """Parameters of `init_from`, float32, read straight to where they belong, and how its configuration differs.
+
+    Raises AtomError when a tensor differs in shape from the experiment's model.
+    """
+    from atom_jax import checkpoint
+
+    there, _ = _source(exp, "model")
+    ours, theirs = (params_lib.flatten(registry.of(c).spec(c)) for c in (exp.model, there))
+    for name in sorted(set(ours) | set(theirs)):
+        shapes = [list(spec[name].shape) if name in spec else "absent" for spec in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise AtomError(f"init_from {exp.init_from}: {name} is {shapes[0]} there and {shapes[1]} in this model")
+    lm = checkpoint.load(exp.init_from, dtype="float32", shardings=shardings)
+    return lm.params, [f"init_from: {line}" for line in config.diff(there, exp.model)]
+
+
+def _source(exp: Experiment, what: str) -> tuple[Any, Any]:
+    """(model configuration, tokenizer) of `init_from`."""
+    if not exp.init_from:
+        raise AtomError(f"{what} is not set, and there is no init_from to take it from")
+    from atom_jax import checkpoint
+    from atom_jax.checkpoint import store
+
+    path = checkpoint.find(exp.init_from)
+    kind = checkpoint.kind_of(path)
+    if kind == "orbax":
+        return store.load_config(path)
+    if kind == "hf":
+        return checkpoint.load_config(path)
+    lm = checkpoint.load(path)
+    return lm.config, lm.tokenizer

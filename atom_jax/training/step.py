@@ -1,0 +1,88 @@
+"""One training step as a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from atom_jax.params import Tree
+from atom_jax.training.losses import Sums
+from atom_jax.training.optim import Optimizer, merge
+from atom_jax.training.state import State
+from atom_jax.typing import Batch
+
+Loss = Callable[[Tree, Batch], Sums]
+Metrics = dict[str, jax.Array]
+
+
+def make_step(
+    loss: Loss, optimizer: Optimizer, accumulate: int = 1, ema: float = 0.0
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The gradient is that of the mean over all targets of the batch, however it is cut into `accumulate` parts. A step
+    whose loss or gradient is not finite leaves everything but the counters as it was.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        learn, frozen = optimizer.split(state.params)
+        # Known before the forward pass, so every part is divided by the number of targets in the whole batch.
+        scale = 1.0 / jnp.maximum(jnp.sum(batch.loss_mask > 0, dtype=jnp.float32), 1.0)
+
+        def objective(learn: Tree, part: Batch) -> tuple[jax.Array, Sums]:
+            sums = loss(merge(learn, frozen), part)
+            return sums.objective * scale, sums
+
+        grads, sums = _gradient(objective, learn, batch, accumulate)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
+        new, opt = optimizer.update(grads, state.opt, learn, state.step)
+        average = state.ema
+        if average is not None:
+            # Early on the average follows quickly, or it would be made of initial values for 1 / (1 - ema) steps.
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            average = jax.tree.map(lambda a, p: a + (1.0 - decay).astype(a.dtype) * (p - a), average, new)
+        keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
+        new, opt, average = jax.tree.map(keep, (new, opt, average), (learn, state.opt, state.ema))
+        bad = jnp.where(good, 0, state.bad + 1)
+        metrics = summary(sums) | {
+            "grad_norm": norm,
+            "learning_rate": optimizer.schedule(state.step),
+            "tokens": sums.tokens,
+            "bytes": sums.bytes,
+            "bad": bad,
+        }
+        return State(state.step + 1, merge(new, frozen), opt, average, bad), metrics
+
+    return step
+
+
+def summary(sums: Sums) -> Metrics:
+    """The loss in nats per token and in bits per byte."""
+    return {
+        "loss": sums.nats / jnp.maximum(sums.tokens, 1),
+        "bits_per_byte": sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1)),
+    }
+
+
+def _gradient(objective: Callable, learn: Tree, batch: Batch, parts: int) -> tuple[Tree, Sums]:
+    gradient: Any = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        return gradient(learn, batch)
+    # Part i takes rows i, i + parts, ...: every device finds rows of every part among its own.
+    cut = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(learn, part)), None
+
+    pieces = jax.tree.map(cut, batch)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(gradient, learn, jax.tree.map(lambda x: x[0], pieces)),
+    )
+    return jax.lax.scan(add, zeros, pieces)[0]

@@ -1,0 +1,53 @@
+"""Byte-level language models on the novels of Jane Austen that come with the package.
+
+    python train.py --config=configs/lm.py:quick --workdir=runs/quick
+
+quick  about five minutes on two CPU cores.
+base   at most an hour on two CPU cores.
+tiny   seconds; for tests.
+"""
+
+from __future__ import annotations
+
+from atom_jax.data.config import DataConfig
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.training.config import Experiment, OptimConfig, TrainConfig
+
+
+def byte_model(d_model: int, n_layers: int, head_dim: int = 64, **changes) -> TransformerConfig:
+    """A Llama-style model over bytes; the MLP is 8/3 as wide as the model, rounded up to a multiple of 32."""
+    heads = d_model // head_dim
+    return TransformerConfig(
+        family="llama", vocab_size=264, d_model=d_model, n_layers=n_layers, n_heads=heads, n_kv_heads=heads,
+        head_dim=head_dim, d_ff=-(-d_model * 8 // 3 // 32) * 32, bos_id=256, eos_ids=(257,), pad_id=258, **changes,
+    )  # fmt: skip
+
+
+def quick() -> Experiment:
+    return Experiment(
+        model=byte_model(d_model=128, n_layers=4, head_dim=32, max_length=256),
+        data=DataConfig(sources=("austen",), seq_len=256, batch_size=16),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=100),
+        train=TrainConfig(steps=1500, eval_every=250, eval_batches=16, checkpoint_every=500),
+    )
+
+
+def base() -> Experiment:
+    return Experiment(
+        model=byte_model(d_model=256, n_layers=6, max_length=512),
+        data=DataConfig(sources=("austen",), seq_len=512, batch_size=16),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=200),
+        train=TrainConfig(steps=4000, eval_every=500, eval_batches=16, checkpoint_every=500),
+    )
+
+
+def tiny() -> Experiment:
+    return Experiment(
+        model=byte_model(d_model=32, n_layers=2, head_dim=16, max_length=32),
+        data=DataConfig(sources=("austen",), seq_len=32, batch_size=8),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=5),
+        train=TrainConfig(steps=20, log_every=1, eval_every=10, eval_batches=2, checkpoint_every=5),
+    )
+
+
+VARIANTS = {"quick": quick, "base": base, "tiny": tiny}

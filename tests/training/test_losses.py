@@ -1,0 +1,73 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from atom_jax import params as params_lib
+from atom_jax.models import transformer
+from atom_jax.tokenizers import ByteTokenizer
+from atom_jax.training import losses
+from atom_jax.typing import Batch
+from tests.training.tiny import batches, make
+
+
+@pytest.fixture(scope="module")
+def setting():
+    exp = make("model.n_layers=1")
+    params = params_lib.init(jax.random.key(0), transformer.spec(exp.model))
+    batch = Batch(**jax.tree.map(jnp.asarray, batches(exp, 1)[0]))
+    loss = functools.partial(
+        losses.next_token, cfg=exp.model, lengths=losses.byte_lengths(ByteTokenizer(), exp.model.vocab_size)
+    )
+    return exp.model, params, batch, loss
+
+
+def test_sums_equal_optax(setting):
+    cfg, params, batch, loss = setting
+    logits = transformer.apply(params, batch, cfg=cfg)[0].logits
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    mask = batch.loss_mask
+    sums = loss(params, batch, z_loss=0.01)
+    np.testing.assert_allclose(sums.nats, jnp.sum(each * mask), rtol=1e-5)
+    np.testing.assert_allclose(sums.objective, jnp.sum((each + 0.01 * log_z**2) * mask), rtol=1e-5)
+    assert sums.tokens == mask.sum() == sums.bytes
+
+
+def test_blocks_change_nothing(setting):
+    _, params, batch, loss = setting
+    run = lambda block: jax.value_and_grad(lambda p: loss(p, batch, z_loss=0.01, block=block).objective)(params)  # noqa: E731
+    whole, cut = run(None), run(5)
+    chex.assert_trees_all_close(whole, cut, rtol=2e-4, atol=2e-5)
+
+
+def test_blocks_never_hold_all_logits(setting):
+    cfg, params, batch, loss = setting
+    b, t = batch.ids.shape
+    text = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, batch, block=8).objective))(params))
+    assert f"f32[{b},8,{cfg.vocab_size}]" in text
+    assert f"[{b},{t},{cfg.vocab_size}]" not in text
+    # Stacked residuals of the scan would be all logits again.
+    assert f"[{t // 8},{b},8,{cfg.vocab_size}]" not in text
+
+
+def test_large_vocabularies_are_cut_into_blocks():
+    assert losses._block(16, 256, 264) == 256
+    block = losses._block(8, 4096, 151936)
+    assert 8 * block * 151936 <= losses.BLOCK_LOGITS < 8 * (block + 1) * 151936
+
+
+def test_special_tokens_have_no_bytes():
+    lengths = losses.byte_lengths(ByteTokenizer(), 270)
+    assert lengths.dtype == np.int32 and lengths.shape == (270,)
+    assert (lengths[:256] == 1).all() and (lengths[256:] == 0).all()
+
+
+def test_masked_targets_do_not_count(setting):
+    _, params, batch, loss = setting
+    changed = batch.replace(targets=jnp.where(batch.loss_mask, batch.targets, 3))
+    chex.assert_trees_all_equal(loss(params, batch), loss(params, changed))

@@ -1,0 +1,68 @@
+"""Trains a model.
+
+    python train.py --config=configs/lm.py:quick --workdir=runs/quick [--set optim.learning_rate=1e-3 ...]
+
+The same command continues a run that was interrupted. WORKDIR receives metrics.jsonl, tb/ (TensorBoard), plots/,
+checkpoints/ and experiment.json. `python -m atom_jax generate --checkpoint=WORKDIR` uses the result.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+
+CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:variant, see configs/.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.")
+SET = flags.DEFINE_multi_string("set", [], "Changes a field of the configuration: NAME=VALUE. Repeatable.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step, print what it needs per device, stop.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: a TPU topology such as v5p:4x4x4.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of other hosts before anything else.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; found by itself on TPU and Slurm.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: number of this process, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: number of processes.")
+
+
+def run() -> int:
+    """Does what the flags say; returns the exit code."""
+    import jax
+
+    from atom_jax.training import loop, report, start
+
+    if DISTRIBUTED.value:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    experiment = start.configure(CONFIG.value, SET.value)
+    if COMPILE_ONLY.value:
+        print(report.compile_only(experiment, TOPOLOGY.value))
+        return 0
+    result = loop.fit(experiment, WORKDIR.value)
+    return 128 + result.signal if result.signal else 0
+
+
+def _unraisable(report: sys.UnraisableHookArgs) -> None:
+    """Leaves out what TensorStore's threads tell an event loop that Orbax closed when saving failed."""
+    if "Event loop is closed" not in str(report.exc_value):
+        sys.__unraisablehook__(report)
+
+
+def main(argv: list[str]) -> None:
+    """Prints bad input and a full disk as one sentence."""
+    from atom_jax.typing import AtomError
+
+    sys.unraisablehook = _unraisable
+    if not flags.FLAGS["verbosity"].present:
+        # Orbax logs every file that it writes, and tracebacks of what arrives here as one sentence.
+        logging.set_verbosity(logging.FATAL)
+    try:
+        if len(argv) > 1:
+            raise AtomError(f"unexpected argument {argv[1]!r}")
+        if not COMPILE_ONLY.value and not WORKDIR.value:
+            raise AtomError("--workdir is missing")
+        sys.exit(run())
+    except (AtomError, OSError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
