@@ -60,7 +60,7 @@ def run(plan: Plan, patterns: list[str], out: pathlib.Path | None = None) -> boo
     facts, results, rates = machine.describe(), [], {}
     complete = False
     with contextlib.ExitStack() as opened:
-        opened.callback(lambda: out and _write(out, plan, facts, results, complete))
+        opened.callback(lambda: out and results and _write(out, plan, facts, results, complete))
         bar = opened.enter_context(tqdm(total=len(chosen), disable=None, leave=False, unit="row"))
         try:
             bench = opened.enter_context(Bench(plan, bar.set_postfix_str))
