@@ -22,6 +22,7 @@ import fnmatch
 import importlib.util
 import json
 import pathlib
+import signal
 import statistics
 import sys
 from typing import Any
@@ -134,7 +135,8 @@ def _lengths(texts: list[str]) -> tuple[int, ...]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence; exit code 1 for it, 130 after Ctrl-C."""
+    """Prints bad input as one sentence; exit code 1 for it, 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if len(argv) > 1:
             raise AtomError(f"unexpected argument {argv[1]!r}")
