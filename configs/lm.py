@@ -41,7 +41,7 @@ def base() -> Experiment:
         model=byte_model(d_model=256, n_layers=4, remat=True),
         data=DataConfig(sources=("austen",), seq_len=256, batch_size=16),
         optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=50, final_fraction=0.02),
-        train=TrainConfig(steps=2000, eval_every=200, eval_batches=12, sample_prompt="It was"),
+        train=TrainConfig(steps=1500, eval_every=250, eval_batches=12, sample_prompt="It was"),
     )
 
 
