@@ -17,7 +17,7 @@ from tests.training.tiny import batches, make
 
 @pytest.fixture(scope="module")
 def setting():
-    exp = make("model.n_layers=1")
+    exp = make()
     params = params_lib.init(jax.random.key(0), transformer.spec(exp.model))
     batch = Batch(**jax.tree.map(jnp.asarray, batches(exp, 1)[0]))
     loss = functools.partial(
