@@ -98,7 +98,7 @@ def _decode(bench: Bench, count: int, length: int) -> Figures:
 def _train(bench: Bench, reference: str) -> Figures:
     steps = bench.plan.train_steps
     with _training(bench, reference) as (ours, peer, run):
-        setting = bench.fastest(peer, "train", lambda: peer("train", steps)["seconds"])
+        setting = bench.fastest(peer, "train", lambda: peer("train", 1)["seconds"])
         seconds = bench.turns(lambda: ours("train", steps)["seconds"], lambda: peer("train", steps)["seconds"])
     tokens = run["rows"] * run["length"]
     gflop = machine.train_flops(run["model"], run["rows"], run["length"]) / tokens / 1e9
