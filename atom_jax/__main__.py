@@ -168,7 +168,7 @@ def _info(argv: list[str]) -> None:
 
 
 def _summary(argv: list[str]) -> None:
-    known = _Flags("summary WORKDIR [flags]\n\nJudges a training run on its whole validation text; draws a picture.")
+    known = _Flags("summary WORKDIR [flags]", "Judges a training run on its whole validation text; draws a picture.")
     known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
