@@ -79,13 +79,6 @@ def stack(spec: Tree, n: int, axis: str = "layers") -> Tree:
     return map_specs(lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(axis, *s.axes)), spec)
 
 
-def unstack(params: Tree, n: int) -> tuple[Tree, ...]:
-    """Splits stacked parameters into `n` separate trees, which a compiled program reads without slicing."""
-    split = jax.jit(lambda x: [x[i] for i in range(n)])
-    leaves, treedef = jax.tree.flatten(params)
-    return tuple(treedef.unflatten(layer) for layer in zip(*map(split, leaves)))
-
-
 def count(spec: Tree) -> int:
     """Number of scalars in a spec tree or in a tree of arrays."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(spec, is_leaf=is_spec))

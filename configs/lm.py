@@ -2,8 +2,11 @@
 
     python train.py --config=configs/lm.py:quick --workdir=runs/quick
 
-quick  about five minutes on two CPU cores.
-base   at most an hour on two CPU cores.
+Bits per byte of the validation text (`python -m atom_jax summary WORKDIR`), where xz -9e with the training text as
+history needs 2.172 and an order-5 Kneser-Ney model 1.889; times on two CPU cores:
+
+quick  1.846 after 500 steps, 4 minutes.
+base   1.671 after 1,500 steps, 20 minutes.
 tiny   seconds; for tests.
 """
 

@@ -1,11 +1,12 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from atom_jax import params, sharding
 from atom_jax.params import ParamSpec
+from atom_jax.typing import AtomError
 
 SPEC = {
     "embed": ParamSpec((16, 8), ("vocab", "embed"), params.normal(0.02)),
@@ -29,12 +30,6 @@ def test_a_new_parameter_leaves_the_others_as_they_were():
     chex.assert_trees_all_equal(old, new)
 
 
-def test_unstack_returns_the_layers():
-    tree = params.init(jax.random.key(0), SPEC)["layers"]
-    layers = params.unstack(tree, 3)
-    np.testing.assert_array_equal(np.stack([x["w"] for x in layers]), tree["w"])
-
-
 def test_rules_place_axes_and_drop_those_that_do_not_divide():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=4))
     place = jax.tree.map(lambda s: s.spec, sharding.shardings(SPEC, mesh))
@@ -54,9 +49,5 @@ def test_sharded_initial_values_equal_unsharded_ones():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    import pytest
-
-    from atom_jax.typing import AtomError
-
     with pytest.raises(AtomError, match="does not fit 8 devices"):
         sharding.make_mesh(sharding.MeshConfig(data=3))

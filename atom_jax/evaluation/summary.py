@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shlex
+import sys
 from typing import Any
 
 import jax
@@ -61,14 +63,16 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
 def next_commands(workdir: str) -> str:
     """Commands worth trying on a training directory."""
     w = shlex.quote(str(workdir))
+    here = os.path.relpath(sys.executable)
+    python = "python" if here.startswith("..") else here
     return "\n".join(
         [
             "Try next",
-            f'  python -m atom_jax generate --checkpoint={w} --prompt="My dear" --temperature=0.8',
-            f"  python eval.py --checkpoint={w} --tasks=bpb --set bpb.split=test",
-            f"  python -m atom_jax convert {w} {w}/hf        # a directory that transformers loads",
-            f"  python -m atom_jax info {w}",
-            "  python train.py --config=configs/lm.py:base --workdir=runs/base    # longer and better",
+            f'  {python} -m atom_jax generate --checkpoint={w} --prompt="My dear" --temperature=0.8',
+            f"  {python} eval.py --checkpoint={w} --tasks=bpb --set bpb.split=test",
+            f"  {python} -m atom_jax convert {w} {w}/hf        # a directory that transformers loads",
+            f"  {python} -m atom_jax info {w}",
+            f"  {python} train.py --config=configs/lm.py:base --workdir=runs/base    # longer and better",
         ]
     )
 
@@ -123,10 +127,7 @@ def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
         if points:
             ax.plot(*zip(*points), style, label=kind, linewidth=1, markersize=4)
     for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
-        ax.axhline(value, linestyle=style, color="black", linewidth=1)
-        ax.annotate(
-            f"{name}: {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        ax.axhline(value, linestyle=style, color="black", linewidth=1, label=f"{name}: {value:.2f}")
     ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
     ax.grid(alpha=0.3)
     ax.legend(loc="upper right")

@@ -97,8 +97,8 @@ def start(
     instead of a stacked one. Returns the state and the tokens i32 [b], -1 where a stop id was chosen.
     """
     logits_bv, cache = _read(params, ids_bt, length_b, cfg=cfg, capacity=capacity)
-    token, done = _first(choice, logits_bv)
-    state = State(dense.unstack(cache) if unroll else cache, token, done, jnp.int32(1))
+    token, done, made = _first(choice, logits_bv)
+    state = State(dense.unstack(cache) if unroll else cache, token, done, made)
     return state, jnp.where(done, -1, token)
 
 
@@ -115,8 +115,9 @@ def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capa
 
 
 @jax.jit
-def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return choice.take(logits_bv, jnp.int32(0))
+def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # The count comes from here to lie where the model lies: `decode` compiles again for a state that lies elsewhere.
+    return *choice.take(logits_bv, jnp.int32(0)), jnp.int32(1)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")

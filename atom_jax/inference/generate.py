@@ -165,7 +165,7 @@ class _Run:
                 self._say(r, stream.push(new))
             done[r] |= stream.stopped
         self.finished = bool(done.all())
-        self.state = self.state.replace(done=jnp.asarray(done))
+        self.state = self.state.replace(done=self.state.done | done)
 
     def _say(self, row: int, piece: str) -> None:
         if piece and self.on_text is not None:

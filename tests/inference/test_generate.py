@@ -137,6 +137,13 @@ def test_a_sliding_window_hides_what_is_behind_it(golden):
     assert gen.stats["kv_reads"] == 2 * 19 * 6
 
 
+def test_parameters_bound_to_a_device_compile_once(tiny):
+    bound = dataclasses.replace(tiny, params=jax.device_put(tiny.params, jax.devices()[0]))
+    before = decode.decode._cache_size()
+    generate(bound, [[1, 2, 3]], 9, stop="zz" if tiny.tokenizer else ())
+    assert decode.decode._cache_size() == before + 1
+
+
 def test_nothing_recompiles_within_a_bucket(tiny, traced):
     lm = variant(tiny, max_length=250)
     generate(lm, [[1, 2, 3], [4]], 5)

@@ -74,7 +74,7 @@ def test_prefill_and_steps_equal_the_whole(case):
 def test_unrolled_layers_and_remat_change_nothing(case):
     lm, io = case
     b = batch(io["input_ids"])
-    unrolled = {**lm.params, "layers": params.unstack(lm.params["layers"], lm.config.n_layers)}
+    unrolled = transformer.decode_params(lm.params, lm.config, unroll=True)
     np.testing.assert_allclose(transformer.apply(unrolled, b, cfg=lm.config)[0].logits, logits(lm, b), atol=1e-4)
 
     def grads(remat):
