@@ -1,6 +1,7 @@
-# Two commands do everything: `make quickstart` and `make test`. PYTHON chooses the interpreter, VENV the directory.
+# Two commands do everything: `make quickstart` and `make test`. PYTHON chooses the interpreter; another one than
+# python3 has an environment of its own.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
