@@ -90,7 +90,10 @@ class Ours:
 
         Leaves in `directory`, for the peer, the first model and batches.npy i32 [n, b, t + 1].
         """
-        exp = start.configure(reference, ["optim.schedule=constant", "optim.warmup_steps=0"])
+        exp = start.configure(
+            reference,
+            ["optim.optimizer=adamw", "optim.schedule=constant", "optim.warmup_steps=0", "optim.learning_rate=1e-3"],
+        )
         rows, length = exp.data.batch_size, exp.data.seq_len
         tokenizer = start.tokenizer(exp)
         ids = np.asarray(tokenizer.encode(_novel()[: 8 * BATCHES * rows * (length + 1)]), np.int32)
