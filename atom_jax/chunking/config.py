@@ -1,0 +1,49 @@
+"""How one stage of a model cuts its positions into units."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from atom_jax import config
+from atom_jax.typing import AtomError
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+    """Boundary rule, pool, mixing and upsampling of one stage, and how many chunks there is room for."""
+
+    # A registered rule configuration (chunking/rules).
+    rule: Any = None
+    # How a chunk becomes vectors: a name in `pooling.POOLS`.
+    pool: str = "first"
+    # Vectors per chunk ("attention"); every other pool makes one.
+    slots: int = 1
+    # Positions of a chunk that have weights of their own (pool "concat", upsampling "slots"); later ones share the last.
+    max_positions: int = 8
+    # Attention heads of pool "attention" and upsampling "cross_attention".
+    heads: int = 4
+    # What happens between the inner network and the upsampling: "none" or "ema" (H-Net's smoothing).
+    mix: str = "none"
+    # How positions read chunks: a name in `upsampling.UPSAMPLERS`.
+    upsample: str = "repeat"
+    # Chunk slots per position that are computed; rounded up to a multiple of 8.
+    capacity: float = 0.5
+    # While training, the rows of one device share their slots: counts average out, so fewer are needed.
+    pack: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.capacity <= 1:
+            raise AtomError(f"capacity: expected chunks per position in (0, 1], got {self.capacity}")
+        if self.mix not in ("none", "ema"):
+            raise AtomError(f"mix: expected none or ema, got {self.mix!r}")
+        for name in ("slots", "max_positions", "heads"):
+            if getattr(self, name) < 1:
+                raise AtomError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def slots_for(positions: int, capacity: float) -> int:
+    """Chunk slots for `positions` positions: one for a single position, else a multiple of 8 up to all of them."""
+    wanted = -(-round(positions * capacity * 1024) // 1024)
+    return min(positions, -(-wanted // 8) * 8) if positions > 1 else 1
