@@ -47,7 +47,9 @@ class Mamba2Config:
         """Inner width e, heads h and convolution channels c for model width d."""
         e = self.expand * d
         if e % self.head_dim:
-            raise AtomError(f"head_dim {self.head_dim} does not divide the inner width {e} (expand {self.expand} x {d})")
+            raise AtomError(
+                f"head_dim {self.head_dim} does not divide the inner width {e} (expand {self.expand} x {d})"
+            )
         return e, e // self.head_dim, e + 2 * self.d_state
 
 

@@ -1,7 +1,5 @@
 """Transformer-XL layers against the official numbers, against a dense form, in tiles and in pieces."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from atom_jax import params
+from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.nn import relative
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.norm import layer_norm
@@ -25,20 +24,6 @@ def place(*lengths, left=0, right=0, first=0):
     positions = np.concatenate([np.arange(n) + first for n in lengths])
     segments, positions = (np.pad(x, (left, right)).astype(np.int32) for x in (segments, positions))
     return Tokens(*(jnp.broadcast_to(jnp.asarray(x)[None], (B, len(x))) for x in (positions, segments)))
-
-
-@dataclasses.dataclass
-class Memory:
-    """Keys and values in slots, written by a loop."""
-
-    k: jax.Array
-    v: jax.Array
-
-    def write(self, k, v, start):
-        for row in range(B):
-            to = slice(int(start[row]), int(start[row]) + k.shape[2])
-            self = Memory(self.k.at[row, :, to].set(k[row]), self.v.at[row, :, to].set(v[row]))
-        return self
 
 
 def attention_inputs(t, seed=0):
@@ -74,7 +59,9 @@ def layer(seed=3):
 
 def official_layer(w, name):
     """Our parameters from the published names; matrices there are [outputs, inputs]."""
-    w = {k.removeprefix(f"w.layers.{name}."): jnp.asarray(v) for k, v in w.items() if k.startswith(f"w.layers.{name}.")}
+    w = {
+        k.removeprefix(f"w.layers.{name}."): jnp.asarray(v) for k, v in w.items() if k.startswith(f"w.layers.{name}.")
+    }
     d, heads = 32, (2, 16)
     return {
         "qkv": w["dec_attn.qkv_net.weight"].T.reshape(d, 3, *heads),
@@ -107,14 +94,13 @@ def test_equals_the_official_layers(golden):
     np.testing.assert_allclose(pre, rows("gumbel.hidden_pre"), atol=2e-6)
     down = layer_norm(rows("gumbel.down"), jnp.asarray(w["w.down_ln.weight"]), jnp.asarray(w["w.down_ln.bias"]))
     short = through("1.1", through("1.0", down))
-    # The official upsampling: a position reads as many groups further as units have ended, up to and with it.
-    finished = np.cumsum(w["gumbel.hard"], axis=1).astype(int)
-    up = jnp.take_along_axis(short, jnp.asarray(finished)[..., None], axis=1)
-    np.testing.assert_allclose(up, rows("gumbel.up"), atol=5e-6)
-    post = through("2.0", rows("gumbel.up") + pre)
+    # A position reads the group after as many units as have ended so far, its own included; group 0 is learned.
+    ended = np.cumsum(w["gumbel.hard"], axis=1).astype(np.int32)
+    up = jnp.take_along_axis(short, jnp.asarray(ended)[..., None], axis=1)
+    post = through("2.0", up + pre)
     logits = post @ w["w.final_cast.weight"].T + np.broadcast_to(w["w.final_cast.bias"], (2, 39, 27))
     official = w["gumbel.logits"].reshape(39, 2, 27).transpose(1, 0, 2)
-    np.testing.assert_allclose(logits, official, atol=1e-5)
+    np.testing.assert_allclose(logits, official, atol=2e-6)
 
 
 @pytest.mark.parametrize("tokens", [place(13), place(4, 7, right=2), place(5, 6, left=2), place(13, first=6000)])
@@ -131,7 +117,10 @@ def test_tiles_change_neither_values_nor_gradients(monkeypatch):
 
     def loss(block):
         monkeypatch.setattr(relative, "block_size", lambda s: block)
-        form = lambda *x: jnp.sum(relative_attention(*x, tokens, tokens) * weight)  # noqa: E731
+
+        def form(*x):
+            return jnp.sum(relative_attention(*x, tokens, tokens) * weight)
+
         return jax.jit(jax.value_and_grad(form, argnums=(0, 1, 2, 3, 4)))(*x)
 
     whole = loss(64)
@@ -139,36 +128,34 @@ def test_tiles_change_neither_values_nor_gradients(monkeypatch):
     chex.assert_trees_all_close(loss(8), whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [[6, 1, 1, 4], [1, 11]])
+@pytest.mark.parametrize("sizes", [[6, 1, 4, 1], [1, 11]])
 def test_in_pieces_equals_whole(sizes):
     p, x = layer(), jax.random.normal(jax.random.key(1), (B, 12, D))
     whole, _ = run(p["layer"], p["biases"], x, place(12))
-    cache = Memory(*(jnp.full((B, H, 16, D // H), 7.0) for _ in range(2)))
-    # The second row lags one token behind: its calls end in padding.
-    length, taken = jnp.zeros(B, jnp.int32), np.zeros(B, int)
-    out = np.zeros((B, 12, D), np.float32)
-    for n in [*sizes, 1]:
-        real = np.minimum([n, n - (not taken[1])], 12 - taken)
+    cache = jax.tree.map(lambda a: a + 7.0, DenseLayer.empty(B, H, 16, D // H, jnp.float32))
+    taken, out = np.zeros(B, np.int32), np.zeros((B, 12, D), np.float32)
+    # The second row lags one position behind: its first call ends in padding (or holds nothing else).
+    for call, n in enumerate([*sizes, 1]):
+        real = np.minimum([n, n - (call == 0)], 12 - taken)
         index = np.minimum(taken[:, None] + np.arange(n), 11)
         tokens = Tokens(jnp.asarray(index, jnp.int32), jnp.asarray(np.arange(n) < real[:, None], jnp.int32))
         piece = jnp.take_along_axis(x, jnp.asarray(index)[..., None], axis=1)
-        y, cache = relative_layer(p["layer"], p["biases"], piece, tokens, cache, length)
+        y, cache = run(p["layer"], p["biases"], piece, tokens, cache, jnp.asarray(taken))
         for row in range(B):
             out[row, taken[row] : taken[row] + real[row]] = y[row, : real[row]]
-        taken, length = taken + real, length + jnp.asarray(real, jnp.int32)
+        taken = taken + real
     assert taken.tolist() == [12, 12]
     np.testing.assert_allclose(out, whole, atol=1e-5)
 
 
 def test_memory_grows_linearly_with_length():
     t = 8192
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(relative_spec(D, H, F), is_leaf=params.is_spec)]
-    p = jax.tree.unflatten(jax.tree.structure(params.abstract(relative_spec(D, H, F))), shapes)
+    shapes = params.abstract({"layer": relative_spec(D, H, F), "biases": biases_spec(D, H)})
     tokens = jax.tree.map(lambda _: jax.ShapeDtypeStruct((1, t), jnp.int32), Tokens(0, 0))
-    grad = jax.grad(lambda p, x, biases, tokens: relative_layer(p, biases, x, tokens)[0].sum(), argnums=(0, 1))
-    x = jax.ShapeDtypeStruct((1, t, D), jnp.float32)
-    compiled = jax.jit(grad).lower(p, x, params.abstract(biases_spec(D, H)), tokens).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < t * t
+    grad = jax.grad(lambda p, x, tokens: relative_layer(p["layer"], p["biases"], x, tokens)[0].sum())
+    compiled = jax.jit(grad).lower(shapes, jax.ShapeDtypeStruct((1, t, D), jnp.float32), tokens).compile()
+    # A [t, t] array of scores would take this much per head.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * t * t
 
 
 def test_bfloat16_runs():

@@ -132,9 +132,10 @@ def test_block_size_changes_neither_values_nor_gradients():
         chex.assert_trees_all_close(loss(chunk), whole, atol=3e-4, rtol=3e-5)
 
 
+@pytest.mark.parametrize("lengths", [[21], [7, 14]])
 @pytest.mark.parametrize("sizes", [[1] * 21, [8, 1, 5, 7]])
-def test_in_pieces_equals_whole(sizes):
-    x, tokens = inputs(21), tokens_of([21])
+def test_in_pieces_equals_whole(sizes, lengths):
+    x, tokens = inputs(21), tokens_of(lengths)
     whole, end = run(weights(), x, tokens, empty(), CFG)
     state, parts, start = empty(), [], 0
     for n in sizes:
