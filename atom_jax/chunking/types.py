@@ -92,8 +92,8 @@ class Plan:
 
 @struct.dataclass
 class PlanState:
-    """What a plan remembers: chunks i32 [b], marked so far in the document; open i32 [b], positions in the chunk
-    that is still open (after its mark for "start" rules: with the mark itself)."""
+    """What a plan remembers: chunks i32 [b], marked so far in the document (marks beyond the capacity are none);
+    open i32 [b], positions in the chunk that is still open (for "start" rules: with the mark itself)."""
 
     chunks: jax.Array
     open: jax.Array
@@ -106,10 +106,11 @@ class PlanState:
 
 def last_real(x: jax.Array, tokens: Tokens, old: jax.Array) -> jax.Array:
     """The last real entry of every row of x [b, t, ...], or old [b, ...] where all t are padding."""
-    n = jnp.sum(tokens.segments > 0, axis=1)
-    index = jnp.maximum(n - 1, 0).reshape(-1, *[1] * (x.ndim - 1))
+    place = jax.lax.broadcasted_iota(jnp.int32, tokens.segments.shape, 1)
+    last = jnp.max(jnp.where(tokens.segments > 0, place, -1), axis=1)
+    index = jnp.maximum(last, 0).reshape(-1, *[1] * (x.ndim - 1))
     found = jnp.take_along_axis(x, index, axis=1)[:, 0]
-    return jnp.where(n.reshape(-1, *[1] * (x.ndim - 2)) > 0, found, old)
+    return jnp.where(last.reshape(-1, *[1] * (x.ndim - 2)) >= 0, found, old)
 
 
 Tree = Any
