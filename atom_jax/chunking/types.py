@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from atom_jax.nn.attention import Tokens
+from atom_jax.typing import AtomError
 
 START, END = "start", "end"
 
@@ -106,11 +107,27 @@ class PlanState:
 
 def last_real(x: jax.Array, tokens: Tokens, old: jax.Array) -> jax.Array:
     """The last real entry of every row of x [b, t, ...], or old [b, ...] where all t are padding."""
-    place = jax.lax.broadcasted_iota(jnp.int32, tokens.segments.shape, 1)
-    last = jnp.max(jnp.where(tokens.segments > 0, place, -1), axis=1)
-    index = jnp.maximum(last, 0).reshape(-1, *[1] * (x.ndim - 1))
-    found = jnp.take_along_axis(x, index, axis=1)[:, 0]
+    last = last_index(tokens)
+    found = jnp.take_along_axis(x, jnp.maximum(last, 0).reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
     return jnp.where(last.reshape(-1, *[1] * (x.ndim - 2)) >= 0, found, old)
+
+
+def last_index(tokens: Tokens) -> jax.Array:
+    """i32 [b]: index of the last real position of every row, -1 where all are padding."""
+    index = jnp.arange(tokens.segments.shape[1], dtype=jnp.int32)[None]
+    return jnp.max(jnp.where(tokens.segments > 0, index, -1), axis=1)
+
+
+def previous(x: jax.Array, old: jax.Array) -> jax.Array:
+    """x [b, t, ...] one position later: entry t is x at t - 1, entry 0 is `old` [b, ...]."""
+    return jnp.concatenate([old[:, None].astype(x.dtype), x[:, :-1]], axis=1)
+
+
+def ids_of(seen: Seen, rule: str) -> jax.Array:
+    """The token ids i32 [b, t]. Raises AtomError in a stage whose positions are chunks."""
+    if seen.ids is None:
+        raise AtomError(f"rule: {rule} reads token ids, so it can only cut the outermost stage")
+    return seen.ids
 
 
 Tree = Any

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, and `tokenizer.json` files through the `tokenizers` package."""
+"""Tokenizers: bytes, bytes with word ends, and `tokenizer.json` files through the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ __all__ = ["ByteTokenizer", "Tokenizer", "from_name"]
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer "bytes", or the one in a tokenizer.json file or a directory that holds one.
+    """Returns the tokenizer "bytes" or "hat", or the one in a tokenizer.json file or a directory that holds one.
 
     Raises AtomError when the file is missing or unreadable.
     """
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
+    if str(name_or_path) == "hat":
+        from atom_jax.tokenizers.hat import HatTokenizer  # imports the `regex` package
+
+        return HatTokenizer()
     from atom_jax.tokenizers.json_tokenizer import JsonTokenizer  # imports the `tokenizers` package
 
     return JsonTokenizer(name_or_path)

@@ -22,7 +22,7 @@ class ByteTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], the bytes of `text`; AtomError when a str holds a lone surrogate."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+        return np.frombuffer(to_utf8(text), np.uint8).astype(np.int32)
 
     def decode_bytes(self, ids) -> bytes:
         """Returns the bytes of `ids`, without the special ones; AtomError for ids outside [0, 264)."""
@@ -46,7 +46,8 @@ class ByteTokenizer:
         """Writes nothing: the name "bytes" says it all."""
 
 
-def _utf8(text: str | bytes) -> bytes:
+def to_utf8(text: str | bytes) -> bytes:
+    """UTF-8 of a str, or the bytes as they are. Raises AtomError when a str holds a lone surrogate."""
     if isinstance(text, bytes):
         return text
     try:

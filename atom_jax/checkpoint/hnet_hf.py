@@ -1,0 +1,160 @@
+"""H-Net's published files: its config.json <-> HNetConfig, and its tensor names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atom_jax.checkpoint.fields import Fields
+from atom_jax.checkpoint.families import Rule
+from atom_jax.chunking.config import Chunking
+from atom_jax.chunking.rules.cosine import Cosine
+from atom_jax.models import stack
+from atom_jax.models.hnet import HNetConfig
+from atom_jax.nn.ssd import Mamba2Config
+from atom_jax.typing import AtomError
+
+# Bytes per unit that the released models were trained towards, by number of chunking stages.
+_TARGETS = {1: 6.0, 2: 3.0}
+
+
+def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chunking:
+    """H-Net's own way to find, pool, smooth and spread its units."""
+    return Chunking(rule=Cosine(target=target), pool="first", mix="ema", upsample="repeat", residual="linear",
+                    confidence=True, capacity=capacity, **changes)  # fmt: skip
+
+
+def is_hnet(data: dict[str, Any]) -> bool:
+    """Whether a config.json is one of H-Net's."""
+    return "arch_layout" in data
+
+
+def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
+    """HNetConfig of an H-Net config.json (arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg,
+    tie_embeddings). Raises AtomError, naming the field, for missing or senseless values."""
+    layout = _flatten(data["arch_layout"], where)
+    stages = (len(layout) + 1) // 2
+    attention, ssm = (_table(data, name, where) for name in ("attn_cfg", "ssm_cfg"))
+    heads = _numbers(attention, "num_heads", stages, where)
+    widths = _numbers(data, "d_model", stages, where)
+    fields = Fields(data, where)
+    target = _TARGETS.get(stages - 1, 3.0)
+    return HNetConfig(
+        vocab_size=fields.size("vocab_size"),
+        layout=layout,
+        d_model=widths,
+        d_intermediate=_numbers(data, "d_intermediate", stages, where, least=0),
+        n_heads=heads,
+        rotary_dim=_numbers(attention, "rotary_emb_dim", stages, where, least=0),
+        window=_numbers(attention, "window_size", stages, where, least=-1),
+        chunking=tuple(chunking(target, 2 / target) for _ in range(stages - 1)),
+        ssm=Mamba2Config(**{
+            ours: Fields(ssm, f"{where}: ssm_cfg").size(theirs, default)
+            for ours, theirs, default in (
+                ("d_state", "d_state", 128), ("d_conv", "d_conv", 4), ("expand", "expand", 2),
+                ("head_dim", "headdim", 64), ("chunk", "chunk_size", 256),
+            )
+        }),
+        tie_embeddings=bool(data.get("tie_embeddings", False)),
+    )  # fmt: skip
+
+
+def to_hf(cfg: HNetConfig) -> dict[str, Any]:
+    """The config.json of an H-Net. Raises AtomError where the published code has no such option."""
+    for c in cfg.chunking:
+        theirs = chunking(getattr(c.rule, "target", 1.0), c.capacity, pack=c.pack)
+        if type(c.rule) is not Cosine or (c.pool, c.mix, c.upsample, c.residual, c.confidence, c.norm) != (
+            theirs.pool, theirs.mix, theirs.upsample, theirs.residual, theirs.confidence, theirs.norm,
+        ):  # fmt: skip
+            raise AtomError("this model finds its units in a way that H-Net's published format cannot say")
+    if cfg.head_bias or any("x" in layout for layout in cfg.layout):
+        raise AtomError("H-Net's published format has no bias on the logits and no Transformer-XL layers")
+    nested: list[Any] = [cfg.layout[cfg.stages - 1]]
+    for s in reversed(range(cfg.stages - 1)):
+        encoder, decoder = cfg.layouts(s)
+        nested = [encoder, nested, decoder]
+    return {
+        "arch_layout": nested,
+        "d_model": list(cfg.d_model),
+        "d_intermediate": list(cfg.d_intermediate),
+        "vocab_size": cfg.vocab_size,
+        "ssm_cfg": {"chunk_size": cfg.ssm.chunk, "d_conv": cfg.ssm.d_conv, "d_state": cfg.ssm.d_state,
+                    "expand": cfg.ssm.expand, "headdim": cfg.ssm.head_dim},
+        "attn_cfg": {"num_heads": list(cfg.n_heads), "rotary_emb_dim": list(cfg.rotary_dim),
+                     "window_size": list(cfg.window)},
+        "tie_embeddings": cfg.tie_embeddings,
+    }  # fmt: skip
+
+
+_MAMBA = ("dt_bias", "A_log", "D")
+_MIXERS = {
+    "m": (
+        Rule("mixer.in_proj.weight", "mixer/in_proj", 1),
+        Rule("mixer.conv1d.weight", "mixer/conv_w", unit_axis=True),
+        Rule("mixer.conv1d.bias", "mixer/conv_b"),
+        *(Rule(f"mixer.{name}", f"mixer/{name}") for name in _MAMBA),
+        Rule("mixer.norm.weight", "mixer/norm"),
+        Rule("mixer.out_proj.weight", "mixer/out_proj", 1),
+    ),
+    "t": (Rule("mixer.Wqkv.weight", "mixer/qkv", 1), Rule("mixer.out_proj.weight", "mixer/o", 2)),
+}
+_MLP = (
+    Rule("norm2.weight", "norm2"),
+    Rule("mlp.fc1.weight", "mlp/fc1", 1),
+    Rule("mlp.fc2.weight", "mlp/fc2", 1),
+)
+
+
+def rules(cfg: HNetConfig) -> list[Rule]:
+    """Published names of all tensors with our paths; in runs of layers {i} counts from the run's first layer."""
+    out = [Rule("embeddings.weight", "embed"), Rule("lm_head.weight", "unembed", 1)]
+    prefix = "backbone."
+    for s in range(cfg.stages):
+        ours = f"stage{s}/"
+        out.append(Rule(prefix + "pad_dimension", ours + "lift"))
+        if s == cfg.stages - 1:
+            # The innermost stage is an isotropic stack itself.
+            out += _stack(prefix + "main_network.", ours + "main/", cfg.layout[s])
+            break
+        for name, layout in zip(("encoder", "decoder"), cfg.layouts(s)):
+            out += _stack(f"{prefix}{name}.", f"{ours}{name}/", layout)
+        for name in "qk":
+            out.append(Rule(f"{prefix}routing_module.{name}_proj_layer.weight", f"{ours}rule/{name}", 1))
+        out += [
+            Rule(prefix + "residual_proj.weight", ours + "residual/w", 1),
+            Rule(prefix + "residual_proj.bias", ours + "residual/b"),
+        ]
+        prefix += "main_network."
+    return out
+
+
+def _stack(hf: str, ours: str, layout: str) -> list[Rule]:
+    out, first = [Rule(hf + "rmsnorm.weight", ours + "norm")], 0
+    for run, (letter, n) in enumerate(stack.parse(layout)):
+        kinds = (Rule("norm1.weight", "norm1"), *_MIXERS[letter.lower()], *(_MLP if letter.isupper() else ()))
+        for r in kinds:
+            name = f"{hf}layers.{{i}}.{r.hf}"
+            out.append(Rule(name, f"{ours}{run}/{r.path}", r.inputs, r.unit_axis, first))
+        first += n
+    return out
+
+
+def _flatten(nested: Any, where: str) -> tuple[str, ...]:
+    if isinstance(nested, list) and len(nested) == 1 and isinstance(nested[0], str):
+        return (nested[0],)
+    if isinstance(nested, list) and len(nested) == 3 and isinstance(nested[0], str) and isinstance(nested[2], str):
+        return (nested[0], *_flatten(nested[1], where), nested[2])
+    raise AtomError(f"{where}: arch_layout must nest [encoder, [...], decoder] around [main], got {str(nested)[:60]}")
+
+
+def _table(data: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    if not isinstance(data.get(name), dict):
+        raise AtomError(f"{where}: {name} is missing")
+    return data[name]
+
+
+def _numbers(data: dict[str, Any], name: str, n: int, where: str, least: int = 1) -> tuple[int, ...]:
+    values = data.get(name)
+    good = isinstance(values, list) and all(type(v) is int and v >= least for v in values) and len(values) == n
+    if not good:
+        raise AtomError(f"{where}: {name} must be {n} integers of at least {least}, got {str(values)[:60]}")
+    return tuple(values)

@@ -1,0 +1,98 @@
+"""Hashes of the latest n ids at every position, as BLT looks up n-gram embeddings (Pagnoni et al., 2024, section
+3.2.1): a polynomial in a large prime over wrapping signed 64-bit integers, modulo the size of a table.
+
+`host` is numpy; `device` gives the same numbers in 32-bit arithmetic, the only kind that JAX has by default.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.nn.attention import Tokens
+from atom_jax.typing import AtomError
+
+# One prime per hash function, in the published order.
+PRIMES = (1000000007, 5915587277, 1500450271, 3267000013)
+
+
+def host(ids_bt: np.ndarray, n: int, function: int, size: int, positions_bt: np.ndarray | None = None) -> np.ndarray:
+    """Table rows i64 [b, t] in [0, size) of the n ids up to each position.
+
+    The oldest id has the power 0. Ids before a document's beginning (positions_bt; by default a row is a document)
+    count as 0. Raises AtomError for an unknown function or a size that `device` could not have.
+    """
+    _check(n, function, size)
+    ids = np.asarray(ids_bt, np.int64)
+    index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    positions = index if positions_bt is None else np.minimum(index, positions_bt)
+    total = np.zeros(ids.shape, np.int64)
+    for power, factor in enumerate(_powers(n, function)):
+        back = n - 1 - power
+        older = np.pad(ids, [(0, 0), (back, 0)])[:, : ids.shape[1]]
+        # Array arithmetic on int64 wraps silently, which is what is wanted.
+        total += np.where(positions >= back, older, 0) * np.full((), factor, np.uint64).astype(np.int64)
+    return total % size
+
+
+def device(
+    ids_bt: jax.Array, tokens: Tokens, n: int, function: int, size: int, before: jax.Array | None = None
+) -> jax.Array:
+    """`host` on the device: table rows i32 [b, t], for ids in [0, 65535] and sizes below 2^28.
+
+    before: i32 [b, >= n - 1], the ids read in earlier calls, the latest last (see `remember`); None: no earlier call.
+    """
+    _check(n, function, size)
+    t = ids_bt.shape[1]
+    if before is None:
+        before = jnp.zeros((ids_bt.shape[0], n - 1), jnp.int32)
+    line = jnp.concatenate([before, ids_bt], axis=1)[:, before.shape[1] - n + 1 :]
+    limbs = [jnp.zeros(ids_bt.shape, jnp.uint32) for _ in range(4)]
+    for power, factor in enumerate(_powers(n, function)):
+        back = n - 1 - power
+        word = jnp.where(tokens.positions >= back, line[:, power : power + t], 0).astype(jnp.uint32)
+        # Four limbs of 16 bits: a product of two fits 32 bits, and its halves leave room for a sum over the window.
+        for i in range(4):
+            product = word * np.uint32(factor >> 16 * i & 0xFFFF)
+            limbs[i] += product & 0xFFFF
+            if i < 3:
+                limbs[i + 1] += product >> 16
+    for i in range(3):
+        limbs[i + 1] += limbs[i] >> 16
+        limbs[i] &= 0xFFFF
+    limbs[3] &= 0xFFFF
+    return _floor_mod(limbs, size)
+
+
+def remember(ids_bt: jax.Array, tokens: Tokens, before: jax.Array) -> jax.Array:
+    """The latest ids of every row after a call, i32 [b, w] like `before`; padding (after the ids) is not read."""
+    line = jnp.concatenate([before, ids_bt], axis=1)
+    count = jnp.sum(tokens.segments > 0, axis=1)
+    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.shape[1]))(line, count)
+
+
+def _floor_mod(limbs: list[jax.Array], size: int) -> jax.Array:
+    """Signed 64-bit numbers, as limbs of 16 bits from the lowest, modulo `size`; four bits at a time, so that a
+    remainder below 2^28 and the next digit fit 32 bits."""
+    modulus = np.uint32(size)
+    rest = jnp.zeros(limbs[0].shape, jnp.uint32)
+    for limb in reversed(limbs):
+        for shift in (12, 8, 4, 0):
+            rest = (rest * np.uint32(16) + (limb >> np.uint32(shift) & 0xF)) % modulus
+    # A negative number is the unsigned one less 2^64.
+    negative = limbs[3] >> 15 == 1
+    return jnp.where(negative, (rest + np.uint32(-(2**64) % size)) % modulus, rest).astype(jnp.int32)
+
+
+def _powers(n: int, function: int) -> list[int]:
+    return [PRIMES[function] ** i % 2**64 for i in range(n)]
+
+
+def _check(n: int, function: int, size: int) -> None:
+    if n < 1:
+        raise AtomError(f"n: expected at least 1 id to hash, got {n}")
+    if not 0 <= function < len(PRIMES):
+        raise AtomError(f"function: hash functions are 0 to {len(PRIMES) - 1}, got {function}")
+    if not 1 <= size < 2**28:
+        raise AtomError(f"size: expected a table of 1 to {2**28 - 1} rows, got {size}")

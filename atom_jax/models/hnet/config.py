@@ -1,0 +1,138 @@
+"""The configuration of a model that chooses its own units, and the parameters that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from atom_jax import config
+from atom_jax.chunking import pooling, rules, upsampling
+from atom_jax.chunking.config import Chunking
+from atom_jax.chunking.types import END
+from atom_jax.models import stack
+from atom_jax.models.stack import Width
+from atom_jax.nn import relative
+from atom_jax.nn.ssd import Mamba2Config
+from atom_jax.params import ParamSpec, Tree, normal, ones, zeros
+from atom_jax.typing import AtomError
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class HNetConfig:
+    """Sizes per stage, outermost first, the layouts of their stacks, and how each stage finds its units."""
+
+    family: str = "hnet"
+    vocab_size: int = 256
+    # Encoders from the outside in, the innermost stack, decoders from the inside out: 2 s + 1 layouts (`stack`).
+    layout: tuple[str, ...] = ("m4", "T22", "m4")
+    d_model: tuple[int, ...] = (1024, 1536)
+    d_intermediate: tuple[int, ...] = (0, 4096)
+    n_heads: tuple[int, ...] = (16, 16)
+    # Channels of each head that RoPE turns.
+    rotary_dim: tuple[int, ...] = (32, 48)
+    # Positions before its own that a query sees; -1 = all.
+    window: tuple[int, ...] = (1023, -1)
+    chunking: tuple[Chunking, ...] = ()
+    ssm: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    # A bias on the logits.
+    head_bias: bool = False
+    # Standard deviation of initial matrices.
+    init_std: float = 0.02
+    max_length: int = 65536
+    bos_id: int | None = 254
+    eos_ids: tuple[int, ...] = (255,)
+    pad_id: int | None = None
+    # Compute dtype; routers, residual streams, SSM states, softmax and logits are float32 in any case.
+    dtype: str = "float32"
+    # Recompute each layer in the backward pass instead of storing its activations.
+    remat: bool = False
+    # Parity with the released code: unused chunk slots hold other positions, and ratio losses average over padding.
+    official_padding: bool = False
+
+    def __post_init__(self):
+        stages = (len(self.layout) + 1) // 2
+        if len(self.layout) % 2 == 0:
+            raise AtomError(f"layout: expected an odd number of stacks, got {len(self.layout)}")
+        for name in ("d_model", "d_intermediate", "n_heads", "rotary_dim", "window"):
+            if len(getattr(self, name)) != stages:
+                raise AtomError(f"{name}: expected {stages} numbers for {len(self.layout)} stacks, got {len(getattr(self, name))}")
+        if len(self.chunking) != stages - 1:
+            raise AtomError(f"chunking: expected {stages - 1} entries, got {len(self.chunking)}")
+        if any(a > b for a, b in zip(self.d_model, self.d_model[1:])):
+            raise AtomError(f"d_model: stages must not get narrower, got {self.d_model}")
+        for s, chunking in enumerate(self.chunking):
+            pooling.check(rules.of(chunking.rule).KIND, chunking.pool)
+        for layout in self.layout:
+            stack.parse(layout)
+
+    @property
+    def stages(self) -> int:
+        """Stages, the innermost included."""
+        return len(self.d_model)
+
+    def width(self, s: int) -> Width:
+        """Layer sizes of stage s."""
+        return Width(
+            d=self.d_model[s], f=self.d_intermediate[s], heads=self.n_heads[s], rotary=self.rotary_dim[s],
+            window=self.window[s], eps=self.norm_eps, ssm=self.ssm, std=self.init_std,
+        )  # fmt: skip
+
+    def layouts(self, s: int) -> tuple[str, ...]:
+        """(encoder, decoder) of stage s, or (main,) of the innermost one."""
+        return (self.layout[s],) if s == self.stages - 1 else (self.layout[s], self.layout[-1 - s])
+
+
+def spec(cfg: HNetConfig) -> Tree:
+    """ParamSpec tree: embed, unembed, and per stage encoder, rule, pool, residual, upsample, decoder (or main)."""
+    d = cfg.d_model[0]
+    tree: Tree = {"embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(1.0 if not cfg.tie_embeddings else 0.02))}
+    if not cfg.tie_embeddings:
+        tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), normal(0.02))
+    if cfg.head_bias:
+        tree["unembed_bias"] = ParamSpec((cfg.vocab_size,), ("vocab",), zeros)
+    if any("x" in layout for layout in cfg.layout):
+        tree["relative"] = relative.biases_spec(d, cfg.n_heads[0])
+    heights = 0
+    for s in range(cfg.stages):
+        heights += sum(map(stack.height, cfg.layouts(s)))
+        tree[f"stage{s}"] = _stage_spec(cfg, s, max(heights, 1) ** -0.5)
+    return tree
+
+
+def _stage_spec(cfg: HNetConfig, s: int, out_scale: float) -> Tree:
+    d, width = cfg.d_model[s], cfg.width(s)
+    tree = {}
+    if s and d > cfg.d_model[s - 1] and cfg.chunking[s - 1].slots == 1:
+        tree["lift"] = ParamSpec((d - cfg.d_model[s - 1],), (None,), zeros)
+    if s == cfg.stages - 1:
+        return tree | {"main": stack.stack_spec(cfg.layout[s], width, out_scale)}
+    encoder, decoder = cfg.layouts(s)
+    chunking = cfg.chunking[s]
+    tree |= {"encoder": stack.stack_spec(encoder, width, out_scale), "decoder": stack.stack_spec(decoder, width, out_scale)}
+    tree |= {
+        "rule": rules.of(chunking.rule).spec(chunking.rule, d),
+        "pool": pooling.POOLS[chunking.pool].spec(chunking, d),
+        "upsample": upsampling.UPSAMPLERS[chunking.upsample].spec(chunking, d),
+    }
+    if chunking.residual == "linear":
+        tree["residual"] = {"w": ParamSpec((d, d), ("embed", None), zeros), "b": ParamSpec((d,), (None,), zeros)}
+    if rules.of(chunking.rule).KIND == END:
+        tree["null"] = ParamSpec((d,), (None,), normal(1.0))
+    if chunking.norm:
+        tree["norm"] = {"w": ParamSpec((d,), (None,), ones), "b": ParamSpec((d,), (None,), zeros)}
+    if chunking.slots > 1:
+        wide, inner = chunking.slots * d, cfg.d_model[s + 1]
+        tree["join"] = ParamSpec((wide, inner), ("embed", None), normal(wide**-0.5))
+        tree["part"] = ParamSpec((inner, wide), ("embed", None), normal(inner**-0.5))
+    return {k: v for k, v in tree.items() if v != {}}
+
+
+def roomier(cfg: HNetConfig) -> HNetConfig | None:
+    """The same model with room for more chunks, or None where every position has one."""
+    if all(c.capacity == 1 for c in cfg.chunking):
+        return None
+    # Bounded: 0.25, 0.5, 1 and the like, so few programs are ever compiled.
+    wider = tuple(dataclasses.replace(c, capacity=min(1.0, 2 * c.capacity)) for c in cfg.chunking)
+    return dataclasses.replace(cfg, chunking=wider)

@@ -1,0 +1,250 @@
+"""The forward pass: training, prompts and single bytes are one code path."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax.chunking import mixing, pooling, rules, upsampling
+from atom_jax.chunking.config import slots_for
+from atom_jax.chunking.plan import make_plan
+from atom_jax.chunking.types import END, Boundary, Plan, PlanState, Seen
+from atom_jax.kvcache.dense import Cache
+from atom_jax.models import stack
+from atom_jax.models.hnet.config import HNetConfig
+from atom_jax.models.hnet.memory import StageState, begin
+from atom_jax.models.stack import Context
+from atom_jax.nn.attention import Tokens
+from atom_jax.nn.linear import project
+from atom_jax.nn.norm import layer_norm
+from atom_jax.params import Tree
+from atom_jax.sharding import batch_shards, constrain
+from atom_jax.typing import Batch, Output
+
+
+def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+    """Logits float32 [b, t, v] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
+    x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
+    return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
+
+
+def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
+    """Logits float32 [b, t, v] of final states."""
+    table = p["embed"].T if cfg.tie_embeddings else p["unembed"]
+    out = jnp.einsum("btd,dv->btv", x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+    if cfg.head_bias:
+        out += jnp.broadcast_to(p["unembed_bias"].astype(jnp.float32), out.shape)
+    return constrain(out, "batch", None, "vocab")
+
+
+def hidden(
+    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    """Final states [b, t, d], the cache after these bytes, and what was learned.
+
+    key: noise of the boundary rules while training; None = none.
+    aux: boundaries (bool [b, t] per stage, outermost first, in bytes: where units end or start) and boundary_probs
+    (float32 [b, t] per stage; 0 where the stage decides nothing), loss (float32 [], the rules' own), lost (i32 [],
+    marks for which there was no slot) and metrics (name -> float32 [2], a sum and what it is to be divided by).
+    """
+    tokens = Tokens(batch.positions, batch.segments)
+    x_btd = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
+    call = _Call(cfg, p, batch, key, cache)
+    x_btd, states, notes = _stage(0, x_btd, tokens, None if cache is None else cache.layers, call)
+    if cache is not None:
+        length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
+        cache = Cache(layers=states, length=length)
+    return x_btd, cache, _aux(notes, batch)
+
+
+@dataclasses.dataclass
+class _Call:
+    """What all stages of one call share."""
+
+    cfg: HNetConfig
+    p: Tree
+    batch: Batch
+    key: jax.Array | None
+    cache: Cache | None
+
+    def context(self, tokens: Tokens, length: jax.Array | None) -> Context:
+        fresh = self.cache is not None and self.cache.fresh
+        return Context(tokens, length, fresh, self.p.get("relative"), self.cfg.remat and self.cache is None)
+
+
+@dataclasses.dataclass
+class _Note:
+    """What one stage decided: its boundary and plan, over the rows of the stage (packed or not)."""
+
+    boundary: Boundary
+    plan: Plan
+
+
+jax.tree_util.register_dataclass(_Note)
+
+
+def _stage(
+    s: int, x_btd: jax.Array, tokens: Tokens, states: tuple | None, call: _Call, length: jax.Array | None = None
+) -> tuple[jax.Array, tuple | None, tuple]:
+    """Stage s and all inside it: [b, t, d] of the stage outside to the same shape."""
+    cfg, p, mine = call.cfg, call.p[f"stage{s}"], None if states is None else states[0]
+    if mine is not None and length is None:
+        length = call.cache.length
+    narrow = x_btd.shape[-1]
+    if "lift" in p:
+        lift = jnp.broadcast_to(p["lift"].astype(x_btd.dtype), (*x_btd.shape[:2], p["lift"].shape[0]))
+        x_btd = jnp.concatenate([x_btd, lift], axis=-1)
+    real, width = tokens, cfg.width(s)
+    if cfg.official_padding:
+        tokens = Tokens(jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2]), jnp.ones_like(tokens.segments))
+    context, layouts = call.context(tokens, length), cfg.layouts(s)
+    if s == cfg.stages - 1:
+        with jax.named_scope("main"):
+            y, new = stack.apply_stack(p["main"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
+        return y[..., :narrow], None if mine is None else (StageState((new,)),), ()
+    with jax.named_scope(f"encoder{s}"):
+        h, encoder = stack.apply_stack(p["encoder"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
+    with jax.named_scope(f"units{s}"):
+        h, inner, notes, memory = _units(s, h, real, mine, states, call)
+    with jax.named_scope(f"decoder{s}"):
+        y, decoder = stack.apply_stack(p["decoder"], layouts[1], width, h, mine and mine.stacks[1], context)
+    if mine is None:
+        return y[..., :narrow], None, notes
+    return y[..., :narrow], (StageState((encoder, decoder), *memory), *inner), notes
+
+
+def _units(
+    s: int, h_btd: jax.Array, tokens: Tokens, mine: StageState | None, states: tuple | None, call: _Call
+) -> tuple[jax.Array, tuple | None, tuple, tuple]:
+    """From encoder states to decoder inputs, through the units and the stages inside."""
+    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
+    shape, batch = h_btd.shape, call.batch
+    ids, marks = (batch.ids, batch.marks) if s == 0 else (None, None)
+    if chunking.pack and call.cache is None:
+        h_btd, tokens, ids, marks = _pack(h_btd, tokens, ids, marks)
+    b, t, d = h_btd.shape
+    rule_state, plan_state, pool_state, newest = begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
+    rule = rules.of(chunking.rule)
+    key = None if call.key is None else jax.random.fold_in(call.key, s)
+    boundary, rule_state = rule.apply(p.get("rule", {}), Seen(h_btd, tokens, ids, marks, key), rule_state, cfg=chunking.rule)
+    fresh = call.cache is None or call.cache.fresh
+    # A document's first position needs room for the chunk that holds nothing.
+    m = slots_for(t, chunking.capacity, 1 if cfg.official_padding else 8) + ("null" in p and fresh)
+    before = plan_state.chunks
+    plan, plan_state = make_plan(boundary, tokens, m, plan_state, official=cfg.official_padding, null="null" in p)
+    u_bmkd, pool_state = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), h_btd, boundary, plan, pool_state, cfg=chunking)
+
+    def inside(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
+        v, inner, notes = _inner(s, u_bmkd, boundary, plan, newest, inner, call, before)
+        return v, inner, notes
+
+    inner = None if states is None else states[1:]
+    if t == 1:
+        # One position: where no row begins or ends a unit, nothing inside has to run.
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(inside, inner))
+        idle = lambda inner: (nothing[0], inner, nothing[2])  # noqa: E731
+        v_bmkd, inner, notes = jax.lax.cond(jnp.any(plan.tokens.segments > 0), inside, idle, inner)
+    else:
+        v_bmkd, inner, notes = inside(inner)
+    w = upsampling.UPSAMPLERS[chunking.upsample].apply(
+        p.get("upsample", {}), v_bmkd.astype(h_btd.dtype), h_btd, plan, newest.astype(h_btd.dtype), cfg=chunking
+    )
+    newest = upsampling.carry(v_bmkd, plan, newest)
+    h_btd = _combine(p, h_btd, w, boundary, chunking).reshape(shape)
+    return h_btd, inner, (_Note(boundary, plan), *notes), (rule_state, plan_state, pool_state, newest)
+
+
+def _inner(
+    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: tuple | None, call: _Call,
+    before: jax.Array,
+) -> tuple[jax.Array, tuple | None, tuple]:  # fmt: skip
+    """The next stage over the units, and the mixing of what it returns: float32 [b, m, k, d]."""
+    p, chunking = call.p[f"stage{s}"], call.cfg.chunking[s]
+    b, m, k, d = u_bmkd.shape
+    if "null" in p:
+        null = jnp.broadcast_to(p["null"].astype(u_bmkd.dtype), u_bmkd.shape)
+        u_bmkd = jnp.where(plan.null[..., None, None], null, u_bmkd)
+    if "norm" in p:
+        u_bmkd = layer_norm(u_bmkd, p["norm"]["w"], p["norm"]["b"], call.cfg.norm_eps)
+    u = u_bmkd.reshape(b, m, k * d)
+    u = project(u, p["join"]) if "join" in p else u
+    tokens = plan.tokens
+    if call.cfg.official_padding:
+        used = jnp.arange(m)[None] < plan.count[:, None]
+        tokens = Tokens(tokens.positions, jnp.where(used, tokens.segments, 0))
+    v, inner, notes = _stage(s + 1, u, tokens, inner, call, before)
+    v = project(v, p["part"]) if "part" in p else v
+    v = v.astype(jnp.float32)
+    if chunking.mix == "ema":
+        p_bm = jnp.take_along_axis(boundary.p, plan.at, axis=1)
+        segments = plan.tokens.segments
+        v = mixing.ema(v, p_bm, segments > 0, segments, newest.reshape(b, k * d))
+    return v.reshape(b, m, k, d), inner, notes
+
+
+def _combine(p: Tree, h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary, chunking: Any) -> jax.Array:
+    """What a position read, and what it adds to it."""
+    w = w_btd.astype(jnp.float32)
+    if chunking.confidence:
+        sure = jnp.maximum(boundary.p, 1 - boundary.p)
+        w = w * (sure + jax.lax.stop_gradient(1 - sure))[..., None]
+    if chunking.residual == "linear":
+        r = project(h_btd.astype(jnp.float32), p["residual"]["w"])
+        w = w + r + jnp.broadcast_to(p["residual"]["b"].astype(jnp.float32), r.shape)
+    elif chunking.residual == "identity":
+        w = w + h_btd.astype(jnp.float32)
+    return w.astype(h_btd.dtype)
+
+
+def _pack(h_btd: jax.Array, tokens: Tokens, ids: Any, marks: Any) -> tuple:
+    """The rows of every device side by side in one row, as further documents."""
+    b, t, d = h_btd.shape
+    rows = batch_shards(b)
+    number = jnp.arange(b, dtype=jnp.int32)[:, None] * (t + 1)
+    segments = jnp.where(tokens.segments > 0, tokens.segments + number, 0)
+    flat = lambda a: None if a is None else constrain(a.reshape(rows, -1, *a.shape[2:]), "batch", *[None] * (a.ndim - 1))  # noqa: E731
+    return flat(h_btd), Tokens(flat(tokens.positions), flat(segments)), flat(ids), flat(marks)
+
+
+def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
+    """What the stages decided, in terms of bytes."""
+    shape, real = batch.ids.shape, batch.segments > 0
+    boundaries, probs, metrics = [], [], {}
+    loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)
+    inside: list[_Note] = []
+    for s, note in enumerate(notes):
+        mark, p = note.boundary.mark, note.boundary.p
+        p = mark.astype(jnp.float32) if p is None else p
+        for outer in reversed(inside):
+            # A unit of an inner stage begins or ends where the chunk that it marks was marked in the stage outside.
+            chunk = jnp.minimum(outer.plan.slot, outer.plan.at.shape[1] - 1)
+            ours = outer.boundary.mark & outer.plan.member
+            take = lambda a, chunk=chunk: jnp.take_along_axis(a.reshape(chunk.shape[0], -1), chunk, axis=1)  # noqa: E731
+            mark, p = take(mark) & ours, jnp.where(ours, take(p), 0.0)
+        inside.append(note)
+        boundaries.append(mark.reshape(shape) & real)
+        probs.append(p.reshape(shape))
+        count = jnp.sum(boundaries[-1], dtype=jnp.float32)
+        metrics[f"bytes_per_unit_{s}"] = jnp.stack([jnp.sum(real, dtype=jnp.float32), count])
+        missed = jnp.sum(note.plan.lost)
+        metrics[f"lost_{s}"] = jnp.stack([missed.astype(jnp.float32), jnp.maximum(units, 1.0)])
+        units, loss, lost = count, loss + note.boundary.loss, lost + missed
+    first = boundaries[0]
+    for name, edge in zip(("at_word_edge", "at_character_edge"), _edges(batch.ids, notes[0].boundary.kind)):
+        hits = jnp.sum(first & edge, dtype=jnp.float32)
+        metrics[name] = jnp.stack([hits, jnp.sum(first, dtype=jnp.float32)])
+    return {"boundaries": tuple(boundaries), "boundary_probs": tuple(probs), "loss": loss, "lost": lost, "metrics": metrics}
+
+
+def _edges(ids_bt: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """bool [b, t]: where a unit that the mark starts, or lets start at the next byte, begins at the edge of a word (at
+    or after white space), and where it begins with a whole UTF-8 character."""
+    space = (ids_bt == 0x20) | ((ids_bt >= 0x09) & (ids_bt <= 0x0D))
+    inside = (ids_bt >= 0x80) & (ids_bt < 0xC0)
+    if kind == END:
+        following = lambda a: jnp.roll(a, -1, axis=1)  # noqa: E731
+        return space | following(space), ~following(inside)
+    return space | jnp.roll(space, 1, axis=1), ~inside

@@ -1,0 +1,110 @@
+"""What a model with learned units remembers while it generates: caches sized by chunks, and open units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.chunking import pooling, rules
+from atom_jax.chunking.config import slots_for
+from atom_jax.chunking.types import PlanState
+from atom_jax.kvcache import dense
+from atom_jax.kvcache.dense import Cache
+from atom_jax.models import stack
+from atom_jax.models.hnet.config import HNetConfig
+from atom_jax.params import Tree
+
+
+@struct.dataclass
+class StageState:
+    """Memory of one stage: its stacks (one, or encoder and decoder), its rule, its plan, its pool, and the vectors
+    [b, k, d] of the newest chunk as they came back. The innermost stage has stacks only."""
+
+    stacks: tuple
+    rule: Any = ()
+    plan: Any = ()
+    pool: Any = ()
+    newest: Any = ()
+
+
+def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
+    """An empty memory with room for `capacity` bytes per row; inner stages have room for the chunks expected of them."""
+    dtype, states, b = dtype or jnp.dtype(cfg.dtype), [], batch_size
+    for s in range(cfg.stages):
+        stacks = tuple(stack.init_states(layout, cfg.width(s), b, capacity, dtype) for layout in cfg.layouts(s))
+        states.append(StageState(stacks) if s == cfg.stages - 1 else StageState(stacks, *begin(cfg, s, b)))
+        if s < cfg.stages - 1:
+            capacity = dense.bucket(slots_for(capacity, cfg.chunking[s].capacity) + 1)
+    return Cache(layers=tuple(states), length=jnp.zeros(b, jnp.int32), fresh=True)
+
+
+def begin(cfg: HNetConfig, s: int, b: int) -> tuple:
+    """States of rule, plan, pool and newest chunk before the first position."""
+    chunking, d, dtype = cfg.chunking[s], cfg.d_model[s], jnp.dtype(cfg.dtype)
+    return (
+        rules.of(chunking.rule).init_state(chunking.rule, d, b),
+        PlanState.empty(b),
+        pooling.POOLS[chunking.pool].init_state(chunking, d, b, dtype),
+        jnp.zeros((b, chunking.slots, d), jnp.float32),
+    )
+
+
+def full(cache: Cache) -> jax.Array:
+    """bool [b]: rows whose next byte might not fit one of the caches."""
+    out = jnp.zeros(cache.length.shape, bool)
+    length = cache.length
+    for state in cache.layers:
+        capacity = dense.capacity(state)
+        if capacity is not None:
+            out |= length >= capacity
+        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
+    return out
+
+
+def grow(cache: Cache) -> Cache:
+    """The same memory, larger where it is full."""
+    layers, length = [], cache.length
+    for state in cache.layers:
+        capacity = dense.capacity(state)
+        if capacity is not None and int(length.max()) >= capacity:
+            state = dense.grow_layers(state, dense.bucket(capacity + 1))
+        layers.append(state)
+        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
+    return cache.replace(layers=tuple(layers))
+
+
+def unstack(cache: Cache) -> Cache:
+    """The same memory with a tuple of layers in place of every stacked run."""
+    runs = lambda s: tuple(tuple(map(dense.unstack_layers, one)) for one in s.stacks)  # noqa: E731
+    return cache.replace(layers=tuple(s.replace(stacks=runs(s)) for s in cache.layers))
+
+
+def cache_use(cache: Cache, cfg: HNetConfig) -> tuple[jax.Array, jax.Array]:
+    """Entries held and read by the latest position, float32 [b] each, averaged over the attention layers."""
+    held = read = jnp.zeros(cache.length.shape, jnp.float32)
+    layers, length = 0, cache.length
+    for s, state in enumerate(cache.layers):
+        n = sum(k for layout in cfg.layouts(s) for letter, k in stack.parse(layout) if letter in "tTx")
+        here = length.astype(jnp.float32)
+        layers, held = layers + n, held + n * here
+        read += n * (here if cfg.window[s] < 0 else jnp.minimum(here, cfg.window[s] + 1))
+        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
+    return held / max(layers, 1), read / max(layers, 1)
+
+
+def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:
+    """Parameters laid out for generation; unroll: a tuple of layers in place of every stacked run."""
+    if not unroll:
+        return p
+    out = dict(p)
+    for s in range(cfg.stages):
+        stage = dict(p[f"stage{s}"])
+        for name in ("encoder", "decoder", "main"):
+            if name in stage:
+                runs = {k: v if k == "norm" else dense.unstack_layers(v) for k, v in stage[name].items()}
+                stage[name] = runs
+        out[f"stage{s}"] = stage
+    return out
