@@ -76,6 +76,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def batch_shards(rows: int) -> int:
+    """Number of devices among which `rows` rows of a batch are spread; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    shards = math.prod(mesh.shape[a] for a in RULES["batch"])
+    return shards if rows % shards == 0 else 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes; does nothing outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()

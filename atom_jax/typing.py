@@ -27,6 +27,7 @@ class Batch:
     segments:  i32 [b, t] document number within the row, from 1; 0 marks padding.
     targets:   i32 [b, t] next-token ids, or None outside training.
     loss_mask: bool [b, t] True where the target counts, or None.
+    marks:     bool [b, t] unit ends that the data supplies (DataConfig.marks), or None.
     """
 
     ids: jax.Array
@@ -34,6 +35,7 @@ class Batch:
     segments: jax.Array
     targets: jax.Array | None = None
     loss_mask: jax.Array | None = None
+    marks: jax.Array | None = None
 
 
 @struct.dataclass

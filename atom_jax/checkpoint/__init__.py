@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from atom_jax import tokenizers
-from atom_jax.checkpoint import families, hf_config
+from atom_jax.checkpoint import families, hf_config, hnet_hf
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.safetensors_io import (
@@ -23,6 +23,7 @@ from atom_jax.checkpoint.safetensors_io import (
     refuse_pickle,
     write_tensors,
 )
+from atom_jax.models.hnet import HNetConfig
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
 from atom_jax.typing import LM, AtomError
@@ -76,6 +77,10 @@ def load_config(path: Path) -> tuple[TransformerConfig, Any]:
         # As transformers does: generation_config.json has the last word on which tokens end a text.
         eos = read_json(path / GENERATION).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
+    if hnet_hf.is_hnet(data):
+        return hnet_hf.from_hf(data, str(path / CONFIG)), tokenizers.from_name(
+            data.get("atom_tokenizer", "hnet_bytes")
+        )
     cfg = hf_config.from_hf(data, str(path / CONFIG))
     if (name := data.get("atom_tokenizer")) is not None:
         if name != "bytes":
@@ -92,13 +97,16 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
     Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where
     the published family has no such option.
     """
-    if not isinstance(lm.config, TransformerConfig):
+    if isinstance(lm.config, HNetConfig):
+        config = hnet_hf.to_hf(lm.config)
+        source = families.ExportSource(lm.config, lm.params)
+    elif isinstance(lm.config, TransformerConfig):
+        source = families.ExportSource(lm.config, lm.params)
+        config = hf_config.to_hf(lm.config, source.infos["model.embed_tokens.weight"].dtype.name)
+    else:
         raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
-    source = families.ExportSource(lm.config, lm.params)
-    dtype = source.infos["model.embed_tokens.weight"].dtype.name
-    config = hf_config.to_hf(lm.config, dtype)
-    if lm.tokenizer is not None and lm.tokenizer.name == "bytes":
-        config["atom_tokenizer"] = "bytes"
+    if lm.tokenizer is not None and lm.tokenizer.name in ("bytes", "hnet_bytes"):
+        config["atom_tokenizer"] = lm.tokenizer.name
     if name is not None:
         config["_name_or_path"] = name
     with staged(directory, stale=_is_model_file) as staging:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,25 +23,30 @@ from atom_jax.typing import AtomError
 class Rule:
     """Published name ({i}: layer number) -> our path.
 
-    inputs = 0 keeps the array as it is. Otherwise the published matrix is [out, in], and ours is its transpose with
+    {i} is `first` + the layer's number in our stack. inputs = 0 keeps the array as it is, with a
+    second axis of length one when unit_axis. Otherwise the published matrix is [out, in], and ours is its transpose with
     the first `inputs` axes together being "in" and the rest "out".
     """
 
     hf: str
     path: str
     inputs: int = 0
+    unit_axis: bool = False
+    first: int = 0
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the published tensor for our shape (without the layer axis)."""
+        if self.unit_axis:
+            return (shape[0], 1, *shape[1:])
         return (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])) if self.inputs else shape
 
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """Our array of one layer in its published form."""
-        return x.reshape(self.hf_shape(x.shape)[::-1]).T if self.inputs else x
+        return x.reshape(self.hf_shape(x.shape)[::-1]).T if self.inputs else x.reshape(self.hf_shape(x.shape))
 
     def from_hf(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The published array in our form (a view)."""
-        return x.T.reshape(shape) if self.inputs else x
+        return (x.T if self.inputs else x).reshape(shape)
 
 
 def _layer(hf: str, path: str, inputs: int = 0) -> Rule:
@@ -82,19 +88,27 @@ class _Place:
     layer: int | None
 
 
-def _places(cfg: TransformerConfig) -> dict[str, _Place]:
+def _places(cfg: Any) -> dict[str, _Place]:
     """Every published name of this model, layer by layer, with where it goes."""
     specs = params_lib.flatten(registry.of(cfg).spec(cfg))
     places = {}
-    for rule in RULES[cfg.family]:
+    for rule in _rules(cfg):
         if rule.path not in specs:
             continue
         shape = specs[rule.path].shape
         if "{i}" not in rule.hf:
             places[rule.hf] = _Place(rule, shape, None)
         else:
-            places |= {rule.hf.format(i=i): _Place(rule, shape[1:], i) for i in range(shape[0])}
+            places |= {rule.hf.format(i=rule.first + i): _Place(rule, shape[1:], i) for i in range(shape[0])}
     return places
+
+
+def _rules(cfg: Any) -> Sequence[Rule]:
+    if isinstance(cfg, TransformerConfig):
+        return RULES[cfg.family]
+    from atom_jax.checkpoint import hnet_hf
+
+    return hnet_hf.rules(cfg)
 
 
 def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardings: Any = None) -> params_lib.Tree:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.checkpoint.fields import Fields
 from atom_jax.checkpoint.families import Rule
+from atom_jax.checkpoint.fields import Fields
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.models import stack

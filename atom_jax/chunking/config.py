@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from atom_jax import config
@@ -20,7 +21,7 @@ class Chunking:
     pool: str = "first"
     # Vectors per chunk ("attention"); every other pool makes one.
     slots: int = 1
-    # Positions of a chunk that have weights of their own (pool "concat", upsampling "slots"); later ones share the last.
+    # Positions of a chunk that have weights of their own (pool "concat", upsampling "slots").
     max_positions: int = 8
     # Attention heads of pool "attention" and upsampling "cross_attention".
     heads: int = 4
@@ -28,6 +29,13 @@ class Chunking:
     mix: str = "none"
     # How positions read chunks: a name in `upsampling.UPSAMPLERS`.
     upsample: str = "repeat"
+    # What a position adds to what it reads: "linear" (H-Net: a learned map of its encoder state, zero at first),
+    # "identity" (its encoder state) or "none".
+    residual: str = "linear"
+    # Scale what is read by the router's confidence, forwards 1 (H-Net's straight-through estimator).
+    confidence: bool = False
+    # LayerNorm on chunk vectors before the inner network (dynamic token pooling).
+    norm: bool = False
     # Chunk slots per position that are computed; rounded up to a multiple of 8.
     capacity: float = 0.5
     # While training, the rows of one device share their slots: counts average out, so fewer are needed.
@@ -38,12 +46,14 @@ class Chunking:
             raise AtomError(f"capacity: expected chunks per position in (0, 1], got {self.capacity}")
         if self.mix not in ("none", "ema"):
             raise AtomError(f"mix: expected none or ema, got {self.mix!r}")
+        if self.residual not in ("linear", "identity", "none"):
+            raise AtomError(f"residual: expected linear, identity or none, got {self.residual!r}")
         for name in ("slots", "max_positions", "heads"):
             if getattr(self, name) < 1:
                 raise AtomError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-def slots_for(positions: int, capacity: float) -> int:
-    """Chunk slots for `positions` positions: one for a single position, else a multiple of 8 up to all of them."""
-    wanted = -(-round(positions * capacity * 1024) // 1024)
-    return min(positions, -(-wanted // 8) * 8) if positions > 1 else 1
+def slots_for(positions: int, capacity: float, multiple: int = 8) -> int:
+    """Chunk slots for `positions` positions: a multiple of 8, but at most one for each."""
+    wanted = max(math.ceil(positions * capacity - 1e-6), 1)
+    return min(positions, -(-wanted // multiple) * multiple)

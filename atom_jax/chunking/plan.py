@@ -11,7 +11,7 @@ from atom_jax.nn.attention import Tokens
 
 
 def make_plan(
-    boundary: Boundary, tokens: Tokens, m: int, state: PlanState, official: bool = False
+    boundary: Boundary, tokens: Tokens, m: int, state: PlanState, official: bool = False, null: bool = False
 ) -> tuple[Plan, PlanState]:
     """Lays out the chunks that this call's marks begin or end; for "end" rules positions after the last mark wait
     for a later call. Which chunks exist at a position depends on nothing after it: of more than m marks in a row the
@@ -23,6 +23,8 @@ def make_plan(
       official: fill unused slots with the unmarked positions in order, and call them real: H-Net's published code
         averages its ratio loss over such slots (arXiv 2507.07955, `goombalab/hnet`, padded mode). Only for
         comparison with it, in rows of one document.
+      null: for "end" rules, every document begins with a chunk of no positions, which its positions read until its
+        first mark (the null group of dynamic token pooling, arXiv 2211.09761).
     Returns: the plan, and the state after this call, in which only marks that have a slot count as chunks.
     """
     start = boundary.kind == START
@@ -31,21 +33,30 @@ def make_plan(
     i = jax.lax.broadcasted_iota(jnp.int32, mark.shape, 1)
 
     marks_to = jnp.cumsum(mark, axis=1, dtype=jnp.int32)
+    waits = marks_to - mark == marks_to[:, -1:]
+    empty = begins if null else jnp.zeros_like(begins)
+    empty_to = jnp.cumsum(empty, axis=1, dtype=jnp.int32)
+    marks_to = marks_to + empty_to
     marks_before, count = marks_to - mark, marks_to[:, -1]
     kept = mark & (marks_to <= m)
     to, before = jnp.minimum(marks_to, m), jnp.minimum(marks_before, m)
 
     # Chunks of the row that belong to earlier documents; negative: chunks of this document in earlier calls.
-    base = _latest(begins, before, -state.chunks)
+    base = _latest(begins, jnp.minimum(marks_before - empty, m), -state.chunks)
     read = jnp.where(real & (to > jnp.maximum(base, 0)), to - 1, -1)
     at, positions, segments = _chunks(tokens, mark, kept, marks_to, to - base, m, official)
+    # A document's empty chunk and a mark at its first position share that position.
+    is_empty = scatter_unique(empty, marks_before - 1, empty & (marks_before <= m), m)
+    if null:
+        at = at + scatter_unique(i, marks_before - 1, empty & (marks_before <= m), m)
+        segments = jnp.where(is_empty, gather(tokens.segments, at), segments)
+        positions = jnp.where(is_empty, 0, positions)
 
     if start:
         slot, new = jnp.maximum(to - 1, 0), begins | kept
         member, tail = read >= 0, jnp.zeros_like(mark)
         continues = jnp.zeros_like(count, bool)
     else:
-        waits = marks_before == count[:, None]
         slot, new = jnp.where(waits, m, before), begins | jnp.pad(mark[:, :-1], ((0, 0), (1, 0)))
         owner = gather(segments, jnp.minimum(slot, m - 1))
         member = real & (slot < m) & (owner == tokens.segments)
@@ -58,7 +69,9 @@ def make_plan(
         open=last_real(offset + 1 if start else jnp.where(mark, 0, offset + 1), tokens, state.open),
     )
     lost = jnp.maximum(count - m, 0)
-    return Plan(slot, member, tail, offset, at, read, Tokens(positions, segments), continues, count, lost), after
+    return Plan(
+        slot, member, tail, offset, at, read, Tokens(positions, segments), continues, count, lost, is_empty
+    ), after
 
 
 def _chunks(

@@ -169,8 +169,8 @@ def head_size(cfg: Chunking, d: int) -> int:
 
 
 def _used(plan: Plan) -> jax.Array:
-    """bool [b, m]: the slot holds a chunk."""
-    return plan.tokens.segments > 0
+    """bool [b, m]: the slot holds a chunk made of positions."""
+    return (plan.tokens.segments > 0) & ~plan.null
 
 
 def _known(x: jax.Array, plan: Plan, nothing: float) -> jax.Array:

@@ -75,8 +75,10 @@ class Plan:
                -1 = the state of earlier calls, which at a document's beginning is "nothing".
     tokens:    Tokens [b, m]: index of each chunk within its document, and its document; segment 0 = unused slot.
     continues: bool [b]: chunk 0 began in an earlier call.
-    count:     i32 [b] marks in this call. lost: i32 [b] marks beyond the capacity, whose positions stay in chunk m - 1
-               ("start") or are read by nobody ("end").
+    null:      bool [b, m]: the chunk that begins a document and holds nothing.
+    count:     i32 [b] marks in this call (with the chunks that hold nothing).
+    lost:      i32 [b] marks beyond the capacity, whose positions stay in chunk m - 1 ("start") or are read by nobody
+               ("end").
     """
 
     slot: jax.Array
@@ -89,6 +91,7 @@ class Plan:
     continues: jax.Array
     count: jax.Array
     lost: jax.Array
+    null: jax.Array
 
 
 @struct.dataclass

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
+from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
@@ -105,7 +106,8 @@ def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple
     for r, row in enumerate(one.rows):
         ids[r, : len(row)], lengths[r] = row, len(row)
     inputs = jax.device_put((ids, lengths), sharding)
-    x = _states(lm.params, *inputs, cfg=lm.config, size=max(rows * one.length, batch_tokens))
+    size = max(rows * one.length, batch_tokens)
+    x = exactly(lambda cfg: _states(lm.params, *inputs, cfg=cfg, size=size), lm.config)
     index, target = [], []
     for i, r in zip(one.items, one.row_of):
         item = items[i]
@@ -131,14 +133,15 @@ def _finish(items: Sequence[Item], one: Work, blocks: list[Any]) -> tuple[Work, 
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "size"))
-def _states(params: Any, ids_bt: jax.Array, lengths_b: jax.Array, *, cfg: Any, size: int) -> jax.Array:
+def _states(params: Any, ids_bt: jax.Array, lengths_b: jax.Array, *, cfg: Any, size: int) -> tuple[jax.Array, Any]:
     """Final states [size, d] of all positions, one row after the other, filled up with zeros: with one size for all
-    lengths, `_head` is compiled once."""
+    lengths, `_head` is compiled once. And how much was lost, for `exactly`."""
     positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
     segments = (positions < lengths_b[:, None]).astype(jnp.int32)
-    x_btd, _ = registry.of(cfg).hidden(params, Batch(ids=ids_bt, positions=positions, segments=segments), cfg=cfg)
+    batch = Batch(ids=ids_bt, positions=positions, segments=segments)
+    x_btd, _, aux = registry.of(cfg).hidden(params, batch, cfg=cfg)
     x = x_btd.reshape(-1, x_btd.shape[-1])
-    return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
+    return jnp.pad(x, ((0, size - x.shape[0]), (0, 0))), aux.get("lost")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from atom_jax.inference import sampling
-from atom_jax.kvcache import dense
+from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.typing import LM, Batch
 
@@ -60,14 +60,6 @@ class Made:
     peak: jax.Array
 
 
-def bucket(n: int, least: int = 16) -> int:
-    """The first of 16, 24, 32, 48, 64, 96, ... that is at least `n` and `least`."""
-    size = 16
-    while size < max(n, least):
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 _LAID_OUT: dict[int, tuple[list[Any], Any]] = {}
 
 
@@ -76,14 +68,16 @@ def decode_params(lm: LM) -> Any:
     leaves = jax.tree.leaves(lm.params)
     known, laid_out = _LAID_OUT.get(id(lm), ([], None))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
-        laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=_on_one_cpu(leaves))
+        laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=unrolls(lm))
         if id(lm) not in _LAID_OUT:
             weakref.finalize(lm, _LAID_OUT.pop, id(lm), None).atexit = False
         _LAID_OUT[id(lm)] = leaves, laid_out
     return laid_out
 
 
-def _on_one_cpu(leaves: list[Any]) -> bool:
+def unrolls(lm: LM) -> bool:
+    """Whether generation runs separate layers instead of stacked ones: on one CPU device."""
+    leaves = jax.tree.leaves(lm.params)
     spread = any(len(x.sharding.device_set) > 1 for x in leaves if isinstance(x, jax.Array))
     return jax.default_backend() == "cpu" and not spread
 
@@ -96,22 +90,23 @@ def start(
     ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
     instead of a stacked one. Returns the state and the tokens i32 [b], -1 where a stop id was chosen.
     """
-    logits_bv, cache = _read(params, ids_bt, length_b, cfg=cfg, capacity=capacity)
+    read = functools.partial(_read, params, ids_bt, length_b, capacity=capacity)
+    logits_bv, cache = exactly(lambda cfg: read(cfg=cfg), cfg)
     token, done, made = _first(choice, logits_bv)
-    state = State(dense.unstack(cache) if unroll else cache, token, done, made)
+    state = State(registry.of(cfg).unstack(cache) if unroll else cache, token, done, made)
     return state, jnp.where(done, -1, token)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
-def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capacity: int) -> tuple[jax.Array, Any]:
-    """Logits after the last token of every prompt only, float32 [b, v], and the cache."""
+def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capacity: int) -> tuple[Any, Any]:
+    """(logits after the last token of every prompt, float32 [b, v], and the cache), and what was lost."""
     model = registry.of(cfg)
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32))
-    x_btd, cache = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
+    x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
     last_b1d = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)
-    return model.logits(params, last_b1d, cfg=cfg)[:, 0], cache
+    return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 
 
 @jax.jit
@@ -132,14 +127,14 @@ def decode(params: Any, state: State, choice: Choice, steps: jax.Array, *, cfg: 
 
     def going(loop: tuple[jax.Array, State, Made]) -> jax.Array:
         i, state, _ = loop
-        fits = jnp.max(jnp.where(state.done, 0, state.cache.length)) < state.cache.capacity
-        return (i < steps) & fits & ~jnp.all(state.done)
+        stuck = jnp.any(model.full(state.cache) & ~state.done)
+        return (i < steps) & ~stuck & ~jnp.all(state.done)
 
     def step(loop: tuple[jax.Array, State, Made]) -> tuple[jax.Array, State, Made]:
         i, state, made = loop
         live = ~state.done
         batch = Batch(state.token[:, None], state.cache.length[:, None], live[:, None].astype(jnp.int32))
-        x_b1d, cache = model.hidden(params, batch, cfg=cfg, cache=state.cache)
+        x_b1d, cache, _ = model.hidden(params, batch, cfg=cfg, cache=state.cache)
         held_b, read_b = (jnp.where(live, n, 0.0) for n in model.cache_use(cache, cfg))
         token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
         done = state.done | stopped
@@ -153,8 +148,3 @@ def decode(params: Any, state: State, choice: Choice, steps: jax.Array, *, cfg: 
     nothing = Made(jnp.full((b, CHUNK), -1, jnp.int32), jnp.zeros(b, jnp.float32), jnp.float32(0))
     _, state, made = jax.lax.while_loop(going, step, (jnp.int32(0), state, nothing))
     return state, made
-
-
-def grow(state: State, capacity: int) -> State:
-    """The same state with room for `capacity` tokens per row."""
-    return state.replace(cache=dense.grow(state.cache, capacity))

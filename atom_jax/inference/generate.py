@@ -13,9 +13,11 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, State, bucket, decode, decode_params, grow, start
+from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, start, unrolls
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
+from atom_jax.kvcache.dense import bucket
+from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
@@ -99,7 +101,7 @@ class _Run:
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
         self.made, self.reads, self.peak, self.busy, self.finished = 0, 0.0, 0.0, 0.0, False
         self.state: State | None = None
-        self.compiled = 0  # capacity that `decode` was last compiled for
+        self.compiled: list[Any] = []  # shapes of the cache that `decode` was last compiled for
 
     def start(self, room: int) -> None:
         """Reads the prompts and chooses the first tokens."""
@@ -108,7 +110,7 @@ class _Run:
         ids = np.zeros((len(self.rows), size), np.int32)
         for row, out in zip(self.rows, ids):
             out[: len(row)] = row
-        unroll = isinstance(self.params["layers"], tuple)
+        unroll = unrolls(self.lm)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(lengths.max() + room, LEAST)
@@ -120,12 +122,14 @@ class _Run:
 
     def advance(self, steps: int) -> None:
         """Makes up to `steps` tokens in every unfinished row, in a larger cache if need be."""
-        if int(jnp.max(jnp.where(self.state.done, 0, self.state.cache.length))) >= self.state.cache.capacity:
-            self.state = grow(self.state, bucket(self.state.cache.capacity + 1))
-        if self.state.cache.capacity != self.compiled:
+        model = registry.of(self.lm.config)
+        if bool(jnp.any(model.full(self.state.cache) & ~self.state.done)):
+            self.state = self.state.replace(cache=model.grow(self.state.cache))
+        shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
+        if shapes != self.compiled:
             # No step is taken: rates are to count decoding, not compiling.
             self.state, _ = decode(self.params, self.state, self.choice, np.int32(0), cfg=self.lm.config)
-            self.compiled = self.state.cache.capacity
+            self.compiled = shapes
         began, before = time.perf_counter(), int(self.state.made)
         self.state, made = decode(self.params, self.state, self.choice, np.int32(steps), cfg=self.lm.config)
         tokens = np.asarray(made.tokens)

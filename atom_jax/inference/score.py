@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
       mask: bool [b, t], True = real; None = all real. Padding may be on the left or on the right of a row.
     Raises AtomError for wrong shapes, ids out of range, or a row whose real positions are not contiguous.
     """
-    return _apply(lm.params, to_batch(lm, ids, mask), cfg=lm.config)
+    batch = to_batch(lm, ids, mask)
+    return exactly(lambda cfg: _apply(lm.params, batch, cfg=cfg), lm.config)
 
 
 def logprobs(lm: LM, ids: Any, mask: Any = None) -> jax.Array:
@@ -36,7 +38,20 @@ def logprobs(lm: LM, ids: Any, mask: Any = None) -> jax.Array:
     batch = to_batch(lm, ids, mask)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    return _logprobs(lm.params, batch, cfg=lm.config)
+    return exactly(lambda cfg: _logprobs(lm.params, batch, cfg=cfg), lm.config)
+
+
+def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:
+    """The result of `run(cfg)`, run again with more room until no unit is lost: few sizes, so few compilations.
+
+    run: returns (result, number of units for which there was no room, or None for models that lose none).
+    """
+    while True:
+        result, lost = run(cfg)
+        wider = None if lost is None else registry.of(cfg).roomier(cfg)
+        if wider is None or int(lost) == 0:
+            return result
+        cfg = wider
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
@@ -64,14 +79,15 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _apply(params: Any, batch: Batch, *, cfg: Any) -> Output:
-    return registry.of(cfg).apply(params, batch, cfg=cfg)[0]
+def _apply(params: Any, batch: Batch, *, cfg: Any) -> tuple[Output, Any]:
+    out, _ = registry.of(cfg).apply(params, batch, cfg=cfg)
+    return out, out.aux.get("lost")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> jax.Array:
+def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> tuple[jax.Array, Any]:
     model = registry.of(cfg)
-    x_btd, _ = model.hidden(params, batch, cfg=cfg)
+    x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
     b, t, d = x_btd.shape
     n = b * (t - 1)
     block = min(n, max(16, BLOCK // cfg.vocab_size))
@@ -87,4 +103,4 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> jax.Array:
     out = jax.lax.map(one, (x_nd.reshape(-1, block, d), target_n.reshape(-1, block)))
     out = out.reshape(-1)[:n].reshape(b, t - 1)
     both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)
-    return jnp.where(both, out, 0.0)
+    return jnp.where(both, out, 0.0), aux.get("lost")

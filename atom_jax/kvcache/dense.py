@@ -52,34 +52,47 @@ class DenseLayer:
 
 @struct.dataclass
 class Cache:
-    """Memory of a whole model: `layers` (a tuple of layers, or one stacked over a leading axis) and the number of
-    tokens seen per row, i32 [b]. `fresh` (static) promises that nothing is stored yet."""
+    """Memory of a whole model: `layers` (whatever the model keeps) and the number of tokens seen per row, i32 [b].
+    `fresh` (static) promises that nothing is stored yet."""
 
     layers: Any
     length: jax.Array
     fresh: bool = struct.field(pytree_node=False, default=False)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens per row that fit."""
-        return jax.tree.leaves(self.layers)[0].shape[-2]
+
+def bucket(n: int, least: int = 16) -> int:
+    """The first of 16, 24, 32, 48, 64, 96, ... that is at least `n` and `least`."""
+    size = 16
+    while size < max(n, least):
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
 
 
-def unstack(cache: Cache) -> Cache:
-    """The same memory with a tuple of layers in place of a stacked one."""
-    count = jax.tree.leaves(cache.layers)[0].shape[0]
-    return cache.replace(layers=tuple(_pick(cache.layers, i) for i in range(count)))
+def is_layer(node: Any) -> bool:
+    """True for a DenseLayer: the `is_leaf` of trees that hold some."""
+    return isinstance(node, DenseLayer)
 
 
-@jax.jit
-def _pick(layers: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], layers)
+def capacity(tree: Any) -> int | None:
+    """Tokens per row for which the dense layers in `tree` have room; None where there is no such layer."""
+    layers = [x for x in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(x)]
+    return min(x.k.shape[-2] for x in layers) if layers else None
 
 
-def grow(cache: Cache, capacity: int) -> Cache:
-    """The same memory with room for `capacity` tokens per row."""
+def grow_layers(tree: Any, capacity: int) -> Any:
+    """The same memory with room for `capacity` tokens per row in its dense layers."""
 
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, capacity - n if i == x.ndim - 2 else 0) for i, n in enumerate(x.shape)])
 
-    return cache.replace(layers=jax.tree.map(pad, cache.layers))
+    return jax.tree.map(lambda x: jax.tree.map(pad, x) if is_layer(x) else x, tree, is_leaf=is_layer)
+
+
+def unstack_layers(tree: Any) -> tuple:
+    """A tuple of trees, one for each entry of the leading axis that all arrays of `tree` share."""
+    return tuple(_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0]))
+
+
+@jax.jit
+def _pick(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)

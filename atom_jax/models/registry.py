@@ -1,14 +1,15 @@
-"""From a model configuration to the module with its pure functions (spec, apply, hidden, logits, init_cache)."""
+"""From a model configuration to the module with its pure functions: spec, hidden, logits, apply; init_cache, full,
+grow, unstack, cache_use, decode_params for generation; and roomier."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
 
-from atom_jax.models import transformer
+from atom_jax.models import hnet, transformer
 from atom_jax.typing import AtomError
 
-MODELS: dict[type, ModuleType] = {transformer.TransformerConfig: transformer}
+MODELS: dict[type, ModuleType] = {transformer.TransformerConfig: transformer, hnet.HNetConfig: hnet}
 
 
 def of(cfg: Any) -> ModuleType:

@@ -189,7 +189,7 @@ def _layer(
 def _attention(
     p: Tree, y: jax.Array, state: Any, width: Width, context: Context, tables: Any
 ) -> tuple[jax.Array, Any]:
-    b, t, _ = y.shape
+    t = y.shape[1]
     q, k, v = (a[:, :, 0] for a in jnp.split(project(y, p["qkv"]), 3, axis=2))
     if tables is not None:
         r = width.rotary

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import config, params
+from atom_jax.kvcache import dense
 from atom_jax.kvcache.dense import Cache, DenseLayer
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attend, attention_spec
@@ -124,14 +125,17 @@ def apply(
     With a cache, rows continue from `cache.length`; batch.positions must start there, real tokens (segment 1) come
     before padding (segment 0), and only real tokens count into the new length.
     """
-    x_btd, cache = hidden(p, batch, cfg=cfg, cache=cache)
+    x_btd, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
     return Output(logits=logits(p, x_btd, cfg=cfg)), cache
 
 
 def hidden(
-    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None
-) -> tuple[jax.Array, Cache | None]:
-    """Final normalised states [b, t, d] in the compute dtype, and the cache after these tokens."""
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    """Final normalised states [b, t, d] in the compute dtype, the cache after these tokens, and nothing learned ({}).
+
+    key: for models that draw while they train; unused here.
+    """
     x = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
     context = _Context(cfg, batch, cache)
     layers, states = p["layers"], None if cache is None else cache.layers
@@ -145,7 +149,7 @@ def hidden(
         x, states = _scan(layers, x, states, context)
     if cache is not None:
         cache = Cache(layers=states, length=context.length)
-    return rms_norm(x, p["norm"], cfg.norm_eps), cache
+    return rms_norm(x, p["norm"], cfg.norm_eps), cache, {}
 
 
 def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
@@ -179,6 +183,25 @@ def _decode_layer(layers: params.Tree, i: int, dtype: str) -> params.Tree:
     attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=1)
     mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=1)
     return {**layer, "attn": attn, "mlp": mlp}
+
+
+def full(cache: Cache) -> jax.Array:
+    """bool [b]: rows whose next token does not fit."""
+    return cache.length >= dense.capacity(cache.layers)
+
+
+def grow(cache: Cache) -> Cache:
+    """The same memory with room for more tokens."""
+    return cache.replace(layers=dense.grow_layers(cache.layers, dense.bucket(dense.capacity(cache.layers) + 1)))
+
+
+def unstack(cache: Cache) -> Cache:
+    """The same memory with a tuple of layers in place of a stacked one."""
+    return cache.replace(layers=dense.unstack_layers(cache.layers))
+
+
+def roomier(cfg: TransformerConfig) -> None:
+    """Nothing here runs out of room (models with learned units do: `models.hnet`)."""
 
 
 def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:

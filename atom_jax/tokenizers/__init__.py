@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 from atom_jax.tokenizers.base import Tokenizer
-from atom_jax.tokenizers.bytes import ByteTokenizer
+from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
 
-__all__ = ["ByteTokenizer", "Tokenizer", "from_name"]
+__all__ = ["ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name"]
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer "bytes" or "hat", or the one in a tokenizer.json file or a directory that holds one.
+    """Returns the tokenizer "bytes", "hat" or "hnet_bytes", or the one in a tokenizer.json file or in a directory.
 
     Raises AtomError when the file is missing or unreadable.
     """
@@ -21,6 +21,8 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
         from atom_jax.tokenizers.hat import HatTokenizer  # imports the `regex` package
 
         return HatTokenizer()
+    if str(name_or_path) == "hnet_bytes":
+        return HNetByteTokenizer()
     from atom_jax.tokenizers.json_tokenizer import JsonTokenizer  # imports the `tokenizers` package
 
     return JsonTokenizer(name_or_path)

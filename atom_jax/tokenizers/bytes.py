@@ -1,4 +1,4 @@
-"""The tokenizer without a vocabulary: one token per byte of UTF-8, and three special ids."""
+"""Tokenizers without a vocabulary: one token per byte of UTF-8, and a few special ids."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ class ByteTokenizer:
 
     def save(self, directory) -> None:
         """Writes nothing: the name "bytes" says it all."""
+
+
+class HNetByteTokenizer(ByteTokenizer):
+    """H-Net's bytes: 254 begins a document and 255 ends it, which no UTF-8 has; there are no other ids."""
+
+    name = "hnet_bytes"
+    vocab_size = 256
+    bos_id = 254
+    eos_ids = (255,)
+    pad_id = 255
+
+    def decode_bytes(self, ids) -> bytes:
+        """Returns the bytes of `ids`, without the special ones; AtomError for ids outside [0, 256)."""
+        data = np.frombuffer(super().decode_bytes(ids), np.uint8)
+        return data[data < self.bos_id].tobytes()
 
 
 def to_utf8(text: str | bytes) -> bytes:

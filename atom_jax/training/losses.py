@@ -24,12 +24,14 @@ class Sums:
     nats:      f32 [], cross-entropy.
     tokens:    i32 [], targets that count.
     bytes:     i32 [], UTF-8 bytes that these targets stand for.
+    learned:   name -> f32 [2], a sum and what it is to be divided by: what the model reports about itself.
     """
 
     objective: jax.Array
     nats: jax.Array
     tokens: jax.Array
     bytes: jax.Array
+    learned: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
@@ -41,36 +43,63 @@ def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
 
 
 def next_token(
-    params: Any, batch: Batch, *, cfg: Any, lengths: np.ndarray, z_loss: float = 0.0, block: int | None = None
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    cfg: Any,
+    lengths: np.ndarray,
+    z_loss: float = 0.0,
+    block: int | None = None,
 ) -> Sums:
-    """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 per target.
+    """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 and the model's own losses
+    (`aux["loss"]`, a mean) per target.
 
     Args:
+      key: PRNG key for models that draw while they train; None: no noise.
       lengths: i32 [v], bytes per token id.
       block: positions per block of logits; None chooses one block when [b, t, v] is small.
     """
     model = registry.of(cfg)
-    x_btd, _ = model.hidden(params, batch, cfg=cfg)
+    x_btd, _, aux = model.hidden(params, batch, cfg=cfg, key=key)
     b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
 
-    def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        return _score(model.logits(params, x, cfg=cfg), targets, mask)
+    late = aux.get("entropy_loss")
+
+    def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        logits = model.logits(params, x, cfg=cfg)
+        return _score(logits, targets, mask), None if late is None else _entropy(logits)
 
     block = block or _block(b, t, cfg.vocab_size)
     if block >= t:
-        nats, z = score(x_btd, batch.targets, mask)
+        (nats, z), entropy = score(x_btd, batch.targets, mask)
     else:
         parts = [_blocks(a, block) for a in (x_btd, batch.targets, mask)]
-        step = jax.checkpoint(lambda total, part: (total + score(*part), None), prevent_cse=False)
-        (nats, z), _ = jax.lax.scan(step, jnp.zeros(2, jnp.float32), tuple(parts))
+
+        def step(total: jax.Array, part: Any) -> tuple[jax.Array, jax.Array | None]:
+            sums, entropy = score(*part)
+            return total + sums, entropy
+
+        start = jnp.zeros(2, jnp.float32)
+        (nats, z), entropy = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, tuple(parts))
+        entropy = None if entropy is None else jnp.moveaxis(entropy, 0, 1).reshape(b, -1)[:, :t]
+    own = aux.get("loss", 0.0) + (0.0 if late is None else late(entropy))
+    count = jnp.sum(mask > 0, dtype=jnp.int32)
     counted = jnp.take(jnp.asarray(lengths), batch.targets, axis=0) * (mask > 0)
     return Sums(
-        objective=nats + z_loss * z,
+        objective=nats + z_loss * z + own * count,
         nats=nats,
-        tokens=jnp.sum(mask > 0, dtype=jnp.int32),
+        tokens=count,
         bytes=jnp.sum(counted, dtype=jnp.int32),
+        learned=aux.get("metrics", {}),
     )
+
+
+def _entropy(logits_btv: jax.Array) -> jax.Array:
+    """Entropy of the next token, float32 [b, t], in nats."""
+    logp = jax.nn.log_softmax(logits_btv, axis=-1)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
 def _score(logits_btv: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:

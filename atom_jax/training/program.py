@@ -47,7 +47,7 @@ class Program:
             z_loss=exp.optim.z_loss,
         )
         self.step = jax.jit(
-            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema),
+            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema, exp.seed),
             in_shardings=(places, self.rows),
             out_shardings=(places, whole),
             donate_argnums=0,

@@ -16,15 +16,16 @@ from atom_jax.training.optim import Optimizer, merge
 from atom_jax.training.state import State
 from atom_jax.typing import Batch
 
-Loss = Callable[[Tree, Batch], Sums]
+Loss = Callable[[Tree, Batch, jax.Array], Sums]
 Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    loss: Loss, optimizer: Optimizer, accumulate: int = 1, ema: float = 0.0
+    loss: Loss, optimizer: Optimizer, accumulate: int = 1, ema: float = 0.0, seed: int = 0
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
+    seed: of the noise that the loss may draw; it depends on the step, so a resumed run draws the same.
     The gradient is that of the mean over all targets of the batch, however it is cut into `accumulate` parts. A step
     whose loss or gradient is not finite leaves everything but the counters as it was.
     """
@@ -34,8 +35,9 @@ def make_step(
         # Known before the forward pass, so every part is divided by the number of targets in the whole batch.
         scale = 1.0 / jnp.maximum(jnp.sum(batch.loss_mask > 0, dtype=jnp.float32), 1.0)
 
-        def objective(learn: Tree, part: Batch) -> tuple[jax.Array, Sums]:
-            sums = loss(merge(learn, frozen), part)
+        def objective(learn: Tree, part: Batch, number: jax.Array) -> tuple[jax.Array, Sums]:
+            key = jax.random.fold_in(jax.random.key(seed), state.step * accumulate + number)
+            sums = loss(merge(learn, frozen), part, key)
             return sums.objective * scale, sums
 
         grads, sums = _gradient(objective, learn, batch, accumulate)
@@ -63,26 +65,28 @@ def make_step(
 
 
 def summary(sums: Sums) -> Metrics:
-    """The loss in nats per token and in bits per byte."""
+    """The loss in nats per token and in bits per byte, and what the model reports about itself."""
+    learned = {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
     return {
         "loss": sums.nats / jnp.maximum(sums.tokens, 1),
         "bits_per_byte": sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1)),
+        **learned,
     }
 
 
 def _gradient(objective: Callable, learn: Tree, batch: Batch, parts: int) -> tuple[Tree, Sums]:
     gradient: Any = jax.grad(objective, has_aux=True)
     if parts == 1:
-        return gradient(learn, batch)
+        return gradient(learn, batch, jnp.int32(0))
     # Part i takes rows i, i + parts, ...: every device finds rows of every part among its own.
     cut = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
 
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(learn, part)), None
+    def add(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(learn, *inputs)), None
 
     pieces = jax.tree.map(cut, batch)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(gradient, learn, jax.tree.map(lambda x: x[0], pieces)),
+        jax.eval_shape(gradient, learn, jax.tree.map(lambda x: x[0], pieces), jnp.int32(0)),
     )
-    return jax.lax.scan(add, zeros, pieces)[0]
+    return jax.lax.scan(add, zeros, (pieces, jnp.arange(parts)))[0]

@@ -14,6 +14,8 @@ from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec
 from atom_jax.typing import AtomError
 
+KIND = START
+
 
 @config.register
 @dataclasses.dataclass(frozen=True)

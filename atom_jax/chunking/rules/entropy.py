@@ -12,9 +12,11 @@ from flax import struct
 from atom_jax import config
 from atom_jax.chunking import bytemodel
 from atom_jax.chunking.bytemodel import ByteModel
-from atom_jax.chunking.types import Boundary, Seen, Tree, ids_of, last_real, previous
+from atom_jax.chunking.types import END, Boundary, Seen, Tree, ids_of, last_real, previous
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
+
+KIND = END
 
 
 @config.register
@@ -33,7 +35,7 @@ class Entropy:
     # Longer units are cut into pieces of so many bytes; 0 = never.
     max_length: int = 0
     # The entropy model, which learns next to the model from the same bytes.
-    model: ByteModel = ByteModel()
+    model: ByteModel = dataclasses.field(default_factory=ByteModel)
     # Factor on the entropy model's loss; 0 leaves its parameters as they are.
     weight: float = 1.0
 

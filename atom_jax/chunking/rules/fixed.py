@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from atom_jax import config
-from atom_jax.chunking.types import Boundary, Seen, Tree
+from atom_jax.chunking.types import END, Boundary, Seen, Tree
 from atom_jax.typing import AtomError
+
+KIND = END
 
 
 @config.register

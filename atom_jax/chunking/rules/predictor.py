@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from atom_jax import config
 from atom_jax.chunking import scripts
-from atom_jax.chunking.types import Boundary, Seen, Tree, ids_of, previous
+from atom_jax.chunking.types import END, Boundary, Seen, Tree, ids_of, previous
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import ParamSpec, constant, normal, zeros
 from atom_jax.typing import AtomError
+
+KIND = END
 
 
 @config.register
@@ -126,7 +128,9 @@ def relax(logit: jax.Array, uniform: jax.Array | None, temperature: float) -> ja
     return jax.nn.sigmoid((logit + noise) / temperature)
 
 
-def binomial_loss(hard_bt: jax.Array, real_bt: jax.Array, script_bt: jax.Array, rates: tuple[float, ...]) -> jax.Array:
+def binomial_loss(
+    hard_bt: jax.Array, real_bt: jax.Array, script_bt: jax.Array, rates: tuple[float, ...]
+) -> jax.Array:
     """Minus the log probability, per position, of as many marks as there are under Binomial(n, rate); f32 [].
 
     n and the marks are counted per row over real positions and, with several rates, per script; a row's log

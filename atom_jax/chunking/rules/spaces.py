@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import config
-from atom_jax.chunking.types import Boundary, Seen, Tree, ids_of, last_real, previous
+from atom_jax.chunking.types import END, Boundary, Seen, Tree, ids_of, last_real, previous
 from atom_jax.typing import AtomError
+
+KIND = END
 
 
 @config.register

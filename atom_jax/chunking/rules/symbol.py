@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 
 from atom_jax import config
-from atom_jax.chunking.types import Boundary, Seen, Tree, ids_of
+from atom_jax.chunking.types import END, Boundary, Seen, Tree, ids_of
+
+KIND = END
 
 
 @config.register

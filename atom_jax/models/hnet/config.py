@@ -57,12 +57,14 @@ class HNetConfig:
             raise AtomError(f"layout: expected an odd number of stacks, got {len(self.layout)}")
         for name in ("d_model", "d_intermediate", "n_heads", "rotary_dim", "window"):
             if len(getattr(self, name)) != stages:
-                raise AtomError(f"{name}: expected {stages} numbers for {len(self.layout)} stacks, got {len(getattr(self, name))}")
+                raise AtomError(
+                    f"{name}: expected {stages} numbers for {len(self.layout)} stacks, got {len(getattr(self, name))}"
+                )
         if len(self.chunking) != stages - 1:
             raise AtomError(f"chunking: expected {stages - 1} entries, got {len(self.chunking)}")
         if any(a > b for a, b in zip(self.d_model, self.d_model[1:])):
             raise AtomError(f"d_model: stages must not get narrower, got {self.d_model}")
-        for s, chunking in enumerate(self.chunking):
+        for chunking in self.chunking:
             pooling.check(rules.of(chunking.rule).KIND, chunking.pool)
         for layout in self.layout:
             stack.parse(layout)
@@ -87,7 +89,9 @@ class HNetConfig:
 def spec(cfg: HNetConfig) -> Tree:
     """ParamSpec tree: embed, unembed, and per stage encoder, rule, pool, residual, upsample, decoder (or main)."""
     d = cfg.d_model[0]
-    tree: Tree = {"embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(1.0 if not cfg.tie_embeddings else 0.02))}
+    tree: Tree = {
+        "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(1.0 if not cfg.tie_embeddings else 0.02))
+    }
     if not cfg.tie_embeddings:
         tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), normal(0.02))
     if cfg.head_bias:
@@ -110,7 +114,10 @@ def _stage_spec(cfg: HNetConfig, s: int, out_scale: float) -> Tree:
         return tree | {"main": stack.stack_spec(cfg.layout[s], width, out_scale)}
     encoder, decoder = cfg.layouts(s)
     chunking = cfg.chunking[s]
-    tree |= {"encoder": stack.stack_spec(encoder, width, out_scale), "decoder": stack.stack_spec(decoder, width, out_scale)}
+    tree |= {
+        "encoder": stack.stack_spec(encoder, width, out_scale),
+        "decoder": stack.stack_spec(decoder, width, out_scale),
+    }
     tree |= {
         "rule": rules.of(chunking.rule).spec(chunking.rule, d),
         "pool": pooling.POOLS[chunking.pool].spec(chunking, d),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from atom_jax.chunking import mixing, pooling, rules, upsampling
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
-from atom_jax.chunking.types import END, Boundary, Plan, PlanState, Seen
+from atom_jax.chunking.types import END, Boundary, Plan, Seen
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig
@@ -99,7 +99,9 @@ def _stage(
         x_btd = jnp.concatenate([x_btd, lift], axis=-1)
     real, width = tokens, cfg.width(s)
     if cfg.official_padding:
-        tokens = Tokens(jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2]), jnp.ones_like(tokens.segments))
+        tokens = Tokens(
+            jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2]), jnp.ones_like(tokens.segments)
+        )
     context, layouts = call.context(tokens, length), cfg.layouts(s)
     if s == cfg.stages - 1:
         with jax.named_scope("main"):
@@ -125,17 +127,23 @@ def _units(
     ids, marks = (batch.ids, batch.marks) if s == 0 else (None, None)
     if chunking.pack and call.cache is None:
         h_btd, tokens, ids, marks = _pack(h_btd, tokens, ids, marks)
-    b, t, d = h_btd.shape
-    rule_state, plan_state, pool_state, newest = begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
+    b, t, _ = h_btd.shape
+    rule_state, plan_state, pool_state, newest = (
+        begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
+    )
     rule = rules.of(chunking.rule)
     key = None if call.key is None else jax.random.fold_in(call.key, s)
-    boundary, rule_state = rule.apply(p.get("rule", {}), Seen(h_btd, tokens, ids, marks, key), rule_state, cfg=chunking.rule)
+    boundary, rule_state = rule.apply(
+        p.get("rule", {}), Seen(h_btd, tokens, ids, marks, key), rule_state, cfg=chunking.rule
+    )
     fresh = call.cache is None or call.cache.fresh
     # A document's first position needs room for the chunk that holds nothing.
     m = slots_for(t, chunking.capacity, 1 if cfg.official_padding else 8) + ("null" in p and fresh)
     before = plan_state.chunks
     plan, plan_state = make_plan(boundary, tokens, m, plan_state, official=cfg.official_padding, null="null" in p)
-    u_bmkd, pool_state = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), h_btd, boundary, plan, pool_state, cfg=chunking)
+    u_bmkd, pool_state = pooling.POOLS[chunking.pool].apply(
+        p.get("pool", {}), h_btd, boundary, plan, pool_state, cfg=chunking
+    )
 
     def inside(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
         v, inner, notes = _inner(s, u_bmkd, boundary, plan, newest, inner, call, before)
@@ -201,11 +209,14 @@ def _combine(p: Tree, h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary, ch
 
 def _pack(h_btd: jax.Array, tokens: Tokens, ids: Any, marks: Any) -> tuple:
     """The rows of every device side by side in one row, as further documents."""
-    b, t, d = h_btd.shape
+    b, t, _ = h_btd.shape
     rows = batch_shards(b)
     number = jnp.arange(b, dtype=jnp.int32)[:, None] * (t + 1)
     segments = jnp.where(tokens.segments > 0, tokens.segments + number, 0)
-    flat = lambda a: None if a is None else constrain(a.reshape(rows, -1, *a.shape[2:]), "batch", *[None] * (a.ndim - 1))  # noqa: E731
+
+    def flat(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else constrain(a.reshape(rows, -1, *a.shape[2:]), "batch", *[None] * (a.ndim - 1))
+
     return flat(h_btd), Tokens(flat(tokens.positions), flat(segments)), flat(ids), flat(marks)
 
 
@@ -236,12 +247,18 @@ def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
     for name, edge in zip(("at_word_edge", "at_character_edge"), _edges(batch.ids, notes[0].boundary.kind)):
         hits = jnp.sum(first & edge, dtype=jnp.float32)
         metrics[name] = jnp.stack([hits, jnp.sum(first, dtype=jnp.float32)])
-    return {"boundaries": tuple(boundaries), "boundary_probs": tuple(probs), "loss": loss, "lost": lost, "metrics": metrics}
+    return {
+        "boundaries": tuple(boundaries),
+        "boundary_probs": tuple(probs),
+        "loss": loss,
+        "lost": lost,
+        "metrics": metrics,
+    }
 
 
 def _edges(ids_bt: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """bool [b, t]: where a unit that the mark starts, or lets start at the next byte, begins at the edge of a word (at
-    or after white space), and where it begins with a whole UTF-8 character."""
+    """bool [b, t]: whether the unit that begins at the mark ("start") or after it ("end") would begin at the edge of a
+    word, which is at or after white space, and whether it would begin with a whole UTF-8 character."""
     space = (ids_bt == 0x20) | ((ids_bt >= 0x09) & (ids_bt <= 0x0D))
     inside = (ids_bt >= 0x80) & (ids_bt < 0xC0)
     if kind == END:

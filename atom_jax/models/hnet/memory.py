@@ -31,7 +31,7 @@ class StageState:
 
 
 def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
-    """An empty memory with room for `capacity` bytes per row; inner stages have room for the chunks expected of them."""
+    """An empty memory with room for `capacity` bytes per row, and for the chunks to expect of them."""
     dtype, states, b = dtype or jnp.dtype(cfg.dtype), [], batch_size
     for s in range(cfg.stages):
         stacks = tuple(stack.init_states(layout, cfg.width(s), b, capacity, dtype) for layout in cfg.layouts(s))
