@@ -113,9 +113,7 @@ def apply(
     return logits, Window(keys, values, *_places(state, keys_at, tokens, carried, cfg.window))
 
 
-def windowed(
-    q_bhtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, q: Tokens, k: Tokens, window: int
-) -> jax.Array:
+def windowed(q_bhtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, q: Tokens, k: Tokens, window: int) -> jax.Array:
     """Sliding-window attention [b, h, t, k] to s = window + t keys, of which key window + i stands where query i
     does: blocks of queries see two blocks of keys, so that time and memory grow with t * window."""
     b, h, t, size = q_bhtk.shape

@@ -126,7 +126,9 @@ def relax(logit: jax.Array, uniform: jax.Array | None, temperature: float) -> ja
     return jax.nn.sigmoid((logit + noise) / temperature)
 
 
-def binomial_loss(hard_bt: jax.Array, real_bt: jax.Array, script_bt: jax.Array, rates: tuple[float, ...]) -> jax.Array:
+def binomial_loss(
+    hard_bt: jax.Array, real_bt: jax.Array, script_bt: jax.Array, rates: tuple[float, ...]
+) -> jax.Array:
     """Minus the log probability, per position, of as many marks as there are under Binomial(n, rate); f32 [].
 
     n and the marks are counted per row over real positions and, with several rates, per script; a row's log
