@@ -2,6 +2,7 @@
 not mind padding."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax import params
+from atom_jax import config, params
 from atom_jax.chunking import rules
 from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.chunking.rules.cosine import Cosine
@@ -222,6 +223,10 @@ def test_rules_of_bytes_refuse_deeper_stages():
     for cfg in (Spaces(), Symbol(), Entropy(model=SMALL), CASES["scripts"]):
         with pytest.raises(AtomError, match="reads token ids"):
             rules.of(cfg).apply(weights(cfg), text(0).replace(ids=None), fresh(cfg), cfg=cfg)
+
+
+def test_configurations_survive_json(case):
+    assert config.from_json(object, json.loads(json.dumps(config.to_json(case)))) == case
 
 
 def test_only_rules_are_rules():
