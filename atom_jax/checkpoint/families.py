@@ -21,11 +21,10 @@ from atom_jax.typing import AtomError
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Published name ({i}: layer number) -> our path.
+    """Published name -> our path; {i} in the name is `first` + the number of the layer in our stack.
 
-    {i} is `first` + the layer's number in our stack. inputs = 0 keeps the array as it is, with a
-    second axis of length one when unit_axis. Otherwise the published matrix is [out, in], and ours is its transpose with
-    the first `inputs` axes together being "in" and the rest "out".
+    inputs = 0 keeps the array as it is, with a second axis of length one when unit_axis. Otherwise the published
+    matrix is [out, in], and ours is its transpose with the first `inputs` axes together being "in" and the rest "out".
     """
 
     hf: str

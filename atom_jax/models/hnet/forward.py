@@ -257,8 +257,8 @@ def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
 
 
 def _edges(ids_bt: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """bool [b, t]: whether the unit that begins at the mark ("start") or after it ("end") would begin at the edge of a
-    word, which is at or after white space, and whether it would begin with a whole UTF-8 character."""
+    """bool [b, t]: whether the unit that begins at the mark ("start") or after it ("end") would begin at the edge of
+    a word, which is at or after white space, and whether it would begin with a whole UTF-8 character."""
     space = (ids_bt == 0x20) | ((ids_bt >= 0x09) & (ids_bt <= 0x0D))
     inside = (ids_bt >= 0x80) & (ids_bt < 0xC0)
     if kind == END:
