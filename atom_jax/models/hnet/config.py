@@ -34,6 +34,10 @@ class HNetConfig:
     window: tuple[int, ...] = (1023, -1)
     chunking: tuple[Chunking, ...] = ()
     ssm: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
+    # Lengths of the n-grams whose hashed embeddings are added to those of the bytes (BLT, Pagnoni et al., 2024,
+    # section 3.2.1), and the rows of each table.
+    ngrams: tuple[int, ...] = ()
+    ngram_rows: int = 16384
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     # A bias on the logits.
@@ -94,6 +98,9 @@ def spec(cfg: HNetConfig) -> Tree:
     }
     if not cfg.tie_embeddings:
         tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), normal(0.02))
+    if cfg.ngrams:
+        shape = (len(cfg.ngrams), cfg.ngram_rows, d)
+        tree["ngrams"] = ParamSpec(shape, (None, "vocab", "embed"), normal(0.02))
     if cfg.head_bias:
         tree["unembed_bias"] = ParamSpec((cfg.vocab_size,), ("vocab",), zeros)
     if any("x" in layout for layout in cfg.layout):

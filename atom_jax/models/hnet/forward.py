@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atom_jax.chunking import mixing, pooling, rules, upsampling
+from atom_jax.chunking import hashing, mixing, pooling, rules, upsampling
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.types import END, Boundary, Plan, Seen
@@ -52,12 +52,23 @@ def hidden(
     """
     tokens = Tokens(batch.positions, batch.segments)
     x_btd = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
+    if cfg.ngrams:
+        x_btd = x_btd + _ngrams(p["ngrams"], batch.ids, tokens, None if cache is None else cache.layers[0].ids, cfg)
     call = _Call(cfg, p, batch, key, cache)
     x_btd, states, notes = _stage(0, x_btd, tokens, None if cache is None else cache.layers, call)
     if cache is not None:
         length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
-        cache = Cache(layers=states, length=length)
+        latest = hashing.remember(batch.ids, tokens, cache.layers[0].ids)
+        cache = Cache(layers=(states[0].replace(ids=latest), *states[1:]), length=length)
     return x_btd, cache, _aux(notes, batch)
+
+
+def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig):
+    """The sum of the embeddings of the n-grams that end at each position: [b, t, d]."""
+    rows = [hashing.device(ids_bt, tokens, n, 0, cfg.ngram_rows, before) for n in cfg.ngrams]
+    flat = table_nvd.reshape(-1, table_nvd.shape[-1]).astype(cfg.dtype)
+    index_btn = jnp.stack([i * cfg.ngram_rows + r for i, r in enumerate(rows)], axis=-1)
+    return jnp.sum(jnp.take(flat, index_btn, axis=0), axis=2)
 
 
 @dataclasses.dataclass
@@ -221,7 +232,9 @@ def _pack(h_btd: jax.Array, tokens: Tokens, ids: Any, marks: Any) -> tuple:
 
 
 def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
-    """What the stages decided, in terms of bytes."""
+    """What the stages decided, in terms of bytes; nothing where there is only one stage."""
+    if not notes:
+        return {}
     shape, real = batch.ids.shape, batch.segments > 0
     boundaries, probs, metrics = [], [], {}
     loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)

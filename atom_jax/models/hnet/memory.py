@@ -21,13 +21,15 @@ from atom_jax.params import Tree
 @struct.dataclass
 class StageState:
     """Memory of one stage: its stacks (one, or encoder and decoder), its rule, its plan, its pool, and the vectors
-    [b, k, d] of the newest chunk as they came back. The innermost stage has stacks only."""
+    [b, k, d] of the newest chunk as they came back. The innermost stage has stacks only. `ids` are the latest ids of
+    every row, for the n-grams of stage 0."""
 
     stacks: tuple
     rule: Any = ()
     plan: Any = ()
     pool: Any = ()
     newest: Any = ()
+    ids: Any = ()
 
 
 def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
@@ -38,6 +40,7 @@ def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = Non
         states.append(StageState(stacks) if s == cfg.stages - 1 else StageState(stacks, *begin(cfg, s, b)))
         if s < cfg.stages - 1:
             capacity = dense.bucket(slots_for(capacity, cfg.chunking[s].capacity) + 1)
+    states[0] = states[0].replace(ids=jnp.zeros((b, max(cfg.ngrams, default=1) - 1), jnp.int32))
     return Cache(layers=tuple(states), length=jnp.zeros(b, jnp.int32), fresh=True)
 
 
