@@ -11,19 +11,19 @@ from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.nn.attention import Tokens, attend
 
 
-@pytest.mark.parametrize("t", [1, 3, 4, 5, 11, 12])
+@pytest.mark.parametrize("t", [1, 3, 5, 12])
 def test_windowed_attention_equals_a_mask(t):
     b, h, w, k = 2, 2, 4, 8
-    keys = jax.random.split(jax.random.key(t), 3)
-    q = jax.random.normal(keys[0], (b, h, t, k))
-    key, value = (jax.random.normal(x, (b, h, w + t, k)) for x in keys[1:])
+    rng = np.random.default_rng(t)
+    q = rng.normal(size=(b, h, t, k)).astype(np.float32)
+    key, value = rng.normal(size=(2, b, h, w + t, k)).astype(np.float32)
     positions = np.tile(np.arange(w + t, dtype=np.int32), (b, 1))
     # The second row's first two remembered keys belong to nobody, and a new document begins in the first.
     segments = np.ones_like(positions)
     segments[1, :2] = -1
     segments[0, w + t // 2 :] = 2
     where = Tokens(positions[:, w:], segments[:, w:])
-    found = bytemodel.windowed(q, key, value, where, Tokens(positions, segments), w)
+    found = jax.jit(bytemodel.windowed, static_argnums=5)(q, key, value, where, Tokens(positions, segments), w)
     expected = attend(q[:, :, None], key, value, where, Tokens(positions, segments), window=w)[:, :, 0]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

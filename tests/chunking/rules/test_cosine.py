@@ -1,5 +1,7 @@
 """H-Net's router against the official modules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ def tokens_of(mask):
     return Tokens(np.where(mask, np.arange(mask.shape[1])[None], 0).astype(np.int32), mask.astype(np.int32))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def route(p, h, tokens, cfg=DEFAULT):
     return cosine.apply(p, Seen(h, tokens), cosine.init_state(cfg, h.shape[-1], h.shape[0]), cfg=cfg)[0]
 

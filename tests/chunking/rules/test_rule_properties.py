@@ -32,7 +32,6 @@ CASES = {
     "scripts": Predictor(scripts=("latin", "cyrillic", "devanagari"), priors=(0.2, 0.1, 0.3)),
     "whitespace": Spaces(characters=(0x20, 0x0A)),
     "spacebyte": Spaces(style="spacebyte"),
-    "global": Entropy(threshold=5.0, model=SMALL),
     "monotonic": Entropy(mode="monotonic", model=SMALL),
     "both": Entropy(threshold=4.5, mode="both", max_length=3, model=SMALL),
     "block": Fixed(3),
@@ -156,13 +155,14 @@ def test_byte_by_byte_equals_one_call(case):
         same(one, whole, n=1, shift=i)
 
 
-def test_calls_of_unequal_length_equal_one(case):
-    seen = text(0)
+def test_calls_of_other_lengths_equal_one(case):
+    seen, n = text(0), T - 3
     whole, _ = call(case, seen, fresh(case))
-    first, state = call(case, part(seen, [0, 0], [3, 3], t=3), fresh(case))
-    second, _ = call(case, part(seen, [3, 3], [T - 3] * 2, t=T - 3), state)
-    same(first, whole, n=3)
-    same(second, whole, n=T - 3, shift=3)
+    first, state = call(case, part(seen, [0, 0], [n, n], t=n), fresh(case))
+    same(first, whole, n=n)
+    for i in range(n, T):
+        one, state = call(case, part(seen, [i, i], [1, 1], t=1), state)
+        same(one, whole, n=1, shift=i)
 
 
 def test_packed_documents_equal_separate_rows(case):
