@@ -72,7 +72,8 @@ def _credit_marks(u_bmd: jax.Array, hard_bt: jax.Array, h_btd: jax.Array, n_bm1:
     """u_bmd, with the gradient that the means have for the marks.
 
     A position's membership weight in the published code is 1 + (g - stop_gradient(g)), g the number of marks before
-    it; a mark therefore moves all later positions of its document, each by its share of its chunk's gradient.
+    it, so that a mark moves every later position by <gradient of its chunk, distance from the mean> / n. Within a
+    whole chunk these distances add up to nothing: what is left is the rest of the mark's own chunk.
     """
     return u_bmd
 
@@ -86,10 +87,8 @@ def _credit_backward(saved, g_bmd):
     slot = jnp.minimum(plan.slot, plan.at.shape[1] - 1)
     away_btd = h_btd.astype(jnp.float32) - gather(u_bmd, slot)
     moved = jnp.where(plan.member, jnp.sum(gather(g_bmd / n_bm1, slot) * away_btd, axis=-1), 0.0)
-    # The members of one document are neighbours, so that its marks sum up to where the document changes.
-    document = jnp.where(plan.member, gather(plan.tokens.segments, slot), 0)
-    same = document == jnp.roll(document, -1, axis=1)
-    same = (same & plan.member).at[:, -1].set(False).astype(jnp.float32)[:, :, None]
+    same = (plan.member & (plan.slot == jnp.roll(plan.slot, -1, axis=1))).at[:, -1].set(False)
+    same = same.astype(jnp.float32)[:, :, None]
     after = linear_scan(same, moved[:, :, None], reverse=True)
     return g_bmd, (same * jnp.roll(after, -1, axis=1))[:, :, 0], None, None, None
 

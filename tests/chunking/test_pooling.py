@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from atom_jax import params
+from atom_jax.chunking import plan as plan_lib
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.pooling import POOLS, check
 from atom_jax.chunking.segments import segment_max
-from atom_jax.chunking.types import END, START
+from atom_jax.chunking.types import END, START, Boundary, PlanState
 from atom_jax.typing import AtomError
 from tests.chunking.layouts import plan_of, random_marks, tokens
 
@@ -72,6 +73,25 @@ def test_against_a_loop(name):
             assert inside.any() == used
             want = by_hand(name, np.asarray(h[b])[inside], p) if used else np.zeros(u.shape[2:])
             np.testing.assert_allclose(u[b, j], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "attention", "concat"])
+def test_a_new_document_forgets_the_open_chunk(name):
+    where, cfg = tokens([T], t=T), CFG[name]
+    h = jax.random.normal(jax.random.key(0), (1, T, D))
+    p, fresh = weights(name), (PlanState.empty(1), POOLS[name].init_state(cfg, D, 1, h.dtype))
+
+    @jax.jit
+    def call(h, mark, state):
+        boundary = Boundary(mark=mark, kind=END)
+        plan, planned = plan_lib.make_plan(boundary, where, 6, state[0])
+        u, pooled = POOLS[name].apply(p, h, boundary, plan, state[1], cfg=cfg)
+        return u, (planned, pooled)
+
+    _, stale = call(h, jnp.zeros((1, T), bool), fresh)
+    assert int(stale[0].open[0]) == T
+    mark = random_marks(2, END, where)
+    chex.assert_trees_all_equal(call(-h, mark, stale), call(-h, mark, fresh))
 
 
 def test_kinds():
