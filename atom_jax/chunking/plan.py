@@ -45,10 +45,12 @@ def make_plan(
     base = _latest(begins, jnp.minimum(marks_before - empty, m), -state.chunks)
     read = jnp.where(real & (to > jnp.maximum(base, 0)), to - 1, -1)
     at, positions, segments = _chunks(tokens, mark, kept, marks_to, to - base, m, official)
-    # A document's empty chunk and a mark at its first position share that position.
-    is_empty = scatter_unique(empty, marks_before - 1, empty & (marks_before <= m), m)
+    is_empty = jnp.zeros_like(at, bool)
     if null:
-        at = at + scatter_unique(i, marks_before - 1, empty & (marks_before <= m), m)
+        # A document's empty chunk and a mark at its first position share that position.
+        fits = empty & (marks_before <= m)
+        is_empty = scatter_unique(empty, marks_before - 1, fits, m)
+        at = at + scatter_unique(i, marks_before - 1, fits, m)
         segments = jnp.where(is_empty, gather(tokens.segments, at), segments)
         positions = jnp.where(is_empty, 0, positions)
 

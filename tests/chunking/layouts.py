@@ -10,7 +10,7 @@ from atom_jax.chunking import plan
 from atom_jax.chunking.types import END, START, Boundary, PlanState
 from atom_jax.nn.attention import Tokens
 
-make_plan = functools.partial(jax.jit, static_argnames=("m", "official"))(plan.make_plan)
+make_plan = functools.partial(jax.jit, static_argnames=("m", "official", "null"))(plan.make_plan)
 
 
 def tokens(*rows: list[int], t: int, left: bool = False) -> Tokens:

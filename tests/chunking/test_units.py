@@ -20,6 +20,8 @@ T, D = 10, 4
 ROWS = T + 1
 # Pools, vectors per chunk, and the upsamplers that read so many.
 CASES = [(pool, 1, tuple(UPSAMPLERS)) for pool in POOLS] + [("attention", 2, ("cross_attention",))]
+# Documents of these pools begin with a chunk that holds nothing.
+NULL = ("mean", "attention")
 
 
 class Unit:
@@ -28,7 +30,7 @@ class Unit:
 
     def __init__(self, pool: str, k: int, ups: tuple[str, ...], m: int = T):
         self.cfg = Chunking(pool=pool, slots=k, heads=2, max_positions=2)
-        self.pool, self.ups, self.m = POOLS[pool], ups, m
+        self.pool, self.ups, self.m, self.null = POOLS[pool], ups, m, pool in NULL
         self.kind = START if pool == "first" else END
         spec = {up: UPSAMPLERS[up].spec(self.cfg, D) for up in ups}
         self.p = params.init(jax.random.key(1), {"pool": self.pool.spec(self.cfg, D), **spec})
@@ -44,9 +46,11 @@ class Unit:
 
     def _call(self, h, mark, where, state):
         boundary = Boundary(mark=mark, p=jax.nn.sigmoid(h[:, :, 0]), kind=self.kind)
-        plan, planned = make_plan(boundary, where, min(self.m, h.shape[1]), state["plan"])
+        m = min(self.m, h.shape[1]) + self.null
+        plan, planned = make_plan(boundary, where, m, state["plan"], null=self.null)
         u, pooled = self.pool.apply(self.p["pool"], h, boundary, plan, state["pool"], cfg=self.cfg)
         real, index = plan.tokens.segments > 0, plan.tokens.positions.astype(jnp.float32)
+        u = jnp.where(plan.null[:, :, None, None], 0.7, u)
         v = jnp.tanh(u) + 0.1 * index[:, :, None, None]
         mixed = ema(v[:, :, 0], gather(boundary.p, plan.at), real, plan.tokens.segments, state["ema"])
         v = v.at[:, :, 0].set(mixed)
@@ -132,8 +136,8 @@ def test_too_many_marks(pool, k, ups):
     fits = np.cumsum(mark, axis=1) <= 3
     same(few, full, fits)
     np.testing.assert_array_equal(lost, np.asarray(mark).sum(1) - 3)
-    np.testing.assert_array_equal(state["plan"].chunks, [3, 3, 3])
+    np.testing.assert_array_equal(state["plan"].chunks, [3 + small.null] * 3)
     more = Tokens(where.positions + T, where.segments)
     y, state, _ = small.call(h, mark & False, more, state)
     assert np.isfinite(np.asarray(y)).all()
-    np.testing.assert_array_equal(state["plan"].chunks, [3, 3, 3])
+    np.testing.assert_array_equal(state["plan"].chunks, [3 + small.null] * 3)
