@@ -1,4 +1,4 @@
-"""Tokenizers made from a run's own text: byte-level BPE and unigram, and the units that a unigram model cuts."""
+"""Tokenizers made from a run's own text: byte-level BPE and unigram."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from atom_jax.tokenizers import is_trained
-from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.tokenizers.json_tokenizer import MAIN, JsonTokenizer
 from atom_jax.typing import AtomError
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
-_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
 def train(name: str, texts: Iterable[bytes]) -> JsonTokenizer:
@@ -68,21 +65,3 @@ def _settled(vocab: list[list[Any]]) -> list[list[Any]]:
     low = min(score for _, score in pieces)
     scores = {p: round(low if len(p) == 1 and s < low + 0.03 else s, 3) for p, s in pieces}
     return specials + [[p, s] for p, s in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]
-
-
-def unit_ends(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
-    """Returns bool [n], True at the last byte of every unit of a UTF-8 text of n bytes.
-
-    Units are the tokenizer's pieces, as targets for a model that learns where units end (Nawrot et al. 2023, whose
-    unigram targets these are). Spaces belong to the unit before them, and no unit ends inside a character. The last
-    byte of the text is False: nobody knows whether its unit goes on.
-    """
-    data = np.frombuffer(text, np.uint8)
-    n = len(data)
-    before = np.zeros(n + 1, bool)  # a unit ends before byte i
-    before[tokenizer.spans(text)[1][:, 1]] = True
-    space = _SPACE[data]
-    before[:n] &= ~space & (data & 0xC0 != 0x80)
-    before[1:n] |= space[:-1] & ~space[1:]
-    before[n:] = False
-    return before[1:]
