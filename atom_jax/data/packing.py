@@ -34,7 +34,8 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
     else:
         text, spans = tokenizer.spans(piece["text"])
         ends = np.concatenate([[False], unit_ends(units, piece["text"])])
-        marks = np.pad(ends[spans[:, 1]], (len(head), len(tail)))
+        # A token of no bytes (the end of a word) is not marked again.
+        marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
     return ids.astype(np.int32, copy=False), marks
 
