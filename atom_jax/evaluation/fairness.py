@@ -24,6 +24,8 @@ from atom_jax.inference.score import apply
 from atom_jax.typing import LM, AtomError
 
 REFERENCE = "en"
+# Tokens of one batch: with little text, rows that fill up a larger one would cost more than it saves.
+BATCH = 2048
 
 
 def compare(checkpoints: Sequence[str], source: str, limit: int = 100_000) -> dict[str, Any]:
@@ -44,9 +46,9 @@ def compare(checkpoints: Sequence[str], source: str, limit: int = 100_000) -> di
     report = []
     for path in checkpoints:
         lm, cfg = checkpoint.load(path), run.resolve(EvalConfig(), path)
-        languages = {}
+        encoder, languages = run.make_encoder(lm, cfg), {}
         for language, documents in tqdm(texts.items(), desc=path, unit="language"):
-            languages[language] = measure(lm, run.make_encoder(lm, cfg), documents, cfg.batch_tokens)
+            languages[language] = measure(lm, encoder, documents)
         for row in languages.values():
             row["premium"] = row["units"][-1] / max(languages[reference]["units"][-1], 1)
         report.append({"path": path, "languages": languages})
@@ -70,7 +72,7 @@ def read(source: str, limit: int) -> dict[str, list[bytes]]:
     return {name: documents[:count] for name, documents in texts.items()}
 
 
-def measure(lm: LM, encoder: Encoder, documents: Sequence[bytes], batch_tokens: int) -> dict[str, Any]:
+def measure(lm: LM, encoder: Encoder, documents: Sequence[bytes], batch_tokens: int = BATCH) -> dict[str, Any]:
     """Bits per byte and units of some documents, as in `compare`."""
     nbytes = sum(map(len, documents))
     items = _items(encoder, documents)
