@@ -5,7 +5,7 @@ VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
-.PHONY: quickstart test lint install install-torch smollm2 evaldata bench clean help
+.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna bench clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -39,8 +39,14 @@ smollm2: $(VENV)/.installed-$(EXTRAS)  ## fetch SmolLM2-135M-Instruct (Q4_1, deq
 evaldata: $(VENV)/.installed-core  ## fetch the offline evaluation sets to evaldata/
 	$(BIN)/python -m atom_jax.evaluation.evaldata
 
+parallel: $(VENV)/.installed-core  ## fetch texts in seven languages to corpora/parallel/ (needs apt-get)
+	$(BIN)/python -m atom_jax.data.fetch parallel
+
+dna: $(VENV)/.installed-core  ## fetch genomes of bacteria to corpora/dna/ (needs apt-get)
+	$(BIN)/python -m atom_jax.data.fetch dna
+
 bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
 	$(BIN)/python -m benchmarks.lm
 
-clean:  ## remove environments and caches (not models/, evaldata/ and runs/)
+clean:  ## remove environments and caches (not models/, evaldata/, corpora/ and runs/)
 	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""The commands of `python -m atom_jax`: generate, convert, info and summary."""
+"""The commands of `python -m atom_jax`: generate, convert, info, summary and fairness."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """python -m atom_jax COMMAND [...]
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   info      PATH                              what is in a checkpoint
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
+  fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
 
 `python -m atom_jax COMMAND --help` lists the flags of a command. A checkpoint is a Hugging Face directory, an Orbax
 directory (converted, or the --workdir of a training run), a .gguf file or a Hugging Face model id."""
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
         "convert": _convert,
         "info": _info,
         "summary": _summary,
+        "fairness": _fairness,
     }
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
         print(USAGE)
@@ -177,6 +179,26 @@ def _summary(argv: list[str]) -> None:
 
     result = summary.summarize(workdir, values.prompt, values.sample_tokens)
     print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
+
+
+def _fairness(argv: list[str]) -> None:
+    known = _Flags("fairness --checkpoint=PATH", "Bits per byte, bytes per unit and units per language.")
+    known.add(flags.DEFINE_multi_string, "checkpoint", None, "what to judge; may be repeated")
+    known.add(flags.DEFINE_string, "source", "corpora/parallel", "directory with a directory for each language")
+    known.add(flags.DEFINE_integer, "limit", 100_000, "bytes per language to read at most; 0: all")
+    known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+
+    import pathlib
+
+    from atom_jax.evaluation import cache, fairness
+
+    report = fairness.compare(values.checkpoint, values.source, values.limit)
+    if values.out:
+        cache.write_json(pathlib.Path(values.out), report)
+    print(fairness.table(report))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,9 @@ def test_convert_and_info(run, checkpoint, tmp_path):
         (["convert", "CHECKPOINT", "CHECKPOINT"], "already exists"),
         (["info"], "PATH"),
         (["info", "nowhere"], "nowhere"),
+        (["fairness"], "--checkpoint is missing"),
+        (["fairness", "--checkpoint=CHECKPOINT", "--source=nowhere"], "no directory there has a test split"),
+        (["fairness", "--checkpoint=CHECKPOINT", "--limit=-1"], "--limit=-1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_one(run, checkpoint, args, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atom_jax.tokenizers import is_trained
 from atom_jax.typing import AtomError
 
 SPLITS = ("train", "validation", "test", "all")
@@ -35,6 +36,8 @@ class DataConfig:
     piece_bytes: long documents are cut into pieces of about this many bytes and the pieces are shuffled, so
         that a document doesn't fill one row for many steps. 0: about eight rows' worth. Records of
         array_record and tfds sources stay whole, for their lengths are unknown until they are read.
+    marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
+        entries that is trained on the train split; "" adds nothing.
     """
 
     sources: tuple[str, ...] = ("austen",)
@@ -45,6 +48,7 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     piece_bytes: int = 0
+    marks: str = ""
 
     def __post_init__(self):
         if not self.sources or isinstance(self.sources, str):
@@ -58,5 +62,7 @@ class DataConfig:
         for field, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0), ("piece_bytes", 0)):
             if getattr(self, field) < least:
                 raise AtomError(f"data.{field} is {getattr(self, field)}: it must be at least {least}.")
+        if self.marks and not (self.marks.startswith("unigram:") and is_trained(self.marks)):
+            raise AtomError(f"data.marks is {self.marks!r}: it must be empty or unigram:SIZE.")
         if 0 < self.piece_bytes < LEAST_PIECE:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")

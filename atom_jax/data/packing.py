@@ -10,34 +10,53 @@ from __future__ import annotations
 import numpy as np
 
 from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.units import unit_ends
 
 Batch = dict[str, np.ndarray]
 
 
-def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns i32 [n], the tokens of {"text", "first", "last"}.
+Tokens = tuple[np.ndarray, np.ndarray | None]
+
+
+def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Tokens:
+    """Returns the tokens i32 [n] of {"text", "first", "last"} and, given `units`, their marks bool [n], else None.
 
     The first piece of a document begins with bos, the last ends with eos, where the tokenizer has them.
     Without bos, eos goes in front too: the first token of the text then has something to be predicted from.
+    A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
     """
     end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     front = end if tokenizer.bos_id is None else tokenizer.bos_id
     head = [front] if piece["first"] and front is not None else []
     tail = [end] if piece["last"] and end is not None else []
-    parts = (np.array(head, np.int32), tokenizer.encode(piece["text"]), np.array(tail, np.int32))
-    return np.concatenate(parts).astype(np.int32, copy=False)
+    if units is None:
+        text, marks = tokenizer.encode(piece["text"]), None
+    else:
+        text, spans = tokenizer.spans(piece["text"])
+        ends = np.concatenate([[False], unit_ends(units, piece["text"])])
+        # A token of no bytes (the end of a word) is not marked again.
+        marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
+    ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
+    return ids.astype(np.int32, copy=False), marks
 
 
-def empty_batch(rows: int, seq_len: int, pad_id: int) -> Batch:
-    """Returns a batch of padding, [rows, seq_len] each: ids and targets are pad_id, the rest 0 or False."""
+def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the tokens alone of `piece_tokens`."""
+    return piece_tokens(piece, tokenizer)[0]
+
+
+def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Batch:
+    """Returns a batch of padding, [rows, seq_len] each: ids and targets are pad_id, the rest 0 or False.
+    marks: whether it has an array for them."""
     shape = (rows, seq_len)
-    return {
+    batch = {
         "ids": np.full(shape, pad_id, np.int32),
         "positions": np.zeros(shape, np.int32),
         "segments": np.zeros(shape, np.int32),
         "targets": np.full(shape, pad_id, np.int32),
         "loss_mask": np.zeros(shape, bool),
     }
+    return batch | {"marks": np.zeros(shape, bool)} if marks else batch
 
 
 def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, known: int = 0) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grain
 import numpy as np
 
 from atom_jax.data.config import DataConfig
-from atom_jax.data.packing import Batch, empty_batch, piece_ids, place
+from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place
 from atom_jax.data.pieces import Pieces
 from atom_jax.data.sources import open_source
+from atom_jax.data.vocabulary import trained_tokenizer
 from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import AtomError
@@ -33,7 +35,8 @@ _EMPTY_LIMIT = 10_000  # pieces without a token in a row, after which the source
 def make_iterator(
     cfg: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}.
+    """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
+    "marks": bool when cfg.marks asks for them.
 
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
@@ -114,12 +117,14 @@ class _PackedRows(grain.DatasetIterator):
         self.seq_len = cfg.seq_len
         self.first_row = numbers.start
         self.pad_id = tokenizer.pad_id
+        self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        self.lanes = [_Lane(r, cfg.batch_size, stream, tokenizer, self.pool) for r in numbers]
+        tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units)
+        self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool) for r in numbers]
 
     def __next__(self) -> Batch:
-        batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id)
+        batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id, marks=self.units is not None)
         for row, lane in enumerate(self.lanes):
             lane.fill(batch, row)
         return batch
@@ -154,12 +159,17 @@ class _Lane:
     """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current."""
 
     def __init__(
-        self, row: int, stride: int, stream: grain.MapDataset, tokenizer: Tokenizer, pool: ThreadPoolExecutor
+        self,
+        row: int,
+        stride: int,
+        stream: grain.MapDataset,
+        tokens: Callable[[dict], Tokens],
+        pool: ThreadPoolExecutor,
     ):
         self.row = row
         self.stride = stride
         self.stream = stream
-        self.tokenizer = tokenizer
+        self.tokens = tokens
         self.pool = pool
         self.seek(0, 0)
 
@@ -167,6 +177,7 @@ class _Lane:
         self.piece = piece
         self.used = used
         self.ids: np.ndarray | None = None
+        self.marks: np.ndarray | None = None
         self.next: Future | None = None
 
     def fill(self, batch: Batch, row: int) -> None:
@@ -176,27 +187,31 @@ class _Lane:
             take = min(seq_len - at, len(self.ids) - self.used)
             segment += 1
             place(batch, row, at, segment, self.ids[self.used :], take)
+            if self.marks is not None:
+                batch["marks"][row, at : at + take] = self.marks[self.used : self.used + take]
             at += take
             self.used += take
 
     def _load(self) -> None:
         """Makes sure that the current piece has tokens left."""
         if self.ids is None:
-            self.ids = self._tokens(self.piece)
+            self.ids, self.marks = self._tokens(self.piece)
             self.next = self.pool.submit(self._tokens, self.piece + 1)
         for _ in range(_EMPTY_LIMIT):
             if self.used < len(self.ids):
                 return
-            self.ids = self.next.result()
+            self.ids, self.marks = self.next.result()
             self.piece, self.used = self.piece + 1, 0
             self.next = self.pool.submit(self._tokens, self.piece + 1)
         raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row without a token.")
 
-    def _tokens(self, piece: int) -> np.ndarray:
-        return piece_ids(self.stream[self.row + piece * self.stride], self.tokenizer)
+    def _tokens(self, piece: int) -> Tokens:
+        return self.tokens(self.stream[self.row + piece * self.stride])
 
 
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
     """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+    if not cfg.marks:
+        del identity["marks"]  # states from before there were marks stay valid
     return identity | {"vocab_size": tokenizer.vocab_size, "pieces": [len(p) for p in found]}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
+from atom_jax.typing import AtomError
 
-__all__ = ["ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name"]
+__all__ = ["ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained"]
+
+# One entry per byte, and bos, eos, pad.
+_LEAST = 259
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
@@ -26,3 +31,14 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
     from atom_jax.tokenizers.json_tokenizer import JsonTokenizer  # imports the `tokenizers` package
 
     return JsonTokenizer(name_or_path)
+
+
+def is_trained(name: str) -> bool:
+    """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE" or "unigram:SIZE".
+
+    Raises AtomError for such a name with less than 259 entries: one per byte and three special ones.
+    """
+    match = re.fullmatch(r"(bpe|unigram):(\d+)", name)
+    if match and int(match[2]) < _LEAST:
+        raise AtomError(f"{name}: a trained vocabulary must have at least {_LEAST} entries")
+    return bool(match)

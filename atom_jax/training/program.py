@@ -75,7 +75,7 @@ class Program:
 
     def put(self, rows: dict[str, np.ndarray]) -> Batch:
         """Places this process's rows of a batch on its devices."""
-        arrays = {k: rows[k] for k in FIELDS}
+        arrays = {k: rows[k] for k in _fields("marks" in rows)}
         if jax.process_count() > 1:
             place = functools.partial(jax.make_array_from_process_local_data, self.rows)
             return Batch(**jax.tree.map(place, arrays))
@@ -84,7 +84,9 @@ class Program:
     def abstract_batch(self) -> Batch:
         """The shape of a batch, for compiling without data."""
         shape = (self.exp.data.batch_size, self.exp.data.seq_len)
-        kinds = dict.fromkeys(FIELDS, jnp.int32) | {"loss_mask": jnp.bool_}
+        kinds = {
+            k: jnp.bool_ if k in ("loss_mask", "marks") else jnp.int32 for k in _fields(bool(self.exp.data.marks))
+        }
         return Batch(**{k: jax.ShapeDtypeStruct(shape, t, sharding=self.rows) for k, t in kinds.items()})
 
     def validate(self, state: State, batches: Any) -> dict[str, float]:
@@ -94,6 +96,10 @@ class Program:
             sums = self.evaluate(state, self.put(batch))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         return {k: float(v) for k, v in jax.device_get(summary(total)).items()}
+
+
+def _fields(marks: bool) -> tuple[str, ...]:
+    return (*FIELDS, "marks") if marks else FIELDS
 
 
 def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from atom_jax import config, tokenizers
 from atom_jax import params as params_lib
+from atom_jax.data import vocabulary
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
 from atom_jax.typing import AtomError
@@ -27,7 +28,10 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
 
 
 def tokenizer(exp: Experiment) -> Any:
-    """The tokenizer that the experiment names, or that of `init_from`."""
+    """The tokenizer that the experiment names, or that of `init_from`. One that has to be trained is made anew every
+    time; the same text gives the same."""
+    if tokenizers.is_trained(exp.tokenizer):
+        return vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources)
     if exp.tokenizer:
         return tokenizers.from_name(exp.tokenizer)
     found = _source(exp, "tokenizer")[1]

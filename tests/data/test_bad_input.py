@@ -24,6 +24,9 @@ from atom_jax.typing import AtomError
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"seed": -1}, "data.seed is -1"),
         ({"piece_bytes": 10}, "data.piece_bytes is 10"),
+        ({"marks": "bpe:300"}, "data.marks is 'bpe:300': it must be empty or unigram:SIZE"),
+        ({"marks": "unigram"}, "data.marks is 'unigram'"),
+        ({"marks": "unigram:10"}, "at least 259"),
     ],
 )
 def test_config(fields, message):

@@ -10,6 +10,10 @@ import pytest
 import atom_jax
 from atom_jax import config, sharding
 from atom_jax.checkpoint import store
+from atom_jax.data import vocabulary
+from atom_jax.data.sources import open_source
+from atom_jax.evaluation.run import make_encoder
+from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.models import transformer
 from atom_jax.sharding import MeshConfig
 from atom_jax.training import interrupt, loop, losses, start
@@ -185,3 +189,21 @@ def test_samples(tmp_path, capfd):
     settings = ["train.steps=6", "train.sample_prompt=It was", "train.sample_tokens=4"]
     loop.fit(experiment(*settings), tmp_path)
     assert re.search(r"step 6: ['\"]It was", capfd.readouterr().err)
+
+
+def test_a_tokenizer_trained_on_the_runs_own_text(tmp_path):
+    settings = ["tokenizer=bpe:300", "model.vocab_size=304", "train.eval_every=0"]
+    loop.fit(experiment(*settings, "train.steps=2"), tmp_path)
+    saved = (tmp_path / "tokenizer.json").read_bytes()
+    vocabulary.trained_tokenizer.cache_clear()
+    assert loop.fit(experiment(*settings, "train.steps=3"), tmp_path).step == 3
+    assert (tmp_path / "tokenizer.json").read_bytes() == saved
+    lm = atom_jax.load(tmp_path)
+    text = "It was nothing extraordinary – Emma <|eos|> said.".encode()
+    ids = lm.tokenizer.encode(text)
+    assert len(ids) < len(text) and lm.tokenizer.decode_bytes(ids) == text
+    lengths = losses.byte_lengths(lm.tokenizer, lm.config.vocab_size)
+    assert lengths[ids].sum() == len(text)
+    encoder = make_encoder(lm, EvalConfig(max_length=32))
+    novel = open_source("austen", "validation")
+    assert sum(encoder.document(novel.read(0), 16)[1]) == novel.sizes[0]

@@ -126,3 +126,18 @@ def test_moments_lie_where_their_parameters_lie(kind):
     matrices = 7
     assert moments == (3 * len(flat) if kind == "adamw" else 3 * len(flat) - matrices)
     assert isinstance(state_lib.shardings(p.state), state_lib.State)
+
+
+def test_marks_reach_the_model_only_where_there_are_some():
+    exp = make("data.marks=unigram:300")
+    with jax.set_mesh(mesh(exp.mesh)):
+        p = program(exp)
+        rows = batches(exp, 1)[0]
+        assert p.put(rows).marks is None
+        marks = np.arange(rows["ids"].size).reshape(rows["ids"].shape) % 3 == 0
+        put = p.put(rows | {"marks": marks})
+        np.testing.assert_array_equal(put.marks, marks)
+        chex.assert_trees_all_equal_shapes_and_dtypes(put, p.abstract_batch())
+        p.step(p.initial(), put)
+    with jax.set_mesh(mesh(make().mesh)):
+        assert program(make()).abstract_batch().marks is None

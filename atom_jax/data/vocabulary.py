@@ -1,0 +1,46 @@
+"""The text that tokenizers are trained on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from atom_jax.data.pieces import Pieces, cut
+from atom_jax.data.sources import open_source
+from atom_jax.tokenizers.base import Tokenizer
+
+LIMIT = 1 << 26
+_READ = 1 << 20
+_PART = 1 << 12  # training takes the square of the length of text without spaces
+
+
+def training_text(sources: Sequence[str], limit: int = LIMIT) -> Iterator[bytes]:
+    """Yields the first `limit` bytes of the sources' train splits, an equal share of each, in parts of some KB."""
+    for source in sources:
+        left = limit // len(sources)
+        pieces = Pieces(open_source(source, "train"), _READ)
+        for k in range(len(pieces)):
+            text = pieces[k]["text"]
+            if len(text) > left:
+                text = text[: left + cut(text[left : left + 256])]
+            left -= len(text)
+            yield from _parts(text)
+            if left <= 0:
+                break
+
+
+@functools.lru_cache(maxsize=2)
+def trained_tokenizer(name: str, sources: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer "bpe:SIZE" or "unigram:SIZE" of the sources' train splits (tokenizers/train.py)."""
+    from atom_jax.tokenizers.train import train  # imports the `tokenizers` package
+
+    return train(name, training_text(sources))
+
+
+def _parts(text: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(text):
+        nominal = start + _PART
+        stop = nominal + cut(text[nominal : nominal + 256]) if nominal < len(text) else len(text)
+        yield text[start:stop]
+        start = stop
