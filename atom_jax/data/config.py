@@ -37,7 +37,7 @@ class DataConfig:
         that a document doesn't fill one row for many steps. 0: about eight rows' worth. Records of
         array_record and tfds sources stay whole, for their lengths are unknown until they are read.
     marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
-        entries that is trained on the train split; "" adds nothing.
+        entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     """
 
     sources: tuple[str, ...] = ("austen",)

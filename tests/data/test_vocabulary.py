@@ -2,6 +2,7 @@
 
 import pytest
 
+from atom_jax.data import vocabulary
 from atom_jax.data.vocabulary import trained_tokenizer, training_text
 from atom_jax.typing import AtomError
 
@@ -38,3 +39,12 @@ def test_trained_on_the_sources(sources):
     assert trained_tokenizer("bpe:300", sources) is tokenizer
     with pytest.raises(AtomError, match="no source"):
         trained_tokenizer("bpe:300", ("nowhere",))
+
+
+def test_a_unigram_model_reads_less(sources, monkeypatch):
+    monkeypatch.setitem(vocabulary.LIMITS, "unigram", 200)
+    asked = []
+    monkeypatch.setattr(vocabulary, "training_text", lambda *a: asked.append(a) or training_text(*a))
+    vocabulary.trained_tokenizer("unigram:299", sources)
+    vocabulary.trained_tokenizer("bpe:299", sources)
+    assert asked == [(sources, 200), (sources, 1 << 26)]
