@@ -24,7 +24,7 @@ class Rule:
     """Published name -> our path; {i} in the name is `first` + the number of the layer in our stack.
 
     inputs = 0 keeps the array as it is, with a second axis of length one when unit_axis. Otherwise the published
-    matrix is [out, in], and ours is its transpose with the first `inputs` axes together being "in" and the rest "out".
+    matrix is [out, in], and ours is its transpose whose first `inputs` axes are together "in", the rest "out".
     """
 
     hf: str
