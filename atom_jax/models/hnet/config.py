@@ -68,6 +68,11 @@ class HNetConfig:
             raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         for chunking in self.chunking:
             _check_chunking(chunking)
+        for chunking in self.chunking[1:]:
+            if getattr(chunking.rule, "supervision", None) == "entropy":
+                raise AtomError(
+                    "supervision: 'entropy' is about the next byte, so it can only cut the outermost stage"
+                )
         for s in range(self.stages):
             self._check_layers(s, "".join(self.layouts(s)))
 
