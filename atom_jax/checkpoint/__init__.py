@@ -78,9 +78,10 @@ def load_config(path: Path) -> tuple[TransformerConfig, Any]:
         eos = read_json(path / GENERATION).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
     if hnet_hf.is_hnet(data):
-        return hnet_hf.from_hf(data, str(path / CONFIG)), tokenizers.from_name(
-            data.get("atom_tokenizer", "hnet_bytes")
-        )
+        cfg, name = hnet_hf.from_hf(data, str(path / CONFIG)), data.get("atom_tokenizer", "hnet_bytes")
+        if name not in ("bytes", "hnet_bytes"):
+            raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}, not 'bytes' or 'hnet_bytes'")
+        return cfg, tokenizers.from_name(name)
     cfg = hf_config.from_hf(data, str(path / CONFIG))
     if (name := data.get("atom_tokenizer")) is not None:
         if name != "bytes":
@@ -105,7 +106,7 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         config = hf_config.to_hf(lm.config, source.infos["model.embed_tokens.weight"].dtype.name)
     else:
         raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
-    if lm.tokenizer is not None and lm.tokenizer.name in ("bytes", "hnet_bytes"):
+    if lm.tokenizer is not None and lm.tokenizer.name == "bytes":
         config["atom_tokenizer"] = lm.tokenizer.name
     if name is not None:
         config["_name_or_path"] = name

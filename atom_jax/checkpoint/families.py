@@ -24,7 +24,7 @@ class Rule:
     """Published name -> our path; {i} in the name is `first` + the number of the layer in our stack.
 
     inputs = 0 keeps the array as it is, with a second axis of length one when unit_axis. Otherwise the published
-    matrix is [out, in], and ours is its transpose whose first `inputs` axes are together "in", the rest "out".
+    matrix is [out, in], and ours its transpose with the first `inputs` axes together being "in" and the rest "out".
     """
 
     hf: str
@@ -157,7 +157,8 @@ def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConf
     extra = [name for name in source.infos if name not in places and not _DERIVED.fullmatch(name)]
     if cfg.tie_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        if not _same(source, "lm_head.weight", "model.embed_tokens.weight"):
+        embedding = next(name for name, place in places.items() if place.rule.path == "embed")
+        if not _same(source, "lm_head.weight", embedding):
             raise AtomError(f"{source.label}: lm_head.weight differs from the embedding, yet config.json ties them")
     if extra:
         raise AtomError(f"{source.label}: {_listing(extra, 'unexpected')} for a {cfg.family} of this config.json")

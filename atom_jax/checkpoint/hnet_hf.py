@@ -30,55 +30,67 @@ def is_hnet(data: dict[str, Any]) -> bool:
 
 def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
     """HNetConfig of an H-Net config.json (arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg,
-    tie_embeddings). Raises AtomError, naming the field, for missing or senseless values."""
+    tie_embeddings), and eos_token_id where there is one. Raises AtomError, naming the field, for missing or
+    senseless values."""
     layout = _flatten(data["arch_layout"], where)
     stages = (len(layout) + 1) // 2
     attention, ssm = (_table(data, name, where) for name in ("attn_cfg", "ssm_cfg"))
     heads = _numbers(attention, "num_heads", stages, where)
     widths = _numbers(data, "d_model", stages, where)
     fields = Fields(data, where)
-    target = _TARGETS.get(stages - 1, 3.0)
-    return HNetConfig(
-        vocab_size=fields.size("vocab_size"),
-        layout=layout,
-        d_model=widths,
-        d_intermediate=_numbers(data, "d_intermediate", stages, where, least=0),
-        n_heads=heads,
-        rotary_dim=_numbers(attention, "rotary_emb_dim", stages, where, least=0),
-        window=_numbers(attention, "window_size", stages, where, least=-1),
-        chunking=tuple(chunking(target, 2 / target) for _ in range(stages - 1)),
-        ssm=Mamba2Config(**{
-            ours: Fields(ssm, f"{where}: ssm_cfg").size(theirs, default)
-            for ours, theirs, default in (
-                ("d_state", "d_state", 128), ("d_conv", "d_conv", 4), ("expand", "expand", 2),
-                ("head_dim", "headdim", 64), ("chunk", "chunk_size", 256),
-            )
-        }),
-        tie_embeddings=bool(data.get("tie_embeddings", False)),
-    )  # fmt: skip
+    target, vocab = _TARGETS.get(stages - 1, 3.0), fields.size("vocab_size")
+    try:
+        return HNetConfig(
+            vocab_size=vocab,
+            layout=layout,
+            d_model=widths,
+            d_intermediate=_numbers(data, "d_intermediate", stages, where, least=0),
+            n_heads=heads,
+            rotary_dim=_numbers(attention, "rotary_emb_dim", stages, where, least=0),
+            window=_numbers(attention, "window_size", stages, where, least=-1),
+            chunking=tuple(chunking(target, 2 / target) for _ in range(stages - 1)),
+            ssm=Mamba2Config(**{
+                ours: Fields(ssm, f"{where}: ssm_cfg").size(theirs, default)
+                for ours, theirs, default in (
+                    ("d_state", "d_state", 128), ("d_conv", "d_conv", 4), ("expand", "expand", 2),
+                    ("head_dim", "headdim", 64), ("chunk", "chunk_size", 256),
+                )
+            }),
+            tie_embeddings=fields.flag("tie_embeddings", False),
+            eos_ids=fields.ids("eos_token_id", vocab) if "eos_token_id" in data else (255,),
+        )  # fmt: skip
+    except AtomError as e:
+        raise AtomError(e if str(e).startswith(where) else f"{where}: {e}") from None
 
 
 def to_hf(cfg: HNetConfig) -> dict[str, Any]:
-    """The config.json of an H-Net. Raises AtomError where the published code has no such option."""
+    """The config.json of an H-Net, which does not say how it was trained (targets, capacities).
+
+    Raises AtomError where the published code has no such option.
+    """
+    theirs = chunking()
     for c in cfg.chunking:
-        theirs = chunking(getattr(c.rule, "target", 1.0), c.capacity, pack=c.pack)
         if type(c.rule) is not Cosine or (c.pool, c.mix, c.upsample, c.residual, c.confidence, c.norm) != (
             theirs.pool, theirs.mix, theirs.upsample, theirs.residual, theirs.confidence, theirs.norm,
         ):  # fmt: skip
             raise AtomError("this model finds its units in a way that H-Net's published format cannot say")
+    if cfg.norm_eps != 1e-5:
+        raise AtomError(f"H-Net's published format knows the norm_eps 0.00001 only, this model has {cfg.norm_eps}")
     if cfg.head_bias or any("x" in layout for layout in cfg.layout):
         raise AtomError("H-Net's published format has no bias on the logits and no Transformer-XL layers")
     nested: list[Any] = [cfg.layout[cfg.stages - 1]]
     for s in reversed(range(cfg.stages - 1)):
         encoder, decoder = cfg.layouts(s)
         nested = [encoder, nested, decoder]
+    # The published code refuses fields that it does not know, and takes heads of 64 for granted.
+    heads = {} if cfg.ssm.head_dim == 64 else {"headdim": cfg.ssm.head_dim}
     return {
         "arch_layout": nested,
         "d_model": list(cfg.d_model),
         "d_intermediate": list(cfg.d_intermediate),
         "vocab_size": cfg.vocab_size,
         "ssm_cfg": {"chunk_size": cfg.ssm.chunk, "d_conv": cfg.ssm.d_conv, "d_state": cfg.ssm.d_state,
-                    "expand": cfg.ssm.expand, "headdim": cfg.ssm.head_dim},
+                    "expand": cfg.ssm.expand, **heads},
         "attn_cfg": {"num_heads": list(cfg.n_heads), "rotary_emb_dim": list(cfg.rotary_dim),
                      "window_size": list(cfg.window)},
         "tie_embeddings": cfg.tie_embeddings,

@@ -71,8 +71,8 @@ class Context:
 
 
 def parse(layout: str) -> tuple[tuple[str, int], ...]:
-    """("T", 1), ("m", 4) for "T1m4"; AtomError for anything else than letters of LETTERS with counts."""
-    if not re.fullmatch(rf"([{LETTERS}]\d+)*", layout):
+    """("T", 1), ("m", 4) for "T1m4"; AtomError for anything else than letters of LETTERS with counts below 10000."""
+    if not re.fullmatch(rf"([{LETTERS}]\d{{1,4}})*", layout):
         raise AtomError(f"layout {layout!r}: expected letters of {LETTERS!r}, each with a count, such as 'T1m4'")
     return tuple((letter, int(n)) for letter, n in re.findall(r"(\w)(\d+)", layout) if int(n))
 

@@ -1,6 +1,7 @@
 """Boundary rules: where a unit ends.
 
-Every module here has a registered configuration class, the KIND of its marks ("start" or "end") and three functions:
+Every module here has a registered configuration class, the KIND of its marks ("start" or "end"), HAS_P = True where
+its `Boundary.p` is set, and three functions:
 `spec(cfg, d)` describes its parameters for states of width d, `init_state(cfg, d, b)` is what it remembers of b
 rows before their first position, `apply(p, seen, state, *, cfg)` marks t more positions of every row.
 """

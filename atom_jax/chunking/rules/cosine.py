@@ -15,6 +15,7 @@ from atom_jax.params import ParamSpec
 from atom_jax.typing import AtomError
 
 KIND = START
+HAS_P = True
 
 
 @config.register

@@ -22,6 +22,7 @@ from atom_jax.params import ParamSpec, constant, normal, zeros
 from atom_jax.typing import AtomError
 
 KIND = END
+HAS_P = True
 
 
 @config.register

@@ -68,10 +68,36 @@ class HNetConfig:
             raise AtomError(f"chunking: expected {stages - 1} entries, got {len(self.chunking)}")
         if any(a > b for a, b in zip(self.d_model, self.d_model[1:])):
             raise AtomError(f"d_model: stages must not get narrower, got {self.d_model}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         for chunking in self.chunking:
-            pooling.check(rules.of(chunking.rule).KIND, chunking.pool)
-        for layout in self.layout:
-            stack.parse(layout)
+            _check_chunking(chunking)
+        for chunking in self.chunking[1:]:
+            if getattr(chunking.rule, "supervision", None) == "entropy":
+                raise AtomError(
+                    "supervision: 'entropy' is about the next byte, so it can only cut the outermost stage"
+                )
+        for s in range(self.stages):
+            self._check_layers(s, "".join(self.layouts(s)))
+
+    def _check_layers(self, s: int, layout: str) -> None:
+        letters = {letter for letter, _ in stack.parse(layout)}
+        d, heads, rotary = self.d_model[s], self.n_heads[s], self.rotary_dim[s]
+        if letters & set("tTx") and d % heads:
+            raise AtomError(f"n_heads: {heads} heads do not divide the width {d} of stage {s}")
+        if letters & set("tT") and (rotary % 2 or not 0 <= rotary <= d // heads):
+            raise AtomError(f"rotary_dim: expected an even number up to {d // heads} in stage {s}, got {rotary}")
+        if letters & set("MTx") and self.d_intermediate[s] < 1:
+            raise AtomError(f"d_intermediate: stage {s} has layers with an MLP, so it must be above 0")
+        if letters & set("mM"):
+            self.ssm.sizes(d)
+        if "x" in letters and (d, heads) != self._relative_size():
+            raise AtomError("layout: stages with x layers share their biases, so d_model and n_heads must be equal")
+
+    def _relative_size(self) -> tuple[int, int] | None:
+        """Width and heads of the x layers, or None without any."""
+        stages = (s for s in range(self.stages) if any("x" in layout for layout in self.layouts(s)))
+        return next(((self.d_model[s], self.n_heads[s]) for s in stages), None)
 
     @property
     def stages(self) -> int:
@@ -90,6 +116,19 @@ class HNetConfig:
         return (self.layout[s],) if s == self.stages - 1 else (self.layout[s], self.layout[-1 - s])
 
 
+def _check_chunking(c: Chunking) -> None:
+    """Refuses parts that do not go together."""
+    rule = rules.of(c.rule)
+    pooling.check(rule.KIND, c.pool)
+    if c.upsample not in upsampling.UPSAMPLERS:
+        raise AtomError(f"upsample: unknown {c.upsample!r}; known: {', '.join(upsampling.UPSAMPLERS)}")
+    if c.slots > 1 and (c.pool, c.upsample) != ("attention", "cross_attention"):
+        raise AtomError("slots: only pool 'attention' with upsample 'cross_attention' has more than one per chunk")
+    if (c.confidence or c.mix == "ema") and not getattr(rule, "HAS_P", False):
+        name = "confidence" if c.confidence else "mix"
+        raise AtomError(f"{name}: needs probabilities of marks, and {type(c.rule).__name__} has none")
+
+
 def spec(cfg: HNetConfig) -> Tree:
     """ParamSpec tree: embed, unembed, and per stage encoder, rule, pool, residual, upsample, decoder (or main)."""
     d = cfg.d_model[0]
@@ -103,8 +142,8 @@ def spec(cfg: HNetConfig) -> Tree:
         tree["ngrams"] = ParamSpec(shape, (None, "vocab", "embed"), normal(0.02))
     if cfg.head_bias:
         tree["unembed_bias"] = ParamSpec((cfg.vocab_size,), ("vocab",), zeros)
-    if any("x" in layout for layout in cfg.layout):
-        tree["relative"] = relative.biases_spec(d, cfg.n_heads[0])
+    if (size := cfg._relative_size()) is not None:
+        tree["relative"] = relative.biases_spec(*size)
     heights = 0
     for s in range(cfg.stages):
         heights += sum(map(stack.height, cfg.layouts(s)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from atom_jax.chunking import hashing, mixing, pooling, rules, upsampling
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
+from atom_jax.chunking.rules import predictor
+from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.types import END, Boundary, Plan, Seen
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import stack
@@ -28,6 +31,8 @@ from atom_jax.typing import Batch, Output
 def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
     """Logits float32 [b, t, v] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
+    # A function: nothing that a compiled caller could return.
+    aux.pop("entropy_loss", None)
     return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
 
 
@@ -48,7 +53,9 @@ def hidden(
     key: noise of the boundary rules while training; None = none.
     aux: boundaries (bool [b, t] per stage, outermost first, in bytes: where units end or start) and boundary_probs
     (float32 [b, t] per stage; 0 where the stage decides nothing), loss (float32 [], the rules' own), lost (i32 [],
-    marks for which there was no slot) and metrics (name -> float32 [2], a sum and what it is to be divided by).
+    marks for which there was no slot) and metrics (name -> float32 [2], a sum and what it is to be divided by);
+    for predictors supervised by "entropy" also entropy_loss, a function from the entropies float32 [b, t], in nats,
+    of the model's next-token distributions to the predictor's loss float32 [], which is to be added to `loss`.
     """
     tokens = Tokens(batch.positions, batch.segments)
     x_btd = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
@@ -60,7 +67,8 @@ def hidden(
         length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
         latest = hashing.remember(batch.ids, tokens, cache.layers[0].ids)
         cache = Cache(layers=(states[0].replace(ids=latest), *states[1:]), length=length)
-    return x_btd, cache, _aux(notes, batch)
+    aux, late = _aux(notes, batch), _entropy_loss(notes, batch, cfg)
+    return x_btd, cache, aux if late is None else aux | {"entropy_loss": late}
 
 
 def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig):
@@ -247,6 +255,8 @@ def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
             chunk = jnp.minimum(outer.plan.slot, outer.plan.at.shape[1] - 1)
             ours = outer.boundary.mark & outer.plan.member
             take = lambda a, chunk=chunk: jnp.take_along_axis(a.reshape(chunk.shape[0], -1), chunk, axis=1)  # noqa: E731
+            # Marks beyond the capacity made no chunk.
+            ours &= take(outer.plan.at) == jnp.arange(chunk.shape[1])[None]
             mark, p = take(mark) & ours, jnp.where(ours, take(p), 0.0)
         inside.append(note)
         boundaries.append(mark.reshape(shape) & real)
@@ -267,6 +277,16 @@ def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
         "lost": lost,
         "metrics": metrics,
     }
+
+
+def _entropy_loss(notes: tuple[_Note, ...], batch: Batch, cfg: HNetConfig) -> Callable[..., jax.Array] | None:
+    rule = cfg.chunking[0].rule if cfg.chunking else None
+    if not isinstance(rule, Predictor) or rule.supervision != "entropy":
+        return None
+    # Rows may have been packed side by side.
+    boundary = jax.tree.map(lambda a: a.reshape(batch.ids.shape), notes[0].boundary.replace(loss=None))
+    tokens = Tokens(batch.positions, batch.segments)
+    return lambda entropy_bt: predictor.entropy_loss(boundary, entropy_bt, tokens, rule)
 
 
 def _edges(ids_bt: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
