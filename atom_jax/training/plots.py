@@ -33,7 +33,8 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
                 if points:
                     of = f"{meaning}, {kind}" if meaning else kind
                     ax.plot(*zip(*points), style, label=of, linewidth=1, markersize=3)
-        ax.set(xlabel="step", ylabel=label)
+        # Early on units can be as long as a row.
+        ax.set(xlabel="step", ylabel=label, yscale="log" if label == "bytes per unit" else "linear")
         ax.grid(alpha=0.3)
         if len(ax.lines) > 1:
             ax.legend()
