@@ -1,4 +1,4 @@
-"""The commands of `python -m atom_jax`: generate, convert, info, summary and fairness."""
+"""The commands of `python -m atom_jax`: generate, units, convert, info, summary and fairness."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from atom_jax.typing import AtomError
 USAGE = """python -m atom_jax COMMAND [...]
 
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
+  units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   info      PATH                              what is in a checkpoint
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         "info": _info,
         "summary": _summary,
         "fairness": _fairness,
+        "units": _units,
     }
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
         print(USAGE)
@@ -199,6 +201,51 @@ def _fairness(argv: list[str]) -> None:
     if values.out:
         cache.write_json(pathlib.Path(values.out), report)
     print(fairness.table(report))
+
+
+def _units(argv: list[str]) -> None:
+    known = _Flags("units --checkpoint=PATH --text=TEXT", "Prints a text with the units that the model makes of it.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
+    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries in")
+    known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if values.color not in ("auto", "always", "never"):
+        raise AtomError(f"--color={values.color}: expected auto, always or never")
+    text = _text(values.text, values.file)
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation import run, unit_strip
+    from atom_jax.evaluation import units as lib
+    from atom_jax.evaluation.tasks import EvalConfig
+
+    if values.out is not None:
+        unit_strip.check_name(values.out)
+    lm = load(values.checkpoint)
+    found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
+    if values.out is not None:
+        unit_strip.draw(found, values.out)
+    terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(lib.render(found, values.color == "always" or (values.color == "auto" and terminal)))
+    number, length, before = found.windows
+    if number > 1:
+        print(f"read in {number} windows of {length} tokens, with {before} or more before each", file=sys.stderr)
+
+
+def _text(text: str | None, file: str | None) -> str | bytes:
+    """What --text or --file says."""
+    if (text is None) == (file is None):
+        raise AtomError("--text or --file is missing" if text is None else "--text and --file were given: choose one")
+    if text is not None:
+        return text
+    try:
+        with open(file, "rb") as opened:
+            return opened.read()
+    except OSError as e:
+        raise AtomError(f"--file={file}: {e.strerror}") from None
 
 
 if __name__ == "__main__":

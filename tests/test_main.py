@@ -8,8 +8,10 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
+from atom_jax.checkpoint.hnet_hf import chunking
+from atom_jax.evaluation import units
 from atom_jax.inference import generate as generate_module
-from atom_jax.models import transformer
+from atom_jax.models import hnet, transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
 
@@ -22,6 +24,17 @@ def checkpoint(tmp_path_factory):
     lm = LM(cfg, params.init(jax.random.key(3), transformer.spec(cfg)), ByteTokenizer())
     path = tmp_path_factory.mktemp("model") / "hf"
     atom_jax.save_hf(lm, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def units_checkpoint(tmp_path_factory):
+    cfg = hnet.HNetConfig(
+        vocab_size=264, layout=("T1", "T1", "T1"), d_model=(16, 16), d_intermediate=(16, 16), n_heads=(2, 2),
+        rotary_dim=(8, 8), window=(15, -1), chunking=(chunking(4.0, 0.5),), bos_id=256, eos_ids=(257,), pad_id=258,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("units") / "hf"
+    atom_jax.save_hf(LM(cfg, params.init(jax.random.key(3), hnet.spec(cfg)), ByteTokenizer()), path)
     return str(path)
 
 
@@ -66,6 +79,32 @@ def test_convert_and_info(run, checkpoint, tmp_path):
     assert code == 0 and "model.embed_tokens.weight" in out
 
 
+def test_units_in_brackets_in_colour_and_in_a_picture(run, units_checkpoint, tmp_path):
+    text, picture = "It was a truth\nof sorts.", tmp_path / "units.png"
+    code, out, err = run("units", f"--checkpoint={units_checkpoint}", f"--text={text}", f"--out={picture}")
+    assert code == 0 and err == "" and out.startswith("Units of stage 0, made of bytes\n[It")
+    shown = out.split("\n  ")[0].split("\n", 1)[1]
+    assert shown.replace("\n", "").replace("[", "").replace("]", "").replace("⏎", "\n") == text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "text").write_text(text)
+    flags = [f"--checkpoint={units_checkpoint}", f"--file={tmp_path / 'text'}"]
+    assert run("units", *flags) == (0, out, "")
+    code, colors, _ = run("units", *flags, "--color=always")
+    assert code == 0 and colors.count("\x1b[0m") == shown.count("[")
+
+
+def test_units_of_long_texts_say_how_they_were_read(run, units_checkpoint, monkeypatch):
+    monkeypatch.setattr(units, "_LONGEST", 32)
+    code, out, err = run("units", f"--checkpoint={units_checkpoint}", "--text=" + "It was a truth. " * 4)
+    assert code == 0 and out.startswith("Units of stage 0")
+    assert err == "read in 3 windows of 32 tokens, with 15 or more before each\n"
+
+
+def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
+    code, out, _ = run("units", f"--checkpoint={checkpoint}", "--text=abc")
+    assert code == 0 and out.splitlines()[1] == "[a][b][c]"
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -80,6 +119,18 @@ def test_convert_and_info(run, checkpoint, tmp_path):
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--max_new_tokens=511"], "exceed the 512"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--top_p=2"], "top_p"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--dtype=int8"], "int8"),
+        (["units", "--text=x"], "--checkpoint is missing"),
+        (["units", "--checkpoint=CHECKPOINT"], "--text or --file is missing"),
+        (["units", "--checkpoint=CHECKPOINT", "--text=x", "--file=y"], "--text and --file were given"),
+        (["units", "--checkpoint=CHECKPOINT", "--file=nowhere"], "--file=nowhere: No such file"),
+        (["units", "--checkpoint=CHECKPOINT", "--text="], "the text is empty"),
+        (["units", "--checkpoint=CHECKPOINT", "--text=x", "--color=red"], "--color=red: expected auto"),
+        (["units", "--checkpoint=CHECKPOINT", "--text=x", "--out=a.jpg"], "a.jpg: the picture is a PNG file"),
+        (
+            ["units", "--checkpoint=CHECKPOINT", "--text=x", "--out=nowhere/a.png"],
+            "nowhere/a.png: the picture cannot",
+        ),
+        (["units", "--checkpoint=nowhere", "--text=x"], "nowhere"),
         (["convert", "one"], "SRC DST"),
         (["convert", "CHECKPOINT", "CHECKPOINT"], "already exists"),
         (["info"], "PATH"),
@@ -95,7 +146,9 @@ def test_bad_input_is_one_sentence_and_exit_code_one(run, checkpoint, args, word
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["convert", "--help"], ["info", "-h"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["convert", "--help"], ["info", "-h"], ["units", "-h"]]
+)
 def test_help_names_what_there_is(run, args):
     code, out, err = run(*args)
     assert code == 0 and err == ""

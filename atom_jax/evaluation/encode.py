@@ -53,10 +53,10 @@ class Encoder:
         than half of `length` is scored in windows."""
         kept = context.rstrip()
         moved = context[len(kept) :] + continuation
-        front = self._front() if self.always_front or not kept else []
+        first = front(self.tokenizer) if self.always_front or not kept else []
         before, after = self._split(kept, moved)
-        start = len(front) + len(before)
-        ids = np.concatenate([np.array(front, np.int32), before, after])
+        start = len(first) + len(before)
+        ids = np.concatenate([np.array(first, np.int32), before, after])
         items = windows(ids, start, self.length, self.length // 2)
         return Piece(items, len(moved.encode()), cut=items[0].start < start)
 
@@ -66,18 +66,10 @@ class Encoder:
         ids, spans = self.tokenizer.spans(text)
         if not len(ids):
             return [], []
-        items = windows(np.concatenate([np.array(self._front(), np.int32), ids]), 1, self.length, context)
+        items = windows(np.concatenate([np.array(front(self.tokenizer), np.int32), ids]), 1, self.length, context)
         firsts = np.cumsum([0] + [len(item.ids) - item.start for item in items[:-1]])
         edges = [0, *spans[firsts[1:], 0].tolist(), len(text)]
         return items, np.diff(edges).tolist()
-
-    def _front(self) -> list[int]:
-        tokenizer = self.tokenizer
-        if tokenizer.bos_id is not None:
-            return [tokenizer.bos_id]
-        if not tokenizer.eos_ids:
-            raise AtomError("the tokenizer has neither bos nor eos, so the first token of a text has no probability")
-        return [tokenizer.eos_ids[0]]
 
     def _split(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
         boundary = len(context.encode())
@@ -86,6 +78,15 @@ class Encoder:
         if np.all(spans[k:, 0] >= boundary):
             return ids[:k], ids[k:]
         return self.tokenizer.encode(context), self.tokenizer.encode(continuation)
+
+
+def front(tokenizer: Any) -> list[int]:
+    """The front token. Raises AtomError for a tokenizer that has none."""
+    if tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
+    if not tokenizer.eos_ids:
+        raise AtomError("the tokenizer has neither bos nor eos, so the first token of a text has no probability")
+    return [tokenizer.eos_ids[0]]
 
 
 def windows(ids: np.ndarray, start: int, length: int, context: int) -> list[Item]:

@@ -6,6 +6,13 @@ import pathlib
 
 from atom_jax.training import record
 
+# File name -> label of a panel -> metrics drawn in it, each with its meaning where there are several.
+_PAGES: dict[str, dict[str, dict[str, str]]] = {
+    "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": ""}},
+    "optimizer": {"learning rate": {"learning_rate": ""}, "gradient norm": {"grad_norm": ""}},
+    "throughput": {"bytes per second": {"bytes_per_second": ""}, "tokens per second": {"tokens_per_second": ""}},
+}
+
 
 def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Draws WORKDIR/metrics.jsonl into WORKDIR/plots and returns the files; none when nothing was logged."""
@@ -19,28 +26,40 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    def panel(ax: plt.Axes, name: str, label: str) -> None:
-        for kind, rows, style in (("train", train, "-"), ("validation", validation, "o-")):
-            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-            if points:
-                ax.plot(*zip(*points), style, label=kind, linewidth=1, markersize=3)
-        ax.set(xlabel="step", ylabel=label)
+    def panel(ax: plt.Axes, label: str, names: dict[str, str]) -> None:
+        for name, meaning in names.items():
+            for kind, rows, style in (("train", train, "-"), ("validation", validation, "o-")):
+                points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+                if points:
+                    of = f"{meaning}, {kind}" if meaning else kind
+                    ax.plot(*zip(*points), style, label=of, linewidth=1, markersize=3)
+        # Early on units can be as long as a row.
+        ax.set(xlabel="step", ylabel=label, yscale="log" if label == "bytes per unit" else "linear")
         ax.grid(alpha=0.3)
         if len(ax.lines) > 1:
             ax.legend()
 
-    pages = {
-        "loss": {"loss": "nats per token", "bits_per_byte": "bits per byte"},
-        "optimizer": {"learning_rate": "learning rate", "grad_norm": "gradient norm"},
-        "throughput": {"bytes_per_second": "bytes per second", "tokens_per_second": "tokens per second"},
-    }
+    pages = dict(_PAGES)
+    stages = sum(name.startswith("bytes_per_unit_") for name in train[-1])
+    if stages:
+        pages["units"] = _units_page(stages)
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():
         figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
-        for ax, (name, label) in zip(axes, panels.items()):
-            panel(ax, name, label)
+        for ax, (label, names) in zip(axes, panels.items()):
+            panel(ax, label, names)
         files.append(workdir / "plots" / f"{page}.png")
         figure.savefig(files[-1], dpi=120)
         plt.close(figure)
     return files
+
+
+def _units_page(stages: int) -> dict[str, dict[str, str]]:
+    """Panels about learned units: their length, where they begin, and what was lost."""
+    of = lambda metric: {f"{metric}_{s}": f"stage {s}" if stages > 1 else "" for s in range(stages)}  # noqa: E731
+    return {
+        "bytes per unit": of("bytes_per_unit"),
+        "share of units that begin at the edge": {"at_word_edge": "of a word", "at_character_edge": "of a character"},
+        "lost boundaries per position": of("lost"),
+    }

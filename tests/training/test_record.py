@@ -90,6 +90,19 @@ def test_plots(tmp_path):
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
 
 
+def test_plots_of_learned_units(tmp_path):
+    learned = {"bytes_per_unit_0": 4.0, "bytes_per_unit_1": 9.0, "lost_0": 0.0, "lost_1": 0.1, "at_word_edge": 0.5,
+               "at_character_edge": 1.0}  # fmt: skip
+    recorder = Recorder(tmp_path, 0, 4, 2, enabled=True)
+    for step in (1, 2, 3, 4):
+        recorder.step(step, metrics(**learned))
+    recorder.close()
+    files = plots.draw(tmp_path)
+    assert [f.name for f in files] == ["loss.png", "optimizer.png", "throughput.png", "units.png"]
+    assert files[-1].read_bytes().startswith(b"\x89PNG")
+    assert plots._units_page(2)["bytes per unit"] == {"bytes_per_unit_0": "stage 0", "bytes_per_unit_1": "stage 1"}
+
+
 def test_plots_of_a_run_without_rates(tmp_path):
     line = {"step": 1, "kind": "train", "loss": None, "bits_per_byte": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
