@@ -3,9 +3,9 @@
     python train.py --config=configs/units.py:hnet --workdir=runs/hnet
     python -m benchmarks.units            # trains some of them side by side and prints a table
 
-All variants but `quick` and `base` read the same bytes in the same order and spend about the same floating-point
-operations per byte (`atom_jax.models.flops`; within 5 percent), and so do the baselines without units: `bytes`, a
-transformer over bytes, and `bpe`, one over a BPE vocabulary made from the training text. README has the results.
+The small variants read the same amount of the same text, and none with units spends more floating-point operations
+per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one over
+a BPE vocabulary made from the training text. README has the results.
 
 quick     what `make quickstart` trains, in 5 minutes on two CPU cores.
 base      a longer run.
@@ -33,7 +33,9 @@ from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.data.config import DataConfig
 from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet.config import lr_factors
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
 
 HAT_WORD_END = 259
@@ -50,7 +52,7 @@ def units(
     """A small model over bytes with these units; MLPs are 8/3 as wide as their stage."""
     return HNetConfig(
         vocab_size=264, layout=layout, d_model=d_model, d_intermediate=tuple(d * 8 // 3 for d in d_model),
-        n_heads=tuple(d // 64 for d in d_model), rotary_dim=(32,) * len(d_model), window=window,
+        n_heads=tuple(max(d // 64, 1) for d in d_model), rotary_dim=(32,) * len(d_model), window=window,
         chunking=chunks if isinstance(chunks, tuple) else (chunks,), tie_embeddings=True, init_std=0.07,
         ngrams=ngrams, ngram_rows=8192, bos_id=256, eos_ids=(257,), pad_id=258, remat=True, **changes,
     )  # fmt: skip
@@ -76,3 +78,170 @@ def experiment(model: Any, tokenizer: str = "bytes", steps: int = 400, marks: st
         optim=OptimConfig(**rate),
         train=TrainConfig(steps=steps, eval_every=100, eval_batches=12, sample_prompt="It was"),
     )
+
+
+def transformer(d_model: int, n_layers: int, window: int = 256, **changes: Any) -> TransformerConfig:
+    """A baseline without units: a Qwen3-style model whose layers see `window` tokens back."""
+    options = {"vocab_size": 264, "bos_id": 256, "eos_ids": (257,), "pad_id": 258} | changes
+    heads = d_model // 64
+    return TransformerConfig(
+        family="qwen3", d_model=d_model, n_layers=n_layers, n_heads=heads, n_kv_heads=heads, head_dim=64,
+        d_ff=-(-d_model * 8 // 3 // 64) * 64, layer_types=("sliding",) * n_layers, sliding_window=window,
+        max_length=65536, remat=True, **options,
+    )  # fmt: skip
+
+
+def quick() -> Experiment:
+    return experiment(units(pooled(Predictor(supervision="entropy"), 0.35)))
+
+
+def base() -> Experiment:
+    chunks = pooled(Predictor(supervision="entropy"), 0.35)
+    model = units(chunks, ("T2", "T4", "T2"), (192, 384), ngrams=(2, 3, 4, 5, 6))
+    return experiment(dataclasses.replace(model, ngram_rows=16384), steps=1500)
+
+
+def hnet() -> Experiment:
+    return experiment(units(router(5.0, 0.3), ("T1", "T4", "T1")))
+
+
+def hnet2() -> Experiment:
+    layout, window = ("T1", "T1", "T3", "T1", "T1"), (63, 63, -1)
+    return experiment(units((router(3.0, 0.45), router(2.5, 0.6)), layout, (128, 192, 256), window))
+
+
+def hnet_mamba() -> Experiment:
+    model = units(router(5.0, 0.3), ("m2", "T4", "m2"))
+    return experiment(dataclasses.replace(model, ssm=Mamba2Config(d_state=32, chunk=64)))
+
+
+def gumbel() -> Experiment:
+    return experiment(units(pooled(Predictor(prior=0.2), 0.3), ("T1", "T4", "T1")))
+
+
+def unigram() -> Experiment:
+    chunks = pooled(Predictor(supervision="marks"), 0.3)
+    return experiment(units(chunks, ("T1", "T4", "T1")), marks="unigram:1024")
+
+
+def entropy() -> Experiment:
+    return experiment(units(pooled(Predictor(supervision="entropy"), 0.35), ("T1", "T4", "T1")))
+
+
+def magnet() -> Experiment:
+    """For the parallel texts (`make parallel`): priors that give every script about as many units per sentence."""
+    scripts = ("latin", "cyrillic", "kana", "han")
+    rule = Predictor(prior=0.2, scripts=scripts, priors=(0.2, 0.11, 0.12, 0.14))
+    return parallel(experiment(units(pooled(rule, 0.3), ("T1", "T4", "T1"))))
+
+
+def shared() -> Experiment:
+    """What `magnet` is compared with: one predictor for all scripts."""
+    return parallel(gumbel())
+
+
+def bpe_parallel() -> Experiment:
+    return parallel(bpe(), tokenizer="bpe:2048")
+
+
+def parallel(exp: Experiment, **changes: Any) -> Experiment:
+    """The same on texts in seven languages (`make parallel`)."""
+    sources = tuple(f"corpora/parallel/{language}" for language in ("de", "en", "es", "fr", "ja", "ru", "zh"))
+    data = dataclasses.replace(exp.data, sources=sources, weights=(1.0,) * len(sources))
+    train = dataclasses.replace(exp.train, sample_prompt="")
+    model = exp.model
+    if "tokenizer" in changes:
+        model = dataclasses.replace(model, vocab_size=int(changes["tokenizer"].split(":")[1]))
+    return dataclasses.replace(exp, model=model, data=data, train=train, **changes)
+
+
+def dna() -> Experiment:
+    """Genomes of bacteria, validated on another genus (`make dna`)."""
+    exp = hnet()
+    data = dataclasses.replace(exp.data, sources=("corpora/dna",))
+    return dataclasses.replace(exp, data=data, train=dataclasses.replace(exp.train, sample_prompt=""))
+
+
+def blt() -> Experiment:
+    chunks = pooled(Entropy(threshold=1.6), 0.35, pool="max", upsample="cross_attention", slots=1, heads=2)
+    return experiment(units(chunks, ("T1", "T3", "T1")))
+
+
+def words() -> Experiment:
+    return experiment(units(pooled(Spaces(style="whitespace")), ("T1", "T5", "T1")))
+
+
+def spacebyte() -> Experiment:
+    return experiment(units(pooled(Spaces(style="spacebyte"), pool="last"), ("T1", "T5", "T1")))
+
+
+def hat() -> Experiment:
+    chunks = pooled(Symbol(id=HAT_WORD_END), 0.3, pool="attention", slots=2, heads=2, upsample="cross_attention")
+    return experiment(units(chunks, ("T1", "T4", "T1")), tokenizer="hat")
+
+
+def megabyte() -> Experiment:
+    chunks = pooled(Fixed(stride=4, phase="block"), 0.27, pool="concat", upsample="slots", max_positions=4)
+    return experiment(units(chunks, ("T1", "T4", "T1")))
+
+
+def bytes_() -> Experiment:
+    return experiment(transformer(192, 4))
+
+
+def bytes_ngrams() -> Experiment:
+    """A transformer over bytes with the same n-gram embeddings as the models with units: what those alone bring."""
+    return experiment(units((), ("T4",), (192,), (255,)))
+
+
+def bpe() -> Experiment:
+    model = transformer(320, 4, vocab_size=1024, bos_id=0, eos_ids=(1,), pad_id=2)
+    exp = experiment(model, tokenizer="bpe:1024")
+    # About as many bytes per step as the others have: a token is 2.9 bytes of these novels.
+    return dataclasses.replace(exp, data=dataclasses.replace(exp.data, seq_len=128, batch_size=11))
+
+
+def hnet_1stage_xl() -> Experiment:
+    return released((1024, 2048), ("m4", "T24", "m4"), (0, 5504), (6.0,))
+
+
+def hnet_2stage_xl() -> Experiment:
+    return released((1024, 1536, 2048), ("m4", "T1m4", "T27", "m4T1", "m4"), (0, 4096, 5504), (3.0, 3.0))
+
+
+def released(d_model: tuple, layout: tuple, d_intermediate: tuple, targets: tuple) -> Experiment:
+    """An H-Net of published size with its recipe (Hwang et al., 2025, section 3.1, as far as the released code and
+    documents say): rows of 8,192 bytes, AdamW, a trapezoid schedule, learning-rate factors per stage. Point
+    data.sources at your own corpus."""
+    model = HNetConfig(
+        layout=layout, d_model=d_model, d_intermediate=d_intermediate, n_heads=(16,) * len(d_model),
+        rotary_dim=tuple(d // 32 for d in d_model), window=(1023,) * (len(d_model) - 1) + (-1,),
+        chunking=tuple(chunking(n, 1.25 / n, pack=True) for n in targets), dtype="bfloat16", remat=True,
+    )  # fmt: skip
+    factors = lr_factors(d_model, targets)
+    groups = tuple(Group(rf"(un)?embed|stage{s}/.*" if s == 0 else f"stage{s}/.*", f) for s, f in enumerate(factors))
+    return Experiment(
+        model=model,
+        tokenizer="hnet_bytes",
+        data=DataConfig(sources=("austen",), seq_len=8192, batch_size=256),
+        optim=OptimConfig(learning_rate=5e-4, schedule="wsd", warmup_steps=4800, final_fraction=0.0, groups=groups),
+        train=TrainConfig(steps=48000, eval_every=1000),
+    )
+
+
+def tiny() -> Experiment:
+    model = units(router(4.0, 0.5), ("T1", "T1", "T1"), (32, 64), (31, -1), ngrams=(3,))
+    model = dataclasses.replace(model, n_heads=(2, 2), rotary_dim=(16, 16), ngram_rows=256, remat=False)
+    exp = experiment(model, steps=20, learning_rate=3e-3)
+    data = dataclasses.replace(exp.data, seq_len=64, batch_size=8)
+    train = dataclasses.replace(exp.train, log_every=1, eval_every=10, eval_batches=2, sample_tokens=16)
+    return dataclasses.replace(exp, data=data, train=train)
+
+
+VARIANTS = {
+    f.__name__.rstrip("_"): f
+    for f in (
+        quick, base, hnet, hnet2, hnet_mamba, gumbel, unigram, entropy, magnet, shared, bpe_parallel, dna, blt, words,
+        spacebyte, hat, megabyte, bytes_, bytes_ngrams, bpe, hnet_1stage_xl, hnet_2stage_xl, tiny,
+    )
+}  # fmt: skip

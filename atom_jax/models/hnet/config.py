@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from atom_jax import config
 from atom_jax.chunking import pooling, rules, upsampling
@@ -189,3 +190,14 @@ def roomier(cfg: HNetConfig) -> HNetConfig | None:
     # Bounded: 0.25, 0.5, 1 and the like, so few programs are ever compiled.
     wider = tuple(dataclasses.replace(c, capacity=min(1.0, 2 * c.capacity)) for c in cfg.chunking)
     return dataclasses.replace(cfg, chunking=wider)
+
+
+def lr_factors(d_model: tuple[int, ...], targets: tuple[float, ...], base: float = 4.6) -> tuple[float, ...]:
+    """Learning-rate factor of every stage, outermost first, from the bytes per unit that its chunking aims at:
+    sqrt(base * (product of the targets from stage s on / product of all) * (innermost width / width of s)).
+
+    The rule is H-Net's (Hwang et al., 2025, section 2.3.2, as cited by others; `base` is recalled, not verified).
+    """
+    targets = (*targets, 1.0)
+    total = math.prod(targets)
+    return tuple(math.sqrt(base * math.prod(targets[s:]) / total * d_model[-1] / d) for s, d in enumerate(d_model))
