@@ -21,8 +21,8 @@ $(VENV)/.installed-$(EXTRAS): $(VENV)/.installed-core
 
 install: $(VENV)/.installed-$(EXTRAS)  ## create the environment with the development extras
 
-quickstart: $(VENV)/.installed-core  ## train a byte-level model on six novels, evaluate it, let it write (minutes)
-	$(BIN)/python train.py --config=configs/lm.py:quick --workdir=runs/quickstart
+quickstart: $(VENV)/.installed-core  ## train a model that finds its own units in six novels; show them (minutes)
+	$(BIN)/python train.py --config=configs/units.py:quick --workdir=runs/quickstart
 	$(BIN)/python -m atom_jax summary runs/quickstart
 
 test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite

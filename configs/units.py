@@ -92,7 +92,7 @@ def transformer(d_model: int, n_layers: int, window: int = 256, **changes: Any) 
 
 
 def quick() -> Experiment:
-    return experiment(units(pooled(Predictor(supervision="entropy"), 0.35)))
+    return experiment(units(pooled(Predictor(supervision="entropy"), 0.35), ("T1", "T3", "T2")), steps=450)
 
 
 def base() -> Experiment:

@@ -218,7 +218,7 @@ def test_tied_embeddings_may_be_stored_twice(tiny, in_memory):
         ({"chunking": (Chunking(rule=Spaces(), pool="mean"),)}, "a way that H-Net's published format cannot say"),
         ({"residual": "identity"}, "a way that H-Net's published format cannot say"),
         ({"confidence": False}, "a way that H-Net's published format cannot say"),
-        ({"head_bias": True}, "no bias on the logits"),
+        ({"head_bias": True}, "no logit bias"),
         ({"layout": ("x1", "T1", "x1")}, "no Transformer-XL layers"),
         ({"norm_eps": 1e-6}, "norm_eps"),
     ],

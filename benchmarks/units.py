@@ -1,0 +1,149 @@
+"""Learned units next to models without: quality at matched training compute, speed and what it is made of.
+
+    python -m benchmarks.units [--config=configs/units.py] [--variants=hnet,...,bytes,bpe] [--workdir=runs/units]
+                               [--set train.steps=400] [--out=FILE.json]
+
+Each variant is trained (or found trained) in WORKDIR/VARIANT, judged on the whole validation text of its data, and
+timed: training steps, and generation of single bytes for one row and for eight. The columns:
+
+flops     forward operations per byte, in millions (`atom_jax.models.flops`); training costs three times that.
+MB/byte   weights to read for one more byte of one row: those of the byte level, and those of the units divided by
+          the bytes per unit. The released H-Net code reads the same weights, but serves one row only.
+bits      per byte of the validation text.
+unit      bytes per unit there; for BPE, per token. edge: the share of units that begin at the edge of a word.
+train     bytes per second, the first step left out.
+gen 1, 8  bytes per second with one row and with eight; a batch costs 8 * gen1 / gen8 times one row.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags
+
+import atom_jax
+from atom_jax import config, params
+from atom_jax.data.config import DataConfig
+from atom_jax.data.sources import open_source
+from atom_jax.evaluation import run
+from atom_jax.evaluation import units as units_lib
+from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.models import registry
+from atom_jax.models.flops import forward_flops
+from atom_jax.models.hnet import HNetConfig
+from atom_jax.training import record
+from atom_jax.typing import LM, AtomError
+
+CONFIG = flags.DEFINE_string("config", "configs/units.py", "File of variants.")
+VARIANTS = flags.DEFINE_list("variants", ["words", "entropy", "gumbel", "hnet", "bytes_ngrams", "bytes", "bpe"], "")
+WORKDIR = flags.DEFINE_string("workdir", "runs/units", "Where the runs are, one directory each.")
+SET = flags.DEFINE_multi_string("set", [], "Changes to every variant, as for train.py.")
+NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens to generate per row.", lower_bound=2)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of generation, of which the median counts.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
+# Bytes of validation text from which lengths of units are taken.
+SAMPLE = 20_000
+
+
+def measure(variant: str, workdir: pathlib.Path, settings: list[str]) -> dict[str, Any]:
+    """Trains a variant where that has not been done, and measures it."""
+    folder = workdir / variant
+    command = [sys.executable, "train.py", f"--config={CONFIG.value}:{variant}", f"--workdir={folder}"]
+    if subprocess.run([*command, *(f"--set={s}" for s in settings)]).returncode:
+        raise AtomError(f"--variants: {variant} could not be trained")
+    exp = config.override(config.load_file(f"{CONFIG.value}:{variant}"), settings)
+    lm = atom_jax.load(folder)
+    bits = run.evaluate(lm, ["bpb"], run.resolve(EvalConfig(), str(folder)))["bpb"].metrics["bpb"].value
+    unit, edge = _lengths(lm, exp.data)
+    lines = [line for line in record.read(folder / "metrics.jsonl") if line["kind"] == "train"]
+    rates = [line["bytes_per_second"] for line in lines if "bytes_per_second" in line]
+    per_token = unit if not isinstance(lm.config, HNetConfig) and lm.tokenizer.name != "bytes" else 1.0
+    one, eight = (statistics.median(_generation(lm, rows) for _ in range(REPEATS.value)) for rows in (1, 8))
+    spec = registry.of(lm.config).spec(lm.config)
+    return {
+        "variant": variant,
+        "parameters": params.count(spec),
+        "flops": forward_flops(lm.config, exp.data.seq_len) / per_token / 1e6,
+        "megabytes": _read(lm, spec, unit) / per_token / 1e6,
+        "bits": bits,
+        "unit": unit,
+        "edge": edge,
+        "train": statistics.median(rates) if rates else 0.0,
+        "gen1": one * per_token,
+        "gen8": eight * per_token,
+    }
+
+
+def _lengths(lm: LM, data: DataConfig) -> tuple[float, float]:
+    """Bytes per unit of the outermost stage (or per token), and the share of units at word edges."""
+    corpus = open_source(data.sources[0], "validation")
+    text = b"".join(corpus.read(i) for i in range(len(corpus)))[:SAMPLE]
+    found = units_lib.units(lm, text.decode("utf-8", "ignore").encode(), data.seq_len)
+    facts = units_lib.statistics(found, 0)
+    return facts["bytes_per_unit"], facts["at_word_edge"]
+
+
+def _read(lm: LM, spec: Any, unit: float) -> float:
+    """Bytes of weights behind one more token of one row: of the tables only the head's."""
+    flat = {k: s for k, s in params.flatten(spec).items() if "vocab" not in s.axes}
+    inner = params.count({k: s for k, s in flat.items() if k.startswith("stage") and not k.startswith("stage0")})
+    head = lm.config.vocab_size * (lm.config.d_model[0] if isinstance(lm.config, HNetConfig) else lm.config.d_model)
+    return 4 * (params.count(flat) - inner + head + inner / unit)
+
+
+def _generation(lm: LM, rows: int) -> float:
+    """Tokens per second, all rows together, after the prompt and without compilation."""
+    prompts = [
+        "It was the best of times",
+        "She had been",
+        "A",
+        "There was no doubt that",
+        "The",
+        "My dear",
+        "I",
+        "He",
+    ]
+    out = atom_jax.generate(lm, prompts[:rows], NEW.value, temperature=1.0, key=jax.random.key(0), stop_ids=())
+    return out.stats["tokens_per_second"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    names = (
+        "variant|parameters|flops/byte|MB/byte|bits/byte|bytes/unit|edge|train B/s|gen 1 B/s|gen 8 B/s|batch 8 costs"
+    )
+    lines = [f"| {names.replace('|', ' | ')} |", "|" + "---|" * 11]
+    for r in rows:
+        cells = [
+            r["variant"], f"{r['parameters'] / 1e6:.1f}M", f"{r['flops']:.2f}M", f"{r['megabytes']:.1f}",
+            f"{r['bits']:.3f}", f"{r['unit']:.2f}", f"{r['edge']:.2f}", f"{r['train']:,.0f}", f"{r['gen1']:,.0f}",
+            f"{r['gen8']:,.0f}", f"{8 * r['gen1'] / r['gen8']:.2f}x",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Prints bad input as one sentence, with exit code 1."""
+    try:
+        if len(argv) > 1:
+            raise AtomError(f"unexpected argument {argv[1]!r}")
+        rows = []
+        for variant in VARIANTS.value:
+            rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
+            print(table(rows), flush=True)
+            if OUT.value:
+                pathlib.Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    except AtomError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
