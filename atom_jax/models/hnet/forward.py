@@ -156,8 +156,10 @@ def _units(
         p.get("rule", {}), Seen(h_btd, tokens, ids, marks, key), rule_state, cfg=chunking.rule
     )
     fresh = call.cache is None or call.cache.fresh
-    # A document's first position needs room for the chunk that holds nothing.
-    m = slots_for(t, chunking.capacity, 1 if cfg.official_padding else 8) + ("null" in p and fresh)
+    m = slots_for(t, chunking.capacity, 1 if cfg.official_padding else 8)
+    if "null" in p and fresh:
+        # Room for the chunk that holds nothing, which every row begins with.
+        m += shape[0] // b
     before = plan_state.chunks
     plan, plan_state = make_plan(boundary, tokens, m, plan_state, official=cfg.official_padding, null="null" in p)
     u_bmkd, pool_state = pooling.POOLS[chunking.pool].apply(
