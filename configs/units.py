@@ -39,6 +39,8 @@ from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
 
 HAT_WORD_END = 259
+# What the released H-Net code decays (optim.decay_pattern): all but biases of layers and the norm inside Mamba-2.
+HNET_OFFICIAL_DECAY = r"(?!.*(conv_b|residual/b|mixer/norm)$).*"
 
 
 def units(

@@ -37,8 +37,10 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    # Decoupled, times the learning rate; acts on matrices only, not on embeddings, norms or biases.
+    # Decoupled, times the learning rate; acts on matrices only, not on embeddings, norms or biases,
     weight_decay: float = 0.1
+    # or, with adamw, on the parameters whose path matches this regular expression.
+    decay_pattern: str = ""
     # Gradients with a larger global norm are scaled down to it; 0 = never.
     clip_norm: float = 1.0
     # Decay of the moving average of the parameters that validation and `load` use; 0 = none is kept.
@@ -55,6 +57,8 @@ class OptimConfig:
             raise AtomError(f"optim.optimizer: expected adamw or muon, got {self.optimizer!r}")
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise AtomError(f"optim.schedule: expected cosine, wsd or constant, got {self.schedule!r}")
+        if self.decay_pattern and self.optimizer != "adamw":
+            raise AtomError(f"optim.decay_pattern goes with adamw, the optimizer is {self.optimizer}")
         if self.accumulate < 1:
             raise AtomError(f"optim.accumulate: expected at least 1, got {self.accumulate}")
         if not 0 <= self.ema < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -68,7 +68,11 @@ def make(cfg: OptimConfig, spec: Tree, steps: int) -> Optimizer:
             muon_weight_dimension_numbers=dims, consistent_rms=0.2,
         )  # fmt: skip
     else:
-        rule = optax.adamw(1.0, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=matrices)
+        decayed = matrices
+        if cfg.decay_pattern:
+            hits = _matching(cfg.decay_pattern, learn, "decay_pattern")
+            decayed = params_lib.unflatten({k: k in hits for k in learn})
+        rule = optax.adamw(1.0, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     return Optimizer(optax.chain(clip, rule), make_schedule(cfg, steps), factors)
 
@@ -91,9 +95,10 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
 
 
 def is_matrix(s: ParamSpec) -> bool:
-    """True for a linear map between activations: rank two or more per layer, without a vocabulary axis."""
+    """True for a linear map between activations: rank two or more per layer, without an axis of a vocabulary or of
+    the taps of a convolution."""
     axes = [a for a in s.axes if a != "layers"]
-    return len(axes) >= 2 and "vocab" not in axes
+    return len(axes) >= 2 and not {"vocab", "taps"} & set(axes)
 
 
 def _muon_dims(s: ParamSpec) -> MuonDimensionNumbers:
@@ -107,11 +112,16 @@ def _muon_dims(s: ParamSpec) -> MuonDimensionNumbers:
 def _factors(cfg: OptimConfig, spec: Tree) -> dict[str, float]:
     factors = dict.fromkeys(params_lib.flatten(spec), 1.0)
     for group in reversed(cfg.groups):
-        try:
-            hits = [k for k in factors if re.fullmatch(group.pattern, k)]
-        except re.error as e:
-            raise AtomError(f"optim.groups: {group.pattern!r} is not a regular expression ({e})") from e
-        if not hits:
-            raise AtomError(f"optim.groups: {group.pattern!r} matches none of {', '.join(factors)}")
-        factors.update(dict.fromkeys(hits, group.factor))
+        factors.update(dict.fromkeys(_matching(group.pattern, factors, "groups"), group.factor))
     return factors
+
+
+def _matching(pattern: str, paths: Iterable[str], field: str) -> set[str]:
+    """The paths that a regular expression matches as a whole; AtomError when there are none."""
+    try:
+        hits = {k for k in paths if re.fullmatch(pattern, k)}
+    except re.error as e:
+        raise AtomError(f"optim.{field}: {pattern!r} is not a regular expression ({e})") from e
+    if not hits:
+        raise AtomError(f"optim.{field}: {pattern!r} matches none of {', '.join(paths)}")
+    return hits

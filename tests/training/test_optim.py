@@ -111,3 +111,16 @@ def test_everything_frozen_is_refused():
 def test_unknown_choices_are_refused(field):
     with pytest.raises(AtomError, match=next(iter(field))):
         OptimConfig(**field)
+
+
+def test_decay_can_follow_names():
+    cfg = OptimConfig(weight_decay=1.0, decay_pattern=".*norm")
+    optimizer = optim.make(cfg, SPEC, 10)
+    ones = jax.tree.map(jnp.ones_like, params_lib.init(jax.random.key(0), SPEC))
+    updates, _ = optimizer.transform.update(jax.tree.map(jnp.zeros_like, ones), optimizer.transform.init(ones), ones)
+    moved = {name for name, u in params_lib.flatten(updates).items() if np.abs(u).max() > 0}
+    assert moved == {name for name in params_lib.flatten(SPEC) if name.endswith("norm")}
+    with pytest.raises(AtomError, match=r"optim\.decay_pattern: 'nothing' matches none"):
+        optim.make(OptimConfig(decay_pattern="nothing"), SPEC, 10)
+    with pytest.raises(AtomError, match="goes with adamw"):
+        OptimConfig(optimizer="muon", decay_pattern=".*")
