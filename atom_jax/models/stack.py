@@ -37,7 +37,8 @@ class Width:
     """Sizes of the layers of one stage.
 
     d: model width; f: MLP width (rounded up to a multiple of 128 for SwiGLU, as released); heads; rotary: channels of
-    every head that RoPE turns; window: a query sees so many keys before its own (-1: all).
+    every head that RoPE turns; window: a query sees so many keys before its own (-1: all); qk_norm: RMSNorm on every
+    query and key head.
     """
 
     d: int
@@ -48,6 +49,7 @@ class Width:
     eps: float
     ssm: Mamba2Config
     std: float = 0.02
+    qk_norm: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -101,15 +103,17 @@ def _layer_spec(letter: str, width: Width, out_scale: float) -> Tree:
         mixer = mamba2_spec(d, width.ssm, out_scale)
     else:
         mixer = {
-            "qkv": ParamSpec((d, 3, n, k), ("embed", None, "heads", None), normal(std)),
+            "qkv": ParamSpec((d, 3, n, k), ("embed", "parts", "heads", None), normal(std)),
             "o": ParamSpec((n, k, d), ("heads", None, "embed"), normal(std * out_scale)),
         }
+        if width.qk_norm:
+            mixer |= {name: ParamSpec((k,), (None,), ones) for name in ("q_norm", "k_norm")}
     layer = {"norm1": ParamSpec((d,), (None,), ones), "mixer": mixer}
     if letter in "MT":
         f = -(-width.f // 128) * 128
         layer["norm2"] = ParamSpec((d,), (None,), ones)
         layer["mlp"] = {
-            "fc1": ParamSpec((d, 2, f), ("embed", None, "mlp"), normal(std)),
+            "fc1": ParamSpec((d, 2, f), ("embed", "parts", "mlp"), normal(std)),
             "fc2": ParamSpec((f, d), ("mlp", "embed"), normal(std * out_scale)),
         }
     return layer
@@ -191,6 +195,8 @@ def _attention(
 ) -> tuple[jax.Array, Any]:
     t = y.shape[1]
     q, k, v = (a[:, :, 0] for a in jnp.split(project(y, p["qkv"]), 3, axis=2))
+    if width.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], width.eps), rms_norm(k, p["k_norm"], width.eps)
     if tables is not None:
         r = width.rotary
         q, k = (jnp.concatenate([rope.rotate(a[..., :r], *tables), a[..., r:]], axis=-1) for a in (q, k))

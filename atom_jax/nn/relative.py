@@ -51,8 +51,8 @@ def relative_spec(d: int, n_heads: int, f: int) -> Tree:
     """
     heads = (n_heads, _head_size(d, n_heads))
     return {
-        "qkv": ParamSpec((d, 3, *heads), ("embed", None, "heads", None), normal(0.02)),
-        "qkv_bias": ParamSpec((3, *heads), (None, "heads", None), zeros),
+        "qkv": ParamSpec((d, 3, *heads), ("embed", "parts", "heads", None), normal(0.02)),
+        "qkv_bias": ParamSpec((3, *heads), ("parts", "heads", None), zeros),
         "r": ParamSpec((d, *heads), ("embed", "heads", None), normal(0.02)),
         "o": ParamSpec((*heads, d), ("heads", None, "embed"), normal(0.02)),
         "o_bias": ParamSpec((d,), (None,), zeros),

@@ -17,6 +17,9 @@ from atom_jax.params import ParamSpec, Tree
 from atom_jax.training.config import OptimConfig
 from atom_jax.typing import AtomError
 
+# Axes along which a parameter is many matrices.
+_SEPARATE = ("layers", "parts")
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -97,14 +100,15 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
 def is_matrix(s: ParamSpec) -> bool:
     """True for a linear map between activations: rank two or more per layer, without an axis of a vocabulary or of
     the taps of a convolution."""
-    axes = [a for a in s.axes if a != "layers"]
+    axes = [a for a in s.axes if a not in _SEPARATE]
     return len(axes) >= 2 and not {"vocab", "taps"} & set(axes)
 
 
 def _muon_dims(s: ParamSpec) -> MuonDimensionNumbers:
-    """One side is the model width, the other all the rest (heads and head size are one side together); layers are
-    separate matrices. Which side is the input doesn't matter: the rule commutes with transposition."""
-    axes = [i for i, a in enumerate(s.axes) if a != "layers"]
+    """One side is the model width, the other all the rest (heads and head size are one side together); layers, and
+    the parts of a fused projection, are separate matrices. Which side is the input doesn't matter: the rule commutes
+    with transposition."""
+    axes = [i for i, a in enumerate(s.axes) if a not in _SEPARATE]
     width = [i for i in axes if s.axes[i] == "embed"][:1] or axes[:1]
     return MuonDimensionNumbers(tuple(width), tuple(i for i in axes if i not in width))
 

@@ -43,6 +43,8 @@ class HNetConfig:
     tie_embeddings: bool = False
     # A bias on the logits.
     head_bias: bool = False
+    # RMSNorm on queries and keys, head by head (as Qwen 3 has it; the released H-Nets don't).
+    qk_norm: bool = False
     # Standard deviation of initial matrices.
     init_std: float = 0.02
     max_length: int = 65536
@@ -109,7 +111,7 @@ class HNetConfig:
         """Layer sizes of stage s."""
         return Width(
             d=self.d_model[s], f=self.d_intermediate[s], heads=self.n_heads[s], rotary=self.rotary_dim[s],
-            window=self.window[s], eps=self.norm_eps, ssm=self.ssm, std=self.init_std,
+            window=self.window[s], eps=self.norm_eps, ssm=self.ssm, std=self.init_std, qk_norm=self.qk_norm,
         )  # fmt: skip
 
     def layouts(self, s: int) -> tuple[str, ...]:
