@@ -143,7 +143,8 @@ def relative_attention(
         return _tile(r_dhk, biases, q_bthk, k_bhsk, v_bhsk, Tokens(positions, segments), k)
 
     block = block_size(k_bhsk.shape[2])
-    inputs = (q_bthk, q.positions, q.segments)
+    # Who sees whom is the same in every layer: a scan over layers would find out once, and keep it as [t, s].
+    inputs = jax.lax.optimization_barrier((q_bthk, q.positions, q.segments))
     if t <= block:
         return tile(inputs)
     padded = [jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2)) for x in inputs]

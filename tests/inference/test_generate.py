@@ -93,7 +93,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch(tiny, temperature):
 
 def test_the_scanned_layout_of_accelerators_gives_the_same(tiny, monkeypatch):
     expected = generate(tiny, PROMPTS, 20, 1.0).ids
-    monkeypatch.setattr(decode, "_on_one_cpu", lambda leaves: False)
+    for user in (decode, module):
+        monkeypatch.setattr(user, "unrolls", lambda lm: False)
     assert generate(dataclasses.replace(tiny), PROMPTS, 20, 1.0).ids == expected
 
 

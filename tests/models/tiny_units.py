@@ -43,7 +43,9 @@ MODELS = {
         layout=("x1", "x2", "x1"),
     ),
     "magnet": model({"rule": SCRIPTS, "pool": "max", "mix": "ema"}, layout=("t1", "M1", "t1")),
-    "unigram": model({"rule": Predictor(supervision="marks"), "pool": "last", "residual": "none", "confidence": True}),
+    "unigram": model(
+        {"rule": Predictor(supervision="marks"), "pool": "last", "residual": "none", "confidence": True}
+    ),
     "spikes": model({"rule": Predictor(supervision="entropy"), "pool": "mean"}, layout=("T1", "M2", "T1")),
     "words": model(
         {"rule": Spaces(), "pool": "attention", "slots": 2, "heads": 2, "upsample": "cross_attention"},
@@ -51,11 +53,11 @@ MODELS = {
     ),
     "spacebyte": model({"rule": Spaces(style="spacebyte"), "pool": "attention", "heads": 2, "residual": "identity"}),
     "blt": model(
-        {"rule": Entropy(threshold=5.0, model=SMALL), "pool": "max", "upsample": "cross_attention", "heads": 2},
+        {"rule": Entropy(threshold=1.0, model=SMALL), "pool": "max", "upsample": "cross_attention", "heads": 2},
         layout=("t1", "T1", "t1"),
     ),
     "blt-both": model(
-        {"rule": Entropy(mode="both", threshold=4.5, max_length=3, model=SMALL), "pool": "concat", "max_positions": 2}
+        {"rule": Entropy(mode="both", threshold=0.7, max_length=3, model=SMALL), "pool": "concat", "max_positions": 2}
     ),
     "megabyte": model(
         {"rule": Fixed(3), "pool": "concat", "max_positions": 3, "upsample": "slots", "pack": True}, d=(16, 24)

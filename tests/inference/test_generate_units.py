@@ -1,0 +1,97 @@
+"""Generation with learned units: rows stand alone, caches grow, and nothing is ever lost."""
+
+import dataclasses
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+import atom_jax
+from atom_jax.chunking.config import Chunking
+from atom_jax.chunking.rules.fixed import Fixed
+from atom_jax.inference.generate import generate
+from atom_jax.inference.sampling import row_keys
+from atom_jax.inference.score import logprobs
+from atom_jax.models import hnet
+from atom_jax.typing import LM
+from tests.models.tiny_units import MODELS, capacity, model, stream, weights
+
+module = importlib.import_module("atom_jax.inference.generate")
+PROMPTS = [stream(n, start).tolist() for n, start in ((14, 3), (5, 20), (1, 8))]
+NEW = 18
+
+
+def lm_of(cfg):
+    return LM(cfg, weights(cfg), None)
+
+
+@pytest.fixture(scope="module", params=["hnet-2", "gumbel", "words", "blt", "fixed-gumbel"])
+def lm(request):
+    return lm_of(MODELS[request.param])
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_whole_pass(lm):
+    made = generate(lm, PROMPTS, NEW).ids
+    ids, mask = np.zeros((3, 32), int), np.zeros((3, 32), bool)
+    for r, (a, b) in enumerate(zip(PROMPTS, made)):
+        ids[r, : len(a) + NEW], mask[r, : len(a) + NEW] = a + b, True
+    logits = np.asarray(atom_jax.apply(lm, ids, mask).logits)
+    for row, a, b in zip(logits, PROMPTS, made):
+        at = row[len(a) - 1 : len(a) - 1 + NEW]
+        # Rounding may turn near ties around.
+        assert (at.max(axis=1) - at[np.arange(NEW), b] < 1e-3).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_is_the_same_alone_and_in_a_batch(lm, temperature):
+    keys = row_keys(jax.random.key(4), len(PROMPTS))
+    together = generate(lm, PROMPTS, NEW, temperature, keys).ids
+    assert len({*together[0], *together[1]}) > 2
+    for r, prompt in enumerate(PROMPTS):
+        assert generate(lm, [prompt], NEW, temperature, keys[r : r + 1]).ids == [together[r]]
+
+
+@pytest.mark.parametrize("name", ["hnet-2", "gumbel"])
+def test_caches_grow_where_units_are_shorter_than_expected(monkeypatch, name):
+    """Inner caches begin with room for an eighth of the bytes, outer ones with room for the prompt."""
+    cfg = capacity(MODELS[name], 0.125)
+    expected = generate(lm_of(MODELS[name]), PROMPTS, 60, 1.0).ids
+    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(module, "ROOM", 1)
+    grown = generate(LM(cfg, weights(MODELS[name]), None), PROMPTS, 60, 1.0)
+    assert grown.ids == expected
+
+
+def test_a_unit_per_byte_fits_too(monkeypatch):
+    """The fullest case: every position of every row ends a unit, and each row begins with an empty one."""
+    chunking = {"rule": Fixed(1), "pool": "mean", "pack": True}
+    cfg = model(chunking, layout=("t1", "t1", "t1"))
+    tight, p = capacity(cfg, 0.125), weights(cfg)
+    ids = np.stack([stream(30), stream(30, 9)])
+    full = atom_jax.apply(LM(cfg, p, None), ids)
+    found = atom_jax.apply(LM(tight, p, None), ids)
+    assert full.aux["lost"] == found.aux["lost"] == 0
+    np.testing.assert_allclose(found.logits, full.logits, atol=1e-5)
+    np.testing.assert_allclose(logprobs(LM(tight, p, None), ids), logprobs(LM(cfg, p, None), ids), atol=1e-5)
+    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(module, "ROOM", 1)
+    made = generate(LM(tight, p, None), PROMPTS, 40).ids
+    assert made == generate(LM(cfg, p, None), PROMPTS, 40).ids
+
+
+def test_inner_caches_are_sized_by_chunks():
+    cfg = dataclasses.replace(model({"rule": Fixed(8), "pool": "mean", "capacity": 0.125}), layout=("t1", "t1", "t1"))
+    assert isinstance(cfg.chunking[0], Chunking)
+    cache = hnet.init_cache(cfg, 1, 1024)
+    outer, inner = (state.stacks[0][0].k.shape[-2] for state in cache.layers)
+    assert outer == 1024 and inner == 192
+
+
+@pytest.mark.parametrize("name", ["hnet-2", "words-hnet"])
+def test_scoring_finds_room_for_every_unit(name):
+    cfg, ids = MODELS[name], np.stack([stream(24), stream(24, 30)])
+    full = atom_jax.apply(lm_of(cfg), ids)
+    found = atom_jax.apply(LM(capacity(cfg, 0.02), weights(cfg), None), ids)
+    assert found.aux["lost"] == 0
+    np.testing.assert_allclose(found.logits, full.logits, atol=1e-4)
