@@ -93,6 +93,13 @@ class Plan:
     lost: jax.Array
     null: jax.Array
 
+    @classmethod
+    def empty(cls, b: int, t: int, m: int) -> Plan:
+        """No chunks at all."""
+        i_bt, i_bm, i_b = (jnp.zeros(shape, jnp.int32) for shape in ((b, t), (b, m), (b,)))
+        no_bt, no_bm, no_b = (i > 0 for i in (i_bt, i_bm, i_b))
+        return cls(i_bt, no_bt, no_bt, i_bt, i_bm, i_bt - 1, Tokens(i_bm, i_bm), no_b, i_b, i_b, no_bm)
+
 
 @struct.dataclass
 class PlanState:

@@ -15,7 +15,7 @@ from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.typing import LM, Batch
 
-# Tokens that one call of `decode` can make for each row.
+# Tokens that one call of `decode` can make in each row.
 CHUNK = 128
 
 
@@ -23,8 +23,8 @@ CHUNK = 128
 class State:
     """Where generation stands.
 
-    cache: the model's memory. token: i32 [b], chosen, but not yet read by the model. done: bool [b]. made: i32,
-    tokens chosen so far in every row that is not done.
+    cache: the model's memory. token: i32 [b], chosen, but not yet read to the end by the model. done: bool [b].
+    made: i32 [b], tokens chosen so far.
     """
 
     cache: Any
@@ -112,39 +112,43 @@ def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capa
 @jax.jit
 def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     # The count comes from here to lie where the model lies: `decode` compiles again for a state that lies elsewhere.
-    return *choice.take(logits_bv, jnp.int32(0)), jnp.int32(1)
+    token, done = choice.take(logits_bv, jnp.int32(0))
+    return token, done, jnp.ones_like(token)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def decode(params: Any, state: State, choice: Choice, steps: jax.Array, *, cfg: Any) -> tuple[State, Made]:
-    """Makes up to `steps` (at most CHUNK) more tokens in every row that is not done.
+def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
+    """Makes tokens until every row that is not done has `until` of them, at most CHUNK more than it had.
 
-    Ends early when all rows are done or the next token of one of them no longer fits the cache. Rows that are done
-    are computed along, but nothing of them changes.
+    Ends early when the next token of one of these rows no longer fits the cache. Rows need not keep step with each
+    other (`step` of the model says which are ready for their next token), and nothing changes in rows that are done
+    or have enough, although they are computed along.
     """
     model = registry.of(cfg)
-    b = state.token.shape[0]
+    rows, before = jnp.arange(state.token.shape[0]), state.made
 
-    def going(loop: tuple[jax.Array, State, Made]) -> jax.Array:
-        i, state, _ = loop
-        stuck = jnp.any(model.full(state.cache) & ~state.done)
-        return (i < steps) & ~stuck & ~jnp.all(state.done)
+    def live(state: State) -> jax.Array:
+        return ~state.done & (state.made < until)
 
-    def step(loop: tuple[jax.Array, State, Made]) -> tuple[jax.Array, State, Made]:
-        i, state, made = loop
-        live = ~state.done
-        batch = Batch(state.token[:, None], state.cache.length[:, None], live[:, None].astype(jnp.int32))
-        x_b1d, cache, _ = model.hidden(params, batch, cfg=cfg, cache=state.cache)
-        held_b, read_b = (jnp.where(live, n, 0.0) for n in model.cache_use(cache, cfg))
+    def going(loop: tuple[State, Made]) -> jax.Array:
+        live_b = live(loop[0])
+        return jnp.any(live_b) & ~jnp.any(model.full(loop[0].cache) & live_b)
+
+    def step(loop: tuple[State, Made]) -> tuple[State, Made]:
+        state, made = loop
+        batch = Batch(state.token[:, None], state.cache.length[:, None], live(state)[:, None].astype(jnp.int32))
+        x_b1d, cache, ready = model.step(params, batch, cfg=cfg, cache=state.cache)
+        held_b, read_b = model.cache_use(cache, cfg)
         token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
-        done = state.done | stopped
+        # Past the end, where nothing is written, in rows without a new token.
+        at = jnp.where(ready, state.made - before, CHUNK)
         made = Made(
-            tokens=made.tokens.at[:, i].set(jnp.where(done, -1, token)),
-            reads=made.reads + read_b,
-            peak=jnp.maximum(made.peak, held_b.sum()),
+            tokens=made.tokens.at[rows, at].set(jnp.where(stopped, -1, token), mode="drop"),
+            reads=made.reads + jnp.where(ready, read_b, 0.0),
+            peak=jnp.maximum(made.peak, jnp.where(state.done, 0.0, held_b).sum()),
         )
-        return i + 1, State(cache, token, done, state.made + 1), made
+        state = State(cache, jnp.where(ready, token, state.token), state.done | (ready & stopped), state.made + ready)
+        return state, made
 
-    nothing = Made(jnp.full((b, CHUNK), -1, jnp.int32), jnp.zeros(b, jnp.float32), jnp.float32(0))
-    _, state, made = jax.lax.while_loop(going, step, (jnp.int32(0), state, nothing))
-    return state, made
+    nothing = Made(jnp.full((len(rows), CHUNK), -1, jnp.int32), jnp.zeros(len(rows), jnp.float32), jnp.float32(0))
+    return jax.lax.while_loop(going, step, (state, nothing))

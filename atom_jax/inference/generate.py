@@ -88,7 +88,7 @@ def generate(
     run.start(min(max_new_tokens, ROOM))
     first = time.perf_counter()
     while run.made < max_new_tokens and not run.finished:
-        run.advance(min(LOOK if stop or on_text else CHUNK, max_new_tokens - run.made))
+        run.advance(min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens))
     return run.result(began, first)
 
 
@@ -118,25 +118,25 @@ class _Run:
             params, ids, lengths, self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
         self.peak = float(lengths.sum())
-        self._take(np.asarray(token)[:, None], 1)
+        self._take(np.asarray(token)[:, None])
 
-    def advance(self, steps: int) -> None:
-        """Makes up to `steps` tokens in every unfinished row, in a larger cache if need be."""
+    def advance(self, until: int) -> None:
+        """Makes `until` tokens in every unfinished row, or fewer where the cache ends, which is made larger first."""
         model = registry.of(self.lm.config)
-        if bool(jnp.any(model.full(self.state.cache) & ~self.state.done)):
+        if bool(jnp.any(model.full(self.state.cache) & ~self.state.done & (self.state.made < until))):
             self.state = self.state.replace(cache=model.grow(self.state.cache))
         shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
         if shapes != self.compiled:
             # No step is taken: rates are to count decoding, not compiling.
             self.state, _ = decode(self.params, self.state, self.choice, np.int32(0), cfg=self.lm.config)
             self.compiled = shapes
-        began, before = time.perf_counter(), int(self.state.made)
-        self.state, made = decode(self.params, self.state, self.choice, np.int32(steps), cfg=self.lm.config)
+        began = time.perf_counter()
+        self.state, made = decode(self.params, self.state, self.choice, np.int32(until), cfg=self.lm.config)
         tokens = np.asarray(made.tokens)
         self.busy += time.perf_counter() - began
         self.reads += float(np.asarray(made.reads, np.float64).sum())
         self.peak = max(self.peak, float(made.peak))
-        self._take(tokens, int(self.state.made) - before)
+        self._take(tokens)
 
     def result(self, began: float, first: float) -> Generation:
         """Ends all rows and adds up."""
@@ -157,11 +157,10 @@ class _Run:
         text = None if self.lm.tokenizer is None else [s.text for s in self.streams]
         return Generation([s.ids for s in self.streams], text, stats)
 
-    def _take(self, tokens: np.ndarray, used: int) -> None:
-        """Adds new tokens [rows, used] to the texts; rows that met a stop string are done from here on."""
-        self.made += used
+    def _take(self, tokens: np.ndarray) -> None:
+        """Adds new tokens, -1 = none, to the texts; rows that met a stop string are done from here on."""
         done = np.array(self.state.done)
-        for r, (stream, new) in enumerate(zip(self.streams, tokens[:, :used])):
+        for r, (stream, new) in enumerate(zip(self.streams, tokens)):
             new = new[new >= 0].tolist()
             if self.lm.tokenizer is None:
                 stream.ids += new
@@ -169,6 +168,8 @@ class _Run:
                 self._say(r, stream.push(new))
             done[r] |= stream.stopped
         self.finished = bool(done.all())
+        # Tokens in every unfinished row: some may have more.
+        self.made = int(np.asarray(self.state.made).min(where=~done, initial=np.iinfo(np.int32).max))
         self.state = self.state.replace(done=self.state.done | done)
 
     def _say(self, row: int, piece: str) -> None:

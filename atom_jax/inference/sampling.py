@@ -47,13 +47,14 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
 
 
 def choose(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler) -> jax.Array:
-    """The next token i32 [b] of every row. Row r draws with fold_in(keys_b[r], step).
+    """The next token i32 [b] of every row. Row r draws with fold_in(keys_b[r], step[r]).
 
-    logits_bv: float32 [b, v]. keys_b: typed PRNG keys [b]. step: i32 scalar, different for every token of a row.
+    logits_bv: float32 [b, v]. keys_b: typed PRNG keys [b]. step: i32, one for all rows or [b], different for
+    every token of a row.
     """
 
     def draw() -> jax.Array:
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_b)
+        keys = jax.vmap(jax.random.fold_in)(keys_b, jnp.broadcast_to(step, keys_b.shape))
         return jax.vmap(jax.random.categorical)(keys, restrict(logits_bv, how)).astype(jnp.int32)
 
     return jax.lax.cond(how.temperature < COLDEST, lambda: greedy(logits_bv), draw)

@@ -152,6 +152,13 @@ def hidden(
     return rms_norm(x, p["norm"], cfg.norm_eps), cache, {}
 
 
+def step(p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
+    """Reads the next token of every row (segment 0: of none): its states [b, 1, d], the cache after it, and the rows
+    that have been read to the end, bool [b] (in models with learned units some wait for others: `models.hnet`)."""
+    x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
+    return x_b1d, cache, batch.segments[:, 0] > 0
+
+
 def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
     """Logits float32 [b, t, v] of final states; the product runs in the compute dtype and adds up in float32."""
     table = p["embed"] if cfg.tie_embeddings else p["unembed"]

@@ -16,6 +16,7 @@ from atom_jax.inference import decode
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
 from atom_jax.inference.sampling import row_keys
+from atom_jax.kvcache.dense import bucket
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers import ByteTokenizer
@@ -72,10 +73,10 @@ def test_every_step_equals_the_whole_forward_pass(case, unroll):
     p = transformer.decode_params(lm.params, cfg, unroll)
     step = jax.jit(lambda batch, cache: transformer.apply(p, batch, cfg=cfg, cache=cache))
     lengths = np.array([40, 40], np.int32)
-    first, cache = decode._read(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
+    (first, cache), _ = decode._read(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
     np.testing.assert_allclose(first, whole[:, 0], atol=1e-4)
     if unroll:
-        cache = decode.dense.unstack(cache)
+        cache = transformer.unstack(cache)
     for i in range(1, 48):
         out, cache = step(Batch(ids[:, 39 + i, None], cache.length[:, None], jnp.ones((2, 1), jnp.int32)), cache)
         np.testing.assert_allclose(out.logits[:, 0], whole[:, i], atol=1e-4)
@@ -93,8 +94,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch(tiny, temperature):
 
 def test_the_scanned_layout_of_accelerators_gives_the_same(tiny, monkeypatch):
     expected = generate(tiny, PROMPTS, 20, 1.0).ids
-    for user in (decode, module):
-        monkeypatch.setattr(user, "unrolls", lambda lm: False)
+    for place in (decode, module):
+        monkeypatch.setattr(place, "unrolls", lambda lm: False)
     assert generate(dataclasses.replace(tiny), PROMPTS, 20, 1.0).ids == expected
 
 
@@ -234,9 +235,9 @@ def test_prepared_parameters_follow_the_model(tiny):
 
 
 def test_buckets():
-    sizes = sorted({decode.bucket(n) for n in range(1, 1500)})
+    sizes = sorted({bucket(n) for n in range(1, 1500)})
     assert sizes == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
-    assert decode.bucket(10, 256) == 256 and all(decode.bucket(n) >= n for n in range(1, 300))
+    assert bucket(10, 256) == 256 and all(bucket(n) >= n for n in range(1, 300))
 
 
 @pytest.mark.parametrize(

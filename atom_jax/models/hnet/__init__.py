@@ -12,8 +12,9 @@ pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, init_cache, unstack
+from atom_jax.models.hnet.waiting import step
 
 __all__ = [
     "HNetConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden", "init_cache", "logits", "roomier",
-    "spec", "unstack",
+    "spec", "step", "unstack",
 ]  # fmt: skip

@@ -58,17 +58,22 @@ def hidden(
     of the model's next-token distributions to the predictor's loss float32 [], which is to be added to `loss`.
     """
     tokens = Tokens(batch.positions, batch.segments)
-    x_btd = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
-    if cfg.ngrams:
-        x_btd = x_btd + _ngrams(p["ngrams"], batch.ids, tokens, None if cache is None else cache.layers[0].ids, cfg)
-    call = _Call(cfg, p, batch, key, cache)
+    x_btd = embed(p, batch.ids, tokens, None if cache is None else cache.layers[0].ids, cfg)
+    call = Call(cfg, p, batch, key, cache)
     x_btd, states, notes = _stage(0, x_btd, tokens, None if cache is None else cache.layers, call)
     if cache is not None:
         length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
         latest = hashing.remember(batch.ids, tokens, cache.layers[0].ids)
-        cache = Cache(layers=(states[0].replace(ids=latest), *states[1:]), length=length)
+        outer = states[0].replace(ids=latest, waiting=cache.layers[0].waiting)
+        cache = Cache(layers=(outer, *states[1:]), length=length)
     aux, late = _aux(notes, batch), _entropy_loss(notes, batch, cfg)
     return x_btd, cache, aux if late is None else aux | {"entropy_loss": late}
+
+
+def embed(p: Tree, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig) -> jax.Array:
+    """Embeddings [b, t, d] of bytes and of the n-grams that end at them. before: the latest ids of earlier calls."""
+    x_btd = constrain(jnp.take(p["embed"], ids_bt, axis=0).astype(cfg.dtype), "batch", None, None)
+    return x_btd + _ngrams(p["ngrams"], ids_bt, tokens, before, cfg) if cfg.ngrams else x_btd
 
 
 def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig):
@@ -80,7 +85,7 @@ def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax
 
 
 @dataclasses.dataclass
-class _Call:
+class Call:
     """What all stages of one call share."""
 
     cfg: HNetConfig
@@ -106,7 +111,7 @@ jax.tree_util.register_dataclass(_Note)
 
 
 def _stage(
-    s: int, x_btd: jax.Array, tokens: Tokens, states: tuple | None, call: _Call, length: jax.Array | None = None
+    s: int, x_btd: jax.Array, tokens: Tokens, states: tuple | None, call: Call, length: jax.Array | None = None
 ) -> tuple[jax.Array, tuple | None, tuple]:
     """Stage s and all inside it: [b, t, d] of the stage outside to the same shape."""
     cfg, p, mine = call.cfg, call.p[f"stage{s}"], None if states is None else states[0]
@@ -138,56 +143,65 @@ def _stage(
 
 
 def _units(
-    s: int, h_btd: jax.Array, tokens: Tokens, mine: StageState | None, states: tuple | None, call: _Call
+    s: int, h_btd: jax.Array, tokens: Tokens, mine: StageState | None, states: tuple | None, call: Call
 ) -> tuple[jax.Array, tuple | None, tuple, tuple]:
     """From encoder states to decoder inputs, through the units and the stages inside."""
-    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
+    cfg, chunking = call.cfg, call.cfg.chunking[s]
     shape, batch = h_btd.shape, call.batch
     ids, marks = (batch.ids, batch.marks) if s == 0 else (None, None)
     if chunking.pack and call.cache is None:
         h_btd, tokens, ids, marks = _pack(h_btd, tokens, ids, marks)
     b, t, _ = h_btd.shape
-    rule_state, plan_state, pool_state, newest = (
-        begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
-    )
-    rule = rules.of(chunking.rule)
+    *before, newest = begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
     key = None if call.key is None else jax.random.fold_in(call.key, s)
-    boundary, rule_state = rule.apply(
-        p.get("rule", {}), Seen(h_btd, tokens, ids, marks, key), rule_state, cfg=chunking.rule
-    )
-    fresh = call.cache is None or call.cache.fresh
-    m = slots_for(t, chunking.capacity, 1 if cfg.official_padding else 8)
-    if "null" in p and fresh:
-        # Room for the chunk that holds nothing, which every row begins with.
-        m += shape[0] // b
-    before = plan_state.chunks
-    plan, plan_state = make_plan(boundary, tokens, m, plan_state, official=cfg.official_padding, null="null" in p)
-    u_bmkd, pool_state = pooling.POOLS[chunking.pool].apply(
-        p.get("pool", {}), h_btd, boundary, plan, pool_state, cfg=chunking
-    )
+    boundary, plan, u_bmkd, after = find(s, Seen(h_btd, tokens, ids, marks, key), tuple(before), shape[0] // b, call)
 
-    def inside(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
-        v, inner, notes = _inner(s, u_bmkd, boundary, plan, newest, inner, call, before)
-        return v, inner, notes
+    def run(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
+        return inside(s, u_bmkd, boundary, plan, newest, inner, call, before[1].chunks)
 
     inner = None if states is None else states[1:]
-    if t == 1:
-        # One position: where no row begins or ends a unit, nothing inside has to run.
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(inside, inner))
-        idle = lambda inner: (nothing[0], inner, nothing[2])  # noqa: E731
-        v_bmkd, inner, notes = jax.lax.cond(jnp.any(plan.tokens.segments > 0), inside, idle, inner)
-    else:
-        v_bmkd, inner, notes = inside(inner)
+    # One position: where no row begins or ends a unit, nothing inside has to run.
+    v_bmkd, inner, notes = only_if(jnp.any(plan.tokens.segments > 0), run, inner) if t == 1 else run(inner)
+    h_btd, newest = spread(s, v_bmkd, h_btd, boundary, plan, newest, call)
+    return h_btd.reshape(shape), inner, (_Note(boundary, plan), *notes), (*after, newest)
+
+
+def find(s: int, seen: Seen, states: tuple, documents: int, call: Call) -> tuple[Boundary, Plan, jax.Array, tuple]:
+    """Where the units of stage s begin or end in this call, their layout, their vectors [b, m, k, d], and the states
+    of rule, plan and pool after it. `documents`: at most so many begin in a row of a first call."""
+    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
+    rule, layout, pool = states
+    boundary, rule = rules.of(chunking.rule).apply(p.get("rule", {}), seen, rule, cfg=chunking.rule)
+    m = slots_for(seen.h.shape[1], chunking.capacity, 1 if cfg.official_padding else 8)
+    if "null" in p and (call.cache is None or call.cache.fresh):
+        # Room for the chunk that holds nothing, which every row begins with.
+        m += documents
+    plan, layout = make_plan(boundary, seen.tokens, m, layout, official=cfg.official_padding, null="null" in p)
+    u_bmkd, pool = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), seen.h, boundary, plan, pool, cfg=chunking)
+    return boundary, plan, u_bmkd, (rule, layout, pool)
+
+
+def only_if(
+    needed: jax.Array, run: Callable[[tuple], tuple[jax.Array, tuple, tuple]], inner: tuple
+) -> tuple[jax.Array, tuple, tuple]:
+    """run(inner), which gives (values, the states after it, notes); or zeros and `inner` where it isn't needed."""
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, inner))
+    return jax.lax.cond(needed, run, lambda inner: (nothing[0], inner, nothing[2]), inner)
+
+
+def spread(
+    s: int, v_bmkd: jax.Array, h_btd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, call: Call
+) -> tuple[jax.Array, jax.Array]:
+    """Decoder inputs [b, t, d] from the units' outputs, and the newest unit's output after this call."""
+    p, chunking = call.p[f"stage{s}"], call.cfg.chunking[s]
     w = upsampling.UPSAMPLERS[chunking.upsample].apply(
         p.get("upsample", {}), v_bmkd.astype(h_btd.dtype), h_btd, plan, newest.astype(h_btd.dtype), cfg=chunking
     )
-    newest = upsampling.carry(v_bmkd, plan, newest)
-    h_btd = _combine(p, h_btd, w, boundary, chunking).reshape(shape)
-    return h_btd, inner, (_Note(boundary, plan), *notes), (rule_state, plan_state, pool_state, newest)
+    return _combine(p, h_btd, w, boundary, chunking), upsampling.carry(v_bmkd, plan, newest)
 
 
-def _inner(
-    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: tuple | None, call: _Call,
+def inside(
+    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: tuple | None, call: Call,
     before: jax.Array,
 ) -> tuple[jax.Array, tuple | None, tuple]:  # fmt: skip
     """The next stage over the units, and the mixing of what it returns: float32 [b, m, k, d]."""

@@ -10,7 +10,7 @@ from flax import struct
 
 from atom_jax.chunking import pooling, rules
 from atom_jax.chunking.config import slots_for
-from atom_jax.chunking.types import PlanState
+from atom_jax.chunking.types import Boundary, Plan, PlanState
 from atom_jax.kvcache import dense
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import stack
@@ -22,7 +22,7 @@ from atom_jax.params import Tree
 class StageState:
     """Memory of one stage: its stacks (one, or encoder and decoder), its rule, its plan, its pool, and the vectors
     [b, k, d] of the newest chunk as they came back. The innermost stage has stacks only. `ids` are the latest ids of
-    every row, for the n-grams of stage 0."""
+    every row, for the n-grams of stage 0; `waiting`: its rows that wait, see `waiting.step`."""
 
     stacks: tuple
     rule: Any = ()
@@ -30,6 +30,40 @@ class StageState:
     pool: Any = ()
     newest: Any = ()
     ids: Any = ()
+    waiting: Any = ()
+
+
+@struct.dataclass
+class Waiting:
+    """Rows whose latest byte begins or ends a unit, for which nothing inside has run yet. What is kept of the byte is
+    meaningless in other rows.
+
+    on: bool [b], rows that wait. h: [b, 1, d] encoder states. u: [b, 1, k, d] the units' vectors. boundary, plan: of
+    this one position.
+    """
+
+    on: jax.Array
+    h: jax.Array
+    u: jax.Array
+    boundary: Boundary
+    plan: Plan
+
+    @classmethod
+    def none(cls, cfg: HNetConfig, b: int) -> Waiting:
+        """No row of b waits."""
+        chunking, d, dtype = cfg.chunking[0], cfg.d_model[0], jnp.dtype(cfg.dtype)
+        rule, no = rules.of(chunking.rule), jnp.zeros((b, 1), bool)
+        p = jnp.zeros((b, 1), jnp.float32) if getattr(rule, "HAS_P", False) else None
+        h, u = jnp.zeros((b, 1, d), dtype), jnp.zeros((b, 1, chunking.slots, d), dtype)
+        return cls(no[:, 0], h, u, Boundary(no, p, loss=None, kind=rule.KIND), Plan.empty(b, 1, 1))
+
+    def join(self, new: Waiting) -> Waiting:
+        """These rows where they wait, and `new` elsewhere."""
+
+        def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(self.on.reshape(-1, *[1] * (old.ndim - 1)), old, new)
+
+        return jax.tree.map(pick, self, new)
 
 
 def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
@@ -40,7 +74,8 @@ def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = Non
         states.append(StageState(stacks) if s == cfg.stages - 1 else StageState(stacks, *begin(cfg, s, b)))
         if s < cfg.stages - 1:
             capacity = dense.bucket(slots_for(capacity, cfg.chunking[s].capacity) + 1)
-    states[0] = states[0].replace(ids=jnp.zeros((b, max(cfg.ngrams, default=1) - 1), jnp.int32))
+    ids = jnp.zeros((b, max(cfg.ngrams, default=1) - 1), jnp.int32)
+    states[0] = states[0].replace(ids=ids, waiting=Waiting.none(cfg, b) if cfg.chunking else ())
     return Cache(layers=tuple(states), length=jnp.zeros(b, jnp.int32), fresh=True)
 
 
