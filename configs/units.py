@@ -7,11 +7,11 @@ The small variants read the same amount of the same text, and none with units sp
 per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one over
 a BPE vocabulary made from the training text. README has the results.
 
-quick     what `make quickstart` trains, in 4 minutes on two CPU cores: `hnet`.
+quick     what `make quickstart` trains, in 4 minutes on two CPU cores: `entropy_ngrams`.
 base      larger and longer.
 hnet      H-Net: cosine router, first vector, smoothing. hnet2: with two stages. hnet_mamba: Mamba-2 outside.
-          hnet_ngrams: with hashed embeddings of n-grams; bytes_ngrams has them without units.
 gumbel    dynamic token pooling, trained end to end; unigram, entropy: its supervised kinds; magnet: one per script.
+hnet_ngrams, entropy_ngrams   with hashed embeddings of n-grams as BLT has them; bytes_ngrams: those without units.
 blt       units end where a small byte model is unsure, pooled by maxima, read through cross-attention.
 words     units end at white space; spacebyte: at SpaceByte's places; hat: at emitted word ends, attention pooling.
 megabyte  units of four bytes, side by side, spread by a matrix for each place.
@@ -94,7 +94,7 @@ def transformer(d_model: int, n_layers: int, window: int = 256, **changes: Any) 
 
 
 def quick() -> Experiment:
-    return hnet()
+    return entropy_ngrams()
 
 
 def base() -> Experiment:
@@ -129,6 +129,11 @@ def unigram() -> Experiment:
 
 def entropy() -> Experiment:
     return experiment(units(pooled(Predictor(supervision="entropy"), 0.35), ("T1", "T1", "T2")))
+
+
+def entropy_ngrams() -> Experiment:
+    chunks = pooled(Predictor(supervision="entropy"), 0.35)
+    return experiment(units(chunks, ("T1", "T1", "T2"), ngrams=(2, 3), ngram_rows=8192))
 
 
 def magnet() -> Experiment:
@@ -244,7 +249,7 @@ def tiny() -> Experiment:
 VARIANTS = {
     f.__name__.rstrip("_"): f
     for f in (
-        quick, base, hnet, hnet_ngrams, hnet2, hnet_mamba, gumbel, unigram, entropy, magnet, shared, bpe_parallel,
+        quick, base, hnet, hnet_ngrams, hnet2, hnet_mamba, gumbel, unigram, entropy, entropy_ngrams, magnet, shared, bpe_parallel,
         dna, blt, words, spacebyte, hat, megabyte, bytes_, bytes_ngrams, bpe, hnet_1stage_xl, hnet_2stage_xl, tiny,
     )
 }  # fmt: skip
