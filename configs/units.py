@@ -249,8 +249,8 @@ def tiny() -> Experiment:
 VARIANTS = {
     f.__name__.rstrip("_"): f
     for f in (
-        quick, base, hnet, hnet_ngrams, hnet2, hnet_mamba, gumbel, unigram, entropy, entropy_ngrams, magnet,
-        shared, bpe_parallel,
-        dna, blt, words, spacebyte, hat, megabyte, bytes_, bytes_ngrams, bpe, hnet_1stage_xl, hnet_2stage_xl, tiny,
+        quick, base, hnet, hnet_ngrams, hnet2, hnet_mamba, gumbel, unigram, entropy, entropy_ngrams, magnet, shared,
+        blt, words, spacebyte, hat, megabyte, bytes_, bytes_ngrams, bpe, bpe_parallel, dna, hnet_1stage_xl,
+        hnet_2stage_xl, tiny,
     )
 }  # fmt: skip
