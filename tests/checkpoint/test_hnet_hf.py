@@ -219,7 +219,7 @@ def test_tied_embeddings_may_be_stored_twice(tiny, in_memory):
         ({"residual": "identity"}, "a way that H-Net's published format cannot say"),
         ({"confidence": False}, "a way that H-Net's published format cannot say"),
         ({"head_bias": True}, "no logit bias"),
-        ({"layout": ("x1", "T1", "x1")}, "no Transformer-XL layers"),
+        ({"layout": ("x1", "T1", "x1")}, "or Transformer-XL layers"),
         ({"norm_eps": 1e-6}, "norm_eps"),
     ],
 )
