@@ -25,3 +25,11 @@ flags.FLAGS.mark_as_parsed()
 def golden() -> pathlib.Path:
     """Directory of the small reference numbers."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops compiled programs after each module: thousands of them in one process exhaust its memory maps, which ends
+    in a crash. Those that are needed again come from the persistent cache."""
+    yield
+    jax.clear_caches()
