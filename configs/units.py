@@ -139,8 +139,8 @@ def entropy_ngrams() -> Experiment:
 
 
 def magnet() -> Experiment:
-    """For the parallel texts (`make parallel`): one predictor per script, with lower priors where characters take more
-    bytes. The priors are a first guess, not tuned."""
+    """For the parallel texts (`make parallel`): one predictor per script, lower priors where characters are
+    longer. The priors are a first guess, not tuned."""
     scripts = ("latin", "cyrillic", "kana", "han")
     rule = Predictor(prior=0.2, hidden=96, scripts=scripts, priors=(0.2, 0.11, 0.12, 0.14))
     return parallel(experiment(units(pooled(rule, 0.26))))
