@@ -63,6 +63,11 @@ _COMMON = (
     _layer("mlp.down_proj", "mlp/down", 1),
     Rule("model.norm.weight", "norm"),
     Rule("lm_head.weight", "unembed", 1),
+    # Learned evictors (kvcache/dms): the first two are published, the others our own.
+    _layer("self_attn.dms_proj_alpha", "attn/dms/alpha", 1),
+    _layer("self_attn.dms_proj_alpha_norm", "attn/dms/norm"),
+    _layer("self_attn.dms_observed", "attn/dms/observed", 1),
+    Rule("model.layers.{i}.self_attn.dms_proj_alpha.bias", "layers/attn/dms/bias"),
 )
 _QK_NORM = (_layer("self_attn.q_norm", "attn/q_norm"), _layer("self_attn.k_norm", "attn/k_norm"))
 # The same published name stands for different norms: before the MLP, or after attention.

@@ -1,17 +1,14 @@
-"""The cache that keeps every key and value.
-
-A cache policy is a pytree for one layer with `write` and `attend`; the model carries one per layer (stacked or in
-a tuple) next to the number of tokens that every row has seen.
-"""
+"""The cache that keeps every key and value; `memory.Layer` is the protocol that it follows."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from atom_jax.kvcache.memory import Call
 from atom_jax.nn.attention import Tokens, attend
 
 
@@ -19,6 +16,7 @@ from atom_jax.nn.attention import Tokens, attend
 class DenseLayer:
     """Keys and values of one layer: k, v [b, h, c, k], where slot c holds the token at position c of its row."""
 
+    RANK: ClassVar[int] = 4
     k: jax.Array
     v: jax.Array
 
@@ -48,6 +46,30 @@ class DenseLayer:
         slots = jnp.broadcast_to(jnp.arange(capacity)[None], (b, capacity))
         stored = (slots < length_b[:, None]).astype(jnp.int32)
         return attend(q_bhgtk, self.k, self.v, q, Tokens(slots, stored), window=window)
+
+    def extend(self, call: Call) -> tuple[jax.Array, DenseLayer]:
+        """Stores the new tokens, and attends; see `memory.Layer`."""
+        state = self.write(call.k, call.v, call.length)
+        if call.fresh and call.q.shape[3] > 1:
+            return attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True), state
+        here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
+        return state.attend(call.q, here, call.after, call.window), state
+
+    def full(self, length_b: jax.Array) -> jax.Array:
+        """Rows whose next token does not fit."""
+        return length_b >= self.k.shape[-2]
+
+    def grow(self, more: int) -> DenseLayer:
+        """Room for `more` tokens beyond the present capacity, in the next bucket."""
+        return grow_layers(self, bucket(self.k.shape[-2] + more))
+
+    def held(self, length_b: jax.Array) -> jax.Array:
+        """Every token."""
+        return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
+
+    def read(self, length_b: jax.Array) -> jax.Array:
+        """Every token."""
+        return self.held(length_b).astype(jnp.float32)
 
 
 @struct.dataclass

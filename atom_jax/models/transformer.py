@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from atom_jax import config, params
-from atom_jax.kvcache import dense
+from atom_jax.kvcache import dense, policies
 from atom_jax.kvcache.dense import Cache, DenseLayer
+from atom_jax.kvcache.dms import DMS, decide
+from atom_jax.kvcache.dms.decide import Mode
+from atom_jax.kvcache.memory import Call, Sizes, is_layer, stack_layers
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attend, attention_spec
 from atom_jax.nn.linear import project
@@ -70,6 +74,8 @@ class TransformerConfig:
     dtype: str = "float32"
     # Recompute each layer in the backward pass instead of storing its activations.
     remat: bool = False
+    # What of the keys and values is kept: a policy of `kvcache.policies`, or None for everything.
+    memory: Any = None
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -82,6 +88,14 @@ class TransformerConfig:
             raise AtomError(f"layer_types: expected 'full' or 'sliding', got {self.layer_types}")
         if self.dtype not in ("float32", "bfloat16"):
             raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        policies.check(self.memory)
+        if self.memory is not None and "sliding" in self.layer_types:
+            raise AtomError("memory: policies are for models whose layers all see everything, not for sliding layers")
+
+    @property
+    def dms(self) -> DMS | None:
+        """The learned evictors' configuration, or None."""
+        return self.memory if isinstance(self.memory, DMS) else None
 
     def period(self) -> int:
         """Number of layers after which the layer types repeat: the layers of one scan step."""
@@ -100,6 +114,8 @@ def spec(cfg: TransformerConfig) -> params.Tree:
         "mlp_norm": ParamSpec((d,), (None,), ones),
         "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
     }
+    if cfg.dms is not None and (learned := cfg.dms.spec(d, cfg.n_kv_heads)):
+        layer["attn"]["dms"] = learned
     tree = {
         "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(0.02)),
         "layers": params.stack(layer, cfg.n_layers),
@@ -111,9 +127,15 @@ def spec(cfg: TransformerConfig) -> params.Tree:
 
 
 def init_cache(cfg: TransformerConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
-    """An empty dense cache, stacked over layers, with room for `capacity` tokens per row."""
-    layer = DenseLayer.empty(batch_size, cfg.n_kv_heads, capacity, cfg.head_dim, dtype or jnp.dtype(cfg.dtype))
-    layers = jax.tree.map(lambda x: jnp.zeros((cfg.n_layers, *x.shape), x.dtype), layer)
+    """An empty cache of the policy `cfg.memory`, stacked over layers, with room for `capacity` tokens per row."""
+    sizes = Sizes(
+        cfg.n_layers, batch_size, cfg.n_kv_heads, cfg.n_heads // cfg.n_kv_heads, cfg.head_dim,
+        dtype or jnp.dtype(cfg.dtype), (cfg.rope_theta, cfg.rope_scaling),
+    )  # fmt: skip
+    if cfg.memory is None:
+        layers = stack_layers(DenseLayer.empty(sizes.b, sizes.h, capacity, sizes.k, sizes.dtype), sizes.layers)
+    else:
+        layers = cfg.memory.init(sizes, capacity)
     return Cache(layers=layers, length=jnp.zeros(batch_size, jnp.int32), fresh=True)
 
 
@@ -125,31 +147,54 @@ def apply(
     With a cache, rows continue from `cache.length`; batch.positions must start there, real tokens (segment 1) come
     before padding (segment 0), and only real tokens count into the new length.
     """
-    x_btd, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
-    return Output(logits=logits(p, x_btd, cfg=cfg)), cache
+    x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
+    return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
 
 
 def hidden(
-    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None, key: jax.Array | None = None
+    p: params.Tree,
+    batch: Batch,
+    *,
+    cfg: TransformerConfig,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+    mode: Mode | None = None,
+    probe: Probe | None = None,
 ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
-    """Final normalised states [b, t, d] in the compute dtype, the cache after these tokens, and nothing learned ({}).
+    """Final normalised states [b, t, d] in the compute dtype, the cache after these tokens, and what was learned.
 
-    key: for models that draw while they train; unused here.
+    Without a cache, a model with learned evictors reports `evict`, bool [l, b, h, t] (by the key), `evict_soft`, f32
+    of that shape (`dms.decide.Decisions.soft`), `evict_logits` and `occupancy`, i32 [l, b, h].
+
+    key: noise for relaxed decisions, for training. mode: how decisions are made; None: relaxed with a key, else hard.
+    probe: called in every layer (see `Probe`); its results are `aux["probe"]`, stacked over layers.
     """
     x = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
-    context = _Context(cfg, batch, cache)
+    if mode is None:
+        mode = Mode() if key is None or cfg.dms is None else Mode("relaxed", _noise(key, cfg, batch))
+    context = _Context(cfg, batch, cache, mode, probe)
     layers, states = p["layers"], None if cache is None else cache.layers
     if isinstance(layers, tuple):
-        new = []
+        new, seen = [], []
         for i, layer in enumerate(layers):
-            x, state = _layer(layer, x, None if states is None else states[i], context, i)
+            noise = None if mode.noise is None else mode.noise[i]
+            x, state, one = _layer(layer, x, None if states is None else states[i], noise, context, i)
             new.append(state)
-        states = tuple(new)
+            seen.append(one)
+        states, seen = tuple(new), jax.tree.map(lambda *a: jnp.stack(a), *seen)
     else:
-        x, states = _scan(layers, x, states, context)
+        x, states, seen = _scan(layers, x, states, context)
     if cache is not None:
         cache = Cache(layers=states, length=context.length)
-    return rms_norm(x, p["norm"], cfg.norm_eps), cache, {}
+    if "evict" in seen:
+        count = functools.partial(decide.occupancy, tokens=context.tokens, window=cfg.dms.window)
+        seen["occupancy"] = jax.vmap(count)(seen["evict"])
+    return rms_norm(x, p["norm"], cfg.norm_eps), cache, seen
+
+
+def _noise(key: jax.Array, cfg: TransformerConfig, batch: Batch) -> jax.Array:
+    b, t = batch.ids.shape
+    return decide.logistic(key, (cfg.n_layers, b, cfg.n_kv_heads, t))
 
 
 def step(p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
@@ -193,18 +238,34 @@ def _decode_layer(layers: params.Tree, i: int, dtype: str) -> params.Tree:
 
 
 def full(cache: Cache) -> jax.Array:
-    """bool [b]: rows whose next token does not fit."""
-    return cache.length >= dense.capacity(cache.layers)
+    """bool [b]: rows whose next token might not fit."""
+    rows = [_over_layers(x, lambda one: one.full(cache.length)) for x in _layers(cache)]
+    return functools.reduce(jnp.logical_or, [jnp.any(x, axis=0) for x in rows])
 
 
-def grow(cache: Cache) -> Cache:
-    """The same memory with room for more tokens."""
-    return cache.replace(layers=dense.grow_layers(cache.layers, dense.bucket(dense.capacity(cache.layers) + 1)))
+def grow(cache: Cache, more: int = 1) -> Cache:
+    """The same memory with room for `more` further tokens per row. Runs on the host."""
+    return cache.replace(layers=jax.tree.map(lambda x: x.grow(more), cache.layers, is_leaf=is_layer))
+
+
+def _layers(cache: Cache) -> list[Any]:
+    """Layers, or one stack of them."""
+    return jax.tree.leaves(cache.layers, is_leaf=is_layer)
+
+
+def _over_layers(x: Any, fn: Any) -> jax.Array:
+    """fn of every layer, with a leading layer axis, for a layer alone or stacked."""
+    return jax.vmap(fn)(x) if x.k.ndim > x.RANK else fn(x)[None]
 
 
 def unstack(cache: Cache) -> Cache:
     """The same memory with a tuple of layers in place of a stacked one."""
     return cache.replace(layers=dense.unstack_layers(cache.layers))
+
+
+def read_whole(cfg: TransformerConfig) -> bool:
+    """Whether prompts are read in one call, however long; else in parts, between which the memory is compacted."""
+    return cfg.dms is None
 
 
 def roomier(cfg: TransformerConfig) -> None:
@@ -214,16 +275,26 @@ def roomier(cfg: TransformerConfig) -> None:
 def cache_use(cache: Cache, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
     """Entries of the cache that each row holds, and that its latest token read: float32 [b] each, averaged over
     layers and key/value heads."""
+    held, read = (
+        jnp.concatenate([_over_layers(x, lambda one, f=f: getattr(one, f)(cache.length)) for x in _layers(cache)])
+        .astype(jnp.float32)
+        .mean((0, 2))
+        for f in ("held", "read")
+    )
     sliding = sum(kind == "sliding" for kind in cfg.layer_types) / cfg.n_layers
-    held = cache.length.astype(jnp.float32)
-    return held, (1 - sliding) * held + sliding * jnp.minimum(held, cfg.sliding_window)
+    return held, (1 - sliding) * read + sliding * jnp.minimum(read, cfg.sliding_window)
+
+
+# (parameters of the layer, its input x [b, t, d], q [b, h, g, t, k] and k [b, h, t, k] after RoPE, v, Decisions or
+# None, tokens, this layer's `mode.noise`) -> a pytree of arrays.
+Probe = Callable[..., Any]
 
 
 class _Context:
     """What all layers of one call share: where tokens stand and the rotary tables of each layer type."""
 
-    def __init__(self, cfg: TransformerConfig, batch: Batch, cache: Cache | None):
-        self.cfg, self.cache = cfg, cache
+    def __init__(self, cfg: TransformerConfig, batch: Batch, cache: Cache | None, mode: Mode, probe: Probe | None):
+        self.cfg, self.cache, self.mode, self.probe = cfg, cache, mode, probe
         self.tokens = Tokens(batch.positions, batch.segments)
         kinds = set(cfg.layer_types) or {"full"}
         self.rope = {
@@ -239,56 +310,77 @@ class _Context:
         return self.cfg.layer_types[i] if self.cfg.layer_types else "full"
 
 
-def _scan(layers: Any, x: jax.Array, states: Any, context: _Context) -> tuple[jax.Array, Any]:
+def _scan(layers: Any, x: jax.Array, states: Any, context: _Context) -> tuple[jax.Array, Any, Any]:
     cfg = context.cfg
     period = cfg.period()
 
     def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         new = []
         for i in range(period):
-            layer, state = jax.tree.map(lambda a, i=i: a[i], inputs)
-            x, state = _layer(layer, x, state, context, i)
-            new.append(state)
+            layer, state, noise = jax.tree.map(lambda a, i=i: a[i], inputs)
+            x, *rest = _layer(layer, x, state, noise, context, i)
+            new.append(rest)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
 
     if cfg.remat:
         step = jax.checkpoint(step)
-    grouped = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), (layers, states))
-    x, states = jax.lax.scan(step, x, grouped)
-    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), states)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), (layers, states, context.mode.noise))
+    x, rest = jax.lax.scan(step, x, grouped)
+    states, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rest)
+    return x, states, seen
 
 
-def _layer(p: Any, x: jax.Array, state: Any, context: _Context, i: int) -> tuple[jax.Array, Any]:
+def _layer(p: Any, x: jax.Array, state: Any, noise: Any, context: _Context, i: int) -> tuple[jax.Array, Any, Any]:
     cfg, dtype = context.cfg, x.dtype
     p = params.cast(p, dtype)
     post = FAMILIES[cfg.family].post_norm
     with jax.named_scope("attention"):
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
-        y, state = _attention(p["attn"], y, state, context, context.kind(i))
+        y, state, seen = _attention(p["attn"], x, y, state, noise, context, context.kind(i))
         x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
     with jax.named_scope("mlp"):
         y = swiglu(p["mlp"], x if post else rms_norm(x, p["mlp_norm"], cfg.norm_eps))
         x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
-    return constrain(x, "batch", None, None), state
+    return constrain(x, "batch", None, None), state, seen
 
 
-def _attention(p: Any, x: jax.Array, state: Any, context: _Context, kind: str) -> tuple[jax.Array, Any]:
-    cfg, tokens, cache = context.cfg, context.tokens, context.cache
-    q, k, v = _projections(p, x, cfg)
-    q, k = rope.rotate(q, *context.rope[kind]), rope.rotate(k, *context.rope[kind])
+def _attention(
+    p: Any, x: jax.Array, y: jax.Array, state: Any, noise: Any, context: _Context, kind: str
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Attention of a layer whose input is x and whose projections read y [b, t, d]; its memory afterwards; and what
+    is to be reported, by name."""
+    cfg, tokens, cache, dms = context.cfg, context.tokens, context.cache, context.cfg.dms
+    q, k, v = _projections(p, y, cfg)
+    z = None if dms is None else decide.logits(p.get("dms"), x, q, dms, cfg.n_kv_heads, cfg.norm_eps)
+    lend = functools.partial(decide.lend, h=cfg.n_kv_heads, fade=context.mode.fade)
+    if dms is None or dms.form != "borrowed":
+        lend = lambda q: q  # noqa: E731
+    q, k = lend(rope.rotate(lend(q), *context.rope[kind])), rope.rotate(k, *context.rope[kind])
     b, t, n, size = q.shape
     q = q.reshape(b, t, cfg.n_kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     window = cfg.sliding_window if kind == "sliding" else None
-    if cache is not None:
-        state = state.write(k, v, cache.length)
-    if cache is None or (cache.fresh and t > 1):
-        out = attend(q, k, v, tokens, tokens, window=window, aligned=True)
+    seen: dict[str, Any] = {}
+    if cache is None:
+        keep, chosen = None, None
+        if dms is not None:
+            mode = context.mode.replace(noise=noise)
+            chosen = decide.decide(p.get("dms"), z, q, k, tokens, dms, mode)
+            keep = chosen.keep
+            seen |= {"evict": chosen.evict, "evict_soft": chosen.soft, "evict_logits": chosen.z}
+        if context.probe is not None:
+            seen["probe"] = context.probe(p, x, q, k, v, chosen, tokens, noise)
+        wait = 0 if dms is None else dms.window
+        out = attend(q, k, v, tokens, tokens, window=window, aligned=True, keep_bhs=keep, keep_window=wait)
     else:
-        here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))
-        out = state.attend(q, here, context.length, window)
+        scaling = cfg.rope_scaling if kind == "full" else None
+        call = Call(
+            q, k, v, tokens, cache.length, z, p.get("dms"),
+            window=window, fresh=cache.fresh, rope=(cfg.rope_theta, scaling),
+        )  # fmt: skip
+        out, state = state.extend(call)
     out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, size)
-    return project(out, p["o"], inputs=2), state
+    return project(out, p["o"], inputs=2), state, seen
 
 
 def _projections(p: Any, x_btd: jax.Array, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array, jax.Array]:

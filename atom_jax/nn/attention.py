@@ -64,6 +64,8 @@ def attend(
     *,
     window: int | None = None,
     aligned: bool = False,
+    keep_bhs: jax.Array | None = None,
+    keep_window: int = 0,
 ) -> jax.Array:
     """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
 
@@ -73,18 +75,24 @@ def attend(
       window: a query sees only keys fewer than `window` positions back (None: all).
       aligned: True promises that key i stands where query i stands, so that blocks above the diagonal or
         outside the window are never computed.
+      keep_bhs: added to the scores of a key by queries more than `keep_window` positions after it: the log-probability
+        that the key was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
     """
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
-    if t == 1:
+    if t == 1 and keep_bhs is None:
         return _attend_one(q_bhgtk[..., 0, :], k_bhsk, v_bhsk, mask(q, k, window)[:, None])[..., None, :]
     block = block_size(s)
     if t * s > block * block:
         places = (q.positions, q.segments, k.positions, k.segments)
-        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block)
+        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, keep_bhs, keep_window)
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
+    scores = scores * q_bhgtk.shape[-1] ** -0.5
+    if keep_bhs is not None:
+        far = (q.positions[:, :, None] - k.positions[:, None, :])[:, None] > keep_window
+        scores += jnp.where(far, keep_bhs[:, :, None].astype(jnp.float32), 0.0)[:, :, None]
     seen = jnp.broadcast_to(mask(q, k, window)[:, None, None], scores.shape)
-    scores = jnp.where(seen, scores * q_bhgtk.shape[-1] ** -0.5, NEGATIVE)
+    scores = jnp.where(seen, scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bhsk.dtype)
     return jnp.einsum("bhgts,bhsk->bhgtk", weights, v_bhsk).astype(q_bhgtk.dtype)
 

@@ -7,6 +7,7 @@ recomputes the scores of a block instead of storing them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,46 @@ def blockwise(
     window: int | None,
     aligned: bool,
     block: int,
+    keep_bhs: jax.Array | None = None,
+    keep_window: int = 0,
 ) -> jax.Array:
     """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time.
 
     places: query positions [b, t], query segments [b, t], key positions [b, s], key segments [b, s], all i32.
     Returns [b, h, g, t, k] in the dtype of the queries.
     """
-    t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
-    pad_q, pad_k = -t % block, -s % block
-    q = jnp.pad(q_bhgtk * jnp.asarray(q_bhgtk.shape[-1] ** -0.5, q_bhgtk.dtype), _at(5, 3, pad_q))
-    k, v = jnp.pad(k_bhsk, _at(4, 2, pad_k)), jnp.pad(v_bhsk, _at(4, 2, pad_k))
+    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
+    return _attend(*args, (window, keep_window), aligned, block)[..., : q_bhgtk.shape[3], :]
+
+
+def blockwise_lse(
+    q_bhgtk: jax.Array,
+    k_bhsk: jax.Array,
+    v_bhsk: jax.Array,
+    places: Places,
+    window: int | None,
+    aligned: bool,
+    block: int,
+    keep_bhs: jax.Array | None = None,
+    keep_window: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t]; no gradient."""
+    t = q_bhgtk.shape[3]
+    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
+    out, lse = _forward(*args, (window, keep_window), aligned, block)
+    return out[..., :t, :], lse[..., :t]
+
+
+def _padded(q, k, v, keep, places, block):
+    """Everything filled up to whole blocks, and the queries divided by the root of the head size."""
+    pad_q, pad_k = -q.shape[3] % block, -k.shape[2] % block
+    q = jnp.pad(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), _at(5, 3, pad_q))
+    k, v = jnp.pad(k, _at(4, 2, pad_k)), jnp.pad(v, _at(4, 2, pad_k))
+    keep = None if keep is None else jnp.pad(keep.astype(jnp.float32), _at(3, 2, pad_k))
     q_pos, q_seg = (jnp.pad(x, _at(2, 1, pad_q)) for x in places[:2])
     k_pos = jnp.pad(places[2], _at(2, 1, pad_k))
     k_seg = jnp.pad(places[3], _at(2, 1, pad_k), constant_values=-1)
-    return _attend(q, k, v, (q_pos, q_seg, k_pos, k_seg), window, aligned, block)[..., :t, :]
+    return q, k, v, keep, (q_pos, q_seg, k_pos, k_seg)
 
 
 def _at(rank: int, axis: int, amount: int) -> list[tuple[int, int]]:
@@ -63,27 +90,39 @@ def _query_range(j: jax.Array, nq: int, window: int | None, aligned: bool, block
     return j, last
 
 
-def _scores(q: jax.Array, k: jax.Array, places: Places, window: int | None) -> jax.Array:
-    """Masked scores float32 [b, h, g, block, block] of one tile; q is already scaled."""
+def _scores(
+    q: jax.Array, k: jax.Array, keep: jax.Array | None, places: Places, windows: tuple
+) -> tuple[jax.Array, Any]:
+    """Masked scores float32 [b, h, g, block, block] of one tile, q being scaled already; and where keys are so far
+    back that `keep` counts, bool [b, block, block] (None without it)."""
+    window, keep_window = windows
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k, preferred_element_type=jnp.float32)
     q_pos, q_seg, k_pos, k_seg = places
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     seen = (q_seg[:, :, None] == k_seg[:, None, :]) & (distance >= 0)
     if window is not None:
         seen &= distance < window
-    return jnp.where(jnp.broadcast_to(seen[:, None, None], scores.shape), scores, NEGATIVE)
+    far = None
+    if keep is not None:
+        far = distance > keep_window
+        scores += jnp.where(far[:, None], keep[:, :, None], 0.0)[:, :, None]
+    return jnp.where(jnp.broadcast_to(seen[:, None, None], scores.shape), scores, NEGATIVE), far
 
 
 def _tiles(places: Places, i: jax.Array, j: jax.Array, block: int) -> Places:
     return (*(_tile(x, i, 1, block) for x in places[:2]), *(_tile(x, j, 1, block) for x in places[2:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q, k, v, places, window, aligned, block):
-    return _forward(q, k, v, places, window, aligned, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, keep, places, windows, aligned, block):
+    return _forward(q, k, v, keep, places, windows, aligned, block)[0]
 
 
-def _forward(q, k, v, places, window, aligned, block):
+def _keep_tile(keep, j, block):
+    return None if keep is None else _tile(keep, j, 2, block)
+
+
+def _forward(q, k, v, keep, places, windows, aligned, block):
     b, h, g, t, d = q.shape
     nq, nk = t // block, k.shape[2] // block
 
@@ -92,7 +131,8 @@ def _forward(q, k, v, places, window, aligned, block):
 
         def visit(j, carry):
             total, top, out = carry
-            s = _scores(q_i, _tile(k, j, 2, block), _tiles(places, i, j, block), window)
+            k_j = _tile(k, j, 2, block)
+            s, _ = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, block), windows)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -102,7 +142,7 @@ def _forward(q, k, v, places, window, aligned, block):
 
         zero = jnp.zeros((b, h, g, block), jnp.float32)
         start = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, block, d), jnp.float32))
-        total, top, out = jax.lax.fori_loop(*_key_range(i, nk, window, aligned, block), visit, start)
+        total, top, out = jax.lax.fori_loop(*_key_range(i, nk, windows[0], aligned, block), visit, start)
         total = jnp.maximum(total, 1e-30)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
@@ -116,13 +156,13 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _forward_rule(q, k, v, places, window, aligned, block):
-    out, lse = _forward(q, k, v, places, window, aligned, block)
-    return out, (q, k, v, places, out, lse)
+def _forward_rule(q, k, v, keep, places, windows, aligned, block):
+    out, lse = _forward(q, k, v, keep, places, windows, aligned, block)
+    return out, (q, k, v, keep, places, out, lse)
 
 
-def _backward_rule(window, aligned, block, saved, d_out):
-    q, k, v, places, out, lse = saved
+def _backward_rule(windows, aligned, block, saved, d_out):
+    q, k, v, keep, places, out, lse = saved
     nq, nk = q.shape[3] // block, k.shape[2] // block
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
@@ -130,26 +170,30 @@ def _backward_rule(window, aligned, block, saved, d_out):
         k_j, v_j = _tile(k, j, 2, block), _tile(v, j, 2, block)
 
         def visit(i, carry):
-            d_q, d_k, d_v = carry
+            d_q, d_k, d_v, d_keep = carry
             q_i, d_i = _tile(q, i, 3, block), _tile(d_out, i, 3, block)
-            s = _scores(q_i, k_j, _tiles(places, i, j, block), window)
+            s, far = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, block), windows)
             p = jnp.exp(s - _tile(lse, i, 3, block)[..., None])
             d_p = jnp.einsum("bhgtk,bhsk->bhgts", d_i, v_j, preferred_element_type=jnp.float32)
-            d_s = (p * (d_p - _tile(delta, i, 3, block)[..., None])).astype(q.dtype)
-            p = p.astype(q.dtype)
+            d_s = p * (d_p - _tile(delta, i, 3, block)[..., None])
+            if keep is not None:
+                d_keep += jnp.einsum("bhgts,bts->bhs", d_s, far.astype(jnp.float32))
+            d_s, p = d_s.astype(q.dtype), p.astype(q.dtype)
             d_v += jnp.einsum("bhgts,bhgtk->bhsk", p, d_i, preferred_element_type=jnp.float32)
             d_k += jnp.einsum("bhgts,bhgtk->bhsk", d_s, q_i, preferred_element_type=jnp.float32)
             add = jnp.einsum("bhgts,bhsk->bhgtk", d_s, k_j, preferred_element_type=jnp.float32)
             here = _tile(d_q, i, 3, block) + add
-            return jax.lax.dynamic_update_slice_in_dim(d_q, here, i * block, 3), d_k, d_v
+            return jax.lax.dynamic_update_slice_in_dim(d_q, here, i * block, 3), d_k, d_v, d_keep
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
-        span = _query_range(j, nq, window, aligned, block)
-        d_q, d_k, d_v = jax.lax.fori_loop(*span, visit, (d_q, zero, zero))
-        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+        none = None if keep is None else jnp.zeros(k_j.shape[:3], jnp.float32)
+        span = _query_range(j, nq, windows[0], aligned, block)
+        d_q, d_k, d_v, d_keep = jax.lax.fori_loop(*span, visit, (d_q, zero, zero, none))
+        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep)
 
-    d_q, (d_k, d_v) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(nk))
-    return d_q.astype(q.dtype), _join(d_k, 2), _join(d_v, 2), None
+    d_q, (d_k, d_v, d_keep) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(nk))
+    d_keep = None if keep is None else _join(d_keep, 2)
+    return d_q.astype(q.dtype), _join(d_k, 2), _join(d_v, 2), d_keep, None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)

@@ -1,0 +1,12 @@
+"""Dynamic Memory Sparsification (Łańcucki et al., 2025): every key is kept or evicted, as learned.
+
+config    the forms of the decision, and their sizes
+decide    decision logits, their relaxation for training, and what they mean for attention
+observed  the attention that a key receives while it is in the window
+pool      keys and values in pages that belong to heads, so that the memory is what is retained
+serve     the cache: prompts in parts, one token at a time, several turns
+"""
+
+from atom_jax.kvcache.dms.config import DMS
+
+__all__ = ["DMS"]

@@ -1,0 +1,80 @@
+"""The configuration of Dynamic Memory Sparsification and its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from atom_jax import config
+from atom_jax.kvcache.memory import Policy, Sizes
+from atom_jax.params import ParamSpec, Tree, ones, zeros
+from atom_jax.typing import AtomError
+
+FORMS = ("borrowed", "adapter", "observed")
+# Statistics of `observed`: log of the largest, of the summed and of the recent attention that a key received.
+FEATURES = 3
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class DMS(Policy):
+    """How a model decides which keys leave its memory (Łańcucki et al., 2025, "Inference-time hyper-scaling").
+
+    The decision about the key of token i is the sign of a logit computed at token i + 1; a key with a positive one is
+    seen by the `window` tokens after its own, and by none later.
+
+    form: "borrowed": the last channel of the first query head of every group is the logit, times scale (the published
+        8B checkpoint); "adapter": a projection of the normalised residual stream; "observed": that, plus a linear
+        function of the attention that the key received within the window (ours), decided when it leaves the window.
+    window: tokens after its own that see every key.
+    scale, offset: logit = projection * scale - offset.
+    tau: temperature of the relaxed decisions in training.
+    per: "head", or "layer": the first head decides for all heads of its layer.
+    bias: the projection has a bias per head.
+    sinks: positions at the start of a text whose keys are never evicted.
+    page: entries per page of the serving cache.
+    cr: the compression ratio that it was trained for; documentation only.
+    """
+
+    name: ClassVar[str] = "dms"
+    form: str = "adapter"
+    window: int = 512
+    scale: float = 100.0
+    offset: float = 5.0
+    tau: float = 0.1
+    per: str = "head"
+    bias: bool = False
+    sinks: int = 0
+    page: int = 32
+    cr: float = 8.0
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.per not in ("head", "layer"):
+            raise AtomError(f"memory.per: expected head or layer, got {self.per!r}")
+        if self.window < 1 or self.page < 1 or self.sinks < 0:
+            raise AtomError("memory: window and page must be at least 1, sinks at least 0")
+        if not self.tau > 0:
+            raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
+
+    def spec(self, d: int, h: int) -> Tree:
+        """Parameters of one layer of width d with h key/value heads; {} for the borrowed form. Zero weights evict
+        nothing."""
+        if self.form == "borrowed":
+            return {}
+        spec = {
+            "norm": ParamSpec((d,), (None,), ones),
+            "alpha": ParamSpec((d, h), ("embed", "kv_heads"), zeros),
+        }
+        if self.bias:
+            spec["bias"] = ParamSpec((h,), ("kv_heads",), zeros)
+        if self.form == "observed":
+            spec["observed"] = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
+        return spec
+
+    def init(self, sizes: Sizes, capacity: int) -> Any:
+        """An empty paged cache of all layers."""
+        from atom_jax.kvcache.dms import serve
+
+        return serve.init(self, sizes, capacity)

@@ -1,0 +1,126 @@
+"""Decision logits, their relaxation, and the log-probability with which keys stay (Łańcucki et al., 2025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.kvcache.dms.config import DMS
+from atom_jax.kvcache.dms.observed import observe
+from atom_jax.nn.attention import NEGATIVE, Tokens
+from atom_jax.nn.norm import rms_norm
+from atom_jax.params import Tree
+
+
+@struct.dataclass
+class Mode:
+    """How decisions are made in a pass without a cache.
+
+    kind: "hard": by the sign of the logit; "relaxed": with noise and a gradient; "off": nothing is evicted.
+    noise: logistic noise of "relaxed", f32 [l, b, h, t] (of one layer [b, h, t]), or None for none.
+    fade: f32 [], what is left of the borrowed channel inside attention: 1 at the start of a retrofit, 0 in the end.
+    """
+
+    kind: str = struct.field(pytree_node=False, default="hard")
+    noise: Any = None
+    fade: Any = None
+
+
+@struct.dataclass
+class Decisions:
+    """What one layer decided.
+
+    keep: f32 [b, h, t], added to the scores of the key at t by queries beyond the window; None: all stay.
+    evict: bool [b, h, t], whether the key at t is evicted. soft: f32 [b, h, t], the decisions made at t, 0 or 1 with
+    the gradient of their probabilities. z: f32 [b, h, t], the logits of the keys at t.
+    """
+
+    keep: Any
+    evict: jax.Array
+    soft: jax.Array
+    z: jax.Array
+
+
+def logistic(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard logistic noise, the difference of two standard Gumbel draws, float32."""
+    return jax.random.logistic(key, shape, jnp.float32)
+
+
+def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: DMS, h: int, eps: float) -> jax.Array:
+    """Decision logits of every token, float32 [b, h, t]: they speak of the token before. Of the observed form, the
+    part that does not depend on attention.
+
+    x_btd: the residual stream at the layer's input. q_btnk: queries after their norm, before RoPE (borrowed form).
+    """
+    if cfg.form == "borrowed":
+        z = q_btnk[:, :, :: q_btnk.shape[2] // h, -1].astype(jnp.float32)
+    else:
+        y = rms_norm(x_btd, p["norm"], eps)
+        z = jnp.einsum("btd,dh->bth", y, p["alpha"].astype(y.dtype), preferred_element_type=jnp.float32)
+        if cfg.bias:
+            z += p["bias"].astype(jnp.float32)[None, None]
+    return z.transpose(0, 2, 1) * cfg.scale - cfg.offset
+
+
+def lend(q_btnk: jax.Array, h: int, fade: Any = None) -> jax.Array:
+    """Queries whose borrowed channel is set to `fade` times itself (None: to 0), before RoPE and again after it."""
+    n, size = q_btnk.shape[2:]
+    borrowed = ((jnp.arange(n) % (n // h)) == 0)[:, None] & (jnp.arange(size) == size - 1)[None]
+    factor = jnp.where(borrowed, 0.0 if fade is None else fade, 1.0).astype(q_btnk.dtype)
+    return q_btnk * factor[None, None]
+
+
+def shift(x_bht: jax.Array, last: float) -> jax.Array:
+    """What was said at token t + 1, at t; `last` for the newest token."""
+    return jnp.concatenate([x_bht[..., 1:], jnp.full_like(x_bht[..., :1], last)], axis=-1)
+
+
+def from_observed(p: Tree, seen_bhtf: jax.Array, cfg: DMS) -> jax.Array:
+    """The part of the logits that attention contributes, float32 [b, h, t]; seen_bhtf: features of `observed`."""
+    return jnp.einsum("bhtf,fh->bht", seen_bhtf, p["observed"].astype(jnp.float32)) * cfg.scale
+
+
+def decide(
+    p: Tree, z_bht: jax.Array, q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, cfg: DMS, mode: Mode
+) -> Decisions:
+    """Decisions about all keys of a pass without a cache.
+
+    z_bht: from `logits`. q_bhgtk, k_bhtk: after RoPE, for the observed form.
+    """
+    relaxed = mode.kind == "relaxed"
+    noise = 0.0 if not relaxed or mode.noise is None else mode.noise
+    if cfg.form == "observed":
+        seen = jax.lax.stop_gradient(observe(q_bhgtk, k_bhtk, tokens, cfg.window))
+        z = _per(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
+        said = _per((z + noise) / cfg.tau, cfg) if relaxed else z
+        of_key = said
+    else:
+        said = _per((z_bht + noise) / cfg.tau if relaxed else z_bht, cfg)
+        z, of_key = _per(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)
+    sink = (tokens.positions < cfg.sinks)[:, None]
+    evict = (of_key > 0) & ~sink
+    hard = (said > 0).astype(jnp.float32)
+    if mode.kind == "off":
+        none = jnp.zeros_like(evict)
+        return Decisions(None, none, jnp.zeros_like(hard), z)
+    if not relaxed:
+        return Decisions(jnp.where(evict, NEGATIVE, 0.0), evict, hard, z)
+    soft = jax.nn.sigmoid(said)
+    keep = jnp.where(sink, 0.0, jax.nn.log_sigmoid(-of_key))
+    return Decisions(keep, evict, soft + jax.lax.stop_gradient(hard - soft), z)
+
+
+def _per(x_bht: jax.Array, cfg: DMS) -> jax.Array:
+    """The first head's values for all heads where the layer decides as one."""
+    return jnp.broadcast_to(x_bht[:, :1], x_bht.shape) if cfg.per == "layer" else x_bht
+
+
+def occupancy(evict_bht: jax.Array, tokens: Tokens, window: int) -> jax.Array:
+    """i32 [b, h]: keys left once the last token of every row was read: those not evicted, and those it sees in the window."""
+    real = tokens.segments > 0
+    newest = jnp.max(jnp.where(real, tokens.positions, -1), axis=1)
+    recent = newest[:, None] - tokens.positions <= window
+    return jnp.sum((~evict_bht | recent[:, None]) & real[:, None], axis=2, dtype=jnp.int32)
