@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from tqdm import tqdm
 
 from atom_jax import config, tokenizers
 from atom_jax import params as params_lib
 from atom_jax.data import vocabulary
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
+from atom_jax.transfer import dms_fit
 from atom_jax.typing import AtomError
 
 
@@ -55,6 +59,34 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
             raise AtomError(f"init_from {exp.init_from}: {name} is {shapes[0]} there and {shapes[1]} in this model")
     lm = checkpoint.load(exp.init_from, dtype="float32", shardings=shardings)
     return lm.params, [f"init_from: {line}" for line in config.diff(there, exp.model)]
+
+
+def fitted(exp: Experiment, params: Any, data: Iterator[dict[str, Any]]) -> Any:
+    """`params` with evictors fitted as `exp.fit` says, on rows of `data`. Raises AtomError without parameters."""
+    if params is None:
+        raise AtomError("fit: set init_from; evictors are fitted to a model that has learned something")
+    bar = tqdm(total=exp.fit.windows + 3 * exp.fit.calibration, desc="fit", unit="row", mininterval=1)
+    with bar:
+        return dms_fit.fit(params, exp.model, _whole_rows(data, bar), exp.fit, bar.set_postfix_str)
+
+
+def calibrated(exp: Experiment, params: Any, data: Iterator[dict[str, Any]]) -> Any:
+    """`params` with the threshold for evictions moved to where `exp.fit.entries` keys stay."""
+    bar = tqdm(total=3 * exp.fit.calibration, desc="threshold", unit="row", mininterval=1)
+    with bar:
+        return dms_fit.calibrate(params, exp.model, _whole_rows(data, bar), exp.fit, bar.set_postfix_str)
+
+
+def _whole_rows(data: Iterator[dict[str, Any]], bar: Any) -> Iterator[np.ndarray]:
+    """Ids i32 [1, t] of the rows of `data` that hold a single document."""
+    for batches in range(10**9):
+        if batches > 1000 and not bar.n:
+            raise AtomError("fit: no row of the data holds a single document; data.seq_len is too long for them")
+        batch = next(data)
+        for ids, segments in zip(batch["ids"], batch["segments"]):
+            if (segments == 1).all():
+                bar.update()
+                yield ids[None]
 
 
 def _source(exp: Experiment, what: str) -> tuple[Any, Any]:
