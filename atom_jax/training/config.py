@@ -102,6 +102,8 @@ class Experiment:
 
     # The model's configuration, or None for the model of init_from.
     model: Any = None
+    # Cache policy for the model of init_from; None leaves the one that it has.
+    memory: Any = None
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -19,16 +20,30 @@ from atom_jax.typing import AtomError
 
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
-    """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from` before
-    the settings that concern it are applied."""
+    """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from`, with
+    `memory` in its configuration, before the settings that concern it are applied.
+
+    Raises AtomError for anything wrong in the file or the settings, and for a `memory` that no model can take."""
     exp = config.load_file(reference)
     if not isinstance(exp, Experiment):
         raise AtomError(f"--config={reference}: expected an Experiment, got {type(exp).__name__}")
     later = [s for s in settings if s.startswith("model.")]
     exp = config.override(exp, [s for s in settings if s not in later])
     if exp.model is None:
-        exp = dataclasses.replace(exp, model=_source(exp, "model")[0])
+        exp = dataclasses.replace(exp, model=_with_memory(_source(exp, "model")[0], exp))
+    elif exp.memory is not None:
+        raise AtomError("memory is for the model of init_from: where `model` is given, set model.memory")
     return config.override(exp, later)
+
+
+def _with_memory(model: Any, exp: Experiment) -> Any:
+    if exp.memory is None:
+        return model
+    if not hasattr(model, "memory"):
+        raise AtomError(
+            f"memory: the model of init_from {exp.init_from}, a {type(model).__name__}, has no such field"
+        )
+    return dataclasses.replace(model, memory=exp.memory)
 
 
 def tokenizer(exp: Experiment) -> Any:
@@ -47,18 +62,37 @@ def tokenizer(exp: Experiment) -> Any:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and how its configuration differs.
 
-    Raises AtomError when a tensor differs in shape from the experiment's model.
+    Learned evictors (attn/dms) that are absent there take the initial values of the experiment's seed.
+    Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     from atom_jax import checkpoint
+    from atom_jax.checkpoint import adapters
 
     there, _ = _source(exp, "model")
     ours, theirs = (params_lib.flatten(registry.of(c).spec(c)) for c in (exp.model, there))
-    for name in sorted(set(ours) | set(theirs)):
+    new = {name: spec for name, spec in ours.items() if adapters.PART in name and name not in theirs}
+    for name in sorted((set(ours) | set(theirs)) - set(new)):
         shapes = [list(spec[name].shape) if name in spec else "absent" for spec in (theirs, ours)]
         if shapes[0] != shapes[1]:
             raise AtomError(f"init_from {exp.init_from}: {name} is {shapes[0]} there and {shapes[1]} in this model")
     lm = checkpoint.load(exp.init_from, dtype="float32", shardings=shardings)
-    return lm.params, [f"init_from: {line}" for line in config.diff(there, exp.model)]
+    notes = [f"init_from: {line}" for line in config.diff(there, exp.model)]
+    if not new:
+        return lm.params, notes
+    notes.append(f"init_from: {', '.join(new)} absent there, so with initial values")
+    leaves = params_lib.flatten(lm.params) | _initial(exp.seed, new, shardings)
+    return params_lib.unflatten({name: leaves[name] for name in ours}), notes
+
+
+def _initial(seed: int, specs: dict[str, params_lib.ParamSpec], shardings: Any) -> dict[str, Any]:
+    """Initial values by path, each the same as in a model that starts from the seed altogether."""
+    spec = params_lib.unflatten(specs)
+    places = None
+    if shardings is not None:
+        given = params_lib.flatten(shardings)
+        places = params_lib.unflatten({name: given[name] for name in specs})
+    draw = jax.jit(lambda key: params_lib.init(key, spec), out_shardings=places)
+    return params_lib.flatten(draw(jax.random.key(seed)))
 
 
 def fitted(exp: Experiment, params: Any, data: Iterator[dict[str, Any]]) -> Any:
