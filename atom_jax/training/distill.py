@@ -78,7 +78,7 @@ def self_distillation(
         student_mode = Mode("relaxed", noise, fade)
     frozen = jax.lax.stop_gradient(params)
     teacher, _, _ = transformer.hidden(frozen, batch, cfg=cfg, mode=teacher_mode)
-    student, _, aux = transformer.hidden(params, batch, cfg=cfg, mode=student_mode)
+    student, _, aux = transformer.hidden(params, batch, cfg=dataclasses.replace(cfg, remat=True), mode=student_mode)
     ends = jnp.isin(batch.ids, jnp.array(cfg.eos_ids or (-1,)))
     counts = batch.loss_mask.astype(jnp.float32)
     block = block or positions_per_block(b, t, cfg.vocab_size)
