@@ -99,7 +99,8 @@ def load_config(path: Path) -> tuple[TransformerConfig, Any]:
 
 def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json, generation_config.json, model.safetensors (shards beyond `shard_bytes`) and the tokenizer's
-    files, under the family's published names and in the parameters' dtypes.
+    files, under the family's published names and in the parameters' dtypes. Learned evictors are part of a model; any
+    other cache policy in its configuration is not, and is left out.
 
     name: what the model is called, kept in config.json. All or nothing: on any failure `directory` is as before.
     Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where
