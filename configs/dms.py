@@ -6,32 +6,98 @@ python train.py --config=configs/dms.py:smollm2 --workdir=runs/dms
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from atom_jax.data.config import DataConfig
 from atom_jax.kvcache.dms import DMS
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.sharding import MeshConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
 from atom_jax.training.distill import DistillConfig
 from atom_jax.transfer.dms_fit import FitConfig
 
-ENGLISH = ("brown", "handbook", "jargon", "office", "postgres")
-ADAPTERS_ONLY = (Group(r"(?!layers/attn/dms/).*"),)
 
-
-def smollm2(entries: int = 512, share: float = 0.8) -> Experiment:
+def smollm2(entries: int = 512) -> Experiment:
+    """Half as many evictions again as `entries` need are learned in the end, so that the adapter serves at 8x too."""
     return Experiment(
         init_from="models/smollm2-135m-instruct",
-        memory=DMS(form="observed", window=128, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=4, cr=2048 / entries),
-        data=DataConfig(
-            sources=tuple(f"corpora/english/{name}" for name in ENGLISH), weights=(3.0, 1.0, 1.0, 1.0, 2.0),
-            seq_len=2048, batch_size=1,
+        memory=DMS(
+            form="observed", window=128, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=4, cr=2048 / entries
         ),
+        data=english(2048),
         tokenizer="",
-        fit=FitConfig(target="attention", entries=entries),
-        distill=DistillConfig(direction="both", cr_start=1 / (1 - share), cr_end=1 / (1 - share), cr_steps=1),
-        optim=OptimConfig(
-            learning_rate=3e-3, warmup_steps=5, final_fraction=0.1, weight_decay=0.0, groups=ADAPTERS_ONLY
-        ),
-        train=TrainConfig(steps=150, log_every=5, eval_every=0, checkpoint_every=25),
+        fit=FitConfig(target="loss", windows=12, entries=entries),
+        distill=DistillConfig(direction="both", cr_start=5.0, cr_end=8.0, cr_steps=70),
+        optim=adapters_only(learning_rate=3e-3, warmup_steps=5, final_fraction=0.1),
+        train=TrainConfig(steps=70, log_every=5, eval_every=0, checkpoint_every=20),
+    )
+
+
+def smollm2_8x() -> Experiment:
+    """The same evictors with the threshold where a quarter of a thousand entries stay, after a few more steps."""
+    exp = smollm2(256)
+    return dataclasses.replace(
+        exp, init_from="runs/dms", memory=None, fit=dataclasses.replace(exp.fit, windows=0),
+        distill=DistillConfig(direction="both", cr_start=15.0, cr_end=15.0, cr_steps=1),
+        optim=adapters_only(learning_rate=1e-3, warmup_steps=2, final_fraction=0.1),
+        train=dataclasses.replace(exp.train, steps=10),
     )  # fmt: skip
 
 
-VARIANTS = {"smollm2": smollm2}
+def tiny() -> Experiment:
+    exp = smollm2()
+    return dataclasses.replace(
+        exp, memory=dataclasses.replace(exp.memory, window=16), data=DataConfig(seq_len=256, batch_size=2),
+        fit=FitConfig(target="attention", windows=2, calibration=1, entries=64),
+        train=TrainConfig(steps=4, log_every=1, eval_every=4, eval_batches=1),
+    )  # fmt: skip
+
+
+def published(model: TransformerConfig, name: str, seq_len: int, batch_size: int, **options: Any) -> Experiment:
+    """The open recipe of NVIDIA's Model-Optimizer: adapters only, reverse divergence, CR from 1 to 16 in 510 steps."""
+    return Experiment(
+        model=dataclasses.replace(model, memory=DMS(form="adapter", window=512, cr=8.0), remat=True),
+        init_from=name,
+        tokenizer="",
+        data=DataConfig(sources=("corpora/openr1_math.jsonl",), seq_len=seq_len, batch_size=batch_size),
+        distill=DistillConfig(direction="reverse", cr_start=1.0, cr_end=16.0, cr_steps=510),
+        optim=adapters_only(learning_rate=3e-5, schedule="constant", warmup_steps=0),
+        train=TrainConfig(steps=544, eval_every=0, checkpoint_every=34, keep=16),
+        seed=42,
+        **options,
+    )
+
+
+def qwen3_1b7() -> Experiment:
+    model = qwen3(d_model=2048, n_layers=28, n_heads=16, d_ff=6144, tie_embeddings=True)
+    exp = published(model, "Qwen/Qwen3-1.7B", 8192, 16)
+    return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, accumulate=16))
+
+
+def qwen3_8b() -> Experiment:
+    model = qwen3(d_model=4096, n_layers=36, n_heads=32, d_ff=12288, tie_embeddings=False)
+    return published(model, "Qwen/Qwen3-8B", 32768, 8, mesh=MeshConfig(fsdp=8))
+
+
+def qwen3(**sizes: Any) -> TransformerConfig:
+    return TransformerConfig(
+        family="qwen3", vocab_size=151936, n_kv_heads=8, head_dim=128, norm_eps=1e-6, rope_theta=1e6,
+        max_length=40960, bos_id=151643, eos_ids=(151645, 151643), pad_id=151643, dtype="bfloat16", **sizes,
+    )  # fmt: skip
+
+
+def adapters_only(**options: Any) -> OptimConfig:
+    return OptimConfig(weight_decay=0.0, groups=(Group(r"(?!layers/attn/dms/).*"),), **options)
+
+
+def english(seq_len: int) -> DataConfig:
+    """What `make english` fetches, prose first."""
+    weights = {"brown": 3.0, "handbook": 1.0, "jargon": 1.0, "office": 1.0, "postgres": 2.0}
+    sources = tuple(f"corpora/english/{name}" for name in weights)
+    return DataConfig(sources=sources, weights=tuple(weights.values()), seq_len=seq_len, batch_size=1)
+
+
+VARIANTS = {
+    "smollm2": smollm2, "smollm2_8x": smollm2_8x, "tiny": tiny, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
+}  # fmt: skip

@@ -38,7 +38,8 @@ FLOOR = 1e-6
 class FitConfig:
     """target: "attention", log of the largest attention that a query after the window pays to the key; "loss", log of
         the squared change of log-likelihood (of tokens drawn from the model) with the key's weight in attention.
-    windows: rows of text for the regression; calibration: rows for each adjustment of the threshold.
+    windows: rows of text for the regression; 0: the evictors stay as they are, but for the threshold.
+    calibration: rows for each adjustment of the threshold.
     ridge: regularisation as a share of the mean diagonal. steepness: decision logit per unit of log-importance.
     entries: keys that a head should hold on average after a row, sinks and window included.
     """
@@ -79,8 +80,8 @@ def fit(
         new = _sums(params, ids, y, cfg=cfg)
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         say(f"fit: {number + 1} of {how.windows} rows")
-    weights = solve(jax.device_get(sums), how.ridge)
-    params = put(params, weights, cfg, how.steepness, 0.0)
+    if sums is not None:
+        params = put(params, solve(jax.device_get(sums), how.ridge), cfg, how.steepness, 0.0)
     return calibrate(params, cfg, rows, how, say)
 
 

@@ -51,7 +51,7 @@ def test_hard_decisions_and_occupancy_are_exactly_the_official_ones(case):
 
 def test_a_decision_is_about_the_token_before(case):
     """With the bits one token late, the logits are far from the official ones."""
-    cfg, params, io = case
+    io = case[2]
     _, aux = forward(case, None)
     late = jnp.where(jnp.pad(aux["evict"][..., :-1], [(0, 0)] * 3 + [(1, 0)]), -1e30, 0.0)
     out, _ = forward(case, Mode("given", late))

@@ -1,0 +1,118 @@
+"""Evictors fitted in closed form."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atom_jax import params as params_lib
+from atom_jax.kvcache.dms import DMS, observed
+from atom_jax.kvcache.dms.decide import Mode
+from atom_jax.models import transformer
+from atom_jax.nn.attention import Tokens
+from atom_jax.nn.norm import rms_norm
+from atom_jax.transfer import dms_fit
+from atom_jax.transfer.dms_fit import FitConfig
+from atom_jax.typing import AtomError
+
+T, WINDOW = 256, 12
+
+
+@pytest.fixture(scope="module", params=["observed", "adapter"])
+def model(request):
+    memory = DMS(form=request.param, window=WINDOW, scale=2.0, offset=0.5, bias=True, sinks=2)
+    cfg = transformer.TransformerConfig(
+        vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
+    )
+    params = params_lib.init(jax.random.key(0), transformer.spec(cfg))
+    params["layers"]["attn"]["q"] = params["layers"]["attn"]["q"] * 6
+    return cfg, params
+
+
+def rows(n, seed=0):
+    draw = np.random.default_rng(seed)
+    return iter([draw.integers(0, 40, (1, T)) for _ in range(n)])
+
+
+def test_attention_targets_are_the_largest_later_attention():
+    keys = jax.random.split(jax.random.key(1), 3)
+    q, k, v = (jax.random.normal(key, (1, 2, *shape)) for key, shape in zip(keys, ((3, T, 8), (T, 8), (T, 8))))
+    place = jnp.arange(T)[None]
+    got = dms_fit._largest(q, k, v, Tokens(place, jnp.ones_like(place)), WINDOW)
+    distance = place[0][:, None] - place
+    scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k) * 8**-0.5
+    weights = jax.nn.softmax(jnp.where((distance >= 0)[None, None, None], scores, -1e30), axis=-1)
+    expected = jnp.where((distance > WINDOW)[None, None, None], weights, 0.0).max((2, 3))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_weights_are_those_of_least_squares(model):
+    cfg, params = model
+    ids = jnp.asarray(next(rows(1)))
+    y = dms_fit.targets(params, ids, jax.random.key(0), cfg=cfg, target="attention")
+    alpha, constant, seen = dms_fit.solve(jax.device_get(dms_fit._sums(params, ids, y, cfg=cfg)), 1e-9)
+
+    def probe(p, x, q, k, v, chosen, tokens, noise):
+        return rms_norm(x, p["dms"]["norm"], cfg.norm_eps), observed.observe(q, k, tokens, WINDOW)
+
+    _, _, aux = transformer.hidden(params, dms_fit._batch(ids), cfg=cfg, mode=Mode("off"), probe=probe)
+    x, o = map(np.asarray, aux["probe"])
+    used = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    for layer in range(2):
+        for head in range(2):
+            columns = [np.roll(x[layer, 0], -1, 0), np.ones((T, 1))]
+            w = [alpha[layer, :, head], constant[layer, None, head]]
+            if cfg.memory.form == "observed":
+                columns.append(o[layer, 0, head])
+                w.append(seen[layer, :, head])
+            a, b = np.concatenate(columns, 1)[used], np.asarray(y)[layer, 0, head][used]
+            best = a @ np.linalg.lstsq(a, b, rcond=None)[0]
+            np.testing.assert_allclose(a @ np.concatenate(w), best, atol=2e-2)
+
+
+@pytest.mark.parametrize("target", dms_fit.TARGETS)
+def test_a_fit_holds_the_entries_asked_for_and_prefers_important_keys(model, target):
+    cfg, params = model
+    how = FitConfig(target=target, windows=2, calibration=2, entries=90)
+    said = []
+    fitted = dms_fit.fit(params, cfg, rows(8), how, said.append)
+    assert len(said) == 5
+    ids = jnp.asarray(next(rows(1, seed=3)))
+    _, _, aux = transformer.hidden(fitted, dms_fit._batch(ids), cfg=cfg)
+    assert 70 < aux["occupancy"].mean() < 110
+    y = dms_fit.targets(params, ids, jax.random.key(5), cfg=cfg, target=target)
+    far = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    evict, y = np.asarray(aux["evict"])[..., far], np.asarray(y)[..., far]
+    assert y[~evict].mean() > y[evict].mean() + 0.1
+    assert fitted["embed"] is params["embed"]
+
+
+def test_the_threshold_alone_can_be_moved(model):
+    cfg, params = model
+    how = FitConfig(target="attention", windows=2, calibration=2, entries=90)
+    fitted = dms_fit.fit(params, cfg, rows(8), how, lambda line: None)
+    less = dms_fit.fit(fitted, cfg, rows(6), dataclasses.replace(how, windows=0, entries=40), lambda line: None)
+    old, new = (p["layers"]["attn"]["dms"] for p in (fitted, less))
+    np.testing.assert_array_equal(old["alpha"], new["alpha"])
+    moves = np.asarray(new["bias"] - old["bias"])
+    assert moves.min() > 0 and np.ptp(moves) < 1e-5
+
+
+@pytest.mark.parametrize("entries", [WINDOW, T + 1])
+def test_impossible_numbers_of_entries_are_refused(model, entries):
+    cfg, params = model
+    with pytest.raises(AtomError, match=r"fit\.entries"):
+        dms_fit.calibrate(params, cfg, rows(2), FitConfig(calibration=1, entries=entries), lambda line: None)
+
+
+def test_models_without_a_projection_and_short_rows_are_refused(model):
+    cfg, params = model
+    borrowed = dataclasses.replace(cfg, memory=DMS(form="borrowed"))
+    with pytest.raises(AtomError, match="adapter or observed"):
+        dms_fit.fit(params, borrowed, rows(1), FitConfig())
+    with pytest.raises(AtomError, match="multiple of 128"):
+        dms_fit.fit(params, cfg, iter([np.zeros((1, 100), int)]), FitConfig())
+    with pytest.raises(AtomError, match=r"fit\.target"):
+        FitConfig(target="size")
