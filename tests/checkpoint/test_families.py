@@ -11,6 +11,7 @@ from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.checkpoint import families, load_config
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.typing import AtomError
 
@@ -45,7 +46,8 @@ def test_export_of_load_is_bit_equal(golden, in_memory, family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(golden, in_memory, family):
     cfg, _ = published(golden, family)
-    spec = params_lib.flatten(transformer.spec(dataclasses.replace(cfg, tie_embeddings=False)))
+    every = {"tie_embeddings": False, "layer_types": (), "memory": DMS(form="observed", bias=True)}
+    spec = params_lib.flatten(transformer.spec(dataclasses.replace(cfg, **every)))
     assert {rule.path for rule in families.RULES[family]} == set(spec)
 
 
