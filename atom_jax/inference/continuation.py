@@ -102,7 +102,14 @@ def _read(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _call(
-    params: Any, ids_bt: jax.Array, left_b: jax.Array, first_b: jax.Array, last_bd: jax.Array, cache: Cache, *, cfg: Any
+    params: Any,
+    ids_bt: jax.Array,
+    left_b: jax.Array,
+    first_b: jax.Array,
+    last_bd: jax.Array,
+    cache: Cache,
+    *,
+    cfg: Any,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """One call: left_b of its tokens are real (more than t: all; below 1: none), the first stands at first_b. Returns
     the states of the last tokens of rows that end here (of others: last_bd), all states, and the cache."""

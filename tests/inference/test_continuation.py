@@ -65,7 +65,9 @@ def test_a_policy_decides_what_the_continuation_sees(lm, ids, monkeypatch):
     dense = continuation.score(lm, ids[:, :20], ids[:, 20:26])
     all_of_it, little = (
         continuation.score(
-            dataclasses.replace(lm, config=dataclasses.replace(CONFIG, memory=Toy(budget=n))), ids[:, :20], ids[:, 20:26]
+            dataclasses.replace(lm, config=dataclasses.replace(CONFIG, memory=Toy(budget=n))),
+            ids[:, :20],
+            ids[:, 20:26],
         )
         for n in (20, 4)
     )
