@@ -68,8 +68,8 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=cell.method.memory))
     found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}
     most, nbytes = 0, []
-    for rows in _batches(cell.asks, batch):
-        scores = _score(lm, [cell.asks[i] for i in rows], batch)
+    for length, rows in _batches(cell.asks, batch):
+        scores = _score(lm, [cell.asks[i] for i in rows], batch, length)
         for r, i in enumerate(rows):
             n = len(cell.asks[i].target)
             found["logprobs"][i] = float(scores.logprobs[r, :n].astype(np.float64).sum())
@@ -86,31 +86,26 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     return {**found, "sizes": sizes, "held_max": most, "bytes": round(max(nbytes))}
 
 
-def _batches(asks: Sequence[Ask], batch: int) -> list[list[int]]:
-    """Groups of up to `batch` asks that are padded to the same length, in order within each."""
-    lengths: dict[int, list[int]] = {}
+def _batches(asks: Sequence[Ask], batch: int) -> list[tuple[int, list[int]]]:
+    """Up to `batch` asks each, in order, with the length to which their contexts are padded: few different ones, and
+    none at all where all contexts are equally long."""
+    equal = len({len(a.context) for a in asks}) == 1
+    groups: dict[int, list[int]] = {}
     for i, ask in enumerate(asks):
-        lengths.setdefault(_padded(asks, ask), []).append(i)
-    return [group[i : i + batch] for group in lengths.values() for i in range(0, len(group), batch)]
+        n = len(ask.context)
+        groups.setdefault(n if equal else bucket(n), []).append(i)
+    return [(n, group[i : i + batch]) for n, group in groups.items() for i in range(0, len(group), batch)]
 
 
-def _padded(asks: Sequence[Ask], ask: Ask) -> int:
-    """Length to which a context is padded: its own where all are equal."""
-    return len(ask.context) if len({len(a.context) for a in asks}) == 1 else bucket(len(ask.context))
-
-
-def _score(lm: LM, asks: list[Ask], batch: int) -> continuation.Scores:
+def _score(lm: LM, asks: list[Ask], batch: int, length: int) -> continuation.Scores:
     """Scores of up to `batch` asks; the rows that are missing repeat the last one."""
-    filled = asks + [asks[-1]] * (batch - len(asks))
-    contexts, targets = [a.context for a in filled], [a.target for a in filled]
-    t, s = max(map(len, contexts)), max(map(len, targets))
-    if len({len(c) for c in contexts}) > 1 or bucket(t) - t < t // 8:
-        t = bucket(t)
-    # Targets of similar sizes share a program.
-    s = s if s >= 32 else -(-s // 4) * 4
-    pad = lambda rows, n: np.stack([np.pad(row, (0, n - len(row))) for row in rows])  # noqa: E731
-    lengths, sizes = ([len(x) for x in rows] for rows in (contexts, targets))
-    return continuation.score(lm, pad(contexts, t), pad(targets, s), lengths, sizes)
+    asks = asks + [asks[-1]] * (batch - len(asks))
+    most = max(len(a.target) for a in asks)
+    # Short answers of similar sizes share a program.
+    most = most if most >= 32 else -(-most // 4) * 4
+    contexts = np.stack([np.pad(a.context, (0, length - len(a.context))) for a in asks])
+    targets = np.stack([np.pad(a.target, (0, most - len(a.target))) for a in asks])
+    return continuation.score(lm, contexts, targets, [len(a.context) for a in asks], [len(a.target) for a in asks])
 
 
 def rows(cell: Cell, found: dict[str, Any], dense: dict[str, Any] | None) -> list[dict[str, Any]]:

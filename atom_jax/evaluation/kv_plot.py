@@ -106,5 +106,5 @@ def _label(ax: Any) -> None:
         ax.annotate(
             name, (x, y), xytext=(8 if star else -8, place - pixel / scale), textcoords="offset points",
             color=color, fontsize=8, ha="left" if star else "right", va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0},
         )  # fmt: skip

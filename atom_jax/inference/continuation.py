@@ -24,7 +24,7 @@ class Scores(NamedTuple):
 
     logprobs: f32 [b, s], nats; 0 beyond the end of a continuation. hits: bool [b, s], whether the token was the
     likeliest; False there. held: i32 [l, b, h], entries stored after the context. nbytes: size of the cache's buffers
-    then, for all rows. held_after: i32 [l, b, h], entries stored after the continuation (whose last token isn't read).
+    then, for all rows. held_after: i32 [l, b, h], entries after the continuation, whose last token isn't read.
     """
 
     logprobs: np.ndarray
