@@ -144,7 +144,7 @@ def test_a_needle_is_where_it_should_be():
             assert text.endswith(question)
             assert abs(one.at / (1024 - len(sentence) - len(question)) - depth) < 0.101
             assert BYTES.tokenizer.decode(one.answer) == f" {one.number}" and len(one.number) == 7
-            seen.add((one.number, text[:50]))
+            seen.add((one.number, text[:20]))
     # Nowhere else but in sentences of more than 160 letters.
     assert between_sentences >= 6
     assert len(seen) == 3, "the seed chooses the number and the text, the depth does not"
