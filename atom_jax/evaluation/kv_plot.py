@@ -20,6 +20,8 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4
 _MARKERS = "osD^vPX"
 # Points between the labels of two lines.
 _APART = 10
+# Nats below which the scale of added losses is linear.
+_FLAT = 0.01
 
 
 def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
@@ -37,7 +39,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     names = list(dict.fromkeys(r["policy"] for r in shown if r["policy"] != "none"))
     across = min(3, max(1, len(panels)))
     down = -(-max(1, len(panels)) // across)
-    figure, axes = plt.subplots(down, across, figsize=(6.2 * across, 4.6 * down), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(down, across, figsize=(6.2 * across, 5.0 * down), squeeze=False, layout="constrained")
     try:
         for ax, (part, source) in zip(axes.flat, panels):
             held = [r for r in rows if r["policy"] == "none" and r["source"] == source]
@@ -75,36 +77,48 @@ def _panel(ax: Any, part: str, source: str, rows: list[dict], names: list[str], 
     if held:
         low, high = min(held), max(held)
         # Room for the labels on the left.
-        ax.set_xlim(low / (high / low * 2) ** 0.45, high * 1.15)
+        ax.set_xlim(low / (high / low * 2) ** 0.45, high * 1.9)
         ticks = [t for t in 2.0 ** np.arange(0, 24) if low * 0.99 <= t <= high * 1.15]
         ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         ax.set_xticks([], minor=True)
     values = [r["value"] for r in rows if r["policy"] != "none"]
-    if part == "added" and values and max(values) > 20 * max(1e-3, float(np.median(values))):
-        ax.set_yscale("symlog", linthresh=max(1e-3, float(np.median(values))))
+    if part == "added" and values and max(values) > 20 * _FLAT:
+        # Good methods stay apart next to bad ones; around 0 the scale is linear, for differences may be negative.
+        ax.set_yscale("symlog", linthresh=_FLAT, linscale=0.4)
+        ticks = [0, *(t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if t < 1.5 * max(values))]
+        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        ax.set_ylim(min(-_FLAT / 2, 1.2 * min(values)), 1.5 * max(values))
 
 
 def _label(ax: Any) -> None:
-    """Names the lines at their left ends, one below the other where they would overlap."""
-    ends = []
-    for container in [*ax.containers, *(line for line in ax.lines if line.get_label() == "none")]:
-        line = container[0] if isinstance(container, tuple) else container
-        x, y = (float(np.asarray(a, float)[0]) for a in (line.get_xdata(), line.get_ydata()))
-        ends.append([container.get_label(), line.get_color(), x, y, ax.transData.transform((x, y))[1]])
+    """Names the lines at their left ends, and single points on their right, one below the other where they would
+    overlap."""
+    left, right = [], []
+    for drawn in [*ax.containers, *(line for line in ax.lines if line.get_label() == "none")]:
+        line = drawn[0] if isinstance(drawn, tuple) else drawn
+        x, y = (np.asarray(a, float) for a in (line.get_xdata(), line.get_ydata()))
+        (left if len(x) > 1 else right).append((drawn.get_label(), line.get_color(), float(x[0]), float(y[0])))
+    for ends, shift, align in ((left, -9, "right"), (right, 9, "left")):
+        _names(ax, ends, shift, align)
+
+
+def _names(ax: Any, ends: list[tuple[str, str, float, float]], shift: int, align: str) -> None:
+    """Labels (name, colour, x, y), `shift` points beside their places."""
     scale = ax.figure.dpi / 72
-    ends.sort(key=lambda e: e[4])
-    places = [e[4] / scale for e in ends]
+    ends = sorted(ends, key=lambda e: ax.transData.transform(e[2:])[1])
+    heights = [ax.transData.transform(e[2:])[1] / scale for e in ends]
+    places = list(heights)
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + _APART)
     # What was pushed above the frame comes down again.
-    top = ax.bbox.y1 / scale - 4
+    top = ax.bbox.y1 / scale - 5
     for i in reversed(range(len(places))):
         places[i] = min(places[i], top)
         top = places[i] - _APART
-    for (name, color, x, y, pixel), place in zip(ends, places):
-        star = name == "none"
+    for (name, color, x, y), height, place in zip(ends, heights, places):
+        away = shift * (1 if abs(place - height) < _APART / 2 else 2)
         ax.annotate(
-            name, (x, y), xytext=(8 if star else -8, place - pixel / scale), textcoords="offset points",
-            color=color, fontsize=8, ha="left" if star else "right", va="center",
+            name, (x, y), xytext=(away, place - height), textcoords="offset points", color=color, fontsize=8,
+            ha=align, va="center", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0},
         )  # fmt: skip
