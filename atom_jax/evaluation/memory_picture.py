@@ -109,7 +109,7 @@ def summary(memory: Memory) -> str:
 
 
 def draw(memory: Memory, path: str | os.PathLike) -> None:
-    """Writes a PNG: the keys that every head keeps (rows: layer by layer, its heads from top to bottom), and the entries
+    """Writes a PNG: the keys that every head keeps (rows: layer by layer, heads from top to bottom), and the entries
     that the heads of a layer hold on average as the text goes on.
 
     Raises AtomError when the file cannot be written.
