@@ -8,7 +8,7 @@ the built-in text needs nothing. With --out the results go to a JSON file, and a
 it was when the same command is given again.
 
 The task kv compares cache policies: python eval.py --checkpoint=PATH --tasks=kv --out=FILE.json --set
-kv.policies=tova,snapkv:window=64 kv.budgets=512,256 kv.parts=loss,needle; FILE.png shows added loss over entries held.
+kv.policies=tova,snapkv:window=64 kv.budgets=512,256 kv.parts=loss,needle; FILE.png: added loss over entries held.
 
 On two CPU cores SmolLM2-135M reads about 300 tokens a second: 1,000 documents of LAMBADA take 5 minutes.
 """
