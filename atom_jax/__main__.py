@@ -1,4 +1,4 @@
-"""The commands of `python -m atom_jax`: generate, units, convert, info, summary and fairness."""
+"""The commands of `python -m atom_jax`: generate, units, memory, convert, info, summary and fairness."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = """python -m atom_jax COMMAND [...]
 
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
+  memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   info      PATH                              what is in a checkpoint
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
         "summary": _summary,
         "fairness": _fairness,
         "units": _units,
+        "memory": _memory,
     }
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
         print(USAGE)
@@ -234,6 +236,32 @@ def _units(argv: list[str]) -> None:
     number, length, before = found.windows
     if number > 1:
         print(f"read in {number} windows of {length} tokens, with {before} or more before each", file=sys.stderr)
+
+
+def _memory(argv: list[str]) -> None:
+    known = _Flags("memory --checkpoint=PATH --text=TEXT", "Says which tokens of a text each head keeps.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for a checkpoint that has none")
+    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
+    known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
+    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the decisions in")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if values.tokens < 0:
+        raise AtomError(f"--tokens={values.tokens}: expected at least 0")
+    text = _text(values.text, values.file)
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation import memory_picture, unit_strip
+
+    if values.out is not None:
+        unit_strip.check_name(values.out)
+    memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
+    if values.out is not None:
+        memory_picture.draw(memory, values.out)
+    print(memory_picture.summary(memory))
 
 
 def _text(text: str | None, file: str | None) -> str | bytes:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -35,17 +35,15 @@ def key(model: str, task: str, items: Sequence[Item], batch_tokens: int) -> str:
     return digest.hexdigest()[:16]
 
 
-class ItemCache:
-    """Scores of items in a JSON-lines file, added batch by batch; path None keeps nothing.
+class Lines:
+    """A JSON-lines file to which rows are added; path None keeps nothing.
 
-    A line is {"key", "item", "logprob", "greedy"}; lines of other keys are left alone. A last line that was cut short
-    by an interruption is dropped.
+    A last line that was cut short by an interruption is dropped.
     """
 
-    def __init__(self, path: pathlib.Path | None, key: str):
-        """Reads what is there under `key`. Raises AtomError when the file cannot be read or written."""
-        self.key, self.done = key, dict[int, Score]()
-        self.file = None
+    def __init__(self, path: pathlib.Path | None):
+        """Reads what is there into `rows`. Raises AtomError when the file cannot be read or written."""
+        self.file, self.rows = None, []
         if path is None:
             return
         try:
@@ -65,16 +63,16 @@ class ItemCache:
                 self.file.truncate(whole)
                 break
             whole += len(line)
-            row = json.loads(line)
-            if row["key"] == self.key:
-                self.done[row["item"]] = Score(row["logprob"], row["greedy"])
+            self.take(json.loads(line))
 
-    def add(self, items: Sequence[int], scores: Sequence[Score]) -> None:
-        """Remembers the scores of a batch. Raises AtomError when they cannot be written."""
-        self.done.update(zip(items, scores))
+    def take(self, row: dict[str, Any]) -> None:
+        """Called with every row of the file."""
+        self.rows.append(row)
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes rows at the end of the file. Raises AtomError when they cannot be written."""
         if self.file is None:
             return
-        rows = ({"key": self.key, "item": i, **s._asdict()} for i, s in zip(items, scores))
         try:
             self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             self.file.flush()
@@ -85,6 +83,26 @@ class ItemCache:
         """Closes the file."""
         if self.file is not None:
             self.file.close()
+
+
+class ItemCache(Lines):
+    """Scores of items, added batch by batch: lines {"key", "item", "logprob", "greedy"}; those of other keys are left
+    alone."""
+
+    def __init__(self, path: pathlib.Path | None, key: str):
+        """Reads what is there under `key`. Raises AtomError when the file cannot be read or written."""
+        self.key, self.done = key, dict[int, Score]()
+        super().__init__(path)
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Remembers a score of this key."""
+        if row["key"] == self.key:
+            self.done[row["item"]] = Score(row["logprob"], row["greedy"])
+
+    def add(self, items: Sequence[int], scores: Sequence[Score]) -> None:
+        """Remembers the scores of a batch. Raises AtomError when they cannot be written."""
+        self.done.update(zip(items, scores))
+        self.append({"key": self.key, "item": i, **s._asdict()} for i, s in zip(items, scores))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -19,11 +19,13 @@ class Metric(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """metrics: by name; count: documents, or windows for `bpb`; notes: whatever else is worth keeping in the JSON."""
+    """metrics: by name; count: documents, or windows for `bpb`; notes: whatever else is worth keeping in the JSON;
+    table: what to print instead of the metrics, where they are no short list."""
 
     metrics: dict[str, Metric]
     count: int
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    table: str = ""
 
 
 def proportion(hits: Sequence[bool]) -> Metric:
@@ -52,3 +54,13 @@ def perplexity(nats: Sequence[float]) -> Metric:
 
 def _sd(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def columns(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of cells as lines of text: the first `left` columns begin, the others end below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -19,7 +19,8 @@ from atom_jax import config, sharding
 from atom_jax.data.config import DataConfig
 from atom_jax.evaluation import cache, loglik
 from atom_jax.evaluation.encode import Encoder, Item
-from atom_jax.evaluation.metrics import Result
+from atom_jax.evaluation.metrics import Result, columns
+from atom_jax.evaluation.task import Runner
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
@@ -56,17 +57,21 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
     check_tasks(names)
     encoder = make_encoder(lm, cfg)
     model = cache.fingerprint(lm)
-    lm, mesh = _place(lm, cfg.mesh)
+    whole, (lm, mesh) = lm, _place(lm, cfg.mesh)
     results: dict[str, Result] = {}
     report = {"fingerprint": model, "family": lm.family, "config": _used(cfg, names), "tasks": {}}
     for name in names:
         began = time.monotonic()
-        plan = TASKS[name].plan(getattr(cfg, name), encoder)
-        key = cache.key(model, name, plan.items, cfg.batch_tokens)
-        items = cache.ItemCache(out and out.with_name(out.name + ".items.jsonl"), key)
-        with contextlib.closing(items):
-            _score(lm, plan.items, cfg.batch_tokens, items, mesh, name)
-            results[name] = plan.summarize([items.done[i] for i in range(len(plan.items))])
+        task, settings = TASKS[name], getattr(cfg, name)
+        if isinstance(task, Runner):
+            results[name] = task.run(whole, settings, encoder, out)
+        else:
+            plan = task.plan(settings, encoder)
+            key = cache.key(model, name, plan.items, cfg.batch_tokens)
+            items = cache.ItemCache(out and out.with_name(out.name + ".items.jsonl"), key)
+            with contextlib.closing(items):
+                _score(lm, plan.items, cfg.batch_tokens, items, mesh, name)
+                results[name] = plan.summarize([items.done[i] for i in range(len(plan.items))])
         report["tasks"][name] = _entry(results[name], time.monotonic() - began)
         if out is not None:
             cache.write_json(out, report)
@@ -90,14 +95,11 @@ def table(results: dict[str, Result]) -> str:
     """The results as lines of text."""
     rows = [("task", "metric", "value", "stderr", "n")]
     for task, result in results.items():
-        for name, metric in result.metrics.items():
-            rows.append((task, name, f"{metric.value:.4f}", f"{metric.stderr:.4f}", str(result.count)))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    return "\n".join(lines)
+        if not result.table:
+            for name, metric in result.metrics.items():
+                rows.append((task, name, f"{metric.value:.4f}", f"{metric.stderr:.4f}", str(result.count)))
+    own = [f"{task}\n{result.table}" for task, result in results.items() if result.table]
+    return "\n\n".join(([columns(rows, 2)] if len(rows) > 1 else []) + own)
 
 
 def _score(lm: LM, items: list[Item], batch_tokens: int, done: cache.ItemCache, mesh: Any, name: str) -> None:

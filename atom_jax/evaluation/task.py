@@ -1,16 +1,19 @@
 """What a task is: a record with a name for its request files, default `settings`, and `plan`.
 
-`plan` turns settings into items to score, and a function from all their scores to a Result.
+`plan` turns settings into items to score, and a function from all their scores to a Result. A task that needs more
+than log-likelihoods has `run` instead, and does everything itself.
 """
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Result
+from atom_jax.typing import LM
 
 
 class Plan(NamedTuple):
@@ -27,6 +30,18 @@ class Task(Protocol):
 
     def plan(self, settings: Any, encoder: Encoder) -> Plan:
         """The items of this task for a model with this encoder. Raises AtomError for missing or unexpected data."""
+        ...
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A task that runs itself. settings: as of a Task."""
+
+    settings: Any
+
+    def run(self, lm: LM, settings: Any, encoder: Encoder, out: pathlib.Path | None) -> Result:
+        """The result. out: the file of the whole evaluation's results, beside which this task may keep others of its
+        own; None: it keeps nothing. Raises AtomError for missing or unexpected data and bad settings."""
         ...
 
 

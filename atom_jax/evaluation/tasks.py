@@ -11,7 +11,8 @@ from atom_jax.evaluation import evaldata
 from atom_jax.evaluation.bpb import TextBpb
 from atom_jax.evaluation.choice import Choice
 from atom_jax.evaluation.gold import Gold
-from atom_jax.evaluation.task import Task
+from atom_jax.evaluation.kv import Kv
+from atom_jax.evaluation.task import Runner, Task
 from atom_jax.sharding import MeshConfig
 
 
@@ -20,7 +21,7 @@ def _choice(name: str) -> Choice:
     return Choice(name, tuple(f.partition("/")[2] for f in evaldata.FILES if f.startswith(f"{name}/")))
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task | Runner] = {
     "bpb": TextBpb(),
     "lambada": Gold("lambada/bpb_0shot", last_word=True),
     "hellaswag": _choice("hellaswag"),
@@ -43,6 +44,7 @@ TASKS: dict[str, Task] = {
     "squad": Gold("squad/bpb_5shot"),
     "coqa": Gold("coqa/bpb_0shot"),
     "jeopardy": Gold("jeopardy/bpb_5shot"),
+    "kv": Kv(),
 }
 
 

@@ -1,0 +1,160 @@
+"""What the evaluation of cache policies measures piece by piece, and how it becomes rows of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atom_jax.evaluation.loglik import bucket
+from atom_jax.evaluation.metrics import Metric, columns, mean, proportion
+from atom_jax.inference import continuation
+from atom_jax.typing import LM, AtomError
+
+
+class Ask(NamedTuple):
+    """context, target: i32 ids, the target to be scored after the context. group: what belongs together, a document
+    or a depth. start: where the context begins in its source, in tokens."""
+
+    context: np.ndarray
+    target: np.ndarray
+    group: int
+    start: int = 0
+
+
+class Method(NamedTuple):
+    """A policy as the table names it, its budget (None: it has none of its own), and what `config.memory` becomes."""
+
+    name: str
+    budget: int | None
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method on one set of texts: part "loss", "needle" or "lambada" and a name for the texts."""
+
+    method: Method
+    part: str
+    source: str
+    asks: tuple[Ask, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read."""
+        return sum(len(a.context) + len(a.target) for a in self.asks)
+
+    def key(self, model: str, batch: int) -> str:
+        """16 hex digits: the asks themselves carry the data, the settings and the tokenizer."""
+        digest = hashlib.sha256(f"{model} {self.method.memory!r} {self.part} {batch}\n".encode())
+        for ask in self.asks:
+            digest.update(b"%d %d %d " % (ask.group, len(ask.context), len(ask.target)))
+            digest.update(np.concatenate(ask[:2]).astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[str, Any]:
+    """Scores a cell: lists over its asks, in order.
+
+    logprobs: nats of the whole target; sizes: its tokens; hits: whether each of them was the likeliest; held: entries
+    after the context, and held_after after the target, averaged over layers and heads; held_max: the largest of any
+    head; bytes: of one row's cache buffers. done: called with the number of tokens read.
+    Raises AtomError when a log-probability is not finite.
+    """
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=cell.method.memory))
+    found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}
+    most, nbytes = 0, []
+    for length, rows in _batches(cell.asks, batch):
+        scores = _score(lm, [cell.asks[i] for i in rows], batch, length)
+        for r, i in enumerate(rows):
+            n = len(cell.asks[i].target)
+            found["logprobs"][i] = float(scores.logprobs[r, :n].astype(np.float64).sum())
+            found["hits"][i] = bool(scores.hits[r, :n].all())
+            found["held"][i] = float(scores.held[:, r].mean())
+            found["held_after"][i] = float(scores.held_after[:, r].mean())
+            most = max(most, int(scores.held[:, r].max()))
+            if not math.isfinite(found["logprobs"][i]):
+                name = f"{cell.method.name} on {cell.source}"
+                raise AtomError(f"kv: {name} gives item {i} a log-probability of {found['logprobs'][i]}")
+        nbytes.append(scores.nbytes / batch)
+        done(sum(len(cell.asks[i].context) + len(cell.asks[i].target) for i in rows))
+    sizes = [len(a.target) for a in cell.asks]
+    return {**found, "sizes": sizes, "held_max": most, "bytes": round(max(nbytes))}
+
+
+def _batches(asks: Sequence[Ask], batch: int) -> list[tuple[int, list[int]]]:
+    """Up to `batch` asks each, in order, with the length to which their contexts are padded: few different ones, and
+    none at all where all contexts are equally long."""
+    equal = len({len(a.context) for a in asks}) == 1
+    groups: dict[int, list[int]] = {}
+    for i, ask in enumerate(asks):
+        n = len(ask.context)
+        groups.setdefault(n if equal else bucket(n), []).append(i)
+    return [(n, group[i : i + batch]) for n, group in groups.items() for i in range(0, len(group), batch)]
+
+
+def _score(lm: LM, asks: list[Ask], batch: int, length: int) -> continuation.Scores:
+    """Scores of up to `batch` asks; the rows that are missing repeat the last one."""
+    asks = asks + [asks[-1]] * (batch - len(asks))
+    most = max(len(a.target) for a in asks)
+    # Short answers of similar sizes share a program.
+    most = most if most >= 32 else -(-most // 4) * 4
+    contexts = np.stack([np.pad(a.context, (0, length - len(a.context))) for a in asks])
+    targets = np.stack([np.pad(a.target, (0, most - len(a.target))) for a in asks])
+    return continuation.score(lm, contexts, targets, [len(a.context) for a in asks], [len(a.target) for a in asks])
+
+
+def rows(cell: Cell, found: dict[str, Any], dense: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of the results. dense: what was found without a policy on the same texts, or None for that itself.
+
+    "loss": nats per token; "added": what it adds to that of the dense cache, paired by window; "needle", "lambada":
+    share of answers of which every token is the likeliest; "needle_nats", "lambada_nats": nats of an answer.
+    """
+    groups = np.array([a.group for a in cell.asks])
+    if cell.part == "loss":
+        nats = -np.array(found["logprobs"]) / np.array(found["sizes"])
+        values = {"loss": mean(nats)}
+        if dense is not None:
+            values["added"] = mean(nats + np.array(dense["logprobs"]) / np.array(dense["sizes"]))
+    else:
+        nats = -np.bincount(groups, found["logprobs"]) if cell.part == "lambada" else -np.array(found["logprobs"])
+        hits = np.array(found["hits"])
+        if cell.part == "lambada":
+            hits = np.bincount(groups, ~hits) == 0
+        values = {cell.part: proportion(hits), f"{cell.part}_nats": mean(nats)}
+    return [_row(cell, found, part, metric, groups) for part, metric in values.items()]
+
+
+def _row(cell: Cell, found: dict[str, Any], part: str, metric: Metric, groups: np.ndarray) -> dict[str, Any]:
+    row = {
+        "policy": cell.method.name,
+        "budget": cell.method.budget,
+        "part": part,
+        "source": cell.source,
+        "value": metric.value,
+        "stderr": None if math.isnan(metric.stderr) else metric.stderr,
+        "held": float(np.mean(found["held"])),
+        "held_after": float(np.mean(found["held_after"])),
+        "held_max": found["held_max"],
+        "bytes": found["bytes"],
+        "windows": len({*groups.tolist()}) if cell.part == "lambada" else len(cell.asks),
+    }
+    if part == "needle":
+        hits = np.array(found["hits"])
+        row["depths"] = [float(hits[groups == g].mean()) for g in range(groups.max() + 1)]
+    return row
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The rows as lines of text."""
+    lines = [("policy", "part", "source", "budget", "value", "stderr", "held", "max", "MB", "n")]
+    for row in found:
+        stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        budget = "-" if row["budget"] is None else str(row["budget"])
+        cost = (f"{row['held']:,.0f}", f"{row['held_max']:,}", f"{row['bytes'] / 1e6:,.2f}", str(row["windows"]))
+        lines.append((row["policy"], row["part"], row["source"], budget, f"{row['value']:.4f}", stderr, *cost))
+    return columns(lines, 3)
