@@ -239,14 +239,15 @@ class BudgetLayer:
         return jnp.any((self.n < self.limit) & (self.n >= self.k.shape[-2]), axis=-1)
 
     def grow(self, more: int) -> BudgetLayer:
-        """Room for `more` further tokens, or for as many as are held at most where these come one at a time."""
+        """Room for `more` further tokens in one call; for 1: for single tokens, of which full heads need none."""
         n, limit = np.asarray(self.n), np.asarray(self.limit)
         slots = self.k.shape[-2]
         if more == 1:
             need, most = int(np.where(n < limit, n + 1, n).max()), max(int(limit.max()), int(n.max()))
         else:
-            need = most = int(n.max()) + more
-        size = slots if need <= slots else max(need, min(bucket(need), most))
+            need = int(n.max()) + more
+            most = bucket(need)
+        size = slots if need <= slots else min(bucket(need), most)
 
         def pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
             widths = [(0, size - slots if i == x.ndim + axis else 0) for i in range(x.ndim)]
