@@ -102,6 +102,8 @@ def _generate(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
     known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_string, "memory", None,
+              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512")  # fmt: skip
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     values, _ = known.parse(argv, 0)
@@ -113,8 +115,12 @@ def _generate(argv: list[str]) -> None:
 
     from atom_jax.checkpoint import load
     from atom_jax.inference.generate import generate
+    from atom_jax.kvcache import policies
 
+    policy = None if values.memory is None else policies.parse(values.memory)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
+    if values.memory is not None:
+        lm = policies.with_memory(lm, policy)
     alone = len(values.prompt) == 1 and not values.json
     result = generate(
         lm,

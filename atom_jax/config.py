@@ -78,6 +78,23 @@ def override(cfg: T, settings: Sequence[str]) -> T:
     return cfg
 
 
+def build(cls: type[T], settings: Sequence[str], flag: str) -> T:
+    """An instance of a dataclass without parts, from settings such as "budget=512", read as by `override`.
+
+    Raises AtomError, whose message begins with `flag`, for an unknown name or an unreadable value.
+    """
+    hints, names = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for setting in settings:
+        name, eq, text = (part.strip() for part in setting.partition("="))
+        if not eq:
+            raise AtomError(f"{flag} {setting}: expected NAME=VALUE")
+        if name not in names:
+            raise AtomError(f"{flag} no field {name!r}; valid names here: {', '.join(names)}")
+        values[name] = _parse(text, hints[name], f"{flag} {setting}")
+    return cls(**values)
+
+
 def load_file(reference: str) -> Any:
     """Loads "FILE.py" or "FILE.py:variant" and returns the configuration that the variant builds.
 

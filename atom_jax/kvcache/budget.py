@@ -1,0 +1,266 @@
+"""The memory that all training-free policies with a fixed number of entries share: `Budget` and `BudgetLayer`.
+
+What a policy decides is the score of every entry; entries with the largest are kept.
+
+* The first call reads the prompt with exact attention. Then every row and head keeps its `limit` entries of largest
+  score. Each row gets what it gets alone.
+* A later call with several tokens (a further turn, or a continuation to be scored) attends to what is stored and to
+  its own tokens, and stores all of these, so that more than `limit` entries may be held; `grow` makes room for them.
+* A call with one token per row stores it in a new slot while fewer than `limit` entries are held, else in the slot of
+  the entry with the least score, chosen before the token attends: a query reads its own entry and `limit - 1` others.
+  Where more than `limit` are held, the call also drops the entry with the next score, until `limit` are left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from atom_jax.kvcache import observe
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import Call, Policy, Sizes, stack_layers
+from atom_jax.nn.attention import attend
+from atom_jax.typing import AtomError
+
+# Beyond any position.
+FAR = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget(Policy):
+    """Base of the configurations. Exactly one of budget and ratio is given.
+
+    budget: entries per row and key/value head. ratio: entries as a share of the row's prompt, rounded down, at
+    least one. sinks: positions at the start of a text that are never evicted.
+    """
+
+    budget: int = 0
+    ratio: float = 0.0
+    sinks: int = 0
+
+    def __post_init__(self):
+        if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
+            raise AtomError(
+                f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"
+                f" {self.budget}, ratio {self.ratio}, sinks {self.sinks}"
+            )
+        if bool(self.budget) == bool(self.ratio):
+            given = "neither is given" if not self.budget else f"got budget {self.budget} and ratio {self.ratio}"
+            raise AtomError(f"memory {self.name}: expected budget=ENTRIES or ratio=SHARE, {given}")
+
+    def init(self, sizes: Sizes, capacity: int) -> Any:
+        """Empty buffers of all layers; see `memory.Policy`."""
+        return stack_layers(BudgetLayer.empty(self, sizes, self.slots(sizes, capacity)), sizes.layers)
+
+    def slots(self, sizes: Sizes, capacity: int) -> int:
+        """Length of the buffers."""
+        return min(capacity, self.budget) if self.budget else max(1, math.ceil(capacity * self.ratio))
+
+    def share(self, length_b: jax.Array, longest: int) -> jax.Array:
+        """i32 [b]: `ratio` of each of the lengths (at most `longest`), rounded down in double precision."""
+        table = np.floor(np.arange(longest + 1) * self.ratio).astype(np.int32)
+        return jnp.asarray(np.maximum(table, 1))[length_b]
+
+    def allow(self, layer: BudgetLayer, length_b: jax.Array, longest: int) -> jax.Array:
+        """i32 [b, h]: entries that prompts of these lengths (at most `longest`) leave room for."""
+        if self.budget:
+            return layer.limit
+        return jnp.broadcast_to(self.share(length_b, longest)[:, None], layer.limit.shape)
+
+    def recent(self, limit_bh: jax.Array) -> jax.Array:
+        """i32 [b, h]: how many of the newest entries are not to be evicted."""
+        return jnp.zeros_like(limit_bh)
+
+    def token_score(self, call: Call, extra: Any) -> jax.Array:
+        """float32 [b, h, t]: what new tokens start with."""
+        return jnp.full(call.k.shape[:3], jnp.inf)
+
+    def prompt(self, entries: Entries, call: Call, extra: Any) -> jax.Array:
+        """float32 [b, h, t]: scores of a prompt's keys."""
+        return self.observe(entries, call)
+
+    def observe(self, entries: Entries, call: Call) -> jax.Array:
+        """float32 [b, h, s]: scores after several new tokens, the last of the s entries."""
+        return entries.score
+
+    def step(self, layer: BudgetLayer, weights_bhgc: jax.Array) -> jax.Array:
+        """float32 [b, h, c]: scores after one new token, already stored, which gave the entries these weights."""
+        return layer.score
+
+    def choose(self, entries: Entries, length_b: jax.Array, limit_bh: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Entries of a prompt to keep, bool [b, h, t], and the limit i32 [b, h] from then on."""
+        return keep_largest(
+            self.guarded(entries, length_b - 1, limit_bh), self.order(entries.pos), limit_bh
+        ), limit_bh
+
+    def guarded(self, entries: Entries, last_b: jax.Array, limit_bh: jax.Array) -> jax.Array:
+        """Scores, +inf for sinks and recent entries; -inf for empty slots. last: i32 [b], the newest position."""
+        guard = entries.pos < self.sinks
+        guard |= entries.pos > last_b[:, None, None] - self.recent(limit_bh)[:, :, None]
+        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, entries.score))
+
+    def order(self, pos: jax.Array) -> jax.Array:
+        """What decides between equal scores, larger is better: sinks first, then the newest."""
+        return jnp.where((pos >= 0) & (pos < self.sinks), FAR - pos, pos)
+
+
+@struct.dataclass
+class Entries:
+    """Keys and values k, v [b, h, s, k], positions i32 [b, h, s] (-1: empty) and scores float32 [b, h, s]."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    score: jax.Array
+
+    def join(self, other: Entries) -> Entries:
+        """These entries and then those."""
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2), self, other)
+
+
+def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Array:
+    """True for the `limit` [...] entries of largest score [..., s], by `order` where scores are equal; never for
+    scores of -inf."""
+    number = jax.lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1)
+    best = jax.lax.sort((-score, -order, number), num_keys=2)[2]
+    return (jnp.argsort(best, axis=-1) < limit[..., None]) & (score > -jnp.inf)
+
+
+@struct.dataclass
+class BudgetLayer:
+    """The memory of one layer, c slots per row and head.
+
+    k, v: [b, h, c, k]. pos: i32 [b, h, c], position of the entry, -1 in empty slots. score: float32 [b, h, c].
+    n: i32 [b, h], entries held. limit: i32 [b, h], entries that single tokens leave. extra: what the policy needs to
+    know about the layer. policy: static.
+    """
+
+    RANK: ClassVar[int] = 4
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    score: jax.Array
+    n: jax.Array
+    limit: jax.Array
+    extra: Any = None
+    policy: Budget = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def empty(cls, policy: Budget, sizes: Sizes, slots: int) -> BudgetLayer:
+        """A layer with nothing in it."""
+        shape = (sizes.b, sizes.h, slots)
+        k, v = (jnp.zeros((*shape, sizes.k), sizes.dtype) for _ in range(2))
+        n = jnp.zeros(shape[:2], jnp.int32)
+        return cls(k, v, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), n, n + policy.budget, None, policy)
+
+    @property
+    def entries(self) -> Entries:
+        """What is stored."""
+        return Entries(self.k, self.v, self.pos, self.score)
+
+    def extend(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
+        """Attends, stores and evicts as the module says; see `memory.Layer`."""
+        if not call.fresh and call.q.shape[3] == 1:
+            return self._step(call)
+        t = call.k.shape[2]
+        pos = jnp.where(call.real, call.tokens.positions, -1)
+        pos = jnp.broadcast_to(pos[:, None], call.k.shape[:3])
+        new = Entries(call.k, call.v, pos, self.policy.token_score(call, self.extra))
+        if call.fresh:
+            out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
+            new = new.replace(score=self.policy.prompt(new, call, self.extra))
+            keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call.after, t))
+            return out, self._put(new, keep).replace(limit=limit)
+        new = self.entries.join(new)
+        out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos)
+        changed = jnp.broadcast_to(call.real[:, :1, None], new.pos.shape)
+        new = new.replace(score=jnp.where(changed, self.policy.observe(new, call), new.score))
+        return out, self._put(new, new.pos >= 0)
+
+    def _put(self, new: Entries, keep: jax.Array) -> BudgetLayer:
+        """The layer with exactly the entries to keep, by position; later ones beyond the last slot are lost."""
+        c, s = self.k.shape[2], keep.shape[2]
+        index = jnp.argsort(jnp.where(keep, new.pos, FAR), axis=-1)[..., :c]
+        n = jnp.minimum(jnp.sum(keep, axis=-1, dtype=jnp.int32), c)
+
+        def take(x: jax.Array, old: jax.Array) -> jax.Array:
+            at = index if x.ndim == 3 else index[..., None]
+            x = jnp.take_along_axis(x, at, axis=2).astype(old.dtype)
+            return jnp.pad(x, [(0, max(c - s, 0) if i == 2 else 0) for i in range(x.ndim)])
+
+        one = jax.tree.map(take, new, self.entries)
+        held = jnp.arange(c)[None, None] < n[..., None]
+        return self.replace(k=one.k, v=one.v, pos=jnp.where(held, one.pos, -1), score=one.score, n=n)
+
+    def _step(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
+        b, h, c, _ = self.k.shape
+        real, at = call.real, call.tokens.positions
+        fits, over = self.n < self.limit, (self.n > self.limit) & real
+        slot = jnp.where(fits, jnp.argmin(self.pos, axis=-1), self._victim(self.pos, call))
+        slot = jnp.where(real, slot, c)
+        rest = jnp.where(jnp.arange(c)[None, None] == slot[..., None], -1, self.pos)
+        dropped = jnp.where(over, self._victim(rest, call), c)
+
+        def put(old: jax.Array, new: jax.Array, where: jax.Array = slot) -> jax.Array:
+            # One scatter index per row and head: XLA then updates in place.
+            place = old.at[jnp.arange(b)[:, None], jnp.arange(h)[None], where]
+            return place.set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+        pos = put(self.pos, jnp.broadcast_to(at, (b, h)))
+        new = self.replace(
+            k=put(self.k, call.k[:, :, 0]),
+            v=put(self.v, call.v[:, :, 0]),
+            pos=put(pos, jnp.full((b, h), -1), dropped),
+            score=put(self.score, self.policy.token_score(call, self.extra)[:, :, 0]),
+            n=self.n + jnp.where(fits & real, 1, 0) - over.astype(jnp.int32),
+        )
+        out, weights = observe.attend_one(call.q[..., 0, :], new.k, new.v, new.pos)
+        score = jnp.where(
+            jnp.broadcast_to(real[..., None], new.score.shape), self.policy.step(new, weights), new.score
+        )
+        return out[..., None, :], new.replace(score=score)
+
+    def _victim(self, pos: jax.Array, call: Call) -> jax.Array:
+        """i32 [b, h]: slot with the least score; of several, the one that `Budget.order` puts last."""
+        score = self.policy.guarded(self.entries.replace(pos=pos), call.length - 1, self.limit)
+        score = jnp.where(pos < 0, jnp.inf, score)
+        order = jnp.where(pos < 0, 2 * FAR - 1, self.policy.order(pos))
+        least = score == score.min(-1, keepdims=True)
+        return jnp.argmin(jnp.where(least, order, 2 * FAR - 1), axis=-1)
+
+    def full(self, length_b: jax.Array) -> jax.Array:
+        """Rows where a head may hold more, but has no slot for it; at its limit it uses slots again."""
+        return jnp.any((self.n < self.limit) & (self.n >= self.k.shape[-2]), axis=-1)
+
+    def grow(self, more: int) -> BudgetLayer:
+        """Room for `more` further tokens in one call; for 1: for single tokens, of which full heads need none."""
+        n, limit = np.asarray(self.n), np.asarray(self.limit)
+        slots = self.k.shape[-2]
+        if more == 1:
+            need, most = int(np.where(n < limit, n + 1, n).max()), max(int(limit.max()), int(n.max()))
+        else:
+            need = int(n.max()) + more
+            most = bucket(need)
+        size = slots if need <= slots else min(bucket(need), most)
+
+        def pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+            widths = [(0, size - slots if i == x.ndim + axis else 0) for i in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=fill)
+
+        return self.replace(
+            k=pad(self.k, -2), v=pad(self.v, -2), pos=pad(self.pos, -1, -1), score=pad(self.score, -1)
+        )
+
+    def held(self, length_b: jax.Array) -> jax.Array:
+        """Entries stored: at most the limit, after single tokens."""
+        return self.n
+
+    def read(self, length_b: jax.Array) -> jax.Array:
+        """Every entry stored."""
+        return self.n.astype(jnp.float32)

@@ -1,0 +1,25 @@
+"""Key norms (Devoto et al., 2024): keys of small norm tend to be the ones attended to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax import config
+from atom_jax.kvcache.budget import Budget
+from atom_jax.kvcache.memory import Call
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class KNorm(Budget):
+    """Score: minus the Euclidean norm of the key."""
+
+    name: ClassVar[str] = "knorm"
+
+    def token_score(self, call: Call, extra: Any) -> jax.Array:
+        """Minus the norm."""
+        return -jnp.linalg.norm(call.k.astype(jnp.float32), axis=-1)

@@ -1,0 +1,103 @@
+"""Attention to stored entries, whose positions differ from head to head, and what these entries receive of it.
+
+pos: i32 [b, h, s], positions of the entries, -1 where there is none.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax.kvcache.memory import Call
+from atom_jax.nn.attention import NEGATIVE, Tokens, attend, block_size
+from atom_jax.nn.blockwise import blockwise_lse
+
+# Queries whose weights on all entries exist at once in `received`.
+ROWS = 64
+
+
+def attend_entries(
+    q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bhs: jax.Array
+) -> jax.Array:
+    """Attention [b, h, g, t, k] of new tokens to the entries that are not after them."""
+    h = k_bhsk.shape[1]
+    out = attend(_fold(q_bhgtk), _fold(k_bhsk), _fold(v_bhsk), _queries(q, h), _entries(pos_bhs))
+    return out.reshape(q_bhgtk.shape)
+
+
+def attend_one(
+    q_bhgk: jax.Array, k_bhck: jax.Array, v_bhck: jax.Array, pos_bhc: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention [b, h, g, k] of one token per row to all entries, and its weights float32 [b, h, g, c]."""
+    scores = jnp.einsum("bhgk,bhck->bhgc", q_bhgk, k_bhck, preferred_element_type=jnp.float32)
+    held = jnp.broadcast_to((pos_bhc >= 0)[:, :, None], scores.shape)
+    scores = jnp.where(held, scores * q_bhgk.shape[-1] ** -0.5, NEGATIVE)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bhgc,bhck->bhgk", weights.astype(v_bhck.dtype), v_bhck, preferred_element_type=jnp.float32)
+    return (out / total).astype(q_bhgk.dtype), weights / total
+
+
+def last_queries(call: Call, n: int) -> tuple[jax.Array, jax.Array]:
+    """The last n real queries of every row, [b, h, g, n, k], and their positions i32 [b, n], -1 where a row has
+    fewer."""
+    count_b = jnp.sum(call.real, axis=1, dtype=jnp.int32)
+    at = count_b[:, None] - n + jnp.arange(n)[None]
+    index = jnp.maximum(at, 0)
+    q = jnp.take_along_axis(call.q, index[:, None, None, :, None], axis=3)
+    return q, jnp.where(at >= 0, jnp.take_along_axis(call.tokens.positions, index, axis=1), -1)
+
+
+def weights(q_bhgtk: jax.Array, at_bt: jax.Array, k_bhsk: jax.Array, pos_bhs: jax.Array) -> jax.Array:
+    """Attention weights float32 [b, h, g, t, s] of a few queries at positions at_bt; 0 for queries at -1."""
+    scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
+    at, pos = at_bt[:, None, :, None], pos_bhs[:, :, None, :]
+    seen = jnp.broadcast_to(((pos >= 0) & (pos <= at))[:, :, None], scores.shape)
+    scores = jnp.where(seen, scores * q_bhgtk.shape[-1] ** -0.5, NEGATIVE)
+    return jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+
+
+def received(q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Array, aligned: bool) -> jax.Array:
+    """Attention that every entry receives from all real queries together: float32 [b, h, g, s].
+
+    Memory grows with t + s, not with their product: the first pass finds the log-sum-exp of every query, the second
+    adds up the weights of ROWS queries at a time. aligned: as in `attend`.
+    """
+    b, h, g, t, size = q_bhgtk.shape
+    s, n = k_bhsk.shape[2], b * h
+    queries, entries = _queries(q, h), _entries(pos_bhs)
+    places = (queries.positions, queries.segments, entries.positions, entries.segments)
+    keys = _fold(k_bhsk)
+    _, lse = blockwise_lse(_fold(q_bhgtk), keys, keys, places, None, aligned, block_size(s))
+    blocks = -(-t // ROWS)
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
+
+    def add(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
+        q, lse, at, real = block
+        scores = jnp.einsum("ngtk,nsk->ngts", q, keys[:, 0], preferred_element_type=jnp.float32) * size**-0.5
+        distance = at[:, :, None] - entries.positions[:, None]
+        seen = (entries.segments[:, None] > 0) & (distance >= 0) & (real[:, :, None] > 0)
+        weight = jnp.exp(jnp.where(jnp.broadcast_to(seen[:, None], scores.shape), scores - lse[..., None], NEGATIVE))
+        return total + weight.sum(2), None
+
+    parts = (q_bhgtk.reshape(n, g, t, size), lse[:, 0]), (queries.positions, queries.segments)
+    inputs = (*(split(x, 2) for x in parts[0]), *(split(x, 1) for x in parts[1]))
+    total, _ = jax.lax.scan(add, jnp.zeros((n, g, s), jnp.float32), inputs)
+    return total.reshape(b, h, g, s)
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """Heads as rows: [b, h, ...] to [b * h, 1, ...]."""
+    return x.reshape(-1, 1, *x.shape[2:])
+
+
+def _queries(q: Tokens, h: int) -> Tokens:
+    return Tokens(*(jnp.repeat(x, h, axis=0) for x in (q.positions, (q.segments > 0).astype(jnp.int32))))
+
+
+def _entries(pos_bhs: jax.Array) -> Tokens:
+    pos = pos_bhs.reshape(-1, pos_bhs.shape[-1])
+    return Tokens(pos, jnp.where(pos >= 0, 1, -1))

@@ -1,0 +1,158 @@
+"""Cache policies written down one row, head and query at a time, in float64."""
+
+import math
+
+import numpy as np
+
+from atom_jax.nn import rope
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def attention(q, k, at, positions):
+    """Weights of a query [k] at position `at` on keys [s, k]; 0 for keys after it."""
+    seen = positions <= at
+    weights = np.zeros(len(k))
+    weights[seen] = softmax(k[seen] @ q / math.sqrt(len(q)))
+    return weights
+
+
+def all_weights(q, k):
+    """Weights [h, g, t, t] of a whole prompt: q [h, g, t, k], k [h, t, k]."""
+    h, g, t, _ = q.shape
+    places = np.arange(t)
+    rows = [attention(q[a, b, i], k[a], i, places) for a in range(h) for b in range(g) for i in range(t)]
+    return np.array(rows).reshape(h, g, t, t)
+
+
+def streaming_llm(p, q, k, v):
+    return np.tile(np.arange(k.shape[1], dtype=float), (len(k), 1))
+
+
+def tova(p, q, k, v):
+    return np.tile(all_weights(q, k)[:, :, -1].mean((0, 1)), (len(k), 1))
+
+
+def h2o(p, q, k, v):
+    return all_weights(q, k).sum((1, 2))
+
+
+def knorm(p, q, k, v):
+    return -np.sqrt((k**2).sum(-1))
+
+
+def keydiff(p, q, k, v):
+    unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    mean = unit.mean(1, keepdims=True)
+    return -(unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)
+
+
+def snapkv(p, q, k, v):
+    (h, t, _), w = k.shape, p.window
+    score = np.full((h, t), np.inf)
+    if t > w:
+        mean = all_weights(q, k)[:, :, -w:, : t - w].mean((1, 2))
+        padded = np.pad(mean, ((0, 0), (p.pool // 2, p.pool // 2)))
+        score[:, : t - w] = [[row[i : i + p.pool].mean() for i in range(t - w)] for row in padded]
+    return score
+
+
+def rotation(size, theta, positions):
+    """Mean of RoPE's matrices at these positions."""
+    freq, _ = rope.frequencies(size, theta)
+    out, half = np.zeros((size, size)), size // 2
+    for i, f in enumerate(freq):
+        c, s = np.cos(positions * f).mean(), np.sin(positions * f).mean()
+        out[i, i] = out[i + half, i + half] = c
+        out[i, i + half], out[i + half, i] = -s, s
+    return out
+
+
+def expected_attention(p, q, k, v):
+    h, g, t, size = q.shape
+    score = np.full((h, t), np.inf)
+    turn = rotation(size, 10000.0, np.arange(t, t + p.future))
+    for a in range(h):
+        heads = []
+        for b in range(g):
+            past = [rotation(size, 10000.0, np.array([i])).T @ q[a, b, i] for i in range(p.sinks, t)]
+            mean, cov = np.mean(past, 0), np.cov(np.array(past).T, bias=True)
+            mean, cov = turn @ mean, turn @ cov @ turn.T
+            keys = k[a, p.sinks :]
+            spread = np.array([x @ cov @ x for x in keys])
+            heads.append(softmax(keys @ mean / math.sqrt(size) + spread / (2 * size)))
+        score[a, p.sinks :] = (np.mean(heads, 0) + p.eps) * np.linalg.norm(v[a, p.sinks :], axis=-1)
+    return score
+
+
+def recent(p, limit):
+    return {"tova": 1, "h2o": limit // 2}.get(p.name, 0)
+
+
+def rank(p, score, position, last, limit):
+    """What decides between entries: the largest is kept."""
+    sink, new = position < p.sinks, position > last - recent(p, limit)
+    order = 2**30 - position if sink else position
+    return (math.inf if sink or new else score, order)
+
+
+def kept(p, score, n):
+    """Sets of positions that the heads keep of a prompt with these scores [h, t]: n for each."""
+    t = score.shape[1]
+    sets = []
+    for row in score:
+        best = sorted(range(t), key=lambda i: rank(p, row[i], i, t - 1, n), reverse=True)
+        sets.append(set(best[:n]))
+    return sets
+
+
+def kept_together(p, score, n):
+    """The same where the heads share h * n entries."""
+    (h, t), n = score.shape, min(n, score.shape[1])
+    score = score.copy()
+    for row in score:
+        for i in sorted(range(t), key=lambda i: (row[i], i), reverse=True)[: int(p.floor * n)]:
+            row[i] = np.inf
+    best = sorted(((score[a, i], i, -a) for a in range(h) for i in range(t)), reverse=True)[: h * n]
+    return [{i for _, i, b in best if -b == a} for a in range(h)]
+
+
+class Replay:
+    """One row whose keys and values are all there, with the set that each head keeps."""
+
+    def __init__(self, p, q, k, v, limit):
+        self.p, self.k, self.v, self.limit = p, k, v, limit
+        self.score = globals()[p.name](p, q, k, v)
+        self.sets = kept(p, self.score, limit)
+
+    def step(self, q, k, v):
+        """Attention [h, g, k] of one more token."""
+        self.k, self.v = (np.concatenate([a, b[:, None]], 1) for a, b in ((self.k, k), (self.v, v)))
+        at = self.k.shape[1] - 1
+        for a, held in enumerate(self.sets):
+            if len(held) == self.limit:
+                held.remove(min(held, key=lambda i: rank(self.p, self.score[a, i], i, at - 1, self.limit)))
+            held.add(at)
+        self.score = np.pad(self.score, ((0, 0), (0, 1)))
+        places = [np.array(sorted(held)) for held in self.sets]
+        weights = [np.array([attention(x, self.k[a, places[a]], at, places[a]) for x in q[a]]) for a in range(len(q))]
+        out = np.array([w @ self.v[a, places[a]] for a, w in enumerate(weights)])
+        self._observe(places, weights, at)
+        return out
+
+    def _observe(self, places, weights, at):
+        for a, (here, w) in enumerate(zip(places, weights)):
+            match self.p.name:
+                case "streaming_llm":
+                    self.score[a, at] = at
+                case "knorm":
+                    self.score[a, at] = -np.linalg.norm(self.k[a, at])
+                case "h2o":
+                    self.score[a, here] += w.sum(0)
+                case "tova":
+                    self.score[a, here] = np.mean(weights, (0, 1))
+                case "keydiff":
+                    self.score[a, here] = keydiff(None, None, self.k[a, here][None], None)[0]
