@@ -5,7 +5,7 @@ VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
-.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna bench clean help
+.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna english heldout bench clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ parallel: $(VENV)/.installed-core  ## fetch texts in seven languages to corpora/
 
 dna: $(VENV)/.installed-core  ## fetch genomes of bacteria to corpora/dna/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch dna
+
+english: $(VENV)/.installed-core  ## fetch long English documents to corpora/english/ (needs apt-get)
+	$(BIN)/python -m atom_jax.data.fetch english
+
+heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpora/heldout/ (needs apt-get)
+	$(BIN)/python -m atom_jax.data.fetch heldout
 
 bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
 	$(BIN)/python -m benchmarks.lm

@@ -18,6 +18,7 @@ import sys
 from absl import app, flags, logging
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what to evaluate")
+_ADAPTER = flags.DEFINE_string("adapter", None, "learned evictors for it: a shipped name or a directory")
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks; a wrong name prints the list")
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE or TASK.FIELD=VALUE")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the results")
@@ -35,7 +36,8 @@ def run(settings: list[str]) -> None:
     evaluation.check_tasks(_TASKS.value)
     cfg = evaluation.resolve(config.override(EvalConfig(), settings), _CHECKPOINT.value)
     out = pathlib.Path(_OUT.value) if _OUT.value else None
-    results = evaluation.evaluate(atom_jax.load(_CHECKPOINT.value), _TASKS.value, cfg, out)
+    lm = atom_jax.load(_CHECKPOINT.value, adapter=_ADAPTER.value)
+    results = evaluation.evaluate(lm, _TASKS.value, cfg, out)
     print(evaluation.table(results))
 
 

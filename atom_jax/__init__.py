@@ -8,6 +8,7 @@ from typing import Any
 _PUBLIC = {
     "load": "atom_jax.checkpoint",
     "save_hf": "atom_jax.checkpoint",
+    "save_adapter": "atom_jax.checkpoint",
     "apply": "atom_jax.inference.score",
     "generate": "atom_jax.inference.generate",
     "LM": "atom_jax.typing",

@@ -90,6 +90,7 @@ class _Done(Exception):
 def _generate(argv: list[str]) -> None:
     known = _Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_multi_string, "prompt", None, "text to continue; several --prompt run as one batch")
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
@@ -111,7 +112,7 @@ def _generate(argv: list[str]) -> None:
     from atom_jax.checkpoint import load
     from atom_jax.inference.generate import generate
 
-    lm = load(values.checkpoint, dtype=values.dtype)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     alone = len(values.prompt) == 1 and not values.json
     result = generate(
         lm,

@@ -1,16 +1,21 @@
 """eval.py as a user runs it."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import atom_jax
-from atom_jax import config
+from atom_jax import config, params
 from atom_jax.data.config import DataConfig
+from atom_jax.kvcache.dms import DMS
+from atom_jax.models import transformer
+from atom_jax.typing import LM
 from tests.evaluation.conftest import lm  # noqa: F401 (a fixture)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -56,6 +61,7 @@ def test_prints_a_table_and_writes_json(checkpoint, text, tmp_path):
         (["--checkpoint=CKPT", "--tasks=lambada"], "make evaldata"),
         (["--checkpoint=CKPT", "--tasks=bpb", "oops"], "--set oops: expected NAME=VALUE"),
         (["--checkpoint=/no/such/model", "--tasks=bpb"], "/no/such/model"),
+        (["--checkpoint=CKPT", "--tasks=bpb", "--adapter=nothing"], "adapter 'nothing' is neither"),
         (["--checkpoint=CKPT", "--tasks=bpb", "--out=CKPT/config.json/out.json"], "config.json"),
     ],
 )
@@ -65,6 +71,19 @@ def test_bad_input_is_one_sentence(checkpoint, tmp_path, arguments, message):
     assert done.returncode == 1
     assert done.stdout == "" and done.stderr.startswith("eval.py: ")
     assert done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_adapters(lm, checkpoint, text, tmp_path):  # noqa: F811
+    cfg = dataclasses.replace(lm.config, memory=DMS(window=1, offset=-5.0))
+    evictors = LM(cfg, params.init(jax.random.key(0), transformer.spec(cfg)), lm.tokenizer)
+    atom_jax.save_adapter(evictors, tmp_path / "adapter")
+    settings = ["--tasks=bpb", "--set", f"bpb.sources={text}", "bpb.split=all", "max_length=32"]
+    runs = [
+        evaluate(f"--checkpoint={checkpoint}", *more, *settings)
+        for more in ([], [f"--adapter={tmp_path / 'adapter'}"])
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr
+    assert runs[0].stdout != runs[1].stdout
 
 
 def test_training_directory(lm, tmp_path):  # noqa: F811

@@ -112,6 +112,7 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--prompt=x"], "--checkpoint is missing"),
         (["generate", "--checkpoint=CHECKPOINT"], "--prompt is missing"),
         (["generate", "--checkpoint=nowhere", "--prompt=x"], "nowhere"),
+        (["generate", "--checkpoint=CHECKPOINT", "--adapter=nothing", "--prompt=x"], "adapter 'nothing' is neither"),
         (["generate", "--colour=red"], "colour"),
         (["generate", "--top_k=many"], "top_k"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "extra"], "extra"),

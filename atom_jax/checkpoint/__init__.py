@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from absl import logging
 
 from atom_jax import tokenizers
-from atom_jax.checkpoint import families, hf_config, hnet_hf
+from atom_jax.checkpoint import adapters, families, hf_config, hnet_hf
+from atom_jax.checkpoint.adapters import save_adapter
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.safetensors_io import (
@@ -28,6 +29,8 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
 from atom_jax.typing import LM, AtomError
 
+__all__ = ["find", "kind_of", "load", "load_config", "save_adapter", "save_hf"]
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -37,13 +40,15 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, or,
     with huggingface_hub installed, a hub id such as "HuggingFaceTB/SmolLM2-135M".
 
+    adapter: learned evictors to put on it, the name of shipped ones or a directory (`checkpoint.adapters`).
     dtype: "float32" or "bfloat16" converts the parameters and computes in it; None keeps what is stored and computes
-    in what config.json names. shardings: tree of jax.sharding.Sharding for the parameters, or None for one device.
+    in what config.json names. shardings: tree of jax.sharding.Sharding for the parameters (those of the adapter
+    may be left out, each device then holds all of it), or None for one device.
     The tokenizer is None where the checkpoint has none. Raises AtomError, naming the file and the tensor or field,
     for whatever is missing, malformed or not supported.
     """
     if adapter is not None:
-        raise AtomError(f"adapter {adapter!r}: no adapters are shipped, and loading one from a path is not supported")
+        adapters.find(adapter)
     if dtype is not None:
         dtype = _dtype(dtype)
     path = find(path)
@@ -65,6 +70,8 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     if lm.tokenizer is not None and lm.tokenizer.vocab_size > lm.config.vocab_size:
         sizes = f"{lm.tokenizer.vocab_size} ids, the embedding {lm.config.vocab_size} rows"
         logging.warning("%s: the tokenizer has %s; texts with ids beyond them cannot be used", path, sizes)
+    if adapter is not None:
+        lm = adapters.load_adapter(lm, adapter, dtype, shardings)
     if dtype is None:
         return lm
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
@@ -92,7 +99,8 @@ def load_config(path: Path) -> tuple[TransformerConfig, Any]:
 
 def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json, generation_config.json, model.safetensors (shards beyond `shard_bytes`) and the tokenizer's
-    files, under the family's published names and in the parameters' dtypes.
+    files, under the family's published names and in the parameters' dtypes. Learned evictors are part of a model; any
+    other cache policy in its configuration is not, and is left out.
 
     name: what the model is called, kept in config.json. All or nothing: on any failure `directory` is as before.
     Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where

@@ -11,6 +11,8 @@ import numpy as np
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.memory import Policy
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import AtomError
@@ -75,16 +77,24 @@ def _summary(cfg: TransformerConfig, tokenizer: Any, rows: list[_Row]) -> list[t
         described = "none"
     else:
         described = f"{'bytes' if tokenizer.name == 'bytes' else 'tokenizer.json'}, {tokenizer.vocab_size:,} ids"
+    memory = [("memory", _memory(cfg.memory))] if cfg.memory is not None else []
     return [
         ("family", cfg.family),
         ("sizes", f"{cfg.n_layers} layers, width {cfg.d_model}, MLP {cfg.d_ff}, {heads}{window}"),
         ("vocabulary", f"{cfg.vocab_size:,}, {'tied' if cfg.tie_embeddings else 'separate'} output embedding"),
         ("positions", f"{cfg.max_length:,}, rotary base {cfg.rope_theta:g}{scaling}"),
+        *memory,
         ("parameters", f"{params_lib.count(registry.of(cfg).spec(cfg)):,}"),
         ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
         ("bytes", f"{sum(row[3] for row in rows):,}"),
         ("tokenizer", described),
     ]
+
+
+def _memory(policy: Policy) -> str:
+    if not isinstance(policy, DMS):
+        return policy.name
+    return f"learned evictors, form {policy.form}, window {policy.window}, made for compression by {policy.cr:g}"
 
 
 def _hf(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:

@@ -92,9 +92,9 @@ class _Place:
     layer: int | None
 
 
-def _places(cfg: Any) -> dict[str, _Place]:
-    """Every published name of this model, layer by layer, with where it goes."""
-    specs = params_lib.flatten(registry.of(cfg).spec(cfg))
+def _places(cfg: Any, part: str = "") -> dict[str, _Place]:
+    """Every published name of this model, layer by layer, with where it goes; only for paths that contain `part`."""
+    specs = _specs(cfg, part)
     places = {}
     for rule in _rules(cfg):
         if rule.path not in specs:
@@ -107,6 +107,10 @@ def _places(cfg: Any) -> dict[str, _Place]:
     return places
 
 
+def _specs(cfg: Any, part: str) -> dict[str, params_lib.ParamSpec]:
+    return {path: spec for path, spec in params_lib.flatten(registry.of(cfg).spec(cfg)).items() if part in path}
+
+
 def _rules(cfg: Any) -> Sequence[Rule]:
     if isinstance(cfg, TransformerConfig):
         return RULES[cfg.family]
@@ -115,16 +119,24 @@ def _rules(cfg: Any) -> Sequence[Rule]:
     return hnet_hf.rules(cfg)
 
 
-def load(source: TensorSource, cfg: TransformerConfig, dtype: Any = None, shardings: Any = None) -> params_lib.Tree:
+def load(
+    source: TensorSource,
+    cfg: TransformerConfig,
+    dtype: Any = None,
+    shardings: Any = None,
+    part: str = "",
+    asked_by: str = "config.json",
+) -> params_lib.Tree:
     """Parameters of `cfg` from published tensors: the tree of `spec(cfg)`, layers stacked.
 
-    dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None.
+    dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None; may hold
+    more. part: read the parameters whose path contains it, and expect no other tensors. asked_by: the file that says
+    which tensors there are, for messages.
     One stacked array is assembled at a time on the host, which on the CPU becomes the parameter itself. Raises
     AtomError, naming the first few, for missing, unexpected or misshapen tensors and for weights of other types.
     """
-    places = _places(cfg)
-    _check(source, places, cfg)
-    specs = params_lib.flatten(registry.of(cfg).spec(cfg))
+    places, specs = _places(cfg, part), _specs(cfg, part)
+    _check(source, places, cfg, asked_by)
     placements = None if shardings is None else params_lib.flatten(shardings)
     names: dict[str, list[str]] = {}
     for name, place in places.items():
@@ -155,22 +167,22 @@ def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConfig) -> None:
+def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConfig, asked_by: str) -> None:
     missing = [name for name in places if name not in source.infos]
     if missing:
-        raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this config.json")
+        raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this {asked_by}")
     extra = [name for name in source.infos if name not in places and not _DERIVED.fullmatch(name)]
-    if cfg.tie_embeddings and "lm_head.weight" in extra:
+    embedding = next((name for name, place in places.items() if place.rule.path == "embed"), None)
+    if cfg.tie_embeddings and embedding and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        embedding = next(name for name, place in places.items() if place.rule.path == "embed")
         if not _same(source, "lm_head.weight", embedding):
             raise AtomError(f"{source.label}: lm_head.weight differs from the embedding, yet config.json ties them")
     if extra:
-        raise AtomError(f"{source.label}: {_listing(extra, 'unexpected')} for a {cfg.family} of this config.json")
+        raise AtomError(f"{source.label}: {_listing(extra, 'unexpected')} for a {cfg.family} of this {asked_by}")
     for name, place in places.items():
         info, expected = source.infos[name], place.rule.hf_shape(place.shape)
         if info.shape != expected:
-            raise AtomError(f"{source.label}: tensor '{name}' is {info.shape}; config.json asks for {expected}")
+            raise AtomError(f"{source.label}: tensor '{name}' is {info.shape}; {asked_by} asks for {expected}")
         if info.dtype not in _FLOATS:
             raise AtomError(f"{source.label}: tensor '{name}' is {info.dtype}, not float32, float16 or bfloat16")
 
@@ -187,16 +199,17 @@ def _listing(names: list[str], what: str) -> str:
 class ExportSource:
     """The parameters of a model under their published names, one tensor at a time; the inverse of `load`.
 
-    Dtypes are kept. Raises AtomError where the parameters do not have the shapes of `cfg`.
+    part: only those whose path contains it. Dtypes are kept. Raises AtomError where the parameters do not have the
+    shapes of `cfg`.
     """
 
-    def __init__(self, cfg: TransformerConfig, params: params_lib.Tree):
+    def __init__(self, cfg: TransformerConfig, params: params_lib.Tree, part: str = ""):
         self.label = f"{cfg.family} parameters"
         specs, self._leaves = params_lib.flatten(registry.of(cfg).spec(cfg)), params_lib.flatten(params)
         if {path: spec.shape for path, spec in specs.items()} != {p: x.shape for p, x in self._leaves.items()}:
             wrong = [p for p in {**specs, **self._leaves} if _shape(specs, p) != _shape(self._leaves, p)]
             raise AtomError(f"{self.label}: {_listing(wrong, 'missing, unexpected or misshapen')} for this config")
-        self._places = _places(cfg)
+        self._places = _places(cfg, part)
         self.infos = {}
         for name, place in self._places.items():
             leaf = self._leaves[place.rule.path]

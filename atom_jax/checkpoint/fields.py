@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ class Fields:
             raise self._wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number."""
+    def number(self, name: str, default: float | None = None, positive: bool = True) -> float:
+        """A finite number, by default a positive one."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < 1e30 or not math.isfinite(value):
-            raise self._wrong(name, value, "a positive number")
+        least = 0 if positive else -1e30
+        if type(value) not in (int, float) or not least < value < 1e30 or not math.isfinite(value):
+            raise self._wrong(name, value, "a positive number" if positive else "a number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -50,6 +52,13 @@ class Fields:
         value = self._get(name, default)
         if type(value) is not bool:
             raise self._wrong(name, value, "true or false")
+        return value
+
+    def one_of(self, name: str, choices: Sequence[str], default: str) -> str:
+        """One of some words."""
+        value = self._get(name, default)
+        if value not in choices:
+            raise self._wrong(name, value, " or ".join(choices))
         return value
 
     def ids(self, name: str, vocab: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from atom_jax.checkpoint import hf_rope
+from atom_jax.checkpoint import hf_dms, hf_rope
 from atom_jax.checkpoint.fields import Fields
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import AtomError
@@ -61,7 +61,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
             raise AtomError(f"{where}: {name} is {str(data[name])[:60]}; only {json.dumps(value)} is supported")
-    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys())
+    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - hf_dms.OBEYED - hf_dms.HARMLESS)
     if unknown:
         logging.warning("%s: ignored unknown fields: %s", where, ", ".join(unknown))
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -73,6 +73,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
     head_dim = fields.size("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
     if head_dim % 2:
         raise AtomError(f"{where}: head_dim {head_dim} is odd, rotary embeddings need pairs")
+    memory = hf_dms.from_hf(fields)
     stored = data.get("dtype") or data.get("torch_dtype")
     try:
         return TransformerConfig(
@@ -94,6 +95,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
             eos_ids=fields.ids("eos_token_id", vocab),
             pad_id=next(iter(fields.ids("pad_token_id", vocab)), None),
             dtype="bfloat16" if stored == "bfloat16" else "float32",
+            memory=memory,
             **({"sliding_window": window} if window else {}),
         )
     except AtomError as e:
@@ -103,6 +105,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
 def to_hf(cfg: TransformerConfig, dtype: str) -> dict[str, Any]:
     """config.json for `cfg` with weights of `dtype`, which transformers 4.57 and 5 both read as the same model.
 
+    Learned evictors are part of it, other cache policies are not: they only say how a model is run.
     Raises AtomError where the published family has no such option.
     """
     sliding = "sliding" in cfg.layer_types
@@ -134,7 +137,7 @@ def to_hf(cfg: TransformerConfig, dtype: str) -> dict[str, Any]:
     if cfg.family == "qwen3":
         out["use_sliding_window"] = sliding
         out["max_window_layers"] = cfg.layer_types.index("sliding") if sliding else cfg.n_layers
-    return out
+    return out if cfg.dms is None else out | hf_dms.to_hf(cfg.family, cfg.dms)
 
 
 def token_ids(cfg: TransformerConfig) -> dict[str, Any]:

@@ -185,9 +185,8 @@ def write_tensors(directory: Path, source: TensorSource, shard_bytes: int = SHAR
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for file, names in zip(files, shards):
-        # The writer reads raw memory, so every array must be contiguous.
         arrays = {name: np.asarray(source.read(name), order="C") for name in names}
-        _save(arrays, directory / file)
+        write_file(arrays, directory / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         total = sum(info.nbytes for info in source.infos.values())
@@ -195,7 +194,10 @@ def write_tensors(directory: Path, source: TensorSource, shard_bytes: int = SHAR
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _save(arrays: dict[str, np.ndarray], file: Path) -> None:
+def write_file(arrays: dict[str, np.ndarray], file: Path) -> None:
+    """Writes C-contiguous arrays to one .safetensors file. OSError where that fails; not atomic by itself."""
+    if not all(x.flags.c_contiguous for x in arrays.values()):
+        raise ValueError("the writer reads raw memory, so every array must be contiguous")
     try:
         # transformers refuses files without this piece of metadata.
         save_file(arrays, file, metadata={"format": "pt"})

@@ -136,7 +136,8 @@ def load_params(path: str | pathlib.Path, dtype: Any = None, shardings: Any = No
     """(model configuration, parameters, tokenizer) of a model directory, a run's WORKDIR (its newest step) or
     WORKDIR/checkpoints/STEP. Of a run that kept an average of its parameters this is the average.
 
-    dtype: converts while reading (None: as saved); shardings: a tree of them (None: on the first device).
+    dtype: converts while reading (None: as saved); shardings: a tree of them, which may hold
+    more (None: on the first device).
     Raises AtomError for anything missing, or a tensor of another shape than the configuration says.
     """
     step, _, _ = _open(path)
@@ -144,7 +145,11 @@ def load_params(path: str | pathlib.Path, dtype: Any = None, shardings: Any = No
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     spec = registry.of(model).spec(model)
-    places = shardings if isinstance(shardings, dict) else params_lib.map_specs(lambda _: shardings, spec)
+    if isinstance(shardings, dict):
+        there = params_lib.flatten(shardings)
+        places = params_lib.unflatten({name: there[name] for name in params_lib.flatten(spec)})
+    else:
+        places = params_lib.map_specs(lambda _: shardings, spec)
     found = _metadata(step / "params")
     _compare(params_lib.abstract(spec), found, f"{step}/params", check_dtype=False)
     kinds = params_lib.flatten(found)

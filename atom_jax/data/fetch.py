@@ -1,9 +1,11 @@
 """Fetches texts for experiments from Debian packages, which are unpacked and never installed.
 
-    python -m atom_jax.data.fetch parallel|dna [DIR]        # or: make parallel, make dna
+    python -m atom_jax.data.fetch parallel|dna|english|heldout [DIR]    # or: make parallel and so on
 
 parallel: DIR/parallel, the pages of LibreOffice's help in seven languages (data/parallel.py).
 dna:      DIR/dna, genomes of five species of bacteria (data/genomes.py).
+english:  DIR/english, long English documents to train on (data/english.py).
+heldout:  DIR/heldout, English texts to evaluate on (data/heldout.py).
 DIR is `corpora` by default. Packages stay in .cache/debian, so an interrupted run goes on with what is missing.
 """
 
@@ -12,11 +14,11 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from atom_jax.data import genomes, parallel
+from atom_jax.data import english, genomes, heldout, parallel
 from atom_jax.typing import AtomError
 
 CACHE = pathlib.Path(".cache/debian")
-_MAKERS = {"parallel": parallel.fetch, "dna": genomes.fetch}
+_MAKERS = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
 
 
 def main(arguments: list[str]) -> int:

@@ -75,8 +75,8 @@ def attend(
       window: a query sees only keys fewer than `window` positions back (None: all).
       aligned: True promises that key i stands where query i stands, so that blocks above the diagonal or
         outside the window are never computed.
-      keep_bhs: added to the scores of a key by queries more than `keep_window` positions after it: the log-probability
-        that the key was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
+      keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
+        probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
     """
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]

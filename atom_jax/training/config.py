@@ -8,6 +8,8 @@ from typing import Any
 from atom_jax import config
 from atom_jax.data.config import DataConfig
 from atom_jax.sharding import MeshConfig
+from atom_jax.training.distill import DistillConfig
+from atom_jax.transfer.dms_fit import FitConfig
 from atom_jax.typing import AtomError
 
 
@@ -100,6 +102,8 @@ class Experiment:
 
     # The model's configuration, or None for the model of init_from.
     model: Any = None
+    # Cache policy for the model of init_from; None leaves the one that it has.
+    memory: Any = None
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -109,6 +113,10 @@ class Experiment:
     tokenizer: str = "bytes"
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""
+    # Fits the model's evictors in closed form before the first step; None: they start as they are.
+    fit: FitConfig | None = None
+    # Trains the model with eviction towards itself without, instead of on the text; None: on the text.
+    distill: DistillConfig | None = None
     seed: int = 0
 
 

@@ -99,6 +99,9 @@ class _Run:
             if judge or save:
                 self._note(*behind)
                 behind = None
+            if last and self.exp.fit is not None:
+                params = start.calibrated(self.exp, self.state.params, self.data)
+                self.state = self.state.replace(params=params)
             if judge:
                 self._validate()
             if save:
@@ -116,6 +119,8 @@ class _Run:
             params, notes = None, []
             if self.exp.init_from:
                 params, notes = start.parameters(self.exp, shardings(self.program.state).params)
+            if self.exp.fit is not None:
+                params = start.fitted(self.exp, params, self.data)
             flops = forward_flops(self.exp.model, self.exp.data.seq_len)
             size = f"{params_lib.count(self.program.spec):,} parameters on {self.program.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"

@@ -46,6 +46,7 @@ def next_token(
     params: Any,
     batch: Batch,
     key: jax.Array | None = None,
+    step: jax.Array | None = None,
     *,
     cfg: Any,
     lengths: np.ndarray,
@@ -56,7 +57,7 @@ def next_token(
     (`aux["loss"]`, a mean) per target.
 
     Args:
-      key: PRNG key for models that draw while they train; None: no noise.
+      key: PRNG key for models that draw while they train; None: no noise. step: not used here.
       lengths: i32 [v], bytes per token id.
       block: positions per block of logits; None chooses one block when [b, t, v] is small.
     """
@@ -71,11 +72,11 @@ def next_token(
         logits = model.logits(params, x, cfg=cfg)
         return _score(logits, targets, mask), None if late is None else _entropy(logits)
 
-    block = block or _block(b, t, cfg.vocab_size)
+    block = block or positions_per_block(b, t, cfg.vocab_size)
     if block >= t:
         (nats, z), entropy = score(x_btd, batch.targets, mask)
     else:
-        parts = [_blocks(a, block) for a in (x_btd, batch.targets, mask)]
+        parts = [blocks(a, block) for a in (x_btd, batch.targets, mask)]
 
         def step(total: jax.Array, part: Any) -> tuple[jax.Array, jax.Array | None]:
             sums, entropy = score(*part)
@@ -86,14 +87,18 @@ def next_token(
         entropy = None if entropy is None else jnp.moveaxis(entropy, 0, 1).reshape(b, -1)[:, :t]
     own = aux.get("loss", 0.0) + (0.0 if late is None else late(entropy))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
-    counted = jnp.take(jnp.asarray(lengths), batch.targets, axis=0) * (mask > 0)
     return Sums(
         objective=nats + z_loss * z + own * count,
         nats=nats,
         tokens=count,
-        bytes=jnp.sum(counted, dtype=jnp.int32),
+        bytes=counted_bytes(lengths, batch),
         learned=aux.get("metrics", {}),
     )
+
+
+def counted_bytes(lengths: np.ndarray, batch: Batch) -> jax.Array:
+    """UTF-8 bytes of the targets that count, i32 []; lengths: i32 [v], bytes per token id."""
+    return jnp.sum(jnp.take(jnp.asarray(lengths), batch.targets, axis=0) * (batch.loss_mask > 0), dtype=jnp.int32)
 
 
 def _entropy(logits_btv: jax.Array) -> jax.Array:
@@ -111,13 +116,13 @@ def _score(logits_btv: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Ar
     return jnp.stack([jnp.sum((log_z - chosen) * mask), jnp.sum(jnp.square(log_z) * mask)])
 
 
-def _block(b: int, t: int, v: int) -> int:
+def positions_per_block(b: int, t: int, v: int) -> int:
     """Positions whose logits fit the limit."""
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
     return t if b * t * v <= BLOCK_LOGITS * devices else max(BLOCK_LOGITS * devices // (b * v), 1)
 
 
-def _blocks(x: jax.Array, block: int) -> jax.Array:
+def blocks(x: jax.Array, block: int) -> jax.Array:
     """[b, t, ...] to [n, b, block, ...], padded with zeros."""
     b, t = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))

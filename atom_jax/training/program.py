@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.models import registry
-from atom_jax.training import losses, optim
+from atom_jax.training import distill, losses, optim
 from atom_jax.training import state as state_lib
 from atom_jax.training.config import Experiment
 from atom_jax.training.losses import Sums
@@ -41,11 +41,12 @@ class Program:
         self.rows = sharding.batch_sharding(mesh)
         whole, places = NamedSharding(mesh, P()), state_lib.shardings(self.state)
         loss = functools.partial(
-            losses.next_token,
-            cfg=exp.model,
-            lengths=losses.byte_lengths(tokenizer, exp.model.vocab_size),
-            z_loss=exp.optim.z_loss,
+            losses.next_token, cfg=exp.model, lengths=losses.byte_lengths(tokenizer, exp.model.vocab_size)
         )
+        if exp.distill is not None:
+            loss = functools.partial(distill.self_distillation, **loss.keywords, how=exp.distill)
+        elif exp.optim.z_loss:
+            loss = functools.partial(loss, z_loss=exp.optim.z_loss)
         self.step = jax.jit(
             make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema, exp.seed),
             in_shardings=(places, self.rows),
@@ -104,6 +105,10 @@ def _fields(marks: bool) -> tuple[str, ...]:
 
 def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
     """Refuses sizes that do not fit together, before anything is compiled."""
+    if exp.distill is not None and getattr(exp.model, "dms", None) is None:
+        raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
+    if exp.distill is not None and exp.optim.z_loss:
+        raise AtomError("optim.z_loss does not go with distill")
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], exp.optim.accumulate
     if exp.data.batch_size % (shards * parts):
         raise AtomError(

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
 
 from atom_jax import config, tokenizers
 from atom_jax import params as params_lib
 from atom_jax.data import vocabulary
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
+from atom_jax.transfer import dms_fit
 from atom_jax.typing import AtomError
 
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
-    """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from` before
-    the settings that concern it are applied."""
+    """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from`, with
+    `memory` in its configuration, before the settings that concern it are applied.
+
+    Raises AtomError for anything wrong in the file or the settings, and for a `memory` that no model can take."""
     exp = config.load_file(reference)
     if not isinstance(exp, Experiment):
         raise AtomError(f"--config={reference}: expected an Experiment, got {type(exp).__name__}")
     later = [s for s in settings if s.startswith("model.")]
     exp = config.override(exp, [s for s in settings if s not in later])
     if exp.model is None:
-        exp = dataclasses.replace(exp, model=_source(exp, "model")[0])
+        exp = dataclasses.replace(exp, model=_with_memory(_source(exp, "model")[0], exp))
+    elif exp.memory is not None:
+        raise AtomError("memory is for the model of init_from: where `model` is given, set model.memory")
     return config.override(exp, later)
+
+
+def _with_memory(model: Any, exp: Experiment) -> Any:
+    if exp.memory is None:
+        return model
+    if not hasattr(model, "memory"):
+        raise AtomError(
+            f"memory: the model of init_from {exp.init_from}, a {type(model).__name__}, has no such field"
+        )
+    return dataclasses.replace(model, memory=exp.memory)
 
 
 def tokenizer(exp: Experiment) -> Any:
@@ -43,18 +62,65 @@ def tokenizer(exp: Experiment) -> Any:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and how its configuration differs.
 
-    Raises AtomError when a tensor differs in shape from the experiment's model.
+    Learned evictors (attn/dms) that are absent there take the initial values of the experiment's seed.
+    Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     from atom_jax import checkpoint
+    from atom_jax.checkpoint import adapters
 
     there, _ = _source(exp, "model")
     ours, theirs = (params_lib.flatten(registry.of(c).spec(c)) for c in (exp.model, there))
-    for name in sorted(set(ours) | set(theirs)):
+    new = {name: spec for name, spec in ours.items() if adapters.PART in name and name not in theirs}
+    for name in sorted((set(ours) | set(theirs)) - set(new)):
         shapes = [list(spec[name].shape) if name in spec else "absent" for spec in (theirs, ours)]
         if shapes[0] != shapes[1]:
             raise AtomError(f"init_from {exp.init_from}: {name} is {shapes[0]} there and {shapes[1]} in this model")
     lm = checkpoint.load(exp.init_from, dtype="float32", shardings=shardings)
-    return lm.params, [f"init_from: {line}" for line in config.diff(there, exp.model)]
+    notes = [f"init_from: {line}" for line in config.diff(there, exp.model)]
+    if not new:
+        return lm.params, notes
+    notes.append(f"init_from: {', '.join(new)} absent there, so with initial values")
+    leaves = params_lib.flatten(lm.params) | _initial(exp.seed, new, shardings)
+    return params_lib.unflatten({name: leaves[name] for name in ours}), notes
+
+
+def _initial(seed: int, specs: dict[str, params_lib.ParamSpec], shardings: Any) -> dict[str, Any]:
+    """Initial values by path, each the same as in a model that starts from the seed altogether."""
+    spec = params_lib.unflatten(specs)
+    places = None
+    if shardings is not None:
+        given = params_lib.flatten(shardings)
+        places = params_lib.unflatten({name: given[name] for name in specs})
+    draw = jax.jit(lambda key: params_lib.init(key, spec), out_shardings=places)
+    return params_lib.flatten(draw(jax.random.key(seed)))
+
+
+def fitted(exp: Experiment, params: Any, data: Iterator[dict[str, Any]]) -> Any:
+    """`params` with evictors fitted as `exp.fit` says, on rows of `data`. Raises AtomError without parameters."""
+    if params is None:
+        raise AtomError("fit: set init_from; evictors are fitted to a model that has learned something")
+    bar = tqdm(total=exp.fit.windows + 3 * exp.fit.calibration, desc="fit", unit="row", mininterval=1)
+    with bar:
+        return dms_fit.fit(params, exp.model, _whole_rows(data, bar), exp.fit, bar.set_postfix_str)
+
+
+def calibrated(exp: Experiment, params: Any, data: Iterator[dict[str, Any]]) -> Any:
+    """`params` with the threshold for evictions moved to where `exp.fit.entries` keys stay."""
+    bar = tqdm(total=3 * exp.fit.calibration, desc="threshold", unit="row", mininterval=1)
+    with bar:
+        return dms_fit.calibrate(params, exp.model, _whole_rows(data, bar), exp.fit, bar.set_postfix_str)
+
+
+def _whole_rows(data: Iterator[dict[str, Any]], bar: Any) -> Iterator[np.ndarray]:
+    """Ids i32 [1, t] of the rows of `data` that hold a single document."""
+    for batches in range(10**9):
+        if batches > 1000 and not bar.n:
+            raise AtomError("fit: no row of the data holds a single document; data.seq_len is too long for them")
+        batch = next(data)
+        for ids, segments in zip(batch["ids"], batch["segments"]):
+            if (segments == 1).all():
+                bar.update()
+                yield ids[None]
 
 
 def _source(exp: Experiment, what: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from atom_jax.training.optim import Optimizer, merge
 from atom_jax.training.state import State
 from atom_jax.typing import Batch
 
-Loss = Callable[[Tree, Batch, jax.Array], Sums]
+Loss = Callable[[Tree, Batch, jax.Array, jax.Array], Sums]
 Metrics = dict[str, jax.Array]
 
 
@@ -37,7 +37,7 @@ def make_step(
 
         def objective(learn: Tree, part: Batch, number: jax.Array) -> tuple[jax.Array, Sums]:
             key = jax.random.fold_in(jax.random.key(seed), state.step * accumulate + number)
-            sums = loss(merge(learn, frozen), part, key)
+            sums = loss(merge(learn, frozen), part, key, state.step)
             return sums.objective * scale, sums
 
         grads, sums = _gradient(objective, learn, batch, accumulate)

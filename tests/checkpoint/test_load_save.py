@@ -211,11 +211,6 @@ def test_hub_ids(golden, tmp_path, monkeypatch):
         checkpoint.load("some-org/llama")
 
 
-def test_adapters_are_refused(golden):
-    with pytest.raises(AtomError, match="adapter 'dms': no adapters are shipped"):
-        checkpoint.load(golden / "hf_tiny" / "llama", adapter="dms")
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_files(golden, tmp_path):
     shutil.copytree(golden / "hf_tiny" / "llama", tmp_path / "m")

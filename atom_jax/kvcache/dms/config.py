@@ -34,6 +34,7 @@ class DMS(Policy):
     sinks: positions at the start of a text whose keys are never evicted.
     page: entries per page of the serving cache.
     cr: the compression ratio that it was trained for; documentation only.
+    block_size: page of NVIDIA's own code; kept for export.
     """
 
     name: ClassVar[str] = "dms"
@@ -47,14 +48,15 @@ class DMS(Policy):
     sinks: int = 0
     page: int = 32
     cr: float = 8.0
+    block_size: int = 256
 
     def __post_init__(self):
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):
             raise AtomError(f"memory.per: expected head or layer, got {self.per!r}")
-        if self.window < 1 or self.page < 1 or self.sinks < 0:
-            raise AtomError("memory: window and page must be at least 1, sinks at least 0")
+        if min(self.window, self.page, self.block_size) < 1 or self.sinks < 0:
+            raise AtomError("memory: window, page and block_size must be at least 1, sinks at least 0")
         if not self.tau > 0:
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
 

@@ -19,7 +19,8 @@ from atom_jax.params import Tree
 class Mode:
     """How decisions are made in a pass without a cache.
 
-    kind: "hard": by the sign of the logit; "relaxed": with noise and a gradient; "off": nothing is evicted.
+    kind: "hard": by the sign of the logit; "relaxed": with noise and a gradient; "off": nothing is evicted;
+        "given": `noise` is added to the scores of keys beyond the window.
     noise: logistic noise of "relaxed", f32 [l, b, h, t] (of one layer [b, h, t]), or None for none.
     fade: f32 [], what is left of the borrowed channel inside attention: 1 at the start of a retrofit, 0 in the end.
     """
@@ -104,8 +105,9 @@ def decide(
     evict = (of_key > 0) & ~sink
     hard = (said > 0).astype(jnp.float32)
     if mode.kind == "off":
-        none = jnp.zeros_like(evict)
-        return Decisions(None, none, jnp.zeros_like(hard), z)
+        return Decisions(None, jnp.zeros_like(evict), jnp.zeros_like(hard), z)
+    if mode.kind == "given":
+        return Decisions(mode.noise, jnp.zeros_like(evict), jnp.zeros_like(hard), z)
     if not relaxed:
         return Decisions(jnp.where(evict, NEGATIVE, 0.0), evict, hard, z)
     soft = jax.nn.sigmoid(said)

@@ -32,7 +32,7 @@ def received(
 
     The last t of the s keys stand where the t queries stand; the s - t before them come first, s - t <= window + 1.
     """
-    b, h, g, t, size = q_bhgtk.shape
+    b, h, _, t, size = q_bhgtk.shape
     s = k_bhsk.shape[2]
     block = window + 1
     before = s - t

@@ -1,0 +1,102 @@
+"""Self-distillation next to the official losses and gradients."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atom_jax import params as params_lib
+from atom_jax.checkpoint import families
+from atom_jax.kvcache.dms import decide
+from atom_jax.training import distill
+from atom_jax.typing import AtomError
+
+sys.path.append(str(__import__("pathlib").Path(__file__).parents[1] / "kvcache" / "dms"))
+import tiny
+
+
+@pytest.fixture(scope="module", params=tiny.VARIANTS)
+def case(request, golden):
+    return tiny.load(golden / "dms" / request.param)
+
+
+def sums(case, params, monkeypatch, tau, key=True, **how):
+    cfg, _, io = case
+    cfg = dataclasses.replace(cfg, memory=dataclasses.replace(cfg.memory, tau=tau))
+    batch = tiny.batch(io["input_ids"])
+    batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
+    monkeypatch.setattr(decide, "logistic", lambda key, shape: jnp.asarray(io["train_noise"]))
+    settings = distill.DistillConfig(**{"cr_start": 8.0, "cr_end": 8.0, **how})
+    lengths = np.ones(cfg.vocab_size, np.int32)
+    drawn = jax.random.key(0) if key else None
+    return distill.self_distillation(
+        params, batch, drawn, jnp.int32(0), cfg=cfg, lengths=lengths, how=settings, block=7
+    )
+
+
+@pytest.mark.parametrize("tau", ["0.1", "20"])
+def test_losses_and_gradients_equal_the_official_ones(case, monkeypatch, tau):
+    cfg, params, io = case
+    setting = f"noise_tau{tau}"
+
+    def loss(params):
+        out = sums(case, params, monkeypatch, float(tau))
+        return out.objective / out.tokens, out
+
+    grads, out = jax.grad(loss, has_aux=True)(params)
+    kl, weight = out.learned["kl"]
+    np.testing.assert_allclose(kl / weight, io[f"train_{setting}_distil_loss"], rtol=1e-4)
+    np.testing.assert_allclose(
+        out.objective / out.tokens, io[f"train_{setting}_distil_loss"] + io[f"train_{setting}_dms_loss_target0.875"],
+        rtol=1e-4,
+    )  # fmt: skip
+    source = families.ExportSource(cfg, grads)
+    names = [n for n in io if n.startswith(f"grad_{setting}/")]
+    assert len(names) >= 4
+    for name in names:
+        theirs = io[name]
+        mine = source.read(name.partition("/")[2])
+        assert np.linalg.norm(mine - theirs) <= 1e-3 * np.linalg.norm(theirs), name
+
+
+def test_directions_and_validation(case, monkeypatch):
+    params = case[1]
+    values = {d: sums(case, params, monkeypatch, 0.1, direction=d).learned["kl"][0] for d in ("reverse", "forward")}
+    both = sums(case, params, monkeypatch, 0.1, direction="both").learned["kl"][0]
+    np.testing.assert_allclose(both, (values["reverse"] + values["forward"]) / 2, rtol=1e-5)
+    hard = sums(case, params, monkeypatch, 0.1, key=False)
+    np.testing.assert_allclose(hard.objective / hard.tokens, hard.learned["kl"][0] / hard.learned["kl"][1], rtol=1e-5)
+    assert np.isfinite(hard.nats)
+
+
+def test_no_divergence_before_the_borrowed_channel_fades(golden, monkeypatch):
+    case = tiny.load(golden / "dms" / "borrowed_neuron")
+    out = sums(case, case[1], monkeypatch, 0.1, fade_steps=10)
+    assert abs(out.learned["kl"][0]) < 1e-3 and out.learned["evicted"][0] == 0
+
+
+def test_the_target_rises_with_the_ratio():
+    how = distill.DistillConfig(cr_start=1.0, cr_end=16.0, cr_steps=510)
+    np.testing.assert_allclose(how.target(238), 1 - 1 / 8)
+    assert how.target(0) == 0 and how.target(5000) == how.target(510)
+
+
+@pytest.mark.parametrize("field,value", [("direction", "up"), ("cr_end", 0.5), ("cr_steps", 0), ("fade_steps", -1)])
+def test_senseless_settings_are_refused(field, value):
+    with pytest.raises(AtomError, match="distill"):
+        distill.DistillConfig(**{field: value})
+
+
+def test_only_the_evictors_get_gradients_when_the_rest_is_frozen(golden):
+    cfg, params, _ = tiny.load(golden / "dms" / "separate_alpha")
+    from atom_jax.models import transformer
+    from atom_jax.training import optim
+    from atom_jax.training.config import Group, OptimConfig
+
+    groups = (Group(r"(?!layers/attn/dms/).*"),)
+    made = optim.make(OptimConfig(groups=groups), transformer.spec(cfg), 10)
+    learn, _ = made.split(params)
+    assert set(params_lib.flatten(learn)) == {"layers/attn/dms/alpha", "layers/attn/dms/norm"}
