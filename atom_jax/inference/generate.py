@@ -117,7 +117,11 @@ class _Run:
         self.state, token = start(
             params, ids, lengths, self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
-        self.peak = float(lengths.sum())
+        model = registry.of(self.lm.config)
+        if model.read_whole(self.lm.config):
+            self.peak = float(lengths.sum())
+        else:
+            self.peak = float(model.cache_use(self.state.cache, self.lm.config)[0].sum())
         self._take(np.asarray(token)[:, None])
 
     def advance(self, until: int) -> None:

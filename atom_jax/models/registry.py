@@ -1,5 +1,5 @@
 """From a model configuration to the module with its pure functions: spec, hidden, logits, apply; init_cache, full,
-grow, unstack, cache_use, decode_params, step for generation; and roomier."""
+grow, unstack, cache_use, decode_params, read_whole, step for generation; and roomier."""
 
 from __future__ import annotations
 

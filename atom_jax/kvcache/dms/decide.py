@@ -121,7 +121,7 @@ def _per(x_bht: jax.Array, cfg: DMS) -> jax.Array:
 
 
 def occupancy(evict_bht: jax.Array, tokens: Tokens, window: int) -> jax.Array:
-    """i32 [b, h]: keys left once the last token of every row was read: those not evicted, and those it sees in the window."""
+    """i32 [b, h]: keys left once the last token of every row was read: those not evicted, and those in its window."""
     real = tokens.segments > 0
     newest = jnp.max(jnp.where(real, tokens.positions, -1), axis=1)
     recent = newest[:, None] - tokens.positions <= window

@@ -20,7 +20,7 @@ def features(top: jax.Array, total: jax.Array, late: jax.Array) -> jax.Array:
 
 
 def observe(q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, window: int) -> jax.Array:
-    """Features float32 [b, h, t, 3] of every key, from the queries i + 1 .. i + window after it (those that exist)."""
+    """Features float32 [b, h, t, 3] of every key, from the queries i + 1 .. i + window (those that exist)."""
     return features(*received(q_bhgtk, k_bhtk, tokens, tokens, window))
 
 

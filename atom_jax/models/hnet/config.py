@@ -185,6 +185,11 @@ def _stage_spec(cfg: HNetConfig, s: int, out_scale: float) -> Tree:
     return {k: v for k, v in tree.items() if v != {}}
 
 
+def read_whole(cfg: HNetConfig) -> bool:
+    """Whether prompts are read in one call, however long."""
+    return True
+
+
 def roomier(cfg: HNetConfig) -> HNetConfig | None:
     """The same model with room for more chunks, or None where every position has one."""
     if all(c.capacity == 1 for c in cfg.chunking):

@@ -1,0 +1,253 @@
+"""Keys and values in pages that belong to rows, so that memory follows what every head retains.
+
+A row r is one key/value head of one sequence (r = sequence * h + head); p counts pages, c entries of a page. An entry
+is named by its flat index page * c + offset. Pages are handed out in order and never given back: while single tokens
+are read no row shrinks, and a prompt lays all rows out anew. The layout is vLLM's (Kwon et al., 2023) with one pool
+for all heads instead of a table per sequence; the order of entries in a row means nothing, as keys carry RoPE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from atom_jax.kvcache.dense import bucket
+
+NEGATIVE = -1e30
+# Later than any position.
+NEVER = np.int32(2**31 - 1)
+# Rows up to which pages are added up by a product with a matrix of zeros and ones; beyond, its size is quadratic.
+MATRIX_ROWS = 16
+
+
+@struct.dataclass
+class Pool:
+    """Pages of one layer.
+
+    k, v: [p, c, k]. owner: i32 [p], the page's row; b * h: free. filled: i32 [p], entries in it. n: i32 [b, h],
+    entries of every row. tail: i32 [b, h], flat index of the next free entry of the row, -1 where it needs a page.
+    used: i32 [], pages handed out.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    owner: jax.Array
+    filled: jax.Array
+    n: jax.Array
+    tail: jax.Array
+    used: jax.Array
+
+    @classmethod
+    def empty(cls, b: int, h: int, pages: int, page: int, k: int, dtype: Any) -> Pool:
+        """Free pages."""
+        return cls(
+            *(jnp.zeros((pages, page, k), dtype) for _ in range(2)),
+            jnp.full(pages, b * h, jnp.int32), jnp.zeros(pages, jnp.int32),
+            jnp.zeros((b, h), jnp.int32), jnp.full((b, h), -1, jnp.int32), jnp.int32(0),
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Rows that share the pages."""
+        return self.n.shape[-2] * self.n.shape[-1]
+
+    @property
+    def row_of(self) -> jax.Array:
+        """i32 [p]: `owner`, and any row for a free page."""
+        return jnp.minimum(self.owner, self.rows - 1)
+
+    @property
+    def there(self) -> jax.Array:
+        """bool [p, c]: entries that hold something."""
+        return jnp.arange(self.k.shape[-2])[None] < self.filled[:, None]
+
+    def put(self, k_bhk: jax.Array, v_bhk: jax.Array, instead: jax.Array, live: jax.Array) -> tuple[Pool, jax.Array]:
+        """One new entry for every row with `live`, bool [b, h], and the flat indices of all, i32 [b, h].
+
+        It takes the place of entry `instead`, i32 [b, h], where that is not negative, else the row's next free one.
+        """
+        pages, page, size = self.k.shape
+        rows = jnp.arange(self.rows)
+        instead, live, tail = (x.reshape(-1) for x in (instead, live, self.tail))
+        adds = live & (instead < 0)
+        need = adds & (tail < 0)
+        handed = jnp.cumsum(need, dtype=jnp.int32)
+        new_page = self.used + handed - 1
+        slot = jnp.where(instead >= 0, instead, jnp.where(tail < 0, new_page * page, tail))
+        # Different places beyond the end, for the promise that no two are the same.
+        nowhere = pages + rows
+        at = jnp.where(live, slot // page, nowhere), slot % page
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            # One index per row: XLA then updates in place.
+            return old.at[at].set(new.reshape(-1, size).astype(old.dtype), mode="drop", unique_indices=True)
+
+        after = slot + 1
+        shape = self.n.shape
+        new = Pool(
+            write(self.k, k_bhk),
+            write(self.v, v_bhk),
+            self.owner.at[jnp.where(need, new_page, nowhere)].set(rows, mode="drop", unique_indices=True),
+            self.filled.at[jnp.where(adds, slot // page, nowhere)].add(1, mode="drop", unique_indices=True),
+            self.n + adds.reshape(shape),
+            jnp.where(adds, jnp.where(after % page == 0, -1, after), tail).reshape(shape),
+            self.used + handed[-1],
+        )
+        return new, slot.reshape(shape)
+
+    def attend_one(self, q_bhgk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Attention of one query per row to all its entries, float32 [b, h, g, k], and the scores, float32 [p, g, c].
+
+        A softmax in every page, and one over the pages of a row: keys and values are read where they lie.
+        """
+        size = q_bhgk.shape[-1]
+        q_pgk = q_bhgk.reshape(-1, *q_bhgk.shape[2:])[self.row_of]
+        scores = jnp.einsum("pgk,pck->pgc", q_pgk, self.k, preferred_element_type=jnp.float32) * size**-0.5
+        masked = jnp.where(jnp.broadcast_to(self.there[:, None], scores.shape), scores, NEGATIVE)
+        top = masked.max(-1)
+        weights = jnp.exp(masked - top[..., None])
+        out = jnp.einsum("pgc,pck->pgk", weights.astype(self.v.dtype), self.v, preferred_element_type=jnp.float32)
+        shrink = jnp.exp(top - self._max(top)[self.row_of])
+        total = self._sum(shrink * weights.sum(-1))
+        out = self._sum(out * shrink[..., None])
+        return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q_bhgk.shape), scores
+
+    def _mine(self) -> jax.Array:
+        return self.owner[None] == jnp.arange(self.rows)[:, None]
+
+    def _max(self, x_pg: jax.Array) -> jax.Array:
+        """The largest of a row's pages, [r, g]."""
+        if self.rows > MATRIX_ROWS:
+            return jax.ops.segment_max(x_pg, self.owner, self.rows)
+        shape = (self.rows, *x_pg.shape)
+        mine = jnp.broadcast_to(self._mine()[..., None], shape)
+        return jnp.max(jnp.where(mine, jnp.broadcast_to(x_pg[None], shape), NEGATIVE), axis=1)
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        """The sum over a row's pages, [p, ...] to [r, ...]."""
+        if self.rows > MATRIX_ROWS:
+            return jax.ops.segment_sum(x, self.owner, self.rows)
+        return jnp.tensordot(self._mine().astype(x.dtype), x, 1, precision=jax.lax.Precision.HIGHEST)
+
+    def attend_many(
+        self, q_bhgtk: jax.Array, positions_bt: jax.Array, until_pc: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of t queries per row to the entries whose `until` is later than the query's position.
+
+        Returns the sum of weights and the largest score, float32 [b, h, g, t], and the weighted sum of values,
+        float32 [b, h, g, t, k]; weights are exp(score - largest). 0, NEGATIVE and 0 for a query that sees nothing.
+        """
+        b, h, g, t, size = q_bhgtk.shape
+        q = q_bhgtk.reshape(b * h, g * t, size) * jnp.asarray(size**-0.5, q_bhgtk.dtype)
+        positions = jnp.broadcast_to(positions_bt[:, None], (b, g, t)).reshape(b, g * t)
+        there = self.there
+
+        def visit(p: jax.Array, sums: tuple) -> tuple:
+            row = self.owner[p]
+            total, top, out = (x[row] for x in sums)
+            scores = jnp.einsum("nk,ck->nc", q[row], self.k[p], preferred_element_type=jnp.float32)
+            seen = there[p][None] & (positions[row // h][:, None] < until_pc[p][None])
+            new_top = jnp.maximum(top, jnp.max(jnp.where(seen, scores, NEGATIVE), axis=-1))
+            weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            new = jnp.einsum("nc,ck->nk", weights.astype(self.v.dtype), self.v[p], preferred_element_type=jnp.float32)
+            here = total * shrink + weights.sum(-1), new_top, out * shrink[:, None] + new
+            return tuple(x.at[row].set(y) for x, y in zip(sums, here))
+
+        zero = jnp.zeros((b * h, g * t), jnp.float32)
+        sums = (zero, zero + NEGATIVE, jnp.zeros((b * h, g * t, size), jnp.float32))
+        total, top, out = jax.lax.fori_loop(0, self.used, visit, sums)
+        return total.reshape(b, h, g, t), top.reshape(b, h, g, t), out.reshape(q_bhgtk.shape)
+
+    def rebuild(
+        self, alive_pc: jax.Array | None, k_bhtk: jax.Array, v_bhtk: jax.Array, alive_bht: jax.Array
+    ) -> tuple[Pool, jax.Array | None, jax.Array]:
+        """All rows laid out anew: the entries `alive_pc` (None: the pool is empty), then the tokens `alive_bht`.
+
+        Returns the flat indices of old entries, i32 [p * c], and of tokens, i32 [b, h, t], too (those of the others
+        lie beyond the end). The pages must suffice; what does not fit is lost.
+        """
+        pages, page, size = self.k.shape
+        b, h, t, _ = k_bhtk.shape
+        end = pages * page
+        tokens = alive_bht.reshape(-1, t).astype(jnp.int32)
+        rank = jnp.cumsum(tokens, axis=1) - tokens
+        before = jnp.zeros(b * h, jnp.int32)
+        if alive_pc is not None:
+            old = alive_pc.astype(jnp.int32)
+            before, start = self._ranks(old.sum(1))
+        n = before + tokens.sum(1)
+        need = -(-n // page)
+        last = jnp.cumsum(need)
+        first = last - need
+        to_tokens = jnp.where(tokens > 0, (first * page + before)[:, None] + rank, end)
+        to, to_old = to_tokens.reshape(-1), None
+        if alive_pc is not None:
+            base = first[self.row_of] * page + start
+            to_old = jnp.where(old > 0, base[:, None] + jnp.cumsum(old, axis=1) - old, end).reshape(-1)
+            to = jnp.concatenate([to_old, to])
+        # Numbers are scattered and vectors gathered: a CPU scatters vectors slowly.
+        source = jnp.zeros(end, jnp.int32).at[to].set(jnp.arange(len(to), dtype=jnp.int32), mode="drop")
+
+        def move(old: jax.Array, new: jax.Array) -> jax.Array:
+            every = new.reshape(-1, size).astype(old.dtype)
+            if alive_pc is not None:
+                every = jnp.concatenate([old.reshape(-1, size), every])
+            return every[source].reshape(old.shape)
+
+        ids = jnp.arange(pages, dtype=jnp.int32)
+        owner = jnp.searchsorted(last, ids, side="right").astype(jnp.int32)
+        row = jnp.minimum(owner, b * h - 1)
+        filled = jnp.where(owner < b * h, jnp.clip(n[row] - (ids - first[row]) * page, 0, page), 0)
+        tail = jnp.where(n % page == 0, -1, first * page + n)
+        new = Pool(
+            move(self.k, k_bhtk), move(self.v, v_bhtk), owner, filled, n.reshape(b, h), tail.reshape(b, h), last[-1]
+        )
+        return new, to_old, to_tokens.reshape(b, h, t)
+
+    def _ranks(self, count_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every row the sum of its pages' counts, i32 [r]; of every page that of the row's pages before it."""
+        order = jnp.argsort(self.owner, stable=True)
+        of_row = jax.ops.segment_sum(count_p, self.owner, self.rows)
+        passed = jnp.cumsum(of_row) - of_row
+        ordered = count_p[order]
+        ranks = jnp.cumsum(ordered) - ordered - passed[self.row_of[order]]
+        return of_row, jnp.zeros_like(ranks).at[order].set(ranks, unique_indices=True)
+
+    def resized(self, pages: int) -> Pool:
+        """The same entries in that many pages, of one layer or of stacked ones."""
+
+        def fit(x: jax.Array, axis: int, fill: int) -> jax.Array:
+            if pages <= x.shape[axis]:
+                return jax.lax.slice_in_dim(x, 0, pages, axis=axis)
+            widths = [(0, pages - n if i == axis else 0) for i, n in enumerate(x.shape)]
+            return jnp.pad(x, widths, constant_values=fill)
+
+        if pages == self.k.shape[-3]:
+            return self
+        axis = self.owner.ndim - 1
+        return self.replace(
+            k=fit(self.k, axis, 0), v=fit(self.v, axis, 0), owner=fit(self.owner, axis, self.rows),
+            filled=fit(self.filled, axis, 0),
+        )  # fmt: skip
+
+    def pages_for(self, more: int) -> int:
+        """Pages that hold `more` further tokens per row whatever is evicted, of stacked layers in the largest."""
+        page = self.k.shape[-2]
+        need = -(-(np.asarray(self.n).astype(np.int64) + more) // page)
+        return int(need.sum((-2, -1)).max())
+
+
+def fine(n: int) -> int:
+    """The first of 8, 9, ..., 15, 16, 18, ..., 30, 32, 36, ... that is at least n: steps of an eighth or less."""
+    step = 1 << max(0, (n - 1).bit_length() - 4)
+    return max(8, -(-n // step) * step)
+
+
+def coarse(n: int) -> int:
+    """The first of 16, 24, 32, 48, ... that is at least n: few sizes, so few compilations."""
+    return bucket(n)

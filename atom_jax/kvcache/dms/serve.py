@@ -1,0 +1,262 @@
+"""The serving cache of Dynamic Memory Sparsification: what a head evicts makes room for what comes.
+
+A head retains the keys that are not evicted and those of the last window + 1 tokens. These last ones lie in a ring by
+position modulo its length R = window + 1, with the evidence for the decision that falls when a key leaves the window:
+the key of token p then lends its place to that of token p + R (Łańcucki et al., 2025; the cache of NVIDIA's
+Model-Optimizer in other words). Any number of tokens may follow at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.kvcache.dms import decide, observed
+from atom_jax.kvcache.dms.config import DMS, FEATURES
+from atom_jax.kvcache.dms.pool import NEGATIVE, NEVER, Pool, coarse, fine
+from atom_jax.kvcache.memory import Call, Sizes, stack_layers
+from atom_jax.nn.attention import Tokens, attend, block_size
+from atom_jax.nn.blockwise import blockwise_lse
+
+UNDECIDED = -1e9
+# Tokens per row for which there is room after `grow` for a few tokens; for more at once, room is found coarsely.
+AHEAD = 64
+
+
+@struct.dataclass
+class Ring:
+    """The last R tokens of every row, at position mod R.
+
+    slot: i32 [b, h, R], flat index in the pool. z: f32 [b, h, R], the decision logit about the token. stats: f32
+    [b, h, R, 3], largest, summed and recent attention that its key received so far (`observed`), or None.
+    """
+
+    slot: jax.Array
+    z: jax.Array
+    stats: Any
+
+    def positions(self, length_b: jax.Array) -> jax.Array:
+        """Positions i32 [b, R] of the tokens of rows that have `length_b`; negative where there is none."""
+        last = (length_b - 1)[:, None]
+        size = self.slot.shape[-1]
+        return last - (last - jnp.arange(size)[None]) % size
+
+
+@struct.dataclass
+class DMSLayer:
+    """The memory of one layer. cfg: its policy, static."""
+
+    RANK: ClassVar[int] = 3
+    pool: Pool
+    ring: Ring
+    cfg: DMS = struct.field(pytree_node=False)
+
+    @property
+    def k(self) -> jax.Array:
+        """Keys [p, c, k], by pages."""
+        return self.pool.k
+
+    @property
+    def v(self) -> jax.Array:
+        """Values [p, c, k], by pages."""
+        return self.pool.v
+
+    def extend(self, call: Call) -> tuple[jax.Array, DMSLayer]:
+        """Reads new tokens; see `memory.Layer`."""
+        return self._one(call) if call.q.shape[3] == 1 else self._many(call)
+
+    def full(self, length_b: jax.Array) -> jax.Array:
+        """Whether the next token of all rows might not fit."""
+        short = jnp.sum(self.pool.tail < 0) > self.k.shape[0] - self.pool.used
+        return jnp.broadcast_to(short, length_b.shape)
+
+    def grow(self, more: int) -> DMSLayer:
+        """Room for `more` tokens per row, whatever is evicted.
+
+        For single tokens (at most AHEAD) in closely spaced sizes, and smaller ones where that is enough; for a prompt
+        in few sizes, never smaller.
+        """
+        pages = fine(self.pool.pages_for(AHEAD)) if more <= AHEAD else coarse(self.pool.pages_for(more))
+        if more > AHEAD:
+            pages = max(pages, self.k.shape[-3])
+        return self.replace(pool=self.pool.resized(pages))
+
+    def held(self, length_b: jax.Array) -> jax.Array:
+        """Entries of every head."""
+        return self.pool.n
+
+    def read(self, length_b: jax.Array) -> jax.Array:
+        """A query reads what is held."""
+        return self.pool.n.astype(jnp.float32)
+
+    def _evicted(self, ring: Ring, positions_br: jax.Array, learned: Any) -> jax.Array:
+        """bool [b, h, R]: what is decided about the ring's tokens."""
+        return self._decided(ring.z, ring.stats, positions_br, learned)
+
+    def _decided(self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any) -> jax.Array:
+        if self.cfg.form == "observed":
+            seen = observed.features(*(stats_bhtf[..., i] for i in range(FEATURES)))
+            z_bht = z_bht + decide.from_observed(learned, seen, self.cfg)
+        if self.cfg.per == "layer":
+            z_bht = jnp.broadcast_to(z_bht[:, :1], z_bht.shape)
+        return (z_bht > 0) & (positions_bt >= self.cfg.sinks)[:, None]
+
+    def _one(self, call: Call) -> tuple[jax.Array, DMSLayer]:
+        """One token of every row."""
+        ring, size = self.ring, self.ring.slot.shape[-1]
+        b, h = self.pool.n.shape
+        live, place = call.real, (call.length % size)[:, None]
+        here = jnp.broadcast_to((live & (jnp.arange(size)[None] == place))[:, None], (b, h, size))
+        # The token that leaves the window, whose place in the ring is the new one's.
+        at = jnp.broadcast_to(place[:, None], (b, h, 1))
+        gone = jax.tree.map(lambda x: _take(x, at), ring)
+        evicted = self._evicted(gone, call.length[:, None] - size, call.learned)[..., 0]
+        evicted &= (call.length >= size)[:, None]
+        instead = jnp.where(evicted, gone.slot[..., 0], -1)
+        pool, slot = self.pool.put(call.k[:, :, 0], call.v[:, :, 0], instead, jnp.broadcast_to(live, (b, h)))
+        z = _say(ring, call)
+        ring = Ring(
+            jnp.where(here, slot[..., None], ring.slot),
+            jnp.where(here, UNDECIDED, z),
+            None if ring.stats is None else jnp.where(here[..., None], 0.0, ring.stats),
+        )
+        out, scores = pool.attend_one(call.q[..., 0, :])
+        if ring.stats is not None:
+            ring = ring.replace(stats=self._observe(ring, scores, call))
+        return out[..., None, :].astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+
+    def _observe(self, ring: Ring, scores_pgc: jax.Array, call: Call) -> jax.Array:
+        """The ring's statistics after one more query: `observed.received` for the newest token's."""
+        page, window = scores_pgc.shape[2], self.cfg.window
+        positions = ring.positions(call.length + 1)
+        scores = scores_pgc[ring.slot // page, :, ring.slot % page]
+        there = jnp.broadcast_to((positions >= 0)[:, None, :, None], scores.shape)
+        weights = jax.nn.softmax(jnp.where(there, scores, NEGATIVE), axis=2)
+        distance = call.length[:, None] - positions
+        other = call.real & (distance > 0) & (positions >= 0)
+        weights = jnp.where(jnp.broadcast_to(other[:, None, :, None], scores.shape), weights, 0.0)
+        late = jnp.where((distance > window // 2)[:, None], weights.sum(-1), 0.0)
+        return _combine(ring.stats, jnp.stack([weights.max(-1), weights.sum(-1), late], axis=-1))
+
+    def _many(self, call: Call) -> tuple[jax.Array, DMSLayer]:
+        """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
+        window, real = self.cfg.window, call.real
+        tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
+        ring = self.ring.replace(z=_say(self.ring, call))
+        known = ring.positions(call.length)
+        # The decision of token t + 1 is about token t; none is about the last token of a row yet.
+        said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
+        z = jnp.where(said[:, None], decide.shift(call.z, UNDECIDED), UNDECIDED)
+        ring, stats = self._receive(ring, call, tokens)
+        evict = self._decided(z, stats, tokens.positions, call.learned)
+        keep = jnp.where(evict, NEGATIVE, 0.0)
+        last = call.after - 1
+        alive = real[:, None] & (~evict | ((last[:, None] - tokens.positions) <= window)[:, None])
+        if call.fresh:
+            out = attend(call.q, call.k, call.v, tokens, tokens, aligned=True, keep_bhs=keep, keep_window=window)
+            pool, _, to = self.pool.rebuild(None, call.k, call.v, alive)
+            slot = ring.slot
+        else:
+            until = self._until(ring, known, call.learned)
+            out = _merged(self.pool, call, tokens, keep, window, until)
+            still = self.pool.there & (until > last[self.pool.row_of // call.k.shape[1]][:, None])
+            pool, moved, to = self.pool.rebuild(still, call.k, call.v, alive)
+            slot = moved[ring.slot]
+        ring = self._renewed(ring.replace(slot=slot), Ring(to, z, stats), call)
+        return out.astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+
+    def _receive(self, ring: Ring, call: Call, tokens: Tokens) -> tuple[Ring, Any]:
+        """The ring with the attention that its keys receive from the new tokens, and that of the new keys, f32
+        [b, h, t, 3]; None in other forms than the observed one."""
+        if ring.stats is None:
+            return ring, None
+        keys, places = call.k, tokens
+        size, (b, h, _) = self.ring.slot.shape[-1], ring.slot.shape
+        if not call.fresh:
+            # From the oldest to the newest.
+            order = (call.length[:, None] + jnp.arange(size)[None]) % size
+            slots = _take(ring.slot, jnp.broadcast_to(order[:, None], (b, h, size)))
+            keys = jnp.concatenate([self.k.reshape(-1, self.k.shape[-1])[slots], call.k.astype(self.k.dtype)], axis=2)
+            before = call.length[:, None] - size + jnp.arange(size)[None]
+            segments = jnp.where(before >= 0, 1, -1)
+            places = Tokens(*(jnp.concatenate(x, axis=1) for x in (
+                (before, tokens.positions), (segments, tokens.segments)
+            )))  # fmt: skip
+        stats = jnp.stack(observed.received(call.q, keys, tokens, places, self.cfg.window), axis=-1)
+        if call.fresh:
+            return ring, stats
+        back = (jnp.arange(size)[None] - call.length[:, None]) % size
+        received = _take(stats[:, :, :size], jnp.broadcast_to(back[:, None], (b, h, size)))
+        return ring.replace(stats=_combine(ring.stats, received)), stats[:, :, size:]
+
+    def _until(self, ring: Ring, known: jax.Array, learned: Any) -> jax.Array:
+        """i32 [p, c]: the first position that does not see an entry."""
+        pages, page = self.k.shape[:2]
+        evicted = self._evicted(ring, known, learned)
+        ends = jnp.where(evicted, (known + ring.slot.shape[-1])[:, None], NEVER)
+        at = jnp.where((known >= 0)[:, None], ring.slot, pages * page)
+        return jnp.full(pages * page, NEVER).at[at].set(ends, mode="drop").reshape(pages, page)
+
+    def _renewed(self, ring: Ring, new: Ring, call: Call) -> Ring:
+        """The ring after the new tokens `new` [b, h, t]: theirs where they are the last R of a row."""
+        positions = ring.positions(call.after)
+        index = positions - call.length[:, None]
+        b, h, size = ring.slot.shape
+        at = jnp.broadcast_to(jnp.clip(index, 0, call.k.shape[2] - 1)[:, None], (b, h, size))
+        taken = jnp.broadcast_to((index >= 0)[:, None], (b, h, size))
+
+        def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+            here = taken if old.ndim == 3 else taken[..., None]
+            return jnp.where(here, _take(new, at), old)
+
+        return jax.tree.map(pick, ring, new)
+
+
+def _say(ring: Ring, call: Call) -> jax.Array:
+    """The ring's logits, with what the first new token of every row says of the token before it."""
+    size = ring.slot.shape[-1]
+    previous = (jnp.arange(size)[None] == (call.length[:, None] - 1) % size) & call.real[:, :1]
+    previous &= (call.length > 0)[:, None]
+    return jnp.where(previous[:, None], call.z[:, :, :1], ring.z)
+
+
+def _take(x: jax.Array, at_bht: jax.Array) -> jax.Array:
+    """Entries of x [b, h, s] or [b, h, s, f] at i32 [b, h, t]."""
+    return jnp.take_along_axis(x, at_bht if x.ndim == 3 else at_bht[..., None], axis=2)
+
+
+def _combine(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Statistics [..., 3] of the same keys from earlier and from later queries."""
+    top = jnp.maximum(old[..., :1], new[..., :1])
+    return jnp.concatenate([top, old[..., 1:] + new[..., 1:]], axis=-1)
+
+
+def _merged(pool: Pool, call: Call, tokens: Tokens, keep: jax.Array, window: int, until: jax.Array) -> jax.Array:
+    """Attention [b, h, g, t, k] of new tokens to each other and to the pool, as one softmax."""
+    places = (tokens.positions, tokens.segments) * 2
+    block = block_size(call.k.shape[2])
+    own, lse = blockwise_lse(call.q, call.k, call.v, places, None, True, block, keep, window)
+    total, top, out = pool.attend_many(call.q, tokens.positions, until)
+    highest = jnp.maximum(lse, top)
+    w_own, w_pool = jnp.exp(lse - highest), jnp.exp(top - highest)
+    mixed = w_own[..., None] * own.astype(jnp.float32) + w_pool[..., None] * out
+    return mixed / (w_own + w_pool * total)[..., None]
+
+
+def init(cfg: DMS, sizes: Sizes, capacity: int) -> DMSLayer:
+    """Empty memories of all layers, stacked; see `memory.Policy.init`."""
+    b, h, ring = sizes.b, sizes.h, cfg.window + 1
+    pages = coarse(b * h * -(-capacity // cfg.page))
+    layer = DMSLayer(
+        Pool.empty(b, h, pages, cfg.page, sizes.k, sizes.dtype),
+        Ring(
+            jnp.zeros((b, h, ring), jnp.int32),
+            jnp.full((b, h, ring), UNDECIDED, jnp.float32),
+            jnp.zeros((b, h, ring, FEATURES), jnp.float32) if cfg.form == "observed" else None,
+        ),
+        cfg,
+    )
+    return stack_layers(layer, sizes.layers)

@@ -1,0 +1,265 @@
+"""The serving cache against the official implementation's numbers, and against the pass without a cache.
+
+tests/golden/dms: two layers, window 8, from NVIDIA Model-Optimizer's experimental/dms (commit a2fbac7ba) on a CPU.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from atom_jax.inference import decode
+from atom_jax.inference.generate import generate
+from atom_jax.kvcache.dms import DMS, pool, serve
+from atom_jax.models import transformer
+from atom_jax.params import init
+from atom_jax.typing import LM, Batch
+
+
+@pytest.fixture(scope="module", params=tiny.VARIANTS)
+def official(request, golden):
+    """(configuration, parameters, reference numbers) of one variant."""
+    folder = golden / "dms" / request.param
+    cfg, params, _ = tiny.load(folder)
+    cfg = dataclasses.replace(cfg, memory=dataclasses.replace(cfg.memory, page=4))
+    return cfg, params, load_file(folder / "serve.safetensors")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def whole(params, batch, *, cfg):
+    """Logits and decisions of the pass without a cache."""
+    x, _, aux = transformer.hidden(params, batch, cfg=cfg)
+    return transformer.logits(params, x, cfg=cfg), aux
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def extend(params, batch, cache, *, cfg):
+    """Logits [b, t, v] and the cache after these tokens."""
+    out, cache = transformer.apply(params, batch, cfg=cfg, cache=cache)
+    return out.logits, cache
+
+
+def batch_of(ids, start=0, lengths=None):
+    """Right-padded rows whose tokens stand at start, start + 1, ..."""
+    ids = jnp.asarray(ids, jnp.int32)
+    b, t = ids.shape
+    start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,))
+    real = jnp.arange(t)[None] < jnp.full((b, 1), t) if lengths is None else jnp.arange(t)[None] < lengths[:, None]
+    return Batch(ids, start[:, None] + jnp.arange(t)[None], real.astype(jnp.int32))
+
+
+def read(params, ids, cache, *, cfg, lengths=None):
+    """`extend` with room made before it and trimmed after it."""
+    cache = transformer.grow(cache, ids.shape[1])
+    out, cache = extend(params, batch_of(ids, cache.length, lengths), cache, cfg=cfg)
+    return out, transformer.grow(cache)
+
+
+def read_in(params, ids, size, *, cfg):
+    """Logits of all tokens and the cache, reading `size` at a time."""
+    cache, out = transformer.init_cache(cfg, len(ids), 1), []
+    for at in range(0, ids.shape[1], size):
+        one, cache = read(params, ids[:, at : at + size], cache, cfg=cfg)
+        out.append(one)
+    return jnp.concatenate(out, axis=1), cache
+
+
+@pytest.mark.parametrize("size", [40, 5, 7, 16])
+def test_official_prompt(official, size):
+    cfg, params, io = official
+    out, cache = read_in(params, io["input_ids"], size, cfg=cfg)
+    np.testing.assert_allclose(out, io["prefill_logits"], atol=3e-4)
+    name = "prefill_occupancy" if size == 40 else f"prefill_occupancy_chunk{size}"
+    np.testing.assert_array_equal(cache.layers.pool.n, io[name])
+
+
+def test_official_left_padding(official):
+    cfg, params, io = official
+    real = io["leftpad_attention_mask"].astype(np.int32)
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    batch = Batch(jnp.asarray(io["input_ids"], jnp.int32), jnp.asarray(positions), jnp.asarray(real))
+    out, aux = whole(params, batch, cfg=cfg)
+    np.testing.assert_allclose(out[real > 0], io["leftpad_logits"][real > 0], atol=3e-4)
+    np.testing.assert_array_equal(aux["occupancy"], io["leftpad_occupancy"])
+
+
+def test_official_decoding(official, monkeypatch):
+    monkeypatch.setattr(serve, "AHEAD", 8)  # so that the memory has to grow
+    cfg, params, io = official
+    out, cache = read_in(params, io["input_ids"], 40, cfg=cfg)
+    token, made, last = out[:, -1].argmax(-1), [], []
+    for step in range(47):
+        made.append(np.asarray(token))
+        if bool(transformer.full(cache).any()):
+            cache = transformer.grow(cache)
+        out, cache = extend(params, batch_of(token[:, None], cache.length), cache, cfg=cfg)
+        np.testing.assert_array_equal(cache.layers.pool.n, io["decode_occupancy"][step])
+        token = out[:, 0].argmax(-1)
+        last.append(out[:, 0])
+    made.append(np.asarray(token))
+    np.testing.assert_array_equal(np.stack(made, axis=1), io["greedy_ids"])
+    np.testing.assert_allclose(jnp.stack(last, axis=1), io["full_sequence_logits"][:, 40:], atol=3e-4)
+    keys = projected_keys(params, batch_of(io["full_sequence_ids"]), cfg)
+    for layer in range(2):
+        for row in range(4):
+            held = np.sort(entries(cache, layer, row), axis=0)
+            kept = io["retained_mask_after_last_step"][layer].reshape(4, -1)[row] > 0
+            expected = np.sort(keys[layer].reshape(4, -1, 16)[row][kept], axis=0)
+            np.testing.assert_allclose(held, expected, atol=1e-4)
+
+
+def projected_keys(params, batch, cfg):
+    """Keys [l, b, h, t, k] of the pass without a cache."""
+    run = jax.jit(lambda params: transformer.hidden(params, batch, cfg=cfg, probe=lambda *a: a[3])[2]["probe"])
+    return np.asarray(run(params))
+
+
+def entries(cache, layer, row):
+    """Keys [n, k] in the pages of a row."""
+    p = jax.tree.map(lambda x: np.asarray(x[layer]), cache.layers.pool)
+    return np.concatenate([p.k[i][: p.filled[i]] for i in np.flatnonzero(p.owner == row)])
+
+
+def test_official_whole_sequence(official):
+    cfg, params, io = official
+    out, _ = read_in(params, io["full_sequence_ids"], 87, cfg=cfg)
+    np.testing.assert_allclose(out, io["full_sequence_logits"], atol=3e-4)
+
+
+POLICIES = [
+    DMS("observed", window=6, scale=1.0, offset=0.0, sinks=2, page=4),
+    DMS("observed", window=5, scale=1.0, offset=0.0, per="layer", bias=True, page=8),
+    DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4),
+]
+
+
+def untrained(memory):
+    """A model with random weights whose evictors evict about half of what they see."""
+    cfg = transformer.TransformerConfig(
+        vocab_size=48, d_model=32, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=48, max_length=4096,
+        memory=memory,
+    )  # fmt: skip
+    params = init(jax.random.key(0), transformer.spec(cfg))
+    learned = params["layers"]["attn"]["dms"]
+    keys = jax.random.split(jax.random.key(1), len(learned))
+    for key, name in zip(keys, sorted(learned)):
+        if name != "norm":
+            learned[name] = jax.random.normal(key, learned[name].shape)
+    if memory.form == "observed":
+        # Around the middle of what is observed.
+        learned["observed"] *= jnp.array([1.0, -1.0, 0.1])[None, :, None]
+    return cfg, params
+
+
+def follow(params, ids, calls, *, cfg, unstacked):
+    """Largest difference of logits from the pass without a cache, which is checked to evict, and the entries held in
+    the end, by both. calls: for each call, how many tokens every row reads."""
+    lengths = np.sum(calls, axis=0)
+    expected, aux = whole(params, batch_of(ids, 0, lengths), cfg=cfg)
+    real = np.arange(ids.shape[1])[None] < lengths[:, None]
+    assert 0.2 < float(np.asarray(aux["evict"]).mean((0, 2))[real].mean()) < 0.8
+    cache, at, worst = transformer.init_cache(cfg, len(ids), max(calls[0])), np.zeros(len(ids), np.int32), 0.0
+    used = params
+    for i, counts in enumerate(calls):
+        counts = np.array(counts)
+        index = np.minimum(at[:, None] + np.arange(counts.max())[None], ids.shape[1] - 1)
+        part = np.take_along_axis(ids, index, axis=1)
+        if part.shape[1] > 1 and i or bool(transformer.full(cache).any()):
+            cache = transformer.grow(cache, part.shape[1])
+        out, cache = extend(used, batch_of(part, at, counts), cache, cfg=cfg)
+        for r, n in enumerate(counts):
+            worst = max(worst, float(np.abs(out[r, :n] - expected[r, at[r] : at[r] + n]).max(initial=0.0)))
+        at += counts
+        if part.shape[1] > 1 and not (i + 1 < len(calls) and max(calls[i + 1]) > 1):
+            cache = transformer.grow(cache)
+        if i == 0 and unstacked:
+            cache, used = transformer.unstack(cache), transformer.decode_params(params, cfg, unroll=True)
+            cache = transformer.grow(cache)
+    layers = cache.layers if unstacked else [jax.tree.map(lambda x, i=i: x[i], cache.layers) for i in range(2)]
+    held = jnp.stack([layer.held(cache.length) for layer in layers])
+    return worst, held, aux["occupancy"]
+
+
+# Rows of different lengths; a row that waits; single tokens; later turns, one of them without anything for a row.
+DECODE = [[1, 1, 1]] * 9 + [[1, 0, 1]] * 3 + [[1, 1, 1]] * 4
+TURNS = [[37, 5, 22], *DECODE, [9, 4, 0], *DECODE[6:12], [9, 9, 1], [1, 1, 1], [1, 1, 1]]
+PARTS = [[9, 5, 9], [9, 0, 9], [9, 0, 4], [9, 0, 0], [1, 0, 0], *DECODE[4:]]
+
+
+@pytest.mark.parametrize("memory", POLICIES, ids=lambda m: f"{m.form}-{m.per}")
+@pytest.mark.parametrize("calls", [TURNS, PARTS], ids=["turns", "parts"])
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "apart"])
+def test_like_the_pass_without_a_cache(memory, calls, unstacked, monkeypatch):
+    if unstacked and memory.per == "layer":
+        pytest.skip("the same code")
+    monkeypatch.setattr(serve, "AHEAD", 16)
+    cfg, params = untrained(memory)
+    ids = np.random.default_rng(0).integers(0, 48, (3, int(np.sum(calls, axis=0).max())))
+    worst, held, expected = follow(params, ids, calls, cfg=cfg, unstacked=unstacked)
+    assert worst < 1e-4
+    np.testing.assert_array_equal(held, expected)
+    assert int(held.sum()) < 0.9 * 2 * 2 * np.sum(calls)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    cfg, params = untrained(POLICIES[0])
+    return LM(cfg, params, None)
+
+
+def prompts(*lengths):
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 48, n).tolist() for n in lengths]
+
+
+def test_generation_does_not_depend_on_company_or_parts(lm, monkeypatch):
+    rows = prompts(30, 3, 17)
+    together = generate(lm, rows, max_new_tokens=20)
+    alone = [generate(lm, [row], max_new_tokens=20).ids[0] for row in rows[1:]]
+    assert together.ids[1:] == alone
+    monkeypatch.setattr(decode, "CHUNK_PROMPT", 8)
+    assert generate(lm, rows, max_new_tokens=20).ids == together.ids
+    ids = np.array([rows[0] + together.ids[0]])
+    logits, _ = whole(lm.params, batch_of(ids), cfg=lm.config)
+    assert logits[0, 29:-1].argmax(-1).tolist() == together.ids[0]
+
+
+def test_generation_counts_what_is_held(lm):
+    stats = generate(lm, prompts(60), max_new_tokens=20).stats
+    cfg = dataclasses.replace(lm.config, memory=None)
+    dense = generate(dataclasses.replace(lm, config=cfg), prompts(60), max_new_tokens=20).stats
+    assert 0 < stats["kv_entries_peak"] < 0.9 * dense["kv_entries_peak"]
+    assert 0 < stats["kv_reads"] < 0.9 * dense["kv_reads"]
+
+
+def test_decoding_compiles_once(lm, monkeypatch):
+    hidden, traced = transformer.hidden, []
+    monkeypatch.setattr(transformer, "hidden", lambda *a, **k: traced.append(1) or hidden(*a, **k))
+    fresh = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=4095))
+    generate(fresh, prompts(20), max_new_tokens=4)
+    assert len(traced) == 2
+    generate(fresh, prompts(22), max_new_tokens=40)
+    assert len(traced) == 2
+
+
+def test_buffers_are_what_is_retained(monkeypatch):
+    monkeypatch.setattr(decode, "CHUNK_PROMPT", 512)
+    cfg, params = untrained(DMS(window=16, bias=True))
+    learned = params["layers"]["attn"]["dms"]
+    # One head keeps everything, the other one only its window.
+    learned["alpha"], learned["bias"] = learned["alpha"] * 0, jnp.tile(jnp.array([[0.0, 1.0]]), (2, 1))
+    gen = generate(LM(cfg, params, None), prompts(2000), max_new_tokens=2)
+    retained = 2 * (2001 + 17)
+    assert gen.stats["kv_entries_peak"] == retained / 4
+    assert gen.stats["kv_bytes"] < 1.25 * retained * 2 * 8 * 4
+
+
+def test_sizes_of_pools():
+    assert [pool.fine(n) for n in (1, 8, 9, 15, 16, 17, 31, 33, 100, 128, 129)] == [
+        8, 8, 9, 15, 16, 18, 32, 36, 104, 128, 144,
+    ]  # fmt: skip
