@@ -169,7 +169,7 @@ def follow(params, ids, calls, *, cfg, unstacked):
         counts = np.array(counts)
         index = np.minimum(at[:, None] + np.arange(counts.max())[None], ids.shape[1] - 1)
         part = np.take_along_axis(ids, index, axis=1)
-        if part.shape[1] > 1 and i or bool(transformer.full(cache).any()):
+        if (part.shape[1] > 1 and i) or bool(transformer.full(cache).any()):
             cache = transformer.grow(cache, part.shape[1])
         out, cache = extend(used, batch_of(part, at, counts), cache, cfg=cfg)
         for r, n in enumerate(counts):
