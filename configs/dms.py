@@ -41,7 +41,7 @@ def smollm2_8x() -> Experiment:
         exp, init_from="runs/dms", memory=None, fit=dataclasses.replace(exp.fit, windows=0),
         distill=DistillConfig(direction="both", cr_start=15.0, cr_end=15.0, cr_steps=1),
         optim=adapters_only(learning_rate=1e-3, warmup_steps=2, final_fraction=0.1),
-        train=dataclasses.replace(exp.train, steps=10),
+        train=dataclasses.replace(exp.train, steps=5),
     )  # fmt: skip
 
 
