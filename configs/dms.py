@@ -19,7 +19,7 @@ from atom_jax.transfer.dms_fit import FitConfig
 
 
 def smollm2(entries: int = 512) -> Experiment:
-    """Half as many evictions again as `entries` need are learned in the end, so that the adapter serves at 8x too."""
+    """The demanded share of evictions rises beyond what 512 entries need, so that stricter thresholds are trained too."""
     return Experiment(
         init_from="models/smollm2-135m-instruct",
         memory=DMS(
@@ -35,7 +35,7 @@ def smollm2(entries: int = 512) -> Experiment:
 
 
 def smollm2_8x() -> Experiment:
-    """The same evictors with the threshold where a quarter of a thousand entries stay, after a few more steps."""
+    """The same evictors after a few more steps, with the threshold where 256 entries stay."""
     exp = smollm2(256)
     return dataclasses.replace(
         exp, init_from="runs/dms", memory=None, fit=dataclasses.replace(exp.fit, windows=0),
@@ -48,7 +48,7 @@ def smollm2_8x() -> Experiment:
 def tiny() -> Experiment:
     exp = smollm2()
     return dataclasses.replace(
-        exp, memory=dataclasses.replace(exp.memory, window=16), data=DataConfig(seq_len=256, batch_size=2),
+        exp, memory=dataclasses.replace(exp.memory, window=16), data=DataConfig(seq_len=256, batch_size=8),
         fit=FitConfig(target="attention", windows=2, calibration=1, entries=64),
         train=TrainConfig(steps=4, log_every=1, eval_every=4, eval_batches=1),
     )  # fmt: skip
