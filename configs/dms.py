@@ -19,7 +19,7 @@ from atom_jax.transfer.dms_fit import FitConfig
 
 
 def smollm2(entries: int = 512) -> Experiment:
-    """The demanded share of evictions rises beyond what 512 entries need, so that stricter thresholds are trained too."""
+    """The share of evictions demanded rises beyond what 512 entries need, so that it serves stricter thresholds."""
     return Experiment(
         init_from="models/smollm2-135m-instruct",
         memory=DMS(
