@@ -56,8 +56,8 @@ def test_blocks_never_hold_all_logits(setting):
 
 
 def test_large_vocabularies_are_cut_into_blocks():
-    assert losses._block(16, 256, 264) == 256
-    block = losses._block(8, 4096, 151936)
+    assert losses.positions_per_block(16, 256, 264) == 256
+    block = losses.positions_per_block(8, 4096, 151936)
     assert 8 * block * 151936 <= losses.BLOCK_LOGITS < 8 * (block + 1) * 151936
 
 
