@@ -35,8 +35,9 @@ class Decisions:
     """What one layer decided.
 
     keep: f32 [b, h, t], added to the scores of the key at t by queries beyond the window; None: all stay.
-    evict: bool [b, h, t], whether the key at t is evicted. soft: f32 [b, h, t], the decisions made at t, 0 or 1 with
-    the gradient of their probabilities. z: f32 [b, h, t], the logits of the keys at t.
+    evict: bool [b, h, t], whether the key at t is evicted (`observed`: of keys still in the window, as it looks so
+    far). soft: f32 [b, h, t], the decisions made at t, 0 or 1 with the gradient of their probabilities. z: f32
+    [b, h, t], the logits of the keys at t.
     """
 
     keep: Any
