@@ -8,7 +8,7 @@ per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transf
 a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
 validation text.
 
-quick     what `make quickstart` trains: `entropy_ngrams` for 600 steps. 1.813.
+quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.813.
 base      larger and longer.
 hnet      H-Net: cosine router, first vector, smoothing. hnet2: with two stages. hnet_mamba: Mamba-2 outside.
 gumbel    dynamic token pooling, trained end to end; unigram, entropy: its supervised kinds; magnet: one per script.
@@ -96,7 +96,7 @@ def transformer(d_model: int, n_layers: int, window: int = 256, **changes: Any) 
 
 def quick() -> Experiment:
     exp = entropy_ngrams()
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, steps=600))
+    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, steps=550))
 
 
 def base() -> Experiment:
