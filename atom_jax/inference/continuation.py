@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
+from atom_jax.inference.reading import read
 from atom_jax.inference.score import BLOCK, check_ids
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import transformer
-from atom_jax.typing import LM, AtomError, Batch
-
-# Most tokens of one call for models whose memory is compacted between the parts of a prompt.
-PART = 1024
+from atom_jax.typing import LM, AtomError
 
 
 class Scores(NamedTuple):
@@ -52,15 +50,16 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     continuations, sizes = _rows("continuations", continuations, sizes, lm.config.vocab_size)
     if len(contexts) != len(continuations):
         raise AtomError(f"there are {len(contexts)} contexts, but {len(continuations)} continuations")
-    zero = np.zeros(len(contexts), np.int32)
-    x_bd, cache, _ = _read(lm, contexts, lengths, zero, None)
+    x_bd, cache, _ = read(lm.params, contexts, lengths, cfg=lm.config)
     cache = transformer.grow(cache, 0)
     held, nbytes = _held(cache), params_lib.nbytes(cache.layers)
     states = [x_bd[:, None]]
     if continuations.shape[1] > 1:
-        _, cache, rest = _read(lm, continuations[:, :-1], sizes - 1, lengths, cache)
+        _, cache, rest = read(lm.params, continuations[:, :-1], sizes - 1, cache, cfg=lm.config)
         states += rest
-    logprobs, hits = _judge(lm.params, jnp.concatenate(states, 1), continuations, sizes, cfg=lm.config)
+    logprobs, hits = _judge(
+        lm.params, jnp.concatenate(states, 1)[:, : continuations.shape[1]], continuations, sizes, cfg=lm.config
+    )
     return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(_held(cache)))
 
 
@@ -76,50 +75,6 @@ def _rows(what: str, ids: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarra
     ids = np.where(np.arange(t)[None] < lengths[:, None], ids, 0)
     check_ids(ids, vocab_size)
     return ids.astype(np.int32), lengths.astype(np.int32)
-
-
-def _read(
-    lm: LM, ids_bt: np.ndarray, lengths_b: np.ndarray, start_b: np.ndarray, cache: Cache | None
-) -> tuple[jax.Array, Cache, list[jax.Array]]:
-    """Reads tokens from position start_b on, in as many calls as the model needs. cache: None for an empty one.
-
-    Returns the states [b, d] of every row's last token, the cache, and the states [b, n, d] of all, call by call.
-    """
-    b, t = ids_bt.shape
-    most = t if transformer.read_whole(lm.config) else min(t, PART)
-    if cache is None:
-        cache = transformer.init_cache(lm.config, b, most)
-    last, states = jnp.zeros((b, lm.config.d_model), jnp.dtype(lm.config.dtype)), []
-    for at in range(0, t, most):
-        part = ids_bt[:, at : at + most]
-        if not cache.fresh:
-            cache = transformer.grow(cache, part.shape[1])
-        left, first = lengths_b - np.int32(at), start_b + np.int32(at)
-        last, x_btd, cache = _call(lm.params, part, left, first, last, cache, cfg=lm.config)
-        states.append(x_btd)
-    return last, cache, states
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _call(
-    params: Any,
-    ids_bt: jax.Array,
-    left_b: jax.Array,
-    first_b: jax.Array,
-    last_bd: jax.Array,
-    cache: Cache,
-    *,
-    cfg: Any,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """One call: left_b of its tokens are real (more than t: all; below 1: none), the first stands at first_b. Returns
-    the states of the last tokens of rows that end here (of others: last_bd), all states, and the cache."""
-    b, t = ids_bt.shape
-    at = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    batch = Batch(ids_bt, first_b[:, None] + at, (at < left_b[:, None]).astype(jnp.int32))
-    x_btd, cache, _ = transformer.hidden(params, batch, cfg=cfg, cache=cache)
-    ends = (left_b > 0) & (left_b <= t)
-    mine_bd = jnp.take_along_axis(x_btd, jnp.clip(left_b - 1, 0, t - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(ends[:, None], mine_bd, last_bd), x_btd, cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax.inference import sampling
+from atom_jax.inference import reading, sampling
 from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.typing import LM, Batch
 
 # Tokens that one call of `decode` can make in each row.
 CHUNK = 128
-# Tokens per row that are read in one call, in models that compact their memory between calls.
-CHUNK_PROMPT = 1024
 
 
 @struct.dataclass
@@ -94,48 +92,32 @@ def start(
     """
     model = registry.of(cfg)
     if model.read_whole(cfg):
-        read = functools.partial(_read, params, ids_bt, length_b, capacity=capacity)
-        logits_bv, cache = exactly(lambda cfg: read(cfg=cfg), cfg)
+        whole = functools.partial(_read, params, ids_bt, length_b, capacity=capacity)
+        logits_bv, cache = exactly(lambda cfg: whole(cfg=cfg), cfg)
     else:
-        logits_bv, cache = _read_in_parts(params, ids_bt, length_b, cfg=cfg)
+        parts = -(-int(length_b.max()) // reading.PART)
+        last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)
+        logits_bv = _logits(params, last_bd, cfg=cfg)
+    return _begin(model.unstack(cache) if unroll else cache, logits_bv, choice, cfg)
+
+
+def go_on(
+    params: Any, state: State, ids_bt: Any, length_b: Any, choice: Choice, *, cfg: Any
+) -> tuple[State, jax.Array]:
+    """Reads further tokens of every row after those of an earlier generation, whose memory is given up; as `start`.
+
+    ids_bt: i32, padded on the right, with `state.token` in front. length_b: i32, at least 1.
+    """
+    last_bd, cache, _ = reading.read(params, ids_bt, length_b, state.cache, cfg=cfg)
+    return _begin(cache, _logits(params, last_bd, cfg=cfg), choice, cfg)
+
+
+def _begin(cache: Any, logits_bv: jax.Array, choice: Choice, cfg: Any) -> tuple[State, jax.Array]:
     token, done, made = _first(choice, logits_bv)
-    cache = model.unstack(cache) if unroll else cache
-    if not model.read_whole(cfg):
+    if not registry.of(cfg).read_whole(cfg):
         # No larger than what is retained: of every layer alone where they are apart.
-        cache = model.grow(cache)
-    state = State(cache, token, done, made)
-    return state, jnp.where(done, -1, token)
-
-
-def _read_in_parts(params: Any, ids_bt: Any, length_b: Any, *, cfg: Any) -> tuple[jax.Array, Any]:
-    """Logits after the last token of every prompt, float32 [b, v], and the memory, which is made to fit each part."""
-    model = registry.of(cfg)
-    b, t = ids_bt.shape
-    size = min(t, CHUNK_PROMPT)
-    ids_bt = jnp.pad(jnp.asarray(ids_bt), ((0, 0), (0, -t % size)))
-    length_b = jnp.asarray(length_b)
-    # Rows end in different parts: theirs are the states of the part in which they end.
-    last_bd, cache = None, model.init_cache(cfg, b, size)
-    for at in range(0, int(length_b.max()), size):
-        if at:
-            cache = model.grow(cache, size)
-        last_bd, cache = _read_part(params, ids_bt[:, at : at + size], length_b - at, last_bd, cache, cfg=cfg)
-    return _logits(params, last_bd, cfg=cfg), cache
-
-
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
-def _read_part(
-    params: Any, ids_bt: jax.Array, left_b: jax.Array, last_bd: Any, cache: Any, *, cfg: Any
-) -> tuple[jax.Array, Any]:
-    """Reads the next t tokens of every row, of those that have `left_b` left: the states [b, d] of the last tokens of
-    rows that end here, `last_bd` in the others, and the memory."""
-    offsets = jnp.arange(ids_bt.shape[1])[None]
-    real = (offsets < left_b[:, None]).astype(jnp.int32)
-    batch = Batch(ids_bt, cache.length[:, None] + offsets, real)
-    x_btd, cache, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
-    at = jnp.clip(left_b - 1, 0, ids_bt.shape[1] - 1)
-    here_bd = jnp.take_along_axis(x_btd, at[:, None, None], axis=1)[:, 0]
-    return here_bd if last_bd is None else jnp.where((left_b > 0)[:, None], here_bd, last_bd), cache
+        cache = registry.of(cfg).grow(cache)
+    return State(cache, token, done, made), jnp.where(done, -1, token)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -13,11 +13,12 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, start, unrolls
+from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, go_on, start, unrolls
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
+from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
@@ -36,11 +37,13 @@ class Generation:
     tokens_per_second: later tokens by the time that they took, without compilation; kv_entries_peak: the most cache
     entries that unfinished rows held together; kv_reads: entries that decoding read (both averaged over layers and
     key/value heads; sliding layers read at most their window); kv_bytes: size of the cache buffers at the end.
+    memory: what the model has read and chosen, with `keep_memory`: `generate(..., after=)` goes on from it.
     """
 
     ids: list[list[int]]
     text: list[str] | None
     stats: dict[str, float]
+    memory: State | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def generate(
@@ -56,6 +59,8 @@ def generate(
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    keep_memory: bool = False,
+    after: Generation | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
@@ -66,6 +71,10 @@ def generate(
       stop: a row ends before the first of these strings, and its text is cut there.
       stop_ids: a row ends at one of these tokens, which is not returned; None: those of the tokenizer and the model.
       on_text: called with (row, piece) as text becomes certain; the pieces of a row add up to its text.
+      keep_memory: keep the model's memory in the result, for a later turn. Not with stop strings, which cut a text
+        that has been read.
+      after: such a result, whose rows the prompts continue: only they are read, and its memory is given up, so that
+        it can be continued once. A stop id that ended a row stays part of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
@@ -74,22 +83,30 @@ def generate(
         raise AtomError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     if lm.tokenizer is None and (stop or on_text):
         raise AtomError("this model has no tokenizer: stop strings and streaming need one")
+    if stop and keep_memory:
+        raise AtomError("keep_memory: a stop string would cut text that the memory has read; use stop_ids")
     if "" in stop:
         raise AtomError("stop: an empty string would stop everywhere")
     how = sampling.sampler(temperature, top_k, top_p, min_p)
-    rows = _token_rows(lm, prompts)
-    longest = max(map(len, rows))
+    rows = _token_rows(lm, prompts, first=after is None)
+    memory = None if after is None else _memory(lm, after, len(rows))
+    lengths = np.array([len(row) for row in rows])
+    longest = (lengths if memory is None else lengths + 1 + np.asarray(memory.cache.length)).max()
     if longest + max_new_tokens > lm.config.max_length:
         raise AtomError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
     run = _Run(lm, rows, Choice(_row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids)), stop, on_text)
-    run.start(min(max_new_tokens, ROOM))
+    if memory is None:
+        run.start(min(max_new_tokens, ROOM))
+    else:
+        run.go_on(memory)
     first = time.perf_counter()
     while run.made < max_new_tokens and not run.finished:
         run.advance(min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens))
-    return run.result(began, first)
+    made = run.result(began, first)
+    return made if keep_memory else dataclasses.replace(made, memory=None)
 
 
 class _Run:
@@ -105,11 +122,7 @@ class _Run:
 
     def start(self, room: int) -> None:
         """Reads the prompts and chooses the first tokens."""
-        lengths = np.array([len(row) for row in self.rows], np.int32)
-        size = bucket(lengths.max())
-        ids = np.zeros((len(self.rows), size), np.int32)
-        for row, out in zip(self.rows, ids):
-            out[: len(row)] = row
+        ids, lengths = _padded(self.rows)
         unroll = unrolls(self.lm)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
@@ -117,12 +130,24 @@ class _Run:
         self.state, token = start(
             params, ids, lengths, self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
-        model = registry.of(self.lm.config)
-        if model.read_whole(self.lm.config):
+        if registry.of(self.lm.config).read_whole(self.lm.config):
             self.peak = float(lengths.sum())
         else:
-            self.peak = float(model.cache_use(self.state.cache, self.lm.config)[0].sum())
+            self._count()
         self._take(np.asarray(token)[:, None])
+
+    def go_on(self, memory: State) -> None:
+        """Reads the prompts after what `memory` has seen and chooses the first tokens."""
+        last = np.asarray(memory.token)
+        ids, lengths = _padded([np.append(token, row) for token, row in zip(last, self.rows)])
+        self.state, token = go_on(self.params, memory, ids, lengths, self.choice, cfg=self.lm.config)
+        self._count()
+        self._take(np.asarray(token)[:, None])
+
+    def _count(self) -> None:
+        """Takes what is held now into the peak."""
+        held_b, _ = registry.of(self.lm.config).cache_use(self.state.cache, self.lm.config)
+        self.peak = max(self.peak, float(held_b.sum()))
 
     def advance(self, until: int) -> None:
         """Makes `until` tokens in every unfinished row, or fewer where the cache ends, which is made larger first."""
@@ -159,7 +184,7 @@ class _Run:
             "kv_bytes": params_lib.nbytes(self.state.cache.layers),
         }
         text = None if self.lm.tokenizer is None else [s.text for s in self.streams]
-        return Generation([s.ids for s in self.streams], text, stats)
+        return Generation([s.ids for s in self.streams], text, stats, self.state)
 
     def _take(self, tokens: np.ndarray) -> None:
         """Adds new tokens, -1 = none, to the texts; rows that met a stop string are done from here on."""
@@ -181,15 +206,37 @@ class _Run:
             self.on_text(row, piece)
 
 
-def _token_rows(lm: LM, prompts: Any) -> list[np.ndarray]:
-    """Prompts as i32 arrays, checked."""
+def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids i32 [b, t], padded on the right to one of few lengths, and the lengths i32 [b]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((len(rows), bucket(lengths.max())), np.int32)
+    for row, out in zip(rows, ids):
+        out[: len(row)] = row
+    return ids, lengths
+
+
+def _memory(lm: LM, after: Generation, rows: int) -> State:
+    """What a later turn goes on from, checked."""
+    if not isinstance(lm.config, TransformerConfig):
+        raise AtomError(f"after: a {lm.family} cannot go on from an earlier generation yet")
+    if after.memory is None:
+        raise AtomError("after: this generation has no memory; make it with keep_memory=True")
+    if len(after.ids) != rows:
+        raise AtomError(f"after: it has {len(after.ids)} rows, but there are {rows} prompts")
+    if any(x.is_deleted() for x in jax.tree.leaves(after.memory)):
+        raise AtomError("after: this generation has been continued already, and its memory is given up")
+    return after.memory
+
+
+def _token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
+    """Prompts as i32 arrays, checked. first: whether they begin a text."""
     prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
     if not prompts:
         raise AtomError("prompts: there is none")
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str | bytes):
-            ids = _encode(lm, prompt)
+            ids = _encode(lm, prompt, first)
         else:
             ids = np.asarray(prompt)
             if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
@@ -201,12 +248,12 @@ def _token_rows(lm: LM, prompts: Any) -> list[np.ndarray]:
     return rows
 
 
-def _encode(lm: LM, text: str | bytes) -> np.ndarray:
+def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
     ids = np.asarray(tokenizer.encode(text))
-    if tokenizer.bos_id is not None and getattr(tokenizer, "add_bos", tokenizer.name == "bytes"):
+    if first and tokenizer.bos_id is not None and getattr(tokenizer, "add_bos", tokenizer.name == "bytes"):
         ids = np.concatenate([[tokenizer.bos_id], ids])
     return ids
 

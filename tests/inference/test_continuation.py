@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from atom_jax import params
-from atom_jax.inference import continuation, score
+from atom_jax.inference import continuation, reading, score
 from atom_jax.kvcache import policies
 from atom_jax.models import transformer
 from atom_jax.typing import LM, AtomError
@@ -48,7 +48,7 @@ def test_ragged_rows_equal_rows_alone(lm, ids, monkeypatch):
     together = continuation.score(lm, contexts, after, lengths, sizes)
     # In parts of 6 tokens it must be the same.
     monkeypatch.setattr(transformer, "read_whole", lambda cfg: False)
-    monkeypatch.setattr(continuation, "PART", 6)
+    monkeypatch.setattr(reading, "PART", 6)
     in_parts = continuation.score(lm, contexts, after, lengths, sizes)
     monkeypatch.undo()
     for r, (n, m) in enumerate(zip(lengths, sizes)):

@@ -193,6 +193,24 @@ def test_text_is_what_the_ids_say_and_what_was_streamed(byte_lm, prompts):
     assert gen.ids == generate(byte_lm, prompts, 40, 1.0).ids
 
 
+def test_a_later_turn_equals_the_whole_conversation(tiny):
+    first = generate(tiny, PROMPTS[:3], max_new_tokens=5, stop_ids=(), keep_memory=True)
+    said = [[8, 3, 1], [4], list(range(50, 30, -1))]
+    second = generate(tiny, said, max_new_tokens=6, stop_ids=(), keep_memory=True, after=first)
+    third = generate(tiny, said, max_new_tokens=4, stop_ids=(), after=second)
+    whole = [a + b + c for a, b, c in zip(PROMPTS, first.ids, said)]
+    assert second.ids == generate(tiny, whole, max_new_tokens=6, stop_ids=()).ids
+    whole = [a + b + c for a, b, c in zip(whole, second.ids, said)]
+    assert third.ids == generate(tiny, whole, max_new_tokens=4, stop_ids=()).ids
+    assert third.memory is None
+    with pytest.raises(AtomError, match="no memory; make it with keep_memory"):
+        generate(tiny, said, after=third)
+    with pytest.raises(AtomError, match="3 rows, but there are 1"):
+        generate(tiny, said[:1], after=second)
+    with pytest.raises(AtomError, match="exceed the"):
+        generate(tiny, said, max_new_tokens=tiny.config.max_length - 60, after=second)
+
+
 def test_texts_of_byte_models_begin_with_the_bos(byte_lm):
     assert generate(byte_lm, "abc", 8).ids == generate(byte_lm, [[256, 97, 98, 99]], 8).ids
     assert generate(byte_lm, [""], 8).stats["prompt_tokens"] == 1

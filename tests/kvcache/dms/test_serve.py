@@ -13,12 +13,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from atom_jax.inference import decode
+from atom_jax.inference import reading
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache.dms import DMS, pool, serve
 from atom_jax.models import transformer
 from atom_jax.params import init
-from atom_jax.typing import LM, Batch
+from atom_jax.typing import LM, AtomError, Batch
 
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)
@@ -222,11 +222,20 @@ def test_generation_does_not_depend_on_company_or_parts(lm, monkeypatch):
     together = generate(lm, rows, max_new_tokens=20)
     alone = [generate(lm, [row], max_new_tokens=20).ids[0] for row in rows[1:]]
     assert together.ids[1:] == alone
-    monkeypatch.setattr(decode, "CHUNK_PROMPT", 8)
+    monkeypatch.setattr(reading, "PART", 8)
     assert generate(lm, rows, max_new_tokens=20).ids == together.ids
     ids = np.array([rows[0] + together.ids[0]])
     logits, _ = whole(lm.params, batch_of(ids), cfg=lm.config)
     assert logits[0, 29:-1].argmax(-1).tolist() == together.ids[0]
+
+
+def test_a_later_turn_equals_the_whole_conversation(lm):
+    first = generate(lm, prompts(30, 3), max_new_tokens=20, keep_memory=True)
+    second = generate(lm, prompts(9, 25), max_new_tokens=12, after=first)
+    rows = [a + b + c for a, b, c in zip(prompts(30, 3), first.ids, prompts(9, 25))]
+    assert second.ids == generate(lm, rows, max_new_tokens=12).ids
+    with pytest.raises(AtomError, match="continued already"):
+        generate(lm, prompts(9, 25), after=first)
 
 
 def test_generation_counts_what_is_held(lm):
@@ -248,7 +257,7 @@ def test_decoding_compiles_once(lm, monkeypatch):
 
 
 def test_buffers_are_what_is_retained(monkeypatch):
-    monkeypatch.setattr(decode, "CHUNK_PROMPT", 512)
+    monkeypatch.setattr(reading, "PART", 512)
     cfg, params = untrained(DMS(window=16, bias=True))
     learned = params["layers"]["attn"]["dms"]
     # One head keeps everything, the other one only its window.
