@@ -8,7 +8,7 @@ per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transf
 a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
 validation text.
 
-quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.813.
+quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.821.
 base      larger and longer.
 hnet      H-Net: cosine router, first vector, smoothing. hnet2: with two stages. hnet_mamba: Mamba-2 outside.
 gumbel    dynamic token pooling, trained end to end; unigram, entropy: its supervised kinds; magnet: one per script.
