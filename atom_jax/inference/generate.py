@@ -73,8 +73,8 @@ def generate(
       on_text: called with (row, piece) as text becomes certain; the pieces of a row add up to its text.
       keep_memory: keep the model's memory in the result, for a later turn. Not with stop strings, which cut a text
         that has been read.
-      after: such a result, whose rows the prompts continue: only they are read, and its memory is given up, so that
-        it can be continued once. A stop id that ended a row stays part of it.
+      after: such a result, whose rows the prompts continue: only they are read. Learned memory is given up then, and
+        the result cannot be continued again. A stop id that ended a row stays part of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
