@@ -12,7 +12,6 @@ from atom_jax import params
 from atom_jax.evaluation.kv import KvSettings
 from atom_jax.evaluation.kv_cells import Ask, Method
 from atom_jax.inference import continuation
-from atom_jax.inference.decode import decode_params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
@@ -111,17 +110,16 @@ def test_rows_of_a_batch_go_on_as_one_does_alone(lm, ids, memory):
     for rows in (1, 3):
         layers = transformer.decode_params(model.params, model.config, unroll=True)
         runner = Runner("it", model, layers, ids[:50], 64)
-        before = runner.state.cache.length
         runner.batch(rows)
         assert runner.step(4) > 0
         tokens.append(runner._decode(8)[:, :8])
-        np.testing.assert_array_equal(runner.state.cache.length, np.repeat(before + 12, rows))
+        np.testing.assert_array_equal(runner.state.cache.length, np.full(rows, 62))
         result = runner.result([0.1])
         assert result.rows == rows and result.seen == 62 and 7 <= result.held <= 62
         assert result.live == rows * result.held * 2 * 2 * 2 * 8 * 4 < result.buffers
     np.testing.assert_array_equal(tokens[1], np.repeat(tokens[0], 3, axis=0))
     alone = atom_jax.generate(dataclasses.replace(model, tokenizer=None), [ids[:50].tolist()], 13, stop_ids=())
-    assert decode_params(model)["layers"][0] and tokens[0][0].tolist() == alone.ids[0][5:13]
+    assert tokens[0][0].tolist() == alone.ids[0][5:13]
 
 
 def test_speed_of_all_methods(lm, ids, capsys):
