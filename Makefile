@@ -5,7 +5,8 @@ VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
-.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna english heldout bench clean help
+.PHONY: quickstart test lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
+  bench bench-kv clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +34,14 @@ test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite
 install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the live parity tests and the benchmark
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch$(TORCH)' --editable '.[torch]'
 
+.venv-kvpress/.installed:
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 kvpress==0.5.5
+	touch $@
+
+install-kvpress: .venv-kvpress/.installed  ## kvpress and what it needs in an environment of its own, for bench-kv
+
 smollm2: $(VENV)/.installed-$(EXTRAS)  ## fetch SmolLM2-135M-Instruct (Q4_1, dequantized) to models/
 	$(BIN)/python -m atom_jax.checkpoint.smollm2
 
@@ -53,6 +62,9 @@ heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpo
 
 bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
 	$(BIN)/python -m benchmarks.lm
+
+bench-kv: $(VENV)/.installed-$(EXTRAS) smollm2 heldout install-kvpress  ## cache policies next to kvpress's; decoding speed
+	$(BIN)/python -m benchmarks.kv
 
 clean:  ## remove environments and caches (not models/, evaldata/, corpora/ and runs/)
 	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -22,15 +22,15 @@ class Refused(Exception):
 class Worker:
     """A fresh process that runs `serve` for one side; calling it runs one method there and returns the result.
 
-    The process leaves with its parent, but not by the parent's Ctrl-C. Raises Refused where the side refuses, and
-    RuntimeError with its traceback or its last words where it fails.
+    python: the interpreter. The process leaves with its parent, but not by the parent's Ctrl-C. Raises Refused where
+    the side refuses, and RuntimeError with its traceback or its last words where it fails.
     """
 
-    def __init__(self, module: str):
+    def __init__(self, module: str, python: str = sys.executable):
         self.module = module
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [python, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

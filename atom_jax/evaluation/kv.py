@@ -128,14 +128,16 @@ def methods(settings: KvSettings, cfg: TransformerConfig) -> list[Method]:
                 raise AtomError("kv.policies: model, but the checkpoint has no memory of its own")
             out.append(Method(name, getattr(cfg.memory, "budget", None), cfg.memory))
             continue
+        kind, _, fields = name.partition(":")
+        set_already = {field.partition("=")[0] for field in fields.split(",")}
+        if _has_budget(policies.POLICIES.get(kind, DMS)) and not set_already & {"budget", "ratio"}:
+            for b in settings.budgets:
+                out.append(Method(name, b, policies.parse(f"{kind}:{fields}{',' if fields else ''}budget={b}")))
+            continue
         policy = policies.parse(name)
         if isinstance(policy, DMS):
             raise AtomError(f"kv.policies: {name} is learned: write model, for a checkpoint that has learned it")
-        set_already = {field.partition("=")[0] for field in name.partition(":")[2].split(",")}
-        if _has_budget(policy) and not set_already & {"budget", "ratio"}:
-            out += [Method(name, b, dataclasses.replace(policy, budget=b)) for b in settings.budgets]
-        else:
-            out.append(Method(name, getattr(policy, "budget", None) if "budget" in set_already else None, policy))
+        out.append(Method(name, policy.budget if "budget" in set_already else None, policy))
     return out
 
 
@@ -160,7 +162,7 @@ def _texts(settings: KvSettings, encoder: Encoder) -> dict[tuple[str, str], tupl
     for part in dict.fromkeys(settings.parts):
         if part == "loss":
             for source in settings.sources:
-                texts[part, source] = _windows(settings, encoder, source)
+                texts[part, source] = windows(settings, encoder, source)
         elif part == "needle":
             hay = needle.Haystack.of(_read("austen"), encoder)
             for length in settings.lengths:
@@ -182,7 +184,8 @@ def _read(source: str) -> bytes:
     return b"".join(parts)
 
 
-def _windows(settings: KvSettings, encoder: Encoder, source: str) -> tuple[Ask, ...]:
+def windows(settings: KvSettings, encoder: Encoder, source: str) -> tuple[Ask, ...]:
+    """Windows of a source, evenly spaced: `settings.context` tokens and the `settings.scored` after them."""
     ids = encoder.tokenizer.encode(_read(source))
     first = np.array(front(encoder.tokenizer) if encoder.always_front else [], np.int32)
     context = settings.context - len(first)

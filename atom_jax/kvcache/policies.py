@@ -13,6 +13,7 @@ from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.memory import Policy
+from atom_jax.kvcache.observed_attention import ObservedAttention
 from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
@@ -28,6 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
         StreamingLLM,
         TOVA,
         H2O,
+        ObservedAttention,
         SnapKV,
         PyramidKV,
         AdaKV,

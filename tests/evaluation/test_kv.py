@@ -12,6 +12,8 @@ from atom_jax.evaluation.evaldata import Layout
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.score import logprobs
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.knorm import KNorm
+from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import AtomError
 from tests.evaluation.conftest import rows
@@ -154,7 +156,7 @@ def test_a_needle_is_where_it_should_be():
         needle.build(hay, BYTES, 100, 0.5, (0,))
 
 
-def test_policies_and_budgets(lm):
+def test_policies_and_budgets(lm, monkeypatch):
     def chosen(*names, budgets=(16, 8)):
         settings = kv.KvSettings(policies=names, budgets=budgets)
         return [(m.name, m.budget, m.memory) for m in kv.methods(settings, lm.config)]
@@ -166,6 +168,12 @@ def test_policies_and_budgets(lm):
     # What --set makes of kv.policies=toy:spare=1,budget=4,toy.
     assert chosen("toy:spare=1", "budget=4", "toy", budgets=(8,)) == [
         none, ("toy:spare=1,budget=4", 4, Toy(4, 1)), ("toy", 8, Toy(8)),
+    ]  # fmt: skip
+    # Policies that have no budget of their own accord.
+    for policy in (SnapKV, KNorm):
+        monkeypatch.setitem(policies.POLICIES, policy.name, policy)
+    assert chosen("snapkv:window=8", "knorm", budgets=(9,)) == [
+        none, ("snapkv:window=8", 9, SnapKV(budget=9, window=8)), ("knorm", 9, KNorm(budget=9)),
     ]  # fmt: skip
 
 

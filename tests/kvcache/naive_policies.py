@@ -40,6 +40,11 @@ def h2o(p, q, k, v):
     return all_weights(q, k).sum((1, 2))
 
 
+def observed_attention(p, q, k, v):
+    t = k.shape[1]
+    return all_weights(q, k).sum((1, 2)) / (t - np.arange(t))
+
+
 def knorm(p, q, k, v):
     return -np.sqrt((k**2).sum(-1))
 
@@ -152,6 +157,10 @@ class Replay:
                     self.score[a, at] = -np.linalg.norm(self.k[a, at])
                 case "h2o":
                     self.score[a, here] += w.sum(0)
+                case "observed_attention":
+                    # A mean over the queries so far, to which one is added.
+                    seen = at - here
+                    self.score[a, here] = (self.score[a, here] * seen + w.sum(0)) / (seen + 1)
                 case "tova":
                     self.score[a, here] = np.mean(weights, (0, 1))
                 case "keydiff":

@@ -16,11 +16,11 @@ from tests.kvcache import naive_policies as naive
 LENGTHS = np.array([40, 23, 9])
 SIZES = Sizes(layers=3, b=3, h=2, g=2, k=8, dtype=jnp.float32)
 TEXTS = {
-    "streaming_llm": "sinks=2", "tova": "", "h2o": "", "snapkv": "window=6", "pyramidkv": "window=6,beta=3",
-    "adakv": "window=6,floor=0.4", "knorm": "sinks=1", "expected_attention": "sinks=2,future=5,eps=0.01",
-    "keydiff": "", "random": "seed=3",
+    "streaming_llm": "sinks=2", "tova": "", "h2o": "", "observed_attention": "", "snapkv": "window=6",
+    "pyramidkv": "window=6,beta=3", "adakv": "window=6,floor=0.4", "knorm": "sinks=1",
+    "expected_attention": "sinks=2,future=5,eps=0.01", "keydiff": "", "random": "seed=3",
 }  # fmt: skip
-ONLINE = ("streaming_llm", "tova", "h2o", "knorm", "keydiff")
+ONLINE = ("streaming_llm", "tova", "h2o", "observed_attention", "knorm", "keydiff")
 NAMES = list(TEXTS)
 
 
