@@ -140,8 +140,8 @@ def press(ask: dict[str, Any], length: int) -> Any:
 def _mask_hook(cache: Any, hidden: Any) -> Any:
     """Gives a layer a mask of its own: transformers makes one for all layers, as long as the first layer's cache.
 
-    hidden: entries (batch, head, place) that nothing may see, or None. kvpress gives these keys that every query is
-    to turn away from; for many queries at once such keys seldom exist.
+    hidden: entries (batch, head, place) that nothing may see, or None. kvpress itself replaces their keys by one that
+    all queries of a call turn away from, found by a search that may fail.
     """
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
