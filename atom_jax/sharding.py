@@ -1,4 +1,4 @@
-"""One mesh (data, fsdp, tensor), and rules from logical axis names to mesh axes."""
+"""One mesh (data, fsdp, context, tensor), and rules from logical axis names to mesh axes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax.typing import AtomError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    # Positions of a row; and those of the residual stream between layers, of which every device keeps its share only.
+    "length": ("context",),
+    "stored_length": ("context", "tensor"),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -27,25 +31,33 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes the devices that are left."""
+    """Devices along each mesh axis; one of them may be -1 and takes the devices that are left.
+
+    data: rows of the batch. fsdp: rows of the batch, and parameters with their moments. tensor: heads, MLP, vocabulary.
+    context: positions of a row, for long rows (transformers only).
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given). Raises AtomError when the sizes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [cfg.data, cfg.fsdp, cfg.context, cfg.tensor]
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise AtomError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit {len(devices)} devices"
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} context={cfg.context} tensor={cfg.tensor} does not fit "
+            f"{len(devices)} devices"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Any sizes, also such as divide an axis of the torus on which the devices lie.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition(
@@ -83,6 +95,20 @@ def batch_shards(rows: int) -> int:
         return 1
     shards = math.prod(mesh.shape[a] for a in RULES["batch"])
     return shards if rows % shards == 0 else 1
+
+
+def length_shards(length: int) -> int:
+    """Number of devices among which `length` positions of a row are spread; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["context"]
+    return shards if length % shards == 0 else 1
+
+
+def platform() -> str:
+    """Where what is traced here will run: the platform of the mesh in use, which may be one that is not present, or
+    else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

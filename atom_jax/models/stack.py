@@ -24,6 +24,7 @@ from atom_jax.nn import relative, rope
 from atom_jax.nn.attention import Tokens, attend
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
+from atom_jax.nn.self_attention import self_attend
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
 from atom_jax.sharding import constrain
@@ -206,7 +207,9 @@ def _attention(
     if state is not None:
         state = state.write(k, v, context.length)
     tokens = context.tokens
-    if state is None or (context.fresh and t > 1):
+    if state is None:
+        out = self_attend(q, k, v, tokens, window=window)
+    elif context.fresh and t > 1:
         out = attend(q, k, v, tokens, tokens, window=window, aligned=True)
     else:
         here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))

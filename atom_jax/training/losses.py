@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax.models import registry
+from atom_jax.sharding import constrain, length_shards
 from atom_jax.typing import Batch
 
 # Logits per device above which they are computed block by block: 128 MiB in float32.
@@ -123,7 +124,13 @@ def positions_per_block(b: int, t: int, v: int) -> int:
 
 
 def blocks(x: jax.Array, block: int) -> jax.Array:
-    """[b, t, ...] to [n, b, block, ...], padded with zeros."""
+    """[b, t, ...] to [n, b, block, ...], padded with zeros. Where the positions of a row are spread over devices, every
+    block has some from each of them."""
     b, t = x.shape[:2]
-    x = jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0)
+    shards = length_shards(t)
+    block = max(block // shards, 1)
+    x = x.reshape(b, shards, t // shards, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(b, shards, -1, block, *x.shape[3:]), 2, 0)
+    x = x.reshape(-1, b, shards * block, *x.shape[4:])
+    return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))
