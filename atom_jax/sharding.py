@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,8 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1 and takes the devices that are left.
 
-    data: rows of the batch. fsdp: rows of the batch, and parameters with their moments. tensor: heads, MLP, vocabulary.
-    context: positions of a row, for long rows (transformers only).
+    data: rows of the batch. fsdp: rows of the batch, and parameters with their moments. tensor: heads, MLP,
+    vocabulary. context: positions of a row, for long rows (transformers only).
     """
 
     data: int = -1
@@ -88,6 +89,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
+    """(which, of how many): the part of a batch's rows that a process has to supply. Processes whose devices share
+    rows, because a row's heads or positions are spread over them, supply the same part.
+
+    Raises AtomError where processes have some rows in common and others not.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(place[0] * mesh.shape["fsdp"] + place[1])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != mesh.shape["data"] * mesh.shape["fsdp"] or len({len(rows) for rows in parts}) > 1:
+        sizes = " ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise AtomError(f"mesh {sizes}: rows cannot be divided among {len(held)} processes; change the sizes")
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def batch_shards(rows: int) -> int:
     """Number of devices among which `rows` rows of a batch are spread; 1 outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -117,6 +134,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def share(x_btd: jax.Array) -> jax.Array:
+    """Sums of parts [b, t, d] that devices of the axis "tensor" hold, of which every device keeps some positions."""
+    return constrain(constrain(x_btd, "batch", "length", None), "batch", "stored_length", None)
 
 
 def _extent(mesh: Any, axes: list[str]) -> int:

@@ -80,6 +80,11 @@ def qwen3_8b() -> Experiment:
     return published(model, "Qwen/Qwen3-8B", 32768, 8, mesh=MeshConfig(fsdp=8))
 
 
+def qwen3_8b_pod() -> Experiment:
+    """The same on 64 chips: two rows for every 16 chips, whose heads and positions are spread four ways each."""
+    return dataclasses.replace(qwen3_8b(), mesh=MeshConfig(data=1, fsdp=4, context=4, tensor=4))
+
+
 def qwen3(**sizes: Any) -> TransformerConfig:
     return TransformerConfig(
         family="qwen3", vocab_size=151936, n_kv_heads=8, head_dim=128, norm_eps=1e-6, rope_theta=1e6,
@@ -100,4 +105,5 @@ def english(seq_len: int) -> DataConfig:
 
 VARIANTS = {
     "smollm2": smollm2, "smollm2_8x": smollm2_8x, "tiny": tiny, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
+    "qwen3_8b_pod": qwen3_8b_pod,
 }  # fmt: skip

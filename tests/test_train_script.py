@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -125,8 +126,16 @@ def test_bad_input_is_one_sentence(argv, words, capfd, monkeypatch, tmp_path):
 def test_compile_only_reports_memory(capfd, monkeypatch, tmp_path):
     run_main(monkeypatch, tmp_path, ["--config=configs/lm.py:tiny", "--compile_only"], code=0)
     out = capfd.readouterr().out
-    assert " parameters on 8 x cpu (data 8, fsdp 1, tensor 1)" in out
-    assert "total" in out and "GiB per device" in out and "flops" in out
+    assert " parameters on 8 x cpu (data 8, fsdp 1, context 1, tensor 1), 8 rows of 32 tokens" in out
+    assert "total" in out and "GiB per chip" in out and "operations" in out
+
+
+def test_compile_only_fails_where_memory_is_short(capfd, monkeypatch, tmp_path):
+    from atom_jax.training import compile_only, topology
+
+    monkeypatch.setattr(compile_only, "devices", lambda _: (jax.devices(), topology.Chip(1e-4, 1e12)))
+    run_main(monkeypatch, tmp_path, ["--config=configs/lm.py:tiny", "--compile_only", "--topology=v5e:2x4"], code=1)
+    assert "of 0.0001: does not fit" in (out := capfd.readouterr().out) and "--set " in out
 
 
 def run_main(monkeypatch, tmp_path, argv, code: int) -> None:

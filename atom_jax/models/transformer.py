@@ -25,7 +25,7 @@ from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
 from atom_jax.nn.self_attention import self_attend
 from atom_jax.params import ParamSpec, normal, ones
-from atom_jax.sharding import constrain
+from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
@@ -289,12 +289,12 @@ def _layer(p: Any, x: jax.Array, state: Any, noise: Any, context: _Context, i: i
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
         y = constrain(y, "batch", "length", None)
         y, state, seen = _attention(p["attn"], x, y, state, noise, context, context.kind(i))
-        y = constrain(y, "batch", "stored_length", None)
+        y = share(y)
         x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
     with jax.named_scope("mlp"):
         y = x if post else rms_norm(x, p["mlp_norm"], cfg.norm_eps)
         y = swiglu(p["mlp"], constrain(y, "batch", "length", None))
-        y = constrain(y, "batch", "stored_length", None)
+        y = share(y)
         x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
     return constrain(x, "batch", "stored_length", None), state, seen
 

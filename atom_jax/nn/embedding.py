@@ -13,8 +13,8 @@ from atom_jax.sharding import partition
 def lookup(table_vd: jax.Array, ids_bt: jax.Array, dtype: Any) -> jax.Array:
     """Rows of the table, [b, t, d] in `dtype`; ids i32 [b, t] in [0, v).
 
-    On a mesh every device looks up, in its own part of the table, what all devices that share its rows need, and sends
-    them that: neither the table nor its gradient is ever whole on a device.
+    On a mesh every device looks up, in its own part of the table, what all devices that share its rows need, and
+    sends them that: neither the table nor its gradient is ever whole on a device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     vocab, embed = (None, None) if mesh.empty else partition(table_vd.shape, ("vocab", "embed"), mesh)

@@ -28,7 +28,7 @@ def self_attend(
     options = {"window": window, "keep_window": keep_window, "aligned": True}
     if mesh.size <= 1:
         return attend(q_bhgtk, k_bhtk, v_bhtk, tokens, tokens, keep_bhs=keep_bht, **options)
-    b, h, g, t, k = q_bhgtk.shape
+    t = q_bhgtk.shape[3]
     shards = mesh.shape["context"] if t % (2 * mesh.shape["context"]) == 0 else 1
     rows, heads, groups, _, _ = partition(q_bhgtk.shape, ("batch", "kv_heads", "heads", None, None), mesh)
     length = "context" if shards > 1 else None

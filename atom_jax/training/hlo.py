@@ -17,6 +17,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=\d+")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -38,8 +39,9 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """One instruction: its opcode, the text of its type, and everything after its opening parenthesis."""
+    """One instruction: its name, opcode, the text of its type, and everything after its opening parenthesis."""
 
+    name: str
     opcode: str
     type: str
     rest: str
@@ -74,12 +76,11 @@ def traffic(text: str) -> Traffic:
             elif line.opcode == "conditional":
                 sum_.add(max((total(b) for b in _called(line)), key=lambda t: t.total))
             elif not line.opcode.endswith(("-done", "-update")):
-                trips = _TRIPS.search(line.rest)
                 inside = [total(c) for c in _called(line)]
+                rounds = 1 if line.opcode != "while" else _rounds(line, computations[name], computations)
                 for one in inside:
-                    sum_.add(one, int(trips[1]) if trips else 1)
-                if line.opcode == "while" and not trips:
-                    sum_.open_loops += any(one.counts for one in inside)
+                    sum_.add(one, rounds or 1)
+                sum_.open_loops += rounds is None and any(one.counts for one in inside)
         return Traffic(dict(sum_.bytes), dict(sum_.counts), sum_.open_loops)
 
     return total(entry)
@@ -114,17 +115,18 @@ def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
             lines = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif " = " in raw:
-            lines.append(_line(raw.split(" = ", 1)[1]))
+            lines.append(_line(*raw.split(" = ", 1)))
     if not entry:
         raise ValueError("the text of the compiled program has no entry computation")
     return computations, entry
 
 
-def _line(right: str) -> _Line:
-    """The part of an instruction after its name: a type, which may be a tuple, and an application."""
+def _line(left: str, right: str) -> _Line:
+    """An instruction from its name and what follows: a type, which may be a tuple, and an application."""
+    name = left.split()[-1].lstrip("%")
     end = _closing(right) if right.startswith("(") else right.index(" ")
     found = _OPCODE.match(right, end + 1)
-    return _Line(found[1], right[:end], right[found.end() :]) if found else _Line("", "", "")
+    return _Line(name, found[1], right[:end], right[found.end() :]) if found else _Line(name, "", "", "")
 
 
 def _closing(text: str) -> int:
@@ -135,6 +137,30 @@ def _closing(text: str) -> int:
         if depth == 0:
             return i + 1
     raise ValueError(f"unbalanced type in the text of the compiled program: {text[:80]}")
+
+
+def _rounds(loop: _Line, around: list[_Line], computations: dict[str, list[_Line]]) -> int | None:
+    """How often a loop runs: as XLA noted it, or else from a condition "counter < constant" and the counter's first
+    value; None where that is no constant."""
+    noted = _TRIPS.search(loop.rest)
+    if noted:
+        return int(noted[1])
+    condition = {line.name: line for line in computations[re.search(r"condition=%?([\w.-]+)", loop.rest)[1]]}
+    test = next(reversed(condition.values()))
+    if test.opcode != "compare" or "direction=LT" not in test.rest:
+        return None
+    counter, bound = (condition[n] for n in _OPERAND.findall(test.rest.split(")")[0]))
+    index = re.search(r"index=(\d+)", counter.rest)
+    outside = {line.name: line for line in around}
+    first = outside.get(_OPERAND.findall(loop.rest)[0])
+    if bound.opcode != "constant" or index is None or first is None or first.opcode != "tuple":
+        return None
+    first = outside.get(_OPERAND.findall(first.rest)[int(index[1])])
+    while first is not None and first.opcode in ("copy", "bitcast"):
+        first = outside.get(_OPERAND.findall(first.rest)[0])
+    if first is None or first.opcode != "constant":
+        return None
+    return int(bound.rest.split(")")[0]) - int(first.rest.split(")")[0])
 
 
 def _called(line: _Line) -> list[str]:
@@ -150,7 +176,9 @@ def _sent(kind: str, line: _Line, devices: int) -> float:
         result = _parts(line.type)[1]
     size = sum(_bytes(*array) for array in _ARRAY.findall(result))
     if kind == "collective-permute":
-        pairs = re.findall(r"\{(\d+),(\d+)\}", line.rest.partition("source_target_pairs=")[2].partition("}}")[0] + "}")
+        pairs = re.findall(
+            r"\{(\d+),(\d+)\}", line.rest.partition("source_target_pairs=")[2].partition("}}")[0] + "}"
+        )
         return size * sum(a != b for a, b in pairs) / devices
     n = _group(line.rest, devices)
     if kind == "reduce-scatter" and line.opcode == "reduce-scatter":
@@ -161,7 +189,7 @@ def _sent(kind: str, line: _Line, devices: int) -> float:
 
 def _group(rest: str, devices: int) -> int:
     """Devices that take part together."""
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
     if axes:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
         # An axis as a whole, or a part of it, 'axis':(major size)size.

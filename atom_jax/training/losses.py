@@ -67,10 +67,10 @@ def next_token(
     b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
 
-    late = aux.get("entropy_loss")
+    late, tables = aux.get("entropy_loss"), gathered(params)
 
     def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        logits = model.logits(params, x, cfg=cfg)
+        logits = model.logits(tables, x, cfg=cfg)
         return _score(logits, targets, mask), None if late is None else _entropy(logits)
 
     block = block or positions_per_block(b, t, cfg.vocab_size)
@@ -123,9 +123,15 @@ def positions_per_block(b: int, t: int, v: int) -> int:
     return t if b * t * v <= BLOCK_LOGITS * devices else max(BLOCK_LOGITS * devices // (b * v), 1)
 
 
+def gathered(params: Any) -> Any:
+    """`params`, with tables of the vocabulary gathered along the width here, once for all blocks of logits."""
+    axes = {"embed": ("vocab", None), "unembed": (None, "vocab")}
+    return {k: constrain(p, *axes[k]) if k in axes else p for k, p in params.items()}
+
+
 def blocks(x: jax.Array, block: int) -> jax.Array:
-    """[b, t, ...] to [n, b, block, ...], padded with zeros. Where the positions of a row are spread over devices, every
-    block has some from each of them."""
+    """[b, t, ...] to [n, b, block, ...], padded with zeros. Where the positions of a row are spread over devices,
+    every block has some from each of them."""
     b, t = x.shape[:2]
     shards = length_shards(t)
     block = max(block // shards, 1)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from atom_jax.nn.embedding import lookup
 from atom_jax.sharding import MeshConfig, make_mesh, partition
-from jax.sharding import NamedSharding
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])

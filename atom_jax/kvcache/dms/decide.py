@@ -63,6 +63,7 @@ def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: DMS, h: int, eps: 
     else:
         y = rms_norm(x_btd, p["norm"], eps)
         z = jnp.einsum("btd,dh->bth", y, p["alpha"].astype(y.dtype), preferred_element_type=jnp.float32)
+        z = constrain(z, "batch", "stored_length", None)
         if cfg.bias:
             z += p["bias"].astype(jnp.float32)[None, None]
     return z.transpose(0, 2, 1) * cfg.scale - cfg.offset
