@@ -114,6 +114,12 @@ def batch_shards(rows: int) -> int:
     return shards if rows % shards == 0 else 1
 
 
+def tensor_shards() -> int:
+    """Devices along the mesh axis "tensor"; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
 def length_shards(length: int) -> int:
     """Number of devices among which `length` positions of a row are spread; 1 outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
