@@ -11,10 +11,13 @@ from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.models import registry
 from atom_jax.models.flops import forward_flops
+from atom_jax.sharding import MeshConfig, make_mesh
 from atom_jax.training import compile_only, topology
 from atom_jax.training.config import Group
+from atom_jax.training.program import Program
 from atom_jax.training.topology import Chip
 from atom_jax.typing import AtomError
+from configs import dms
 from tests.training.tiny import make
 
 
@@ -84,6 +87,27 @@ def test_frozen_matrices_need_no_gradients_of_their_own():
     matrices = sum(math.prod(s.shape) for k, s in spec.items() if "/mlp/" in k)
     assert reports[0].needed - reports[1].needed == 2 * matrices * reports[0].tokens
     assert reports[0].executed == pytest.approx(reports[0].needed * 4 / 3)
+
+
+def test_eight_billion_parameters_take_no_memory():
+    mesh = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
+    exp = dataclasses.replace(dms.qwen3_8b(), mesh=mesh)
+    before = len(jax.live_arrays())
+    devices = make_mesh(mesh, jax.devices())
+    with jax.set_mesh(devices):
+        program = Program(exp, devices, compile_only._Tokenizer(exp.model.vocab_size))
+    assert len(jax.live_arrays()) == before
+    assert params_lib.count(program.spec) == 8_192_062_464
+    whole = 4 * 8_192_062_464
+    assert whole / 4 <= compile_only.per_chip(program.state.params) < 1.001 * whole / 4
+    assert compile_only.per_chip(program.state.opt) < 0.001 * whole
+    # By hand: the teacher's pass, the student's, and its gradients but those of the frozen matrices.
+    layer, table = 2 * 4096 * 40 * 128 + 3 * 4096 * 12288, 4096 * 151936
+    frozen = 36 * layer + table
+    forward = 2 * (frozen + 36 * 4096 * 8) + 4 * 36 * 4096 * (32768 + 1) / 2
+    needed, executed = compile_only.operations(exp, program)
+    assert needed / (8 * 32768) == pytest.approx(4 * forward - 2 * frozen, rel=1e-12)
+    assert executed / (8 * 32768) == pytest.approx(5 * forward - 2 * frozen, rel=1e-12)
 
 
 @pytest.mark.parametrize(
