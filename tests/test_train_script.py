@@ -86,7 +86,9 @@ def test_kills_and_interrupts_leave_no_trace_in_the_losses(whole, tmp_path):
     assert losses(tmp_path) == whole[1]
 
 
-def test_two_processes_equal_one(whole, tmp_path):
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_two_processes_equal_one(whole, tmp_path, axis):
+    """Each with half of the rows, or with half of the heads of all rows."""
     before, expected = whole
     shutil.copytree(before / "checkpoints" / "20", tmp_path / "checkpoints" / "20")
     with socket.socket() as s:
@@ -94,7 +96,7 @@ def test_two_processes_equal_one(whole, tmp_path):
         port = s.getsockname()[1]
     # One process began; two with a device each, joined over the loopback interface, take over; then one again.
     join = ["--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    both = [begin(tmp_path, "mesh.fsdp=2", flags=[*join, f"--process_id={i}"]) for i in range(2)]
+    both = [begin(tmp_path, f"mesh.{axis}=2", flags=[*join, f"--process_id={i}"]) for i in range(2)]
     reach(both[0], tmp_path, 50)
     both[1].send_signal(signal.SIGTERM)  # to one of them, and both stop after the same step
     errors = [end(process, 143) for process in both]

@@ -46,7 +46,6 @@ class Report:
     needed: float
     executed: float
     traffic: hlo.Traffic | None
-    text: str
     seconds: float
 
     @property
@@ -125,26 +124,31 @@ def check(exp: Experiment, topology: str | None) -> Report:
         except jax.errors.JaxRuntimeError as e:
             compiled, used = None, re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", str(e))
             if not used:
-                raise AtomError(f"the step does not compile for {topology or 'these devices'}: {e}") from None
+                raise AtomError(f"the step does not compile for {topology or 'these devices'}: {_first(e)}") from None
     state = program.state
     sizes = {"state": per_chip(state.params) / GIB, "moments": per_chip((state.opt, state.ema)) / GIB}
     if compiled is None:
         total = float(used[1]) / (1 if used[2] == "G" else 1024)
-        sizes |= {"other": 0.0, "temporary": None, "total": total, "traffic": None, "text": ""}
+        sizes |= {"other": 0.0, "temporary": None, "total": total, "traffic": None}
     else:
-        memory, text = compiled.memory_analysis(), compiled.as_text()
+        memory = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
         # The new state takes the place of the old one.
         new = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
         other = max(arguments - sizes["state"] - sizes["moments"], 0.0) + new
         sizes |= {"other": other, "temporary": temporary, "total": arguments + temporary + new}
-        sizes |= {"traffic": hlo.traffic(text), "text": text}
+        sizes["traffic"] = hlo.traffic(compiled.as_text())
     needed, executed = operations(exp, program)
     return Report(
         exp=exp, mesh=dict(mesh.shape), kind=mesh.devices.flat[0].device_kind, chip=chip,
         count=params_lib.count(program.spec), needed=needed, executed=executed,
         seconds=time.monotonic() - start, **sizes,
     )  # fmt: skip
+
+
+def _first(error: Exception) -> str:
+    """The first line of what a compiler says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass(frozen=True)
