@@ -15,8 +15,8 @@ from absl import app, flags, logging
 CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:variant, see configs/.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.")
 SET = flags.DEFINE_multi_string("set", [], "Changes a field of the configuration: NAME=VALUE. Repeatable.")
-COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step, print what it needs per device, stop.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: a TPU topology such as v5p:4x4x4.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step, say what it needs per chip, stop.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: chips nobody has to have, such as v5p:4x4x4.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of other hosts before anything else.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; found by itself on TPU and Slurm.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: number of this process, from 0.")
@@ -27,14 +27,15 @@ def run() -> int:
     """Does what the flags say; returns the exit code."""
     import jax
 
-    from atom_jax.training import loop, report, start
+    from atom_jax.training import compile_only, loop, start
 
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     experiment = start.configure(CONFIG.value, SET.value)
     if COMPILE_ONLY.value:
-        print(report.compile_only(experiment, TOPOLOGY.value))
-        return 0
+        report = compile_only.check(experiment, TOPOLOGY.value)
+        print(report)
+        return 0 if report.fits else 1
     result = loop.fit(experiment, WORKDIR.value)
     return 128 + result.signal if result.signal else 0
 

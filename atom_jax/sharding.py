@@ -1,4 +1,4 @@
-"""One mesh (data, fsdp, tensor), and rules from logical axis names to mesh axes."""
+"""One mesh (data, fsdp, context, tensor), and rules from logical axis names to mesh axes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax.typing import AtomError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    # Positions of a row; and those of the residual stream between layers, of which every device keeps its share only.
+    "length": ("context",),
+    "stored_length": ("context", "tensor"),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -27,25 +32,33 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes the devices that are left."""
+    """Devices along each mesh axis; one of them may be -1 and takes the devices that are left.
+
+    data: rows of the batch. fsdp: rows of the batch, and parameters with their moments. tensor: heads, MLP,
+    vocabulary. context: positions of a row, for long rows (transformers only).
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given). Raises AtomError when the sizes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [cfg.data, cfg.fsdp, cfg.context, cfg.tensor]
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise AtomError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit {len(devices)} devices"
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} context={cfg.context} tensor={cfg.tensor} does not fit "
+            f"{len(devices)} devices"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Any sizes, also such as divide an axis of the torus on which the devices lie.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition(
@@ -76,6 +89,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
+    """(which, of how many): the part of a batch's rows that a process has to supply. Processes whose devices share
+    rows, because a row's heads or positions are spread over them, supply the same part.
+
+    Raises AtomError where processes have some rows in common and others not.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(place[0] * mesh.shape["fsdp"] + place[1])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != mesh.shape["data"] * mesh.shape["fsdp"] or len({len(rows) for rows in parts}) > 1:
+        sizes = " ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise AtomError(f"mesh {sizes}: rows cannot be divided among {len(held)} processes; change the sizes")
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def batch_shards(rows: int) -> int:
     """Number of devices among which `rows` rows of a batch are spread; 1 outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -85,12 +114,37 @@ def batch_shards(rows: int) -> int:
     return shards if rows % shards == 0 else 1
 
 
+def tensor_shards() -> int:
+    """Devices along the mesh axis "tensor"; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
+def length_shards(length: int) -> int:
+    """Number of devices among which `length` positions of a row are spread; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["context"]
+    return shards if length % shards == 0 else 1
+
+
+def platform() -> str:
+    """Where what is traced here will run: the platform of the mesh in use, which may be one that is not present, or
+    else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes; does nothing outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def share(x_btd: jax.Array) -> jax.Array:
+    """Sums of parts [b, t, d] that devices of the axis "tensor" hold, of which every device keeps some positions."""
+    return constrain(constrain(x_btd, "batch", "length", None), "batch", "stored_length", None)
 
 
 def _extent(mesh: Any, axes: list[str]) -> int:

@@ -2,6 +2,11 @@
 
 make smollm2 english
 python train.py --config=configs/dms.py:smollm2 --workdir=runs/dms
+
+Compile-time figures (`--compile_only --topology=v5p:4x4x4`, libtpu 0.0.42.1) of qwen3_8b_pod, 8 rows of 32,768
+tokens: per chip parameters 1.909 GiB, optimiser state 0.002, temporaries 4.358, in all 6.270 of 95 (93% free);
+2.20e16 operations per step, 2.85e16 with what is computed again, which take at least 0.97 s; 73.7 GiB sent per chip
+and step.
 """
 
 from __future__ import annotations
@@ -79,6 +84,11 @@ def qwen3_8b() -> Experiment:
     return published(model, "Qwen/Qwen3-8B", 32768, 8, mesh=MeshConfig(fsdp=8))
 
 
+def qwen3_8b_pod() -> Experiment:
+    """The same on 64 chips: two rows for every 16 chips, whose heads and positions are spread four ways each."""
+    return dataclasses.replace(qwen3_8b(), mesh=MeshConfig(data=1, fsdp=4, context=4, tensor=4))
+
+
 def qwen3(**sizes: Any) -> TransformerConfig:
     return TransformerConfig(
         family="qwen3", vocab_size=151936, n_kv_heads=8, head_dim=128, norm_eps=1e-6, rope_theta=1e6,
@@ -99,4 +109,5 @@ def english(seq_len: int) -> DataConfig:
 
 VARIANTS = {
     "smollm2": smollm2, "smollm2_8x": smollm2_8x, "tiny": tiny, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
+    "qwen3_8b_pod": qwen3_8b_pod,
 }  # fmt: skip

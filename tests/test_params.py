@@ -1,6 +1,9 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -51,3 +54,21 @@ def test_sharded_initial_values_equal_unsharded_ones():
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(AtomError, match="does not fit 8 devices"):
         sharding.make_mesh(sharding.MeshConfig(data=3))
+
+
+def fake_mesh(processes: list[int], **sizes: int):
+    """A mesh whose devices belong to these processes, in order."""
+    devices = np.array([types.SimpleNamespace(process_index=p) for p in processes])
+    return types.SimpleNamespace(devices=devices.reshape(tuple(sizes.values())), shape=sizes)
+
+
+def test_processes_supply_the_rows_of_their_devices():
+    rows = fake_mesh([0, 0, 1, 1, 2, 2, 3, 3], data=4, fsdp=2, context=1, tensor=1)
+    assert [sharding.row_share(rows, p) for p in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    # Two processes share the heads, or the positions, of the same rows.
+    shared = fake_mesh([0, 0, 1, 1, 2, 2, 3, 3], data=1, fsdp=2, context=2, tensor=2)
+    assert [sharding.row_share(shared, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    with pytest.raises(AtomError, match="cannot be divided among 2 processes"):
+        sharding.row_share(fake_mesh([0, 0, 0, 0, 1, 1], data=1, fsdp=3, context=1, tensor=2), 0)
+    with pytest.raises(AtomError, match="cannot be divided"):
+        sharding.row_share(fake_mesh([0, 0, 0, 1, 1, 1], data=1, fsdp=3, context=1, tensor=2), 0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -85,7 +86,9 @@ def test_kills_and_interrupts_leave_no_trace_in_the_losses(whole, tmp_path):
     assert losses(tmp_path) == whole[1]
 
 
-def test_two_processes_equal_one(whole, tmp_path):
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_two_processes_equal_one(whole, tmp_path, axis):
+    """Each with half of the rows, or with half of the heads of all rows."""
     before, expected = whole
     shutil.copytree(before / "checkpoints" / "20", tmp_path / "checkpoints" / "20")
     with socket.socket() as s:
@@ -93,7 +96,7 @@ def test_two_processes_equal_one(whole, tmp_path):
         port = s.getsockname()[1]
     # One process began; two with a device each, joined over the loopback interface, take over; then one again.
     join = ["--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    both = [begin(tmp_path, "mesh.fsdp=2", flags=[*join, f"--process_id={i}"]) for i in range(2)]
+    both = [begin(tmp_path, f"mesh.{axis}=2", flags=[*join, f"--process_id={i}"]) for i in range(2)]
     reach(both[0], tmp_path, 50)
     both[1].send_signal(signal.SIGTERM)  # to one of them, and both stop after the same step
     errors = [end(process, 143) for process in both]
@@ -125,8 +128,16 @@ def test_bad_input_is_one_sentence(argv, words, capfd, monkeypatch, tmp_path):
 def test_compile_only_reports_memory(capfd, monkeypatch, tmp_path):
     run_main(monkeypatch, tmp_path, ["--config=configs/lm.py:tiny", "--compile_only"], code=0)
     out = capfd.readouterr().out
-    assert " parameters on 8 x cpu (data 8, fsdp 1, tensor 1)" in out
-    assert "total" in out and "GiB per device" in out and "flops" in out
+    assert " parameters on 8 x cpu (data 8, fsdp 1, context 1, tensor 1), 8 rows of 32 tokens" in out
+    assert "total" in out and "GiB per chip" in out and "operations" in out
+
+
+def test_compile_only_fails_where_memory_is_short(capfd, monkeypatch, tmp_path):
+    from atom_jax.training import compile_only, topology
+
+    monkeypatch.setattr(compile_only, "devices", lambda _: (jax.devices(), topology.Chip(1e-4, 1e12)))
+    run_main(monkeypatch, tmp_path, ["--config=configs/lm.py:tiny", "--compile_only", "--topology=v5e:2x4"], code=1)
+    assert "of 0.0001: does not fit" in (out := capfd.readouterr().out) and "--set " in out
 
 
 def run_main(monkeypatch, tmp_path, argv, code: int) -> None:

@@ -24,9 +24,10 @@ from atom_jax.nn import relative, rope
 from atom_jax.nn.attention import Tokens, attend
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
+from atom_jax.nn.self_attention import self_attend
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
-from atom_jax.sharding import constrain
+from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError
 
 LETTERS = "mMtTx"
@@ -151,7 +152,8 @@ def apply_stack(
         new.append(state)
     if "norm" in p:
         x_btd = rms_norm(x_btd, p["norm"], width.eps)
-    return x_btd.astype(dtype), None if states is None else tuple(new)
+    x_btd = constrain(x_btd.astype(dtype), "batch", "length", None)
+    return x_btd, None if states is None else tuple(new)
 
 
 def _run(layer: Any, run: Any, x: jax.Array, state: Any, remat: bool) -> tuple[jax.Array, Any]:
@@ -175,26 +177,26 @@ def _layer(
     p = params.cast(p, dtype) if letter not in "mM" else p
     if letter == "x":
         return _relative(p, x, state, context)
-    y = rms_norm(x, p["norm1"], width.eps).astype(dtype)
+    y = constrain(rms_norm(x, p["norm1"], width.eps).astype(dtype), "batch", "length", None)
     if letter in "mM":
         y, state = mamba2(p["mixer"], y, context.tokens, state, width.ssm)
     else:
         y, state = _attention(p["mixer"], y, state, width, context, tables)
-    x = x + y.astype(x.dtype)
+    x = x + share(y).astype(x.dtype)
     if letter in "MT":
-        y = rms_norm(x, p["norm2"], width.eps).astype(dtype)
-        f = p["mlp"]["fc2"].shape[0]
-        both = project(y, p["mlp"]["fc1"].reshape(y.shape[-1], 2 * f))
-        up, gate = both[..., :f], both[..., f:]
-        x = x + project(constrain(jax.nn.silu(gate) * up, "batch", None, "mlp"), p["mlp"]["fc2"]).astype(x.dtype)
-    return constrain(x, "batch", None, None), state
+        y = constrain(rms_norm(x, p["norm2"], width.eps).astype(dtype), "batch", "length", None)
+        up, gate = (both[:, :, 0] for both in jnp.split(project(y, p["mlp"]["fc1"]), 2, axis=2))
+        y = project(constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp"), p["mlp"]["fc2"])
+        x = x + share(y).astype(x.dtype)
+    return constrain(x, "batch", "stored_length", None), state
 
 
 def _attention(
     p: Tree, y: jax.Array, state: Any, width: Width, context: Context, tables: Any
 ) -> tuple[jax.Array, Any]:
     t = y.shape[1]
-    q, k, v = (a[:, :, 0] for a in jnp.split(project(y, p["qkv"]), 3, axis=2))
+    qkv = constrain(project(y, p["qkv"]), "batch", "length", None, "heads", None)
+    q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))
     if width.qk_norm:
         q, k = rms_norm(q, p["q_norm"], width.eps), rms_norm(k, p["k_norm"], width.eps)
     if tables is not None:
@@ -206,7 +208,9 @@ def _attention(
     if state is not None:
         state = state.write(k, v, context.length)
     tokens = context.tokens
-    if state is None or (context.fresh and t > 1):
+    if state is None:
+        out = self_attend(q, k, v, tokens, window=window)
+    elif context.fresh and t > 1:
         out = attend(q, k, v, tokens, tokens, window=window, aligned=True)
     else:
         here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))

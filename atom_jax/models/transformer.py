@@ -18,12 +18,14 @@ from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.kvcache.memory import Call
 from atom_jax.models.transformer_memory import cache_use, full, grow, init_cache, read_whole, unstack
 from atom_jax.nn import rope
-from atom_jax.nn.attention import Tokens, attend, attention_spec
+from atom_jax.nn.attention import Tokens, attention_spec
+from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
+from atom_jax.nn.self_attention import self_attend
 from atom_jax.params import ParamSpec, normal, ones
-from atom_jax.sharding import constrain
+from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
@@ -162,7 +164,7 @@ def hidden(
     key: noise for relaxed decisions, for training. mode: how decisions are made; None: relaxed with a key, else hard.
     probe: called in every layer (see `Probe`); its results are `aux["probe"]`, stacked over layers.
     """
-    x = constrain(jnp.take(p["embed"], batch.ids, axis=0).astype(cfg.dtype), "batch", None, None)
+    x = constrain(lookup(p["embed"], batch.ids, cfg.dtype), "batch", "stored_length", None)
     if mode is None:
         mode = Mode() if key is None or cfg.dms is None else Mode("relaxed", _noise(key, cfg, batch))
     context = _Context(cfg, batch, cache, mode, probe)
@@ -202,7 +204,7 @@ def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.A
     table = p["embed"] if cfg.tie_embeddings else p["unembed"]
     pattern = "btd,vd->btv" if cfg.tie_embeddings else "btd,dv->btv"
     out = jnp.einsum(pattern, x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
-    return constrain(out, "batch", None, "vocab")
+    return constrain(out, "batch", "length", "vocab")
 
 
 def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> params.Tree:
@@ -285,12 +287,16 @@ def _layer(p: Any, x: jax.Array, state: Any, noise: Any, context: _Context, i: i
     post = FAMILIES[cfg.family].post_norm
     with jax.named_scope("attention"):
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
+        y = constrain(y, "batch", "length", None)
         y, state, seen = _attention(p["attn"], x, y, state, noise, context, context.kind(i))
+        y = share(y)
         x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
     with jax.named_scope("mlp"):
-        y = swiglu(p["mlp"], x if post else rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+        y = x if post else rms_norm(x, p["mlp_norm"], cfg.norm_eps)
+        y = swiglu(p["mlp"], constrain(y, "batch", "length", None))
+        y = share(y)
         x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
-    return constrain(x, "batch", None, None), state, seen
+    return constrain(x, "batch", "stored_length", None), state, seen
 
 
 def _attention(
@@ -320,7 +326,7 @@ def _attention(
         if context.probe is not None:
             seen["probe"] = context.probe(p, x, q, k, v, chosen, tokens, noise)
         wait = 0 if dms is None else dms.window
-        out = attend(q, k, v, tokens, tokens, window=window, aligned=True, keep_bhs=keep, keep_window=wait)
+        out = self_attend(q, k, v, tokens, window=window, keep_bht=keep, keep_window=wait)
     else:
         scaling = cfg.rope_scaling if kind == "full" else None
         call = Call(
@@ -337,7 +343,7 @@ def _projections(p: Any, x_btd: jax.Array, cfg: TransformerConfig) -> tuple[jax.
     if "qkv" in p:
         q, k, v = jnp.split(project(x_btd, p["qkv"]), [cfg.n_heads, cfg.n_heads + cfg.n_kv_heads], axis=2)
     else:
-        q, k, v = (constrain(project(x_btd, p[name]), "batch", None, "heads", None) for name in "qkv")
+        q, k, v = (constrain(project(x_btd, p[name]), "batch", "length", "heads", None) for name in "qkv")
     return _normalise(q, p.get("q_norm"), cfg), _normalise(k, p.get("k_norm"), cfg), v
 
 

@@ -8,6 +8,7 @@ from flax import struct
 
 from atom_jax.nn.blockwise import blockwise
 from atom_jax.params import ParamSpec, normal, ones
+from atom_jax.sharding import platform
 
 NEGATIVE = -1e30
 
@@ -50,7 +51,7 @@ def mask(q: Tokens, k: Tokens, window: int | None) -> jax.Array:
 
 def block_size(s: int) -> int:
     """Queries and keys per tile for s keys. On a CPU a tile should stay in the second-level cache."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return 64 if s <= 512 else 256
     return 512
 
@@ -66,6 +67,7 @@ def attend(
     aligned: bool = False,
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
 
@@ -74,7 +76,7 @@ def attend(
       q, k: where queries and keys stand; a query sees keys of its own segment that are not after it.
       window: a query sees only keys fewer than `window` positions back (None: all).
       aligned: True promises that key i stands where query i stands, so that blocks above the diagonal or
-        outside the window are never computed.
+        outside the window are never computed. start: i32 [], with it key start + i stands where query i stands.
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
         probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
@@ -85,7 +87,7 @@ def attend(
     block = block_size(s)
     if t * s > block * block:
         places = (q.positions, q.segments, k.positions, k.segments)
-        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, keep_bhs, keep_window)
+        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, keep_bhs, keep_window, start)
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
     scores = scores * q_bhgtk.shape[-1] ** -0.5
     if keep_bhs is not None:

@@ -26,6 +26,7 @@ def blockwise(
     block: int,
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time.
 
@@ -33,7 +34,8 @@ def blockwise(
     Returns [b, h, g, t, k] in the dtype of the queries.
     """
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
-    return _attend(*args, (window, keep_window), aligned, block)[..., : q_bhgtk.shape[3], :]
+    start = jnp.int32(0) if start is None else start
+    return _attend(*args, start, (window, keep_window), aligned, block)[..., : q_bhgtk.shape[3], :]
 
 
 def blockwise_lse(
@@ -50,7 +52,7 @@ def blockwise_lse(
     """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t]; no gradient."""
     t = q_bhgtk.shape[3]
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
-    out, lse = _forward(*args, (window, keep_window), aligned, block)
+    out, lse = _forward(*args, jnp.int32(0), (window, keep_window), aligned, block)
     return out[..., :t, :], lse[..., :t]
 
 
@@ -74,20 +76,21 @@ def _tile(x: jax.Array, i: jax.Array, axis: int, block: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _key_range(i: jax.Array, nk: int, window: int | None, aligned: bool, block: int) -> tuple:
+def _key_range(i: jax.Array, start: jax.Array, nk: int, window: int | None, aligned: bool, block: int) -> tuple:
     """First and past-the-last key block that query block i can see."""
     if not aligned:
         return 0, nk
-    first = 0 if window is None else jnp.maximum(i * block - window + 1, 0) // block
-    return first, jnp.minimum(i + 1, nk)
+    at = start + i * block
+    first = 0 if window is None else jnp.maximum(at - window + 1, 0) // block
+    return first, jnp.minimum((at + block - 1) // block + 1, nk)
 
 
-def _query_range(j: jax.Array, nq: int, window: int | None, aligned: bool, block: int) -> tuple:
+def _query_range(j: jax.Array, start: jax.Array, nq: int, window: int | None, aligned: bool, block: int) -> tuple:
     """First and past-the-last query block that can see key block j."""
     if not aligned:
         return 0, nq
-    last = nq if window is None else jnp.minimum(((j + 1) * block + window - 2) // block + 1, nq)
-    return j, last
+    last = nq if window is None else jnp.minimum(((j + 1) * block + window - 2 - start) // block + 1, nq)
+    return jnp.maximum((j * block - start) // block, 0), last
 
 
 def _scores(
@@ -113,16 +116,16 @@ def _tiles(places: Places, i: jax.Array, j: jax.Array, block: int) -> Places:
     return (*(_tile(x, i, 1, block) for x in places[:2]), *(_tile(x, j, 1, block) for x in places[2:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, keep, places, windows, aligned, block):
-    return _forward(q, k, v, keep, places, windows, aligned, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(q, k, v, keep, places, start, windows, aligned, block):
+    return _forward(q, k, v, keep, places, start, windows, aligned, block)[0]
 
 
 def _keep_tile(keep, j, block):
     return None if keep is None else _tile(keep, j, 2, block)
 
 
-def _forward(q, k, v, keep, places, windows, aligned, block):
+def _forward(q, k, v, keep, places, start, windows, aligned, block):
     b, h, g, t, d = q.shape
     nq, nk = t // block, k.shape[2] // block
 
@@ -141,8 +144,8 @@ def _forward(q, k, v, keep, places, windows, aligned, block):
             return total * shrink + p.sum(-1), new_top, out * shrink[..., None] + new
 
         zero = jnp.zeros((b, h, g, block), jnp.float32)
-        start = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, block, d), jnp.float32))
-        total, top, out = jax.lax.fori_loop(*_key_range(i, nk, windows[0], aligned, block), visit, start)
+        nothing = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, block, d), jnp.float32))
+        total, top, out = jax.lax.fori_loop(*_key_range(i, start, nk, windows[0], aligned, block), visit, nothing)
         total = jnp.maximum(total, 1e-30)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
@@ -156,13 +159,13 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _forward_rule(q, k, v, keep, places, windows, aligned, block):
-    out, lse = _forward(q, k, v, keep, places, windows, aligned, block)
-    return out, (q, k, v, keep, places, out, lse)
+def _forward_rule(q, k, v, keep, places, start, windows, aligned, block):
+    out, lse = _forward(q, k, v, keep, places, start, windows, aligned, block)
+    return out, (q, k, v, keep, places, start, out, lse)
 
 
 def _backward_rule(windows, aligned, block, saved, d_out):
-    q, k, v, keep, places, out, lse = saved
+    q, k, v, keep, places, start, out, lse = saved
     nq, nk = q.shape[3] // block, k.shape[2] // block
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
@@ -187,13 +190,13 @@ def _backward_rule(windows, aligned, block, saved, d_out):
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
         none = None if keep is None else jnp.zeros(k_j.shape[:3], jnp.float32)
-        span = _query_range(j, nq, windows[0], aligned, block)
+        span = _query_range(j, start, nq, windows[0], aligned, block)
         d_q, d_k, d_v, d_keep = jax.lax.fori_loop(*span, visit, (d_q, zero, zero, none))
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep)
 
     d_q, (d_k, d_v, d_keep) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(nk))
     d_keep = None if keep is None else _join(d_keep, 2)
-    return d_q.astype(q.dtype), _join(d_k, 2), _join(d_v, 2), d_keep, None
+    return d_q.astype(q.dtype), _join(d_k, 2), _join(d_v, 2), d_keep, None, None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)

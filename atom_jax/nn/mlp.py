@@ -28,4 +28,4 @@ def swiglu(params: dict[str, jax.Array], x_btd: jax.Array) -> jax.Array:
         gate_btf, up_btf = jnp.split(project(x_btd, params["gate_up"]), 2, axis=-1)
     else:
         gate_btf, up_btf = project(x_btd, params["gate"]), project(x_btd, params["up"])
-    return project(constrain(jax.nn.silu(gate_btf) * up_btf, "batch", None, "mlp"), params["down"])
+    return project(constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "length", "mlp"), params["down"])

@@ -19,7 +19,7 @@ from atom_jax.nn.conv import causal_conv, documents
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, normal, ones
-from atom_jax.sharding import constrain
+from atom_jax.sharding import constrain, tensor_shards
 from atom_jax.typing import AtomError
 
 EPS = 1e-5
@@ -123,9 +123,19 @@ def mamba2(
     b, t, d = x_btd.shape
     e, h, c = cfg.sizes(d)
     old = MambaState.empty(b, d, cfg, x_btd.dtype) if state is None else state
-    z, xbc, dt = jnp.split(project(x_btd, p["in_proj"]), [e, e + c], axis=-1)
-    xbc, taps = causal_conv(xbc, p["conv_w"], p["conv_b"], old.conv, tokens)
-    x, b_btn, c_btn = jnp.split(jax.nn.silu(xbc).astype(x_btd.dtype), [e, e + cfg.d_state], axis=-1)
+    if state is None and tensor_shards() > 1:
+        # Every device computes its heads' part of z, x and the time steps, and all of B and C.
+        parts = zip(jnp.split(p["in_proj"], [e, 2 * e, e + c], axis=1), ("mlp", "mlp", None, "heads"))
+        z, x, bc, dt = (constrain(project(x_btd, w), "batch", None, axis) for w, axis in parts)
+        weights = zip(*(jnp.split(a, [e], axis=i) for a, i in ((p["conv_w"], 0), (p["conv_b"], 0), (old.conv, 2))))
+        x, bc = (causal_conv(a, *w, tokens)[0] for a, w in zip((x, bc), weights))
+        taps = old.conv
+    else:
+        z, xbc, dt = jnp.split(project(x_btd, p["in_proj"]), [e, e + c], axis=-1)
+        xbc, taps = causal_conv(xbc, p["conv_w"], p["conv_b"], old.conv, tokens)
+        x, bc = jnp.split(xbc, [e], axis=-1)
+    x, bc = (jax.nn.silu(a).astype(x_btd.dtype) for a in (x, bc))
+    b_btn, c_btn = jnp.split(bc, 2, axis=-1)
     x_bthk = constrain(x.reshape(b, t, h, cfg.head_dim), "batch", None, "heads", None)
     dt_bth = jax.nn.softplus(dt.astype(jnp.float32) + p["dt_bias"].astype(jnp.float32)[None, None])
     dt_bth = jnp.where((tokens.segments > 0)[..., None], dt_bth, 0.0)

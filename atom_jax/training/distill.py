@@ -12,7 +12,7 @@ import numpy as np
 from atom_jax.kvcache.dms import decide
 from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
-from atom_jax.training.losses import Sums, blocks, counted_bytes, positions_per_block
+from atom_jax.training.losses import Sums, blocks, counted_bytes, gathered, positions_per_block
 from atom_jax.typing import AtomError, Batch
 
 
@@ -86,10 +86,12 @@ def self_distillation(
         blocks(x, block) for x in (student, jax.lax.stop_gradient(teacher), batch.targets, counts, counts * ~ends)
     ]
 
+    student_tables, teacher_tables = gathered(params), gathered(frozen)
+
     def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
         x, y, targets, counts, weights = part
-        s = jax.nn.log_softmax(transformer.logits(params, x, cfg=cfg))
-        u = jax.nn.log_softmax(transformer.logits(frozen, y, cfg=cfg))
+        s = jax.nn.log_softmax(transformer.logits(student_tables, x, cfg=cfg))
+        u = jax.nn.log_softmax(transformer.logits(teacher_tables, y, cfg=cfg))
         kl = divergence(s, u, how.direction)
         chosen = jnp.take_along_axis(s, targets[..., None], axis=-1)[..., 0]
         agree = (jnp.argmax(s, -1) == jnp.argmax(u, -1)).astype(jnp.float32)

@@ -137,7 +137,7 @@ class _Run:
         cfg = self.exp.data
         if split != "train":
             cfg = dataclasses.replace(cfg, split=split, batch_size=cfg.batch_size // self.exp.optim.accumulate)
-        data = make_iterator(cfg, self.program.tokenizer, jax.process_index(), jax.process_count())
+        data = make_iterator(cfg, self.program.tokenizer, *sharding.row_share(self.program.mesh, jax.process_index()))
         self.opened.callback(data.close)
         return data
 
@@ -152,7 +152,9 @@ class _Run:
         """Starts to save this step, unless that has been done."""
         if self.saved == self.at:
             return
-        notes = {"data": merge_states(_from_all(self.data.get_state())), "config": config.to_json(self.exp)}
+        # Processes with the same rows have the same state.
+        states = {s["first_row"]: s for s in _from_all(self.data.get_state())}
+        notes = {"data": merge_states(list(states.values())), "config": config.to_json(self.exp)}
         self.store.save(self.at, _trees(self.state), notes)
         self.saved = self.at
         self.recorder.restart_clock()

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax.models import registry
+from atom_jax.sharding import constrain, length_shards
 from atom_jax.typing import Batch
 
 # Logits per device above which they are computed block by block: 128 MiB in float32.
@@ -66,10 +67,10 @@ def next_token(
     b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
 
-    late = aux.get("entropy_loss")
+    late, tables = aux.get("entropy_loss"), gathered(params)
 
     def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        logits = model.logits(params, x, cfg=cfg)
+        logits = model.logits(tables, x, cfg=cfg)
         return _score(logits, targets, mask), None if late is None else _entropy(logits)
 
     block = block or positions_per_block(b, t, cfg.vocab_size)
@@ -122,8 +123,20 @@ def positions_per_block(b: int, t: int, v: int) -> int:
     return t if b * t * v <= BLOCK_LOGITS * devices else max(BLOCK_LOGITS * devices // (b * v), 1)
 
 
+def gathered(params: Any) -> Any:
+    """`params`, with tables of the vocabulary gathered along the width here, once for all blocks of logits."""
+    axes = {"embed": ("vocab", None), "unembed": (None, "vocab")}
+    return {k: constrain(p, *axes[k]) if k in axes else p for k, p in params.items()}
+
+
 def blocks(x: jax.Array, block: int) -> jax.Array:
-    """[b, t, ...] to [n, b, block, ...], padded with zeros."""
+    """[b, t, ...] to [n, b, block, ...], padded with zeros. Where the positions of a row are spread over devices,
+    every block has some from each of them."""
     b, t = x.shape[:2]
-    x = jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0)
+    shards = length_shards(t)
+    block = max(block // shards, 1)
+    x = x.reshape(b, shards, t // shards, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(b, shards, -1, block, *x.shape[3:]), 2, 0)
+    x = x.reshape(-1, b, shards * block, *x.shape[4:])
+    return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))

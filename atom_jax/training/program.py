@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.models import registry
+from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training import distill, losses, optim
 from atom_jax.training import state as state_lib
 from atom_jax.training.config import Experiment
@@ -48,7 +49,7 @@ class Program:
         elif exp.optim.z_loss:
             loss = functools.partial(loss, z_loss=exp.optim.z_loss)
         self.step = jax.jit(
-            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema, exp.seed),
+            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema, exp.seed, places.params),
             in_shardings=(places, self.rows),
             out_shardings=(places, whole),
             donate_argnums=0,
@@ -109,6 +110,8 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
         raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
     if exp.distill is not None and exp.optim.z_loss:
         raise AtomError("optim.z_loss does not go with distill")
+    if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):
+        raise AtomError(f"mesh.context spreads rows of transformers only, the model is a {type(exp.model).__name__}")
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], exp.optim.accumulate
     if exp.data.batch_size % (shards * parts):
         raise AtomError(

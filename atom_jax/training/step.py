@@ -21,10 +21,16 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    loss: Loss, optimizer: Optimizer, accumulate: int = 1, ema: float = 0.0, seed: int = 0
+    loss: Loss,
+    optimizer: Optimizer,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    seed: int = 0,
+    places: Tree | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
+    places: shardings of the parameters, which their gradients get too; None: as the compiler likes.
     seed: of the noise that the loss may draw; it depends on the step, so a resumed run draws the same.
     The gradient is that of the mean over all targets of the batch, however it is cut into `accumulate` parts. A step
     whose loss or gradient is not finite leaves everything but the counters as it was.
@@ -40,7 +46,7 @@ def make_step(
             sums = loss(merge(learn, frozen), part, key, state.step)
             return sums.objective * scale, sums
 
-        grads, sums = _gradient(objective, learn, batch, accumulate)
+        grads, sums = _gradient(objective, learn, batch, accumulate, places and optimizer.split(places)[0])
         norm = optax.global_norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, opt = optimizer.update(grads, state.opt, learn, state.step)
@@ -74,8 +80,11 @@ def summary(sums: Sums) -> Metrics:
     }
 
 
-def _gradient(objective: Callable, learn: Tree, batch: Batch, parts: int) -> tuple[Tree, Sums]:
-    gradient: Any = jax.grad(objective, has_aux=True)
+def _gradient(objective: Callable, learn: Tree, batch: Batch, parts: int, places: Tree | None) -> tuple[Tree, Sums]:
+    def gradient(*args: Any) -> tuple[Tree, Sums]:
+        grads, sums = jax.grad(objective, has_aux=True)(*args)
+        return grads if places is None else jax.lax.with_sharding_constraint(grads, places), sums
+
     if parts == 1:
         return gradient(learn, batch, jnp.int32(0))
     # Part i takes rows i, i + parts, ...: every device finds rows of every part among its own.

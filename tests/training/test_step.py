@@ -100,10 +100,17 @@ def test_one_trace_for_many_steps(monkeypatch):
     follow(exp, 4)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_eight_devices_equal_one(kind):
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("adamw", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")),
+        ("muon", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")),
+        ("adamw", ("mesh.fsdp=2", "mesh.tensor=2", "mesh.context=2")),
+    ],
+)
+def test_eight_devices_equal_one(kind, sizes):
     one = run(f"optim.optimizer={kind}")
-    many = run(f"optim.optimizer={kind}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    many = run(f"optim.optimizer={kind}", *sizes)
     np.testing.assert_allclose([m["loss"] for _, m in one], [m["loss"] for _, m in many], rtol=2e-5)
     np.testing.assert_allclose([m["grad_norm"] for _, m in one], [m["grad_norm"] for _, m in many], rtol=1e-3)
 

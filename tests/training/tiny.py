@@ -24,7 +24,7 @@ def program(exp: Experiment) -> Program:
 
 
 def mesh(cfg: MeshConfig):
-    n = cfg.data * cfg.fsdp * cfg.tensor
+    n = cfg.data * cfg.fsdp * cfg.tensor * cfg.context
     return make_mesh(cfg, jax.devices()[:n])
 
 

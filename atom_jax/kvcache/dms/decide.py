@@ -13,6 +13,7 @@ from atom_jax.kvcache.dms.observed import observe
 from atom_jax.nn.attention import NEGATIVE, Tokens
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
+from atom_jax.sharding import constrain
 
 
 @struct.dataclass
@@ -48,7 +49,7 @@ class Decisions:
 
 def logistic(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard logistic noise, the difference of two standard Gumbel draws, float32."""
-    return jax.random.logistic(key, shape, jnp.float32)
+    return constrain(jax.random.logistic(key, shape, jnp.float32), None, "batch", "kv_heads", "length")
 
 
 def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: DMS, h: int, eps: float) -> jax.Array:
@@ -62,6 +63,7 @@ def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: DMS, h: int, eps: 
     else:
         y = rms_norm(x_btd, p["norm"], eps)
         z = jnp.einsum("btd,dh->bth", y, p["alpha"].astype(y.dtype), preferred_element_type=jnp.float32)
+        z = constrain(z, "batch", "stored_length", None)
         if cfg.bias:
             z += p["bias"].astype(jnp.float32)[None, None]
     return z.transpose(0, 2, 1) * cfg.scale - cfg.offset

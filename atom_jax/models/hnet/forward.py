@@ -21,6 +21,7 @@ from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.models.hnet.memory import StageState, begin
 from atom_jax.models.stack import Context
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import layer_norm
 from atom_jax.params import Tree
@@ -72,7 +73,7 @@ def hidden(
 
 def embed(p: Tree, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig) -> jax.Array:
     """Embeddings [b, t, d] of bytes and of the n-grams that end at them. before: the latest ids of earlier calls."""
-    x_btd = constrain(jnp.take(p["embed"], ids_bt, axis=0).astype(cfg.dtype), "batch", None, None)
+    x_btd = constrain(lookup(p["embed"], ids_bt, cfg.dtype), "batch", None, None)
     return x_btd + _ngrams(p["ngrams"], ids_bt, tokens, before, cfg) if cfg.ngrams else x_btd
 
 
