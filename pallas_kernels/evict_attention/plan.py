@@ -1,0 +1,105 @@
+"""Which tiles of a [queries, keys] square have to be computed, and which of them need no mask.
+
+Tiles are far fewer than scores, so this is a little jnp before the kernel, which reads the result as scalars.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.evict_attention.ref import NOTHING
+from pallas_kernels.evict_attention.tuning import Blocks
+
+LAST = jnp.iinfo(jnp.int32).max
+
+
+class Plan(NamedTuple):
+    """Scalars of a kernel, i32. Tiles of keys in [first, end) are seen by some query of a tile of queries, those in
+    [whole, whole_end) by all its queries. Blocks of keys in [block_first, block_end) are seen by a block of queries,
+    blocks of queries in [q_first, q_end) see a block of keys."""
+
+    start: jax.Array  # [b]: where the first query stands
+    first: jax.Array  # [b, tiles of queries]
+    end: jax.Array
+    whole: jax.Array
+    whole_end: jax.Array
+    block_first: jax.Array  # [b, blocks of queries]
+    block_end: jax.Array
+    q_first: jax.Array  # [b * h, blocks of keys]
+    q_end: jax.Array
+    gone: jax.Array  # [b * h, tiles of keys]: 1 where no key of a tile is kept beyond the keep window
+    alive: jax.Array  # [b * h, blocks of keys]: the first block from here on of which something is kept
+
+
+def make(
+    start_b: jax.Array,
+    t: int,
+    s: int,
+    segments: tuple[jax.Array, jax.Array] | None,
+    keep_bhs: jax.Array | None,
+    h: int,
+    window: int | None,
+    keep_window: int,
+    blocks: Blocks,
+) -> Plan:
+    """The plan for t queries and s keys (their lengths before padding); `segments` and `keep_bhs` are padded."""
+    b = start_b.shape[0]
+    low, high = _ends(t, blocks.q_block, blocks.q_tile)
+    k_low, k_high = _ends(s, blocks.k_block, blocks.k_tile)
+    q_low = (start_b[:, None] + low)[:, :, None]
+    q_high = (start_b[:, None] + high)[:, :, None]
+    some = (q_high >= k_low) & (low < t)[:, None] & (k_low < s)
+    whole = (q_low >= k_low + blocks.k_tile - 1) & (k_low + blocks.k_tile <= s)
+    if window is not None:
+        some &= q_low - k_high < window
+        whole &= q_high - k_low < window
+    if segments is not None:
+        q_min, q_max = (x[:, :, None] for x in _range(segments[0], blocks.q_tile))
+        k_min, k_max = (x[:, None, :] for x in _range(segments[1], blocks.k_tile))
+        some &= (q_max >= k_min) & (k_max >= q_min)
+        whole &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
+    first, end = _span(some)
+    whole_first, whole_end = _span(whole, run=True)
+    per_q, per_k = blocks.q_block // blocks.q_tile, blocks.k_block // blocks.k_tile
+    pairs = some.reshape(b, -1, per_q, some.shape[2] // per_k, per_k).any((2, 4))
+    gone = jnp.zeros((b, h, k_low.size), bool)
+    if keep_bhs is not None:
+        gone = (keep_bhs.reshape(b, h, -1, blocks.k_tile) <= NOTHING).all(-1)
+    gone_block = gone.reshape(b, h, -1, per_k).all(-1)
+    q_first, q_end = _span(pairs.swapaxes(1, 2))
+    # Queries from this block on are all beyond the keep window of the keys of a block.
+    far = (k_high.reshape(-1, per_k)[:, -1] + keep_window - start_b[:, None]) // blocks.q_block + 1
+    seen = jnp.where(gone_block, jnp.minimum(q_end, far)[:, None], q_end[:, None])
+    index = jnp.where(gone_block, gone_block.shape[2], jnp.arange(gone_block.shape[2]))
+    alive = jax.lax.cummin(index, axis=2, reverse=True)
+    rows = [jnp.broadcast_to(q_first[:, None], seen.shape), seen, gone, alive]
+    rows = [x.reshape(b * h, -1) for x in rows]
+    plan = Plan(start_b, first, end, whole_first, whole_end, *_span(pairs), *rows)
+    return jax.tree.map(lambda x: x.astype(jnp.int32), plan)
+
+
+def _ends(n: int, block: int, tile: int) -> tuple[jax.Array, jax.Array]:
+    """Index of the first and of the last entry of every tile, up to n - 1."""
+    low = jnp.arange(-(-n // block) * (block // tile)) * tile
+    return low, jnp.minimum(low + tile, n) - 1
+
+
+def _range(segments: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest segment of every tile. Padding (0) counts as the last, for it mostly comes after all
+    documents."""
+    x = jnp.where(segments == 0, LAST, segments).reshape(segments.shape[0], -1, tile)
+    return x.min(-1), x.max(-1)
+
+
+def _span(where: jax.Array, run: bool = False) -> tuple[jax.Array, jax.Array]:
+    """First True along the last axis, and the place after the last one (after the first run of them); 0, 0 without."""
+    n = where.shape[-1]
+    first = jnp.argmax(where, axis=-1)
+    end = n - jnp.argmax(where[..., ::-1], axis=-1)
+    if run:
+        ends = ~where & (jnp.arange(n) > first[..., None])
+        end = jnp.where(ends.any(-1), jnp.argmax(ends, axis=-1), n)
+    return first, jnp.where(where.any(-1), end, 0)
