@@ -7,12 +7,11 @@ the scores that it gets from queries beyond a window.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import check_kind, check_shape, choose, pad_axis, round_up
+from pallas_kernels.dispatch import check_kind, check_shape, choose, pad_axis
 from pallas_kernels.evict_attention import kernel, kernel_bwd, plan, ref, tuning
 from pallas_kernels.evict_attention.ref import NEGATIVE, NOTHING
 from pallas_kernels.evict_attention.tiles import LOG2E, Form
@@ -41,7 +40,8 @@ def evict_attention(
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` places after it, 0 or less;
         -1e30 and below: the key is not seen at all from there. None: every key is kept.
       window: a query sees only keys fewer than `window` places back (None: all).
-      segments: i32 [b, t] of queries and [b, s] of keys; tokens of one segment stand together. None: one segment.
+      segments: i32 [b, t] of queries and [b, s] of keys, 0 or less for padding, which sees nothing and is not seen.
+        Tokens of one segment should stand together, or time is lost. None: one segment.
       q_start: where the first query stands, one integer or i32 [b]. May be negative.
       implementation: "reference", "tpu", "interpret" (the TPU kernel's program on any machine), or None: the kernel
         on TPU, the reference elsewhere. Chosen while tracing.
@@ -83,7 +83,7 @@ def evict_attention(
         return ref.attention(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_window)
     sizes = tuple(blocks or tuning.blocks(t, s, g, q_bhgtk.dtype, back) for back in (False, True))
     form = functools.partial(Form, s, window, keep_window, segments is not None, keep_bhs is not None)
-    forms = tuple(form(x, interpret=chosen == "interpret" and (True)) for x in sizes)
+    forms = tuple(form(x, interpret=chosen == "interpret") for x in sizes)
     return _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, forms)
 
 
@@ -119,17 +119,19 @@ _attend.defvjp(_forward, _backward)
 
 def _padded(q, k, v, keep, segments, start, form):
     """The kernels' inputs: whole blocks, and scores in units of log 2."""
-    b, h, _, t, size = q.shape
+    h, t, size = q.shape[1], q.shape[3], q.shape[4]
     q_block, k_block = form.blocks.q_block, form.blocks.k_block
     scaled = (q.astype(jnp.float32) * (LOG2E * size**-0.5)).astype(q.dtype)
     q, k, v = pad_axis(scaled, 3, q_block), pad_axis(k, 2, k_block), pad_axis(v, 2, k_block)
     if keep is not None:
         keep = pad_axis(jnp.maximum(keep.astype(jnp.float32), NEGATIVE), 2, k_block, NEGATIVE)
     if segments is not None:
-        segments = pad_axis(segments[0], 1, q_block), pad_axis(segments[1], 1, k_block, -1)
+        # Padding of queries must not equal that of keys.
+        q_seg, k_seg = (jnp.where(x > 0, x, no).astype(jnp.int32) for x, no in zip(segments, (-1, 0)))
+        segments = pad_axis(q_seg, 1, q_block, -1), pad_axis(k_seg, 1, k_block)
     scalars = plan.make(start, t, form.s, segments, keep, h, form.window, form.keep_window, form.blocks)
     if keep is not None:
         keep = keep[:, :, None] * LOG2E
     if segments is not None:
-        segments = tuple(x[:, None].astype(jnp.int32) for x in segments)
+        segments = tuple(x[:, None] for x in segments)
     return q, k, v, keep, segments, scalars

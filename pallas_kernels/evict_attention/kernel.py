@@ -2,8 +2,8 @@
 
 A grid step holds a block of queries of all heads of one group and a block of keys; keys stream past the queries.
 Scores are in units of log 2: queries come multiplied by log2(e) / sqrt(k). The running maximum is kept in all 128
-lanes; the running sum is kept per lane and added up once, at the end. The maximum starts at NOTHING, far above what is
-masked, so that masked scores have a weight of exactly 0 even in a row that has no others.
+lanes; the running sum is kept per lane and added up once, at the end. The maximum starts at NOTHING, far above what
+is masked, so that masked scores have a weight of exactly 0 even in a row that has no others.
 """
 
 from __future__ import annotations

@@ -47,20 +47,19 @@ def make(
 ) -> Plan:
     """The plan for t queries and s keys (their lengths before padding); `segments` and `keep_bhs` are padded."""
     b = start_b.shape[0]
-    low, high = _ends(t, blocks.q_block, blocks.q_tile)
-    k_low, k_high = _ends(s, blocks.k_block, blocks.k_tile)
-    q_low = (start_b[:, None] + low)[:, :, None]
-    q_high = (start_b[:, None] + high)[:, :, None]
-    some = (q_high >= k_low) & (low < t)[:, None] & (k_low < s)
+    low, high = (x[None, :, None] for x in _ends(t, blocks.q_block, blocks.q_tile))
+    k_low, k_high = (x[None, None] for x in _ends(s, blocks.k_block, blocks.k_tile))
+    q_low, q_high = (start_b[:, None, None] + x for x in (low, high))
+    some = (q_high >= k_low) & (low < t) & (k_low < s)
     whole = (q_low >= k_low + blocks.k_tile - 1) & (k_low + blocks.k_tile <= s)
     if window is not None:
         some &= q_low - k_high < window
         whole &= q_high - k_low < window
     if segments is not None:
-        q_min, q_max = (x[:, :, None] for x in _range(segments[0], blocks.q_tile))
-        k_min, k_max = (x[:, None, :] for x in _range(segments[1], blocks.k_tile))
+        q_min, q_max, q_one = (x[:, :, None] for x in _range(segments[0], blocks.q_tile))
+        k_min, k_max, k_one = (x[:, None, :] for x in _range(segments[1], blocks.k_tile))
         some &= (q_max >= k_min) & (k_max >= q_min)
-        whole &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
+        whole &= q_one & k_one & (q_min == k_min)
     first, end = _span(some)
     whole_first, whole_end = _span(whole, run=True)
     per_q, per_k = blocks.q_block // blocks.q_tile, blocks.k_block // blocks.k_tile
@@ -71,9 +70,10 @@ def make(
     gone_block = gone.reshape(b, h, -1, per_k).all(-1)
     q_first, q_end = _span(pairs.swapaxes(1, 2))
     # Queries from this block on are all beyond the keep window of the keys of a block.
-    far = (k_high.reshape(-1, per_k)[:, -1] + keep_window - start_b[:, None]) // blocks.q_block + 1
+    far = (k_high.reshape(1, -1, per_k)[..., -1] + keep_window - start_b[:, None]) // blocks.q_block + 1
     seen = jnp.where(gone_block, jnp.minimum(q_end, far)[:, None], q_end[:, None])
-    index = jnp.where(gone_block, gone_block.shape[2], jnp.arange(gone_block.shape[2]))
+    n = gone_block.shape[2]
+    index = jnp.where(gone_block, n, jnp.arange(n)[None, None])
     alive = jax.lax.cummin(index, axis=2, reverse=True)
     rows = [jnp.broadcast_to(q_first[:, None], seen.shape), seen, gone, alive]
     rows = [x.reshape(b * h, -1) for x in rows]
@@ -87,19 +87,19 @@ def _ends(n: int, block: int, tile: int) -> tuple[jax.Array, jax.Array]:
     return low, jnp.minimum(low + tile, n) - 1
 
 
-def _range(segments: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
-    """Smallest and largest segment of every tile. Padding (0) counts as the last, for it mostly comes after all
-    documents."""
-    x = jnp.where(segments == 0, LAST, segments).reshape(segments.shape[0], -1, tile)
-    return x.min(-1), x.max(-1)
+def _range(segments: jax.Array, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Smallest and largest segment of every tile, and whether all of it is one segment; padding aside."""
+    x = segments.reshape(segments.shape[0], -1, tile)
+    low, high = jnp.where(x > 0, x, LAST).min(-1), x.max(-1)
+    return low, high, (x.min(-1) == high) & (high > 0)
 
 
 def _span(where: jax.Array, run: bool = False) -> tuple[jax.Array, jax.Array]:
-    """First True along the last axis, and the place after the last one (after the first run of them); 0, 0 without."""
+    """First True along the last axis, and the place after the last one (after the first run of them); else 0, 0."""
     n = where.shape[-1]
     first = jnp.argmax(where, axis=-1)
     end = n - jnp.argmax(where[..., ::-1], axis=-1)
     if run:
-        ends = ~where & (jnp.arange(n) > first[..., None])
+        ends = ~where & (jax.lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1) > first[..., None])
         end = jnp.where(ends.any(-1), jnp.argmax(ends, axis=-1), n)
     return first, jnp.where(where.any(-1), end, 0)

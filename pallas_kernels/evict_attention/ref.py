@@ -46,12 +46,13 @@ def dense(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_win
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk) * q_bhgtk.shape[4] ** -0.5
-    distance = (start_b[:, None] + jnp.arange(t))[:, :, None] - jnp.arange(s)
+    distance = (start_b[:, None] + jnp.arange(t)[None])[:, :, None] - jnp.arange(s)[None, None]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
     if segments is not None:
-        seen &= segments[0][:, :, None] == segments[1][:, None, :]
+        q_seg = segments[0][:, :, None]
+        seen &= (q_seg == segments[1][:, None, :]) & (q_seg > 0)
     if keep_bhs is not None:
         far = (distance > keep_window)[:, None]
         keep = jnp.maximum(keep_bhs.astype(jnp.float32), NEGATIVE)

@@ -100,5 +100,5 @@ def loop(low: Any, high: Any, body: Callable[[jax.Array], None]) -> None:
 
 
 def at_once(g: int) -> int:
-    """How many of g heads are worked on in one go; the compiler overlaps one's products with another's exponentials."""
+    """How many of g heads to work on in one go, so that products of one overlap with exponentials of another."""
     return next(n for n in (4, 3, 2, 1) if g % n == 0)
