@@ -43,8 +43,8 @@ def evict_attention(
       segments: i32 [b, t] of queries and [b, s] of keys, 0 or less for padding, which sees nothing and is not seen.
         Tokens of one segment should stand together, or time is lost. None: one segment.
       q_start: where the first query stands, one integer or i32 [b]. May be negative.
-      implementation: "reference", "tpu", "interpret" (the TPU kernel's program on any machine), or None: the kernel
-        on TPU, the reference elsewhere. Chosen while tracing.
+      implementation: "reference", "tpu", "interpret" (the TPU kernel's program on any machine), "triton" (for NVIDIA
+        GPUs), "triton_interpret", or None: the kernel on TPU, the reference elsewhere. Chosen while tracing.
       blocks: sizes of the kernel's blocks, None for those of `tuning`.
     Returns: [b, h, g, t, k] in the dtype of the queries, and f32 [b, h, g, t] in nats. Queries that see nothing get
       zeros and -1e30. Two parts of the keys are merged by weights exp(lse - the larger lse), or -1e30 as the larger
@@ -78,12 +78,14 @@ def evict_attention(
     if keep_window < 0 or (window is not None and window < 1):
         raise ValueError(f"keep_window, window: expected 0 or more and 1 or more, got {keep_window} and {window}")
     start_b = jnp.broadcast_to(start.astype(jnp.int32), (b,))
-    chosen = choose(implementation)
+    triton = implementation in ("triton", "triton_interpret")
+    chosen = implementation if triton else choose(implementation)
     if chosen == "reference":
         return ref.attention(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_window)
+    blocks = tuning.TRITON if triton and blocks is None else blocks
     sizes = tuple(blocks or tuning.blocks(t, s, g, q_bhgtk.dtype, back) for back in (False, True))
     form = functools.partial(Form, s, window, keep_window, segments is not None, keep_bhs is not None)
-    forms = tuple(form(x, interpret=chosen == "interpret") for x in sizes)
+    forms = tuple(form(x, triton, interpret=chosen.endswith("interpret")) for x in sizes)
     return _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, forms)
 
 
@@ -94,7 +96,7 @@ def _attend(q, k, v, keep, segments, start, forms):
 
 def _forward(q, k, v, keep, segments, start, forms):
     t = q.shape[3]
-    out, lse = kernel.forward(*_padded(q, k, v, keep, segments, start, forms[0]), forms[0])
+    out, lse = _kernels(forms[0])[0](*_padded(q, k, v, keep, segments, start, forms[0]), forms[0])
     out, lse = out[:, :, :, :t], lse[:, :, :, :t]
     return (out, lse), (q, k, v, keep, segments, start, out, lse)
 
@@ -108,13 +110,22 @@ def _backward(forms, saved, gradients):
     block = form.blocks.q_block
     rows = (pad_axis(d_out, 3, block), pad_axis(lse, 3, block, -NEGATIVE), pad_axis(delta, 3, block))
     qkv, rest = (x := _padded(q, k, v, keep, segments, start, form))[:3], x[3:]
-    d_q, d_k, d_v, *d_keep = kernel_bwd.backward(*qkv, *rows, *rest, form)
+    d_q, d_k, d_v, *d_keep = _kernels(form)[1](*qkv, *rows, *rest, form)
     d_q = (d_q[:, :, :, :t] * q.shape[4] ** -0.5).astype(q.dtype)
     d_keep = d_keep[0][:, :, 0, :s].astype(keep.dtype) if d_keep else None
     return d_q, d_k[:, :, :s], d_v[:, :, :s], d_keep, None, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _kernels(form):
+    """The forward and the backward kernel."""
+    if form.triton:
+        from pallas_kernels.evict_attention import kernel_triton
+
+        return kernel_triton.forward, kernel_triton.backward
+    return kernel.forward, kernel_bwd.backward
 
 
 def _padded(q, k, v, keep, segments, start, form):

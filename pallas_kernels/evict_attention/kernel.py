@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.evict_attention.plan import Plan
+from pallas_kernels.evict_attention.plan import Plan, flat, unflat
 from pallas_kernels.evict_attention.ref import NEGATIVE, NOTHING
 from pallas_kernels.evict_attention.tiles import LANES, LOG2E, Form, Tile, at_once, column, dot, loop, tile_at, wide
 
-VMEM_BYTES = 64 * 2**20
+VMEM_BYTES = 48 * 2**20
 
 
-def _kernel(*refs: Any, form: Form) -> None:
-    plan, refs = Plan(*refs[: len(Plan._fields)]), list(refs[len(Plan._fields) :])
+def _kernel(*refs: Any, form: Form, widths: tuple[int, ...]) -> None:
+    plan, refs = unflat(refs[: len(widths)], widths), list(refs[len(widths) :])
     q_ref, k_ref, v_ref = refs[:3]
     keep_ref = refs.pop(3) if form.keep else None
     q_seg_ref, k_seg_ref = (refs.pop(3), refs.pop(3)) if form.segments else (None, None)
@@ -54,17 +54,16 @@ def _kernel(*refs: Any, form: Form) -> None:
             free, far, mixed = tile.kinds(plan, b, row, q_tile, k_tile)
 
             def attend(penalty: Any) -> None:
-                for_heads = lambda n: _attend(n, heads, q_at, k_at, penalty)  # noqa: E731
-                for_heads(0) if g == heads else loop(0, g // heads, for_heads)
+                def some(n: Any) -> None:
+                    k, v = k_ref[k_at, :], v_ref[k_at, :]
+                    for head in range(heads):
+                        at = (n * heads + head, q_at, slice(None))
+                        scores = dot(q_ref[at], k, (1, 1))
+                        if penalty is not None:
+                            scores += penalty()
+                        _update(scores, v, top_ref, total_ref, sum_ref, at)
 
-            def _attend(n: jax.Array, heads: int, q_at: Any, k_at: Any, penalty: Any) -> None:
-                k, v = k_ref[k_at, :], v_ref[k_at, :]
-                for x in range(heads):
-                    at = (n * heads + x, q_at, slice(None))
-                    scores = dot(q_ref[at], k, (1, 1))
-                    if penalty is not None:
-                        scores += penalty()
-                    _update(scores, v, top_ref, total_ref, sum_ref, at)
+                some(0) if g == heads else loop(0, g // heads, some)
 
             pl.when(free)(lambda: attend(None))
             if form.keep:
@@ -125,6 +124,7 @@ def forward(
     multiplied by log2(e) / sqrt(k) and penalties by log2(e); segments are [b, 1, t] and [b, 1, s]."""
     b, h, g, t, k = q_bhgtk.shape
     q_block, k_block = form.blocks.q_block, form.blocks.k_block
+    widths = tuple(x.shape[-1] for x in plan)
     grid = (b, h, t // q_block, k_bhsk.shape[2] // k_block)
 
     def block(b: Any, h: Any, i: Any, j: Any, plan: Plan) -> Any:
@@ -135,7 +135,7 @@ def forward(
         return jnp.clip(j, plan.block_first[b, i], jnp.maximum(plan.block_end[b, i] - 1, 0))
 
     def keys(b: Any, h: Any, i: Any, j: Any, *plan: Any) -> tuple:
-        return b, h, block(b, h, i, j, Plan(*plan)), 0
+        return b, h, block(b, h, i, j, unflat(plan, widths)), 0
 
     queries = pl.BlockSpec((None, None, g, q_block, k), lambda b, h, i, j, *_: (b, h, 0, i, 0))
     keys_spec = pl.BlockSpec((None, None, k_block, k), keys)
@@ -153,7 +153,7 @@ def forward(
         scratch.append(pltpu.VMEM((q_block, LANES), jnp.int32))
     scores = b * h * g * t * k_bhsk.shape[2] // 2
     return pl.pallas_call(
-        functools.partial(_kernel, form=form),
+        functools.partial(_kernel, form=form, widths=widths),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
             grid=grid,
@@ -175,4 +175,4 @@ def forward(
         ),
         interpret=form.interpret,
         name="evict_attention",
-    )(*plan, *inputs)
+    )(*flat(plan), *inputs)

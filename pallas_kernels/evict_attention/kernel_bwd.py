@@ -17,15 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.evict_attention.kernel import VMEM_BYTES
-from pallas_kernels.evict_attention.plan import Plan
+from pallas_kernels.evict_attention.plan import Plan, flat, unflat
 from pallas_kernels.evict_attention.tiles import LANES, LOG2E, Form, Tile, column, dot, loop, tile_at, wide
 
 # Heads of a group in one go: more only adds spills.
 HEADS = 2
 
 
-def _kernel(*refs: Any, form: Form) -> None:
-    plan, refs = Plan(*refs[: len(Plan._fields)]), list(refs[len(Plan._fields) :])
+def _kernel(*refs: Any, form: Form, widths: tuple[int, ...]) -> None:
+    plan, refs = unflat(refs[: len(widths)], widths), list(refs[len(widths) :])
     q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs[:6]
     keep_ref = refs.pop(6) if form.keep else None
     q_seg_ref, k_seg_ref = (refs.pop(6), refs.pop(6)) if form.segments else (None, None)
@@ -164,11 +164,12 @@ def backward(
     b, h, g, t, k = q_bhgtk.shape
     s = k_bhsk.shape[2]
     q_block, k_block = form.blocks.q_block, form.blocks.k_block
+    widths = tuple(x.shape[-1] for x in plan)
     grid = (b, h, s // k_block, t // q_block)
 
     def block(b: Any, h: Any, j: Any, i: Any, *plan: Any) -> Any:
         row = b * grid[1] + h
-        plan = Plan(*plan)
+        plan = unflat(plan, widths)
         return jnp.clip(i, plan.q_first[row, j], jnp.maximum(plan.q_end[row, j] - 1, plan.q_first[row, j]))
 
     queries = pl.BlockSpec((None, None, g, q_block, k), lambda *at: (at[0], at[1], 0, block(*at), 0))
@@ -198,7 +199,7 @@ def backward(
         scratch.append(pltpu.VMEM((k_block, LANES), jnp.int32))
     scores = b * h * g * t * s // 2
     return pl.pallas_call(
-        functools.partial(_kernel, form=form),
+        functools.partial(_kernel, form=form, widths=widths),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan), grid=grid, in_specs=[*specs, anywhere], out_specs=out_specs,
             scratch_shapes=scratch,
@@ -215,4 +216,4 @@ def backward(
         ),
         interpret=form.interpret,
         name="evict_attention_back",
-    )(*plan, *inputs, jnp.zeros(q_bhgtk.shape, jnp.float32))  # fmt: skip
+    )(*flat(plan), *inputs, jnp.zeros(q_bhgtk.shape, jnp.float32))  # fmt: skip

@@ -5,7 +5,8 @@ Tiles are far fewer than scores, so this is a little jnp before the kernel, whic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,26 @@ class Plan(NamedTuple):
     q_end: jax.Array
     gone: jax.Array  # [b * h, tiles of keys]: 1 where no key of a tile is kept beyond the keep window
     alive: jax.Array  # [b * h, blocks of keys]: the first block from here on of which something is kept
+
+
+class _Rows:
+    """An array [rows, n] that lies in a ref as one row: rows of their own are padded to 128 scalars there."""
+
+    def __init__(self, ref: Any, n: int):
+        self.ref, self.n = ref, n
+
+    def __getitem__(self, at: tuple) -> jax.Array:
+        return self.ref[at[0] * self.n + at[1]]
+
+
+def flat(plan: Plan) -> list[jax.Array]:
+    """The arrays of a plan, each as one row."""
+    return [x.reshape(-1) for x in plan]
+
+
+def unflat(refs: Sequence, widths: tuple[int, ...]) -> Plan:
+    """A plan over refs of `flat`; widths: of the arrays' rows."""
+    return Plan(refs[0], *(_Rows(ref, n) for ref, n in zip(refs[1:], widths[1:])))
 
 
 def make(

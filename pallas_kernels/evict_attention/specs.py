@@ -36,7 +36,7 @@ class Case(NamedTuple):
         if self.keep_window is not None:
             found["keep_bhs"] = jax.ShapeDtypeStruct((b, h, s), jnp.float32)
         if self.packed:
-            found["segments"] = tuple(jax.ShapeDtypeStruct((b, n), jnp.int32) for n in (t, s))
+            found |= {name: jax.ShapeDtypeStruct((b, n), jnp.int32) for name, n in (("q_seg", t), ("k_seg", s))}
         if self.part:
             found["q_start"] = jax.ShapeDtypeStruct((b,), jnp.int32)
         return found
@@ -46,8 +46,11 @@ class Case(NamedTuple):
         names = list(self.shapes())
 
         def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            options = {"keep_window": self.keep_window or 0, "window": self.window, "implementation": implementation}
-            return evict_attention(**dict(zip(names, arrays)), **options)
+            options = dict(zip(names, arrays))
+            if self.packed:
+                options["segments"] = options.pop("q_seg"), options.pop("k_seg")
+            options |= {"keep_window": self.keep_window or 0, "window": self.window}
+            return evict_attention(**options, implementation=implementation)
 
         return run
 
@@ -59,7 +62,7 @@ CASES = {
     "8b_sliding": Case(8192, 8192, keep_window=None, window=1024),
     "8b_part": Case(2048, 8192, part=True),
     "8b_f32": Case(2048, 2048, dtype="float32"),
-    "small_packed": Case(2000, 2000, h=3, g=3, k=64, b=4, packed=True),
+    "small_packed": Case(2000, 2000, h=3, g=3, k=64, b=32, packed=True),
     "8b_long": Case(131072, 131072),
 }
 
@@ -90,5 +93,6 @@ def tpu() -> Specs:
 
 
 def cuda() -> Specs:
-    """The same of what runs on an H100: the reference."""
-    return _specs("reference", ["8b", "8b_packed", "small_packed"])
+    """The same of what can run on an H100: the Triton kernel, and the reference, which runs by default."""
+    names = ["8b", "8b_packed", "small_packed"]
+    return _specs("reference", names) | {f"triton_{n}": x for n, x in _specs("triton", names).items()}

@@ -28,6 +28,7 @@ class Form:
     segments: bool
     keep: bool
     blocks: Blocks
+    triton: bool = False
     interpret: Any = False
 
 

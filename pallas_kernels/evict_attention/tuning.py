@@ -23,6 +23,10 @@ class Blocks:
             raise ValueError(f"blocks: {self} are not whole tiles of multiples of 8 queries and 128 keys")
 
 
+# One tile per block: what the Triton kernel's programs hold.
+TRITON = Blocks(64, 128, 64, 128)
+
+
 def blocks(t: int, s: int, g: int, dtype: jnp.dtype, backward: bool) -> Blocks:
     """Blocks for t queries of g heads that share s keys."""
     wide = jnp.dtype(dtype).itemsize > 2

@@ -116,12 +116,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_equals_reference(name):
+@pytest.mark.parametrize("implementation", ["interpret", "triton_interpret"])
+def test_kernel_equals_reference(name, implementation):
     arrays, options = CASES[name]
     if name == "part":
         arrays = (*arrays[:3], arrays[3].at[:, :, :256].set(-jnp.inf))
-    blocks = {} if name == "dense" else {"blocks": BLOCKS}
-    got = results(arrays, "interpret", **options, **blocks)
+    blocks = {} if name == "dense" or "triton" in implementation else {"blocks": BLOCKS}
+    got = results(arrays, implementation, **options, **blocks)
     for x, expected in zip(got, results(arrays, "reference", **options)):
         assert x.dtype == expected.dtype
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-5)
