@@ -127,13 +127,6 @@ def length_shards(length: int) -> int:
     return shards if length % shards == 0 else 1
 
 
-def platform() -> str:
-    """Where what is traced here will run: the platform of the mesh in use, which may be one that is not present, or
-    else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes; does nothing outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -8,7 +8,7 @@ from flax import struct
 
 from atom_jax.nn.blockwise import blockwise
 from atom_jax.params import ParamSpec, normal, ones
-from atom_jax.sharding import platform
+from pallas_kernels.dispatch import platform
 
 NEGATIVE = -1e30
 
@@ -75,8 +75,9 @@ def attend(
       q_bhgtk: queries, g heads for each of the h key/value heads. k_bhsk, v_bhsk: keys and values.
       q, k: where queries and keys stand; a query sees keys of its own segment that are not after it.
       window: a query sees only keys fewer than `window` positions back (None: all).
-      aligned: True promises that key i stands where query i stands, so that blocks above the diagonal or
-        outside the window are never computed. start: i32 [], with it key start + i stands where query i stands.
+      aligned: True promises that key i stands where query i stands, and that neighbours in a segment stand one place
+        apart, so that blocks above the diagonal or outside the window are never computed. start: i32 [], with it key
+        start + i stands where query i stands.
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
         probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.

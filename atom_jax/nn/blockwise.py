@@ -1,7 +1,7 @@
 """Attention in blocks with an online softmax: memory linear in length, forward and backward.
 
 The scheme is FlashAttention's (Dao et al., 2022; Rabe & Staats, 2021) in plain jnp, with a custom gradient that
-recomputes the scores of a block instead of storing them.
+recomputes the scores of a block instead of storing them. On TPU, sequences attend to themselves in a kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from atom_jax.sharding import partition
+from pallas_kernels.dispatch import choose
+from pallas_kernels.evict_attention.api import evict_attention
 
 NEGATIVE = -1e30
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -27,12 +33,17 @@ def blockwise(
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
     start: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time.
 
     places: query positions [b, t], query segments [b, t], key positions [b, s], key segments [b, s], all i32.
+    implementation: of aligned sequences, as in `evict_attention`; None is its kernel on TPU.
     Returns [b, h, g, t, k] in the dtype of the queries.
     """
+    if aligned and choose(implementation) != "reference":
+        args = (q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, start, implementation)
+        return _kernel(*args)[0]
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
     start = jnp.int32(0) if start is None else start
     return _attend(*args, start, (window, keep_window), aligned, block)[..., : q_bhgtk.shape[3], :]
@@ -48,12 +59,34 @@ def blockwise_lse(
     block: int,
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t]; no gradient."""
+    if aligned and choose(implementation) != "reference":
+        return _kernel(q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, None, implementation)
     t = q_bhgtk.shape[3]
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
     out, lse = _forward(*args, jnp.int32(0), (window, keep_window), aligned, block)
     return out[..., :t, :], lse[..., :t]
+
+
+def _kernel(q, k, v, places, window, keep, keep_window, start, implementation):
+    """Both results by `evict_attention`, on the devices that hold the rows and heads."""
+
+    def run(q, k, v, keep, segments):
+        return evict_attention(
+            q, k, v, keep, keep_window=keep_window, window=window, segments=segments,
+            q_start=0 if start is None else start, implementation=implementation,
+        )  # fmt: skip
+
+    args = (q, k.astype(q.dtype), v.astype(q.dtype), keep, (places[1], places[3]))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
+        return run(*args)
+    rows, heads = partition(k.shape[:2], ("batch", "kv_heads"), mesh)
+    specs = (P(rows, heads), P(rows, heads), P(rows, heads), P(rows, heads), P(rows))
+    specs = specs if keep is not None else (*specs[:3], None, specs[4])
+    return jax.shard_map(run, in_specs=specs, out_specs=(P(rows, heads),) * 2, check_vma=False)(*args)
 
 
 def _padded(q, k, v, keep, places, block):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from atom_jax.nn.attention import Tokens, attend
-from atom_jax.nn.blockwise import blockwise
+from atom_jax.nn.blockwise import blockwise, blockwise_lse
+from atom_jax.sharding import MeshConfig, make_mesh
 
 B, H, G, T, K = 2, 2, 3, 45, 8
 
@@ -85,3 +86,62 @@ def test_the_future_has_no_gradient():
         d_k, d_v = jax.grad(lambda k, v, form=form: form(k, v)[:, :, :, :20].sum(), argnums=(0, 1))(k, v)
         assert not np.any(d_k[:, :, 20:]) and not np.any(d_v[:, :, 20:])
         assert np.any(d_v[:, :, 19])
+
+
+def kernel_inputs():
+    q, k, v, tokens = inputs(True)
+    keep = -4 * jax.random.uniform(jax.random.key(9), k.shape[:3])
+    return (q, k, v, keep), (tokens.positions, tokens.segments) * 2
+
+
+def test_kernel_equals_blocks_in_values_and_gradients():
+    """What runs on TPU (its program, interpreted) and what runs elsewhere; padding aside."""
+    arrays, places = kernel_inputs()
+    real = places[1] > 0
+    weight = jax.random.normal(jax.random.key(5), arrays[0].shape) * real[:, None, None, :, None]
+
+    def both(implementation):
+        def loss(q, k, v, keep):
+            return jnp.sum(blockwise(q, k, v, places, 21, True, 8, keep, 4, implementation) * weight)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
+
+    chex.assert_trees_all_close(both("interpret"), both("reference"), atol=2e-5)
+    run = jax.jit(blockwise_lse, static_argnums=(4, 5, 6, 8, 9))
+    got, expected = (run(*arrays[:3], places, 21, True, 8, arrays[3], 4, x)[1] for x in ("interpret", "reference"))
+    real = np.broadcast_to(np.asarray(real)[:, None, None], got.shape)
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=2e-5)
+
+
+def test_kernel_runs_where_rows_and_heads_are():
+    """Over a mesh of two by two devices, without gathering what they hold."""
+    arrays, places = kernel_inputs()
+    expected = blockwise(*arrays[:3], places, None, True, 8, arrays[3], 4)
+
+    def run(q, k, v, keep, places):
+        return blockwise(q, k, v, places, None, True, 8, keep, 4, "interpret")
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])):
+        compiled = jax.jit(run).lower(*arrays, places).compile()
+        got = compiled(*arrays, places)
+    real = np.asarray(places[1] > 0)[:, None, None, :, None]
+    np.testing.assert_allclose(got * real, expected * real, atol=2e-6)
+    assert got.sharding.spec[:2] == ("data", "tensor")
+
+
+def test_kernel_is_chosen_for_tpu():
+    """Lowering for eight chips, from a machine without them, puts the kernel into a shard_map."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=types, abstract_device=device)
+    q = jax.ShapeDtypeStruct((4, 2, 4, 1024, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((4, 2, 1024, 128), jnp.bfloat16)
+    tokens = jax.tree.map(lambda _: jax.ShapeDtypeStruct((4, 1024), jnp.int32), Tokens(0, 0))
+
+    def loss(q, k, v, tokens):
+        return attend(q, k, v, tokens, tokens, aligned=True).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, tokens)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text and "tensor<1x1x4x1024x128xbf16>" in text

@@ -1,0 +1,98 @@
+"""Shapes at which `evict_attention` is compiled: training and prefill of an 8B model (32 heads in 8 groups, head size
+128, a window of 512), and of a small one (9 heads in 3 groups, head size 64)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.evict_attention.api import evict_attention
+
+Specs = dict[str, tuple[Callable, list[jax.ShapeDtypeStruct]]]
+
+
+class Case(NamedTuple):
+    """Sizes of one call. part: the queries are the last t of s places, known only when the program runs."""
+
+    t: int
+    s: int
+    h: int = 8
+    g: int = 4
+    k: int = 128
+    b: int = 1
+    dtype: str = "bfloat16"
+    keep_window: int | None = 512
+    window: int | None = None
+    packed: bool = False
+    part: bool = False
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        b, h, g, t, s, k = self.b, self.h, self.g, self.t, self.s, self.k
+        shapes = {"q_bhgtk": (b, h, g, t, k), "k_bhsk": (b, h, s, k), "v_bhsk": (b, h, s, k)}
+        found = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()}
+        if self.keep_window is not None:
+            found["keep_bhs"] = jax.ShapeDtypeStruct((b, h, s), jnp.float32)
+        if self.packed:
+            found |= {name: jax.ShapeDtypeStruct((b, n), jnp.int32) for name, n in (("q_seg", t), ("k_seg", s))}
+        if self.part:
+            found["q_start"] = jax.ShapeDtypeStruct((b,), jnp.int32)
+        return found
+
+    def call(self, implementation: str | None) -> Callable:
+        """The function of the arrays of `shapes`, in their order."""
+        names = list(self.shapes())
+
+        def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            options = dict(zip(names, arrays))
+            if self.packed:
+                options["segments"] = options.pop("q_seg"), options.pop("k_seg")
+            options |= {"keep_window": self.keep_window or 0, "window": self.window}
+            return evict_attention(**options, implementation=implementation)
+
+        return run
+
+
+CASES = {
+    "8b": Case(2048, 2048),
+    "8b_dense": Case(2048, 2048, keep_window=None),
+    "8b_packed": Case(2048, 2048, packed=True),
+    "8b_sliding": Case(8192, 8192, keep_window=None, window=1024),
+    "8b_part": Case(2048, 8192, part=True),
+    "8b_f32": Case(2048, 2048, dtype="float32"),
+    "small_packed": Case(2000, 2000, h=3, g=3, k=64, b=32, packed=True),
+    "8b_long": Case(131072, 131072),
+}
+
+
+def _specs(implementation: str, names: list[str]) -> Specs:
+    specs: Specs = {}
+    for name in names:
+        case, shapes = CASES[name], list(CASES[name].shapes().values())
+        run = case.call(implementation)
+        specs[name] = run, shapes
+        specs[f"{name}_grad"] = _gradient(run, 3 + (case.keep_window is not None)), shapes
+    return specs
+
+
+def _gradient(run: Callable, n: int) -> Callable:
+    """Both results of `run` and the gradients of their sum in its first n arguments."""
+
+    def total(*arrays: jax.Array) -> tuple:
+        out, lse = run(*arrays)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse), (out, lse)
+
+    return jax.grad(total, argnums=tuple(range(n)), has_aux=True)
+
+
+def tpu() -> Specs:
+    """{name: (function, shapes)} of the kernel, forward and with gradients."""
+    return _specs("tpu", list(CASES))
+
+
+def cuda() -> Specs:
+    """The same of what can run on an H100: the Triton kernel, and the reference, which runs by default."""
+    names = ["8b", "8b_packed", "small_packed"]
+    return _specs("reference", names) | {f"triton_{n}": x for n, x in _specs("triton", names).items()}

@@ -1,0 +1,41 @@
+"""Sizes of blocks and tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A grid step holds `q_block` queries of every head of a group and `k_block` keys in VMEM, and works on tiles of
+    `q_tile` queries of one head and `k_tile` keys. A block is a whole number of tiles; tiles of keys are multiples of
+    128, blocks of queries too unless they hold all of them."""
+
+    q_block: int
+    k_block: int
+    q_tile: int
+    k_tile: int
+
+    def __post_init__(self):
+        if self.q_block % self.q_tile or self.k_block % self.k_tile or self.q_tile % 8 or self.k_tile % 128:
+            raise ValueError(f"blocks: {self} are not whole tiles of multiples of 8 queries and 128 keys")
+
+
+# One tile per block: what the Triton kernel's programs hold.
+TRITON = Blocks(64, 128, 64, 128)
+
+
+def blocks(t: int, s: int, g: int, dtype: jnp.dtype, backward: bool) -> Blocks:
+    """Blocks for t queries of g heads that share s keys."""
+    wide = jnp.dtype(dtype).itemsize > 2
+    q_tile = min(128 if wide else 256, _up(t, 128))
+    k_tile = min(256 if wide or backward else 512, _up(s, 128))
+    q_block = q_tile * max(1, min(2048 // (g * q_tile), -(-t // q_tile)))
+    k_block = k_tile * max(1, min(2048 // k_tile, -(-s // k_tile)))
+    return Blocks(q_block, k_block, q_tile, k_tile)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
