@@ -1,0 +1,117 @@
+"""Sums and maxima over the positions of every chunk.
+
+Chunks are runs of positions, so a tile of chunks is fed by a run of tiles of positions; every such pair of tiles is
+one step. Sums are products with a matrix of zeros and ones. For maxima, every position first learns the largest value
+since its chunk or the tile began (a scan in log2 steps); the last position of a chunk in the tile then speaks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chunk_unpool.kernel import CHUNKS, POSITIONS, width
+from pallas_kernels.dispatch import pad_axis
+from pallas_kernels.visits import members, visits
+
+# Below any value that a product with ones and zeros may touch.
+LOWEST = -1e30
+
+
+def _step(output, source, count, code_ref, x_ref, u_ref, *, steps, how):
+    row, step = pl.program_id(0), pl.program_id(2)
+    at = row * steps + step
+    begins = (step == 0) | (output[at] != output[jnp.maximum(at - 1, 0)])
+
+    @pl.when(begins)
+    def _():
+        u_ref[...] = jnp.full_like(u_ref, 0.0 if how == "sum" else LOWEST)
+
+    @pl.when(step < count[row])
+    def _():
+        # The chunk and, in the lowest bit, whether the position counts.
+        code_1t, x = code_ref[...], x_ref[...]
+        mine = jax.lax.broadcasted_iota(jnp.int32, (CHUNKS, POSITIONS), 0) + output[at] * CHUNKS
+        if how == "sum":
+            u_ref[...] += _select(mine * 2 + 1 == code_1t, x)
+        else:
+            speaks = (mine == code_1t >> 1) & _last(code_1t >> 1)
+            top = _select(speaks, _running_max(code_1t, x))
+            found = jnp.max(speaks.astype(jnp.float32), axis=1, keepdims=True) > 0
+            u_ref[...] = jnp.where(found, jnp.maximum(u_ref[...], top.astype(u_ref.dtype)), u_ref[...])
+
+
+def _select(chosen: jax.Array, x: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot(
+        chosen.astype(jnp.float32).astype(x.dtype), x, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _last(chunk_1t: jax.Array) -> jax.Array:
+    """bool [1, t]: the last position of its chunk within the tile."""
+    n = chunk_1t.shape[1]
+    end = jax.lax.broadcasted_iota(jnp.int32, chunk_1t.shape, 1) == n - 1
+    return end | (pltpu.roll(chunk_1t, n - 1, 1) != chunk_1t)
+
+
+def _running_max(code_1t: jax.Array, x: jax.Array) -> jax.Array:
+    n = code_1t.shape[1]
+    code = jnp.broadcast_to(code_1t, (128, n)).T
+    chunk, row = code >> 1, jax.lax.broadcasted_iota(jnp.int32, code.shape, 0)
+    parts = [
+        jnp.where(code & 1 == 1, jnp.maximum(x[:, i : i + 128].astype(jnp.float32), LOWEST), LOWEST)
+        for i in range(0, x.shape[1], 128)
+    ]
+    step = 1
+    while step < n:
+        same = (row >= step) & (pltpu.roll(chunk, step, 0) == chunk)
+        parts = [jnp.maximum(part, jnp.where(same, pltpu.roll(part, step, 0), LOWEST)) for part in parts]
+        step *= 2
+    return jnp.concatenate(parts, axis=1).astype(x.dtype)
+
+
+def pool(
+    x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, how: str, interpret: Any = False
+) -> jax.Array:
+    """ "sum": f32 [b, m, d]; "max": [b, m, d] in the dtype of x, -inf for chunks of nothing."""
+    b, t, d = x_btd.shape
+    x = pad_axis(pad_axis(x_btd, 1, POSITIONS), 2, 128)
+    ids = pad_axis(ids_bt.astype(jnp.int32), 1, POSITIONS, m)
+    m_tiles, t_tiles, w = -(-m // CHUNKS), ids.shape[1] // POSITIONS, width(x.shape[2])
+    # Positions beyond the last chunk belong to a tile that nobody makes.
+    ids = jnp.where(ids >= m, m_tiles * CHUNKS, ids)
+    code = ids * 2 + pad_axis(inside_bt.astype(jnp.int32), 1, POSITIONS)
+    steps = t_tiles + m_tiles
+    found = visits(*members(ids.reshape(b, t_tiles, POSITIONS), CHUNKS, m_tiles), steps)
+    dtype = jnp.float32 if how == "sum" else x.dtype
+
+    def tile(rows: int, which: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, rows, w), lambda i, j, s, *lists: (i, lists[which][i * steps + s], j))
+
+    u = pl.pallas_call(
+        functools.partial(_step, steps=steps, how=how),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(b, x.shape[2] // w, steps),
+            in_specs=[
+                pl.BlockSpec((None, 1, POSITIONS), lambda i, j, s, _, source, *__: (i, 0, source[i * steps + s])),
+                tile(POSITIONS, 1),
+            ],
+            out_specs=tile(CHUNKS, 0),
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, m_tiles * CHUNKS, x.shape[2]), dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * steps * POSITIONS * CHUNKS * d, transcendentals=0,
+            bytes_accessed=x.dtype.itemsize * b * t * d + 4 * b * m * d + 4 * b * t,
+        ),
+        interpret=interpret,
+        name=f"chunk_pool_{how}",
+    )(*found, code[:, None], x)[:, :m, :d]  # fmt: skip
+    return u if how == "sum" else jnp.where(u <= LOWEST, -jnp.inf, u)
