@@ -17,13 +17,18 @@ BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?:((?:\s*>)*)\s*\{", r
 KERNEL = re.compile(r"entry bundle: %(\S+) = .*custom-call")
 
 
-class Kernel(NamedTuple):
-    """A compiled kernel: its name, the bundles of its innermost loops, the share of matrix-unit slots that they
-    occupy, and spills and fills in all of it."""
+class Loop(NamedTuple):
+    """Bundles at one depth of loops, and the share of their matrix-unit slots that is used."""
 
-    name: str
     bundles: int
     matrix: float
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel: its name, its loops from the grid inwards, and the spills and fills of all of it."""
+
+    name: str
+    loops: list[Loop]
     spills: int
 
 
@@ -47,6 +52,8 @@ def _kernel(name: str, text: str, slots: str) -> Kernel:
     depths = [marks.count(">") for marks in BUNDLE.findall(text)]
     if len(depths) != len(used):
         raise ValueError(f"{name}: the listing has {len(depths)} bundles, the table of slots {len(used)}")
-    inner = [row for depth, row in zip(depths, used) if depth == max(depths)]
-    matrix = sum(row["MXU"] for row in inner) / (len(inner) * capacity["MXU"])
-    return Kernel(name, len(inner), matrix, sum(row["VLOAD:FILL"] + row["VSTORE:SPILL"] for row in used))
+    loops = []
+    for level in range(1, max(depths) + 1):
+        rows = [row for depth, row in zip(depths, used) if depth == level]
+        loops.append(Loop(len(rows), sum(row["MXU"] for row in rows) / (max(len(rows), 1) * capacity["MXU"])))
+    return Kernel(name, loops, sum(row["VLOAD:FILL"] + row["VSTORE:SPILL"] for row in used))

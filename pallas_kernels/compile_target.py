@@ -95,21 +95,21 @@ def compile_one(function: Any, shapes: list[Any], chips: Any) -> dict[str, Any]:
 
 
 def main(target: str, *only: str) -> None:
-    """Prints {"shape": ..., ...} for every shape of `target`, or of the operations named."""
+    """Prints {"shape": ..., "of": number of shapes, ...} for every shape of `target`, or of the operations named."""
     dump = pathlib.Path(tempfile.mkdtemp())
     prepare(target, str(dump))
     from pallas_kernels import aot
 
-    chips = topology(target)
     specs = aot.tpu() if target in TPU else aot.cuda()
+    specs = {name: spec for name, spec in specs.items() if not only or name.split("/")[0] in only}
+    chips = topology(target)
     for name, (function, shapes) in specs.items():
-        if only and name.split("/")[0] not in only:
-            continue
         found = compile_one(function, shapes, chips)
-        found["kernels"] = [] if "error" in found else bundles.kernels(dump)
+        kernels = [] if "error" in found else bundles.kernels(dump)
         for path in dump.iterdir():
             path.unlink()
-        print(json.dumps({"shape": name, **found}), flush=True)
+        found |= {"kernels": kernels, "spills": sum(kernel.spills for kernel in kernels)}
+        print(json.dumps({"shape": name, "of": len(specs), **found}), flush=True)
     shutil.rmtree(dump)
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 
 class Visits(NamedTuple):
-    """The steps of every row, flattened, i32 [b * steps]: the output tile that a step adds to (never decreasing, every
-    one at least once) and the input tile that it reads. count, i32 [b]: steps that do something; later ones repeat
-    the tiles of the last, so that nothing is copied."""
+    """The steps of every row, flattened, i32 [b * steps]: the output tile that a step adds to (never decreasing,
+    every one at least once) and the input tile that it reads. count, i32 [b]: steps that do something; later ones
+    repeat the tiles of the last, so that nothing is copied."""
 
     output: jax.Array
     input: jax.Array
@@ -30,8 +30,8 @@ def visits(low_bo: jax.Array, high_bo: jax.Array, steps: int) -> Visits:
 
 
 def readers(ids_bie: jax.Array, tile: int, values: int) -> tuple[jax.Array, jax.Array]:
-    """For every tile i of entries e with ids i32 [b, i, e], which never decrease along i and e: the first and the last
-    of the `values` tiles of `tile` values that it names, i32 [b, i] each."""
+    """For every tile i of entries e with ids i32 [b, i, e], which never decrease along i and e: the first and the
+    last of the `values` tiles of `tile` values that it names, i32 [b, i] each."""
     return tuple(jnp.clip(ids_bie[:, :, end] // tile, 0, values - 1) for end in (0, -1))
 
 

@@ -20,8 +20,8 @@ def cache_attention(
     pages: jax.Array,
     first_bh: jax.Array | None = None,
     *,
-    k_scale_pc: jax.Array | None = None,
-    v_scale_pc: jax.Array | None = None,
+    k_scale_p1c: jax.Array | None = None,
+    v_scale_p1c: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One decode step: softmax attention with scores over sqrt(k), for every row and key/value head on its own.
@@ -29,7 +29,7 @@ def cache_attention(
     Args:
       q_bhgk: [b, h, g, k], the g query heads of every key/value head.
       k_pck, v_pck: pages [p, c, k] of c entries, in the dtype of the queries; or int8, to be multiplied by
-        k_scale_pc, v_scale_pc: f32 [p, c]. The order of entries means nothing. Entries beyond a row's length are
+        k_scale_p1c, v_scale_p1c: f32 [p, 1, c]. The order of entries means nothing. Entries beyond a row's length are
         never used but must be finite.
       lengths_bh: i32 [b, h], entries of every row; 0 for none.
       pages: i32 [b, h, n], pages of every row (the last is filled in part, and those after it are not looked at); or
@@ -48,7 +48,7 @@ def cache_attention(
     check_shape("lengths_bh", lengths_bh, (b, h))
     for name, x in (("lengths_bh", lengths_bh), ("pages", pages)):
         check_kind(name, x, jnp.integer)
-    scales = _scales(q_bhgk, k_pck, v_pck, k_scale_pc, v_scale_pc)
+    scales = _scales(q_bhgk, k_pck, v_pck, k_scale_p1c, v_scale_p1c)
     page = k_pck.shape[1]
     if first_bh is None:
         check_shape("pages", pages, (b, h, None))
@@ -68,11 +68,10 @@ def cache_attention(
     tile = TILE[k_pck.dtype.itemsize]
     if page % tile:
         raise ValueError(
-            f"k_pck: the TPU kernel needs pages of a multiple of {tile} {k_pck.dtype} entries, got {page}"
+            f"k_pck: the TPU kernel needs a multiple of {tile} {k_pck.dtype} entries per page, got {page}"
         )
-    sources = (k_pck, v_pck, *(s.reshape(-1, 1, page) for s in scales))
-    out, lse = kernel.cache_attention(
-        q, sources, lengths.astype(jnp.int32), pages.reshape(-1).astype(jnp.int32), first.astype(jnp.int32),
+        out, lse = kernel.cache_attention(
+        q, (k_pck, v_pck, *scales), lengths.astype(jnp.int32), pages.reshape(-1).astype(jnp.int32), first.astype(jnp.int32),
         chosen == "interpret",
     )  # fmt: skip
     out = jnp.where(jnp.broadcast_to((lengths > 0)[:, None, None], out.shape), out, 0.0)
@@ -85,13 +84,13 @@ def _scales(
 ) -> tuple[jax.Array, ...]:
     check_kind("q_bhgk", q, jnp.floating)
     if k.dtype == v.dtype == jnp.int8:
-        for name, x in (("k_scale_pc", k_scale), ("v_scale_pc", v_scale)):
+        for name, x in (("k_scale_p1c", k_scale), ("v_scale_p1c", v_scale)):
             if x is None:
                 raise ValueError(f"{name}: int8 pages need scales")
-            check_shape(name, x, k.shape[:2])
+            check_shape(name, x, (k.shape[0], 1, k.shape[1]))
         return k_scale.astype(jnp.float32), v_scale.astype(jnp.float32)
     if k_scale is not None or v_scale is not None:
-        raise ValueError(f"k_scale_pc, v_scale_pc: only int8 pages have scales, these are {k.dtype} and {v.dtype}")
+        raise ValueError(f"k_scale_p1c, v_scale_p1c: only int8 pages have scales, these are {k.dtype} and {v.dtype}")
     if not k.dtype == v.dtype == q.dtype:
         raise ValueError(f"k_pck, v_pck: expected the queries' {q.dtype} or int8, got {k.dtype} and {v.dtype}")
     return ()

@@ -1,4 +1,4 @@
-"""One query per row over pages that lie anywhere: a list of steps, each of which reads up to `lanes` pages of one row.
+"""One query per row over pages that lie anywhere: a list of steps, each of which reads up to `lanes` pages of a row.
 
 The list holds live blocks only, and the grid is as long as the list, so that a row costs what it holds; of a row's
 last block only the live pages are copied. While a step computes, the pages of the next one arrive, whichever row it
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 NEGATIVE = -1e30
 # Entries that one step reads at most.
-ENTRIES = 512
+ENTRIES = 1024
 
 
 class Steps(NamedTuple):
@@ -44,25 +44,31 @@ def steps_of(lengths_r: jax.Array, pages_m: jax.Array, first_r: jax.Array, page:
 
 
 def _step(row, at, left, pages, q_ref, *refs, lanes, quantized):
-    sources, (o_ref, lse_ref), rest = (
-        refs[: 2 + 2 * quantized],
-        refs[2 + 2 * quantized :][:2],
-        refs[4 + 2 * quantized :],
-    )
+    n = 4 if quantized else 2
+    sources, (o_ref, lse_ref), rest = refs[:n], refs[n : n + 2], refs[n + 2 :]
     buffers, (sems, top_ref, total_ref, sum_ref) = rest[: len(sources)], rest[len(sources) :]
     step, steps = pl.program_id(0), pl.num_programs(0)
     slot = jax.lax.rem(step, 2)
     page, size = buffers[0].shape[2:]
 
     def each_page(step: jax.Array, slot: jax.Array, act: str) -> None:
-        def one(lane: jax.Array, _: None) -> None:
+        def one(lane: jax.Array | int, _: None = None) -> None:
             here = pages[at[step] + lane]
             for i, (source, buffer) in enumerate(zip(sources, buffers)):
                 copy = pltpu.make_async_copy(source.at[here], buffer.at[slot, lane], sems.at[i, slot])
                 getattr(copy, act)()
 
-        live = jnp.minimum(left[step], page * lanes)
-        jax.lax.fori_loop(0, (live + page - 1) // page, one, None)
+        live = (left[step] + page - 1) // page
+
+        @pl.when(live >= lanes)
+        def _():
+            # Without a loop the compiler can weave the copies' addresses together.
+            for lane in range(lanes):
+                one(lane)
+
+        @pl.when(live < lanes)
+        def _():
+            jax.lax.fori_loop(0, live, one, None)
 
     @pl.when(step == 0)
     def _():
@@ -142,7 +148,7 @@ def cache_attention(
         out_shape=[jax.ShapeDtypeStruct((r, g, width), jnp.float32) for width in (size, 1)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(
-            flops=4 * g * size * page * pages_m.shape[0], bytes_accessed=held, transcendentals=g * page * pages_m.shape[0]
+            flops=4 * g * size * page * len(pages_m), bytes_accessed=held, transcendentals=g * page * len(pages_m)
         ),
         interpret=interpret,
         name="cache_attention",

@@ -21,13 +21,13 @@ def _shapes(page: int, dtype: jnp.dtype, heads: int = H, size: int = K) -> list[
     rows = jax.ShapeDtypeStruct((B, heads), jnp.int32)
     pool = jax.ShapeDtypeStruct((B * heads * n, page, size), dtype)
     q = jax.ShapeDtypeStruct((B, heads, G, size), jnp.bfloat16 if dtype == jnp.int8 else dtype)
-    scales = [jax.ShapeDtypeStruct((B * heads * n, page), jnp.float32)] * 2 if dtype == jnp.int8 else []
+    scales = [jax.ShapeDtypeStruct((B * heads * n, 1, page), jnp.float32)] * 2 if dtype == jnp.int8 else []
     return [q, pool, pool, rows, jax.ShapeDtypeStruct((B, heads, n), jnp.int32), *scales]
 
 
 def _int8(q, k, v, lengths, pages, k_scale, v_scale, *, implementation):
     return cache_attention(
-        q, k, v, lengths, pages, k_scale_pc=k_scale, v_scale_pc=v_scale, implementation=implementation
+        q, k, v, lengths, pages, k_scale_p1c=k_scale, v_scale_p1c=v_scale, implementation=implementation
     )
 
 

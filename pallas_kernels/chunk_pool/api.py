@@ -33,9 +33,9 @@ def chunk_pool(
       inside_bt: bool [b, t], positions that count; None: all.
       implementation: "reference", "tpu", "interpret" (the kernel's program on any machine), or None: the kernel on
         TPU, the reference elsewhere.
-    Returns: [b, m, d], float32 for "sum" and "mean" and in the dtype of x for the others, and how many positions every
-    chunk has, i32 [b, m]. A chunk without positions gets 0, and -inf for "max". Differentiable in x; positions that tie
-    for a maximum share its gradient.
+    Returns: [b, m, d], float32 for "sum" and "mean" and in the dtype of x for the others, and how many positions
+    every chunk has, i32 [b, m]. A chunk without positions gets 0, and -inf for "max". Differentiable in x; positions
+    that tie for a maximum share its gradient.
     Raises: ValueError for other shapes, dtypes or names.
     """
     check_shape("x_btd", x_btd, (None, None, None))

@@ -27,7 +27,8 @@ def segment_sum(x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def segment_max(x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
     """Largest entries of x [b, t, ...] with equal ids i32 [b, t], which never decrease along t: [b, n, ...], and
-    -inf where there are none; ids from n on count nowhere. Entries that tie share the gradient evenly, as in `jnp.max`."""
+    -inf where there are none; ids from n on count nowhere. Entries that tie share the gradient evenly, as in
+    `jnp.max`."""
     one_row = functools.partial(jax.ops.segment_max, num_segments=n, indices_are_sorted=True)
     return jax.vmap(one_row)(x, ids)
 

@@ -29,8 +29,8 @@ def mlstm_chunk(
     F = exp(forget + m_{t-1} - m_t), I = exp(gate - m_t), m_t = max(forget + m_{t-1}, gate) and q over sqrt(k)
     (Beck et al., 2024, "xLSTM", 2.3, and the chunkwise form of its kernels).
 
-    All of it runs in float32, apart from the kernel's products for bfloat16 q, k, v. The kernel's gradient is computed
-    by the reference, from the inputs.
+    All of it runs in float32, apart from the kernel's products for bfloat16 q, k, v. The kernel's gradient is
+    computed by the reference, from the inputs.
 
     Args:
       q_bhtk, k_bhtk: [b, h, t, k]. v_bhtv: [b, h, t, v] of the same dtype.

@@ -1,5 +1,5 @@
-"""Shapes at which `mlstm_chunk` is compiled: the local layers of Bolmo 1B (16 heads, keys of 64, values of 128) and 7B
-(128 and 256), 8192 bytes."""
+"""Shapes at which `mlstm_chunk` is compiled: the local layers of Bolmo 1B (16 heads, keys of 64, values of 128) and
+7B (128 and 256), 8192 bytes."""
 
 from __future__ import annotations
 

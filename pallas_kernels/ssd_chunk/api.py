@@ -33,8 +33,8 @@ def ssd_chunk(
     Args:
       x_bthk: [b, t, h, k]. dt_bth, decay_bth: f32 [b, t, h], time steps and log decays (0 or less).
       b_btn, c_btn: [b, t, n] in the dtype of x, the same for all heads.
-      documents_bt: i32 [b, t] from 0, never decreasing along t; the state starts anew where it changes, and document 0
-        continues s_bhkn, f32 [b, h, k, n].
+      documents_bt: i32 [b, t] from 0, never decreasing along t; the state starts anew where it changes, and document
+        0 continues s_bhkn, f32 [b, h, k, n].
       chunk: positions per block of the reference; changes speed and memory, not results.
       implementation: "reference", "tpu", "interpret" (the kernel's program on any machine), or None: the kernel on
         TPU, the reference elsewhere.

@@ -37,7 +37,7 @@ def _step(columns_ref, rows_ref, document_ref, x_ref, b_ref, c_ref, s0_ref, y_re
 
     document = jnp.broadcast_to(document_ref[...], (BLOCK, BLOCK))
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
-    seen = (document.T == document) & (i >= j)
+    seen = (document == document.T) & (i >= j)
     b, c = b_ref[...], c_ref[...]
     scores = jnp.where(seen, dot(c, b, lanes_both), 0.0)
 
