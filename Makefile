@@ -5,7 +5,10 @@ VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
-.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna english heldout bench clean help
+AOT := .venv-aot
+TARGETS ?= v5e,v5p,v6e,h100
+
+.PHONY: quickstart test lint install install-torch smollm2 evaldata parallel dna english heldout bench aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -53,6 +56,20 @@ heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpo
 
 bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
 	$(BIN)/python -m benchmarks.lm
+
+# One environment holds both compilers; where one of them cannot be had, the other still runs.
+$(AOT)/.installed: $(VENV)/.installed-core
+	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	for packages in "jax[tpu]==$$version" "jax==$$version jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version"; do \
+	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $$packages || true; \
+	done; \
+	$(AOT)/bin/python -c 'import jax' && touch $@
+
+aot: $(VENV)/.installed-core  ## compile every kernel for TPUs and an H100 that need not be there; one table (minutes)
+	@if $(MAKE) --no-print-directory $(AOT)/.installed; then \
+	  $(AOT)/bin/python -m pallas_kernels.compile_report --targets=$(TARGETS) $(if $(DOC),--markdown=$(DOC)); \
+	else echo "aot: jax's compilers for TPU and CUDA cannot be installed here, so nothing was compiled"; fi
 
 clean:  ## remove environments and caches (not models/, evaldata/, corpora/ and runs/)
 	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -65,18 +65,22 @@ def cache_attention(
             table = pages[jnp.minimum(at, pages.shape[0] - 1)]
         out, lse = ref.cache_attention(q, k_pck, v_pck, lengths, table.reshape(b * h, -1), *scales)
         return out.reshape(q_bhgk.shape), lse.reshape(b, h, g)
-    tile = TILE[k_pck.dtype.itemsize]
-    if page % tile:
+    if not fits(page, k_pck.dtype):
+        tile = TILE[k_pck.dtype.itemsize]
         raise ValueError(
             f"k_pck: the TPU kernel needs a multiple of {tile} {k_pck.dtype} entries per page, got {page}"
         )
-        out, lse = kernel.cache_attention(
-        q, (k_pck, v_pck, *scales), lengths.astype(jnp.int32), pages.reshape(-1).astype(jnp.int32), first.astype(jnp.int32),
-        chosen == "interpret",
-    )  # fmt: skip
+    sources, interpret = (k_pck, v_pck, *scales), chosen == "interpret"
+    lengths, pages, first = (x.reshape(-1).astype(jnp.int32) for x in (lengths, pages, first))
+    out, lse = kernel.cache_attention(q, sources, lengths, pages, first, interpret)
     out = jnp.where(jnp.broadcast_to((lengths > 0)[:, None, None], out.shape), out, 0.0)
     lse = jnp.where(jnp.broadcast_to((lengths > 0)[:, None], lse.shape), lse, ref.NEGATIVE)
     return out.reshape(q_bhgk.shape), lse.reshape(b, h, g)
+
+
+def fits(page: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel takes pages of so many entries."""
+    return page % TILE[jnp.dtype(dtype).itemsize] == 0
 
 
 def _scales(

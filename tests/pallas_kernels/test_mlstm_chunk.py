@@ -76,7 +76,7 @@ def from_nothing(q, k, v, i, f, implementation):
 def test_official_values(official, implementation):
     w = official
     h, (c, n, m) = from_nothing(*(w[x] for x in "qkvif"), implementation)
-    np.testing.assert_allclose(h, w["h"], atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(h, w["h"], atol=1e-4, rtol=2e-5)
     for have, want in ((c, w["c"]), (n, w["n"]), (m, w["m"][..., 0])):
         np.testing.assert_allclose(have, want, atol=2e-5)
 
