@@ -68,7 +68,7 @@ $(AOT)/.installed: $(VENV)/.installed-core
 
 aot: $(VENV)/.installed-core  ## compile every kernel for TPUs and an H100 that need not be there; one table (minutes)
 	@if $(MAKE) --no-print-directory $(AOT)/.installed; then \
-	  $(AOT)/bin/python -m pallas_kernels.compile_report --targets=$(TARGETS) $(if $(DOC),--markdown=$(DOC)); \
+	  $(AOT)/bin/python -m pallas_kernels.compile_report --targets=$(TARGETS) $(AOTFLAGS); \
 	else echo "aot: jax's compilers for TPU and CUDA cannot be installed here, so nothing was compiled"; fi
 
 clean:  ## remove environments and caches (not models/, evaldata/, corpora/ and runs/)

@@ -1,6 +1,6 @@
 """Compiles every operation for chips that need not be there, and prints one table.
 
-    python -m pallas_kernels.compile_report [--targets=v5e,h100] [--only=ssd_chunk,...] [--markdown=FILE]
+    python -m pallas_kernels.compile_report [--targets=v5e,h100] [--only=ssd_chunk,...] [--forward] [--markdown=FILE]
 
 Exits with 1 when anything is refused. A target whose compiler is not installed is left out with a line that says so.
 On TPU the kernels are compiled, on an H100 the references.
@@ -79,17 +79,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help="some of " + ", ".join(TARGETS))
     parser.add_argument("--only", default="", help="operations, separated by commas")
+    parser.add_argument("--forward", action="store_true", help="leave out the gradients, which take most of the time")
     parser.add_argument("--markdown", type=pathlib.Path, help="a document whose table is replaced")
     args = parser.parse_args()
     targets = args.targets.split(",")
     if unknown := [target for target in targets if target not in TARGETS]:
         parser.error(f"--targets: unknown {', '.join(unknown)}; known: {', '.join(TARGETS)}")
+    wanted = ["--forward"] * args.forward + [name for name in args.only.split(",") if name]
     lines, refused = [], 0
     for target in targets:
         if package := missing(target):
             print(f"{target}: left out, because {package} is not installed", flush=True)
             continue
-        for n, record in enumerate(compile_all(target, [name for name in args.only.split(",") if name]), 1):
+        for n, record in enumerate(compile_all(target, wanted), 1):
             lines.append(cells(target, record))
             refused += "error" in record
             verdict = "REFUSED" if "error" in record else f"{record['seconds']:.1f} s"

@@ -1,6 +1,6 @@
 """Compiles every operation at its named shapes for one kind of chip that need not be there.
 
-    python -m pallas_kernels.compile_target v5e [operation ...]
+    python -m pallas_kernels.compile_target v5e [--forward] [operation ...]
 
 Prints one line of JSON per shape. The compilers are the real ones (libtpu; XLA:GPU with the CUDA plugin): what does
 not fit a chip's memories or uses what it does not have fails here as it would there. Nothing runs.
@@ -95,13 +95,16 @@ def compile_one(function: Any, shapes: list[Any], chips: Any) -> dict[str, Any]:
 
 
 def main(target: str, *only: str) -> None:
-    """Prints {"shape": ..., "of": number of shapes, ...} for every shape of `target`, or of the operations named."""
+    """Prints {"shape": ..., "of": number of shapes, ...} for every shape of `target`, or of the operations named;
+    with "--forward" without those that have a gradient."""
+    forward, only = "--forward" in only, [name for name in only if name != "--forward"]
     dump = pathlib.Path(tempfile.mkdtemp())
     prepare(target, str(dump))
     from pallas_kernels import aot
 
     specs = aot.tpu() if target in TPU else aot.cuda()
     specs = {name: spec for name, spec in specs.items() if not only or name.split("/")[0] in only}
+    specs = {name: spec for name, spec in specs.items() if not (forward and name.endswith("_grad"))}
     chips = topology(target)
     for name, (function, shapes) in specs.items():
         found = compile_one(function, shapes, chips)

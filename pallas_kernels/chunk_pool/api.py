@@ -54,22 +54,23 @@ def chunk_pool(
     if how == "max":
         return maximum(x_btd, ids_bt, inside_bt, m, chosen), count
     if how in ("first", "last"):
-        inside_bt = _end(ids_bt, inside_bt, m, how)
-    u = total(x_btd, ids_bt, inside_bt, m, chosen)
+        end = _end(ids_bt, inside_bt, m, how)
+        return total(x_btd, ids_bt, end, m, chosen, "pick").astype(x_btd.dtype), count
+    u = total(x_btd, ids_bt, inside_bt, m, chosen, "sum")
     if how == "mean":
         u = u / jnp.maximum(count, 1).astype(jnp.float32)[:, :, None]
-    return (u.astype(x_btd.dtype) if how in ("first", "last") else u), count
+    return u, count
 
 
-def total(x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, chosen: str) -> jax.Array:
-    """ "sum" by the implementation `chosen`."""
+def total(x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, chosen: str, how: str) -> jax.Array:
+    """Sums by the implementation `chosen`. how: "sum", or "pick" where every chunk has one position at most."""
     if chosen == "reference":
         return ref.segment_sum(_where(inside_bt, x_btd.astype(jnp.float32), 0.0), ids_bt, m)
-    return _sum(x_btd, ids_bt, inside_bt, m, chosen == "interpret")
+    return _sum(x_btd, ids_bt, inside_bt, m, how, chosen == "interpret")
 
 
 def maximum(x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, chosen: str) -> jax.Array:
-    """ "max" by the implementation `chosen`."""
+    """Maxima by the implementation `chosen`."""
     if chosen == "reference":
         return ref.segment_max(_where(inside_bt, x_btd, -jnp.inf), ids_bt, m)
     return _max(x_btd, ids_bt, inside_bt, m, chosen == "interpret")
@@ -88,17 +89,17 @@ def _end(ids_bt: jax.Array, inside_bt: jax.Array, m: int, how: str) -> jax.Array
     return inside_bt & (sign * at == ref.gather(best, jnp.minimum(ids_bt, m - 1)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _sum(x_btd, ids_bt, inside_bt, m: int, interpret: Any) -> jax.Array:
-    return kernel.pool(x_btd, ids_bt, inside_bt, m, "sum", interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _sum(x_btd, ids_bt, inside_bt, m: int, how: str, interpret: Any) -> jax.Array:
+    return kernel.pool(x_btd, ids_bt, inside_bt, m, how, interpret)
 
 
-def _sum_forward(x_btd, ids_bt, inside_bt, m, interpret):
+def _sum_forward(x_btd, ids_bt, inside_bt, m, how, interpret):
     like = jnp.zeros((0,), x_btd.dtype)
-    return _sum(x_btd, ids_bt, inside_bt, m, interpret), (ids_bt, inside_bt, like)
+    return _sum(x_btd, ids_bt, inside_bt, m, how, interpret), (ids_bt, inside_bt, like)
 
 
-def _sum_backward(m, interpret, saved, g_bmd):
+def _sum_backward(m, how, interpret, saved, g_bmd):
     ids_bt, inside_bt, like = saved
     return _back(g_bmd.astype(like.dtype), ids_bt, inside_bt, interpret), None, None
 

@@ -17,10 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chunk_unpool.kernel import CHUNKS, POSITIONS, width
 from pallas_kernels.dispatch import pad_axis
+from pallas_kernels.select import select
 from pallas_kernels.visits import members, visits
 
-# Below any value that a product with ones and zeros may touch.
-LOWEST = -1e30
+# Stands for -inf among values that meet zeros in a product; a power of two, so that bfloat16 has it too.
+LOWEST = -(2.0**100)
 
 
 def _step(output, source, count, code_ref, x_ref, u_ref, *, steps, how):
@@ -30,27 +31,20 @@ def _step(output, source, count, code_ref, x_ref, u_ref, *, steps, how):
 
     @pl.when(begins)
     def _():
-        u_ref[...] = jnp.full_like(u_ref, 0.0 if how == "sum" else LOWEST)
+        u_ref[...] = jnp.full_like(u_ref, -jnp.inf if how == "max" else 0.0)
 
     @pl.when(step < count[row])
     def _():
         # The chunk and, in the lowest bit, whether the position counts.
         code_1t, x = code_ref[...], x_ref[...]
         mine = jax.lax.broadcasted_iota(jnp.int32, (CHUNKS, POSITIONS), 0) + output[at] * CHUNKS
-        if how == "sum":
-            u_ref[...] += _select(mine * 2 + 1 == code_1t, x)
-        else:
+        if how == "max":
             speaks = (mine == code_1t >> 1) & _last(code_1t >> 1)
-            top = _select(speaks, _running_max(code_1t, x))
+            top = select(speaks, _running_max(code_1t, x), 1).astype(u_ref.dtype)
             found = jnp.max(speaks.astype(jnp.float32), axis=1, keepdims=True) > 0
-            u_ref[...] = jnp.where(found, jnp.maximum(u_ref[...], top.astype(u_ref.dtype)), u_ref[...])
-
-
-def _select(chosen: jax.Array, x: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot(
-        chosen.astype(jnp.float32).astype(x.dtype), x, precision=precision, preferred_element_type=jnp.float32
-    )
+            u_ref[...] = jnp.where(found & (top > LOWEST), jnp.maximum(u_ref[...], top), u_ref[...])
+        else:
+            u_ref[...] += select(mine * 2 + 1 == code_1t, x, 1).astype(u_ref.dtype)
 
 
 def _last(chunk_1t: jax.Array) -> jax.Array:
@@ -79,7 +73,8 @@ def _running_max(code_1t: jax.Array, x: jax.Array) -> jax.Array:
 def pool(
     x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, how: str, interpret: Any = False
 ) -> jax.Array:
-    """ "sum": f32 [b, m, d]; "max": [b, m, d] in the dtype of x, -inf for chunks of nothing."""
+    """[b, m, d]. "sum": float32; "pick": the same in the dtype of x, for one position of every chunk; "max": -inf for
+    chunks of nothing, in the dtype of x."""
     b, t, d = x_btd.shape
     x = pad_axis(pad_axis(x_btd, 1, POSITIONS), 2, 128)
     ids = pad_axis(ids_bt.astype(jnp.int32), 1, POSITIONS, m)
@@ -94,7 +89,7 @@ def pool(
     def tile(rows: int, which: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, w), lambda i, j, s, *lists: (i, lists[which][i * steps + s], j))
 
-    u = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_step, steps=steps, how=how),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -114,4 +109,3 @@ def pool(
         interpret=interpret,
         name=f"chunk_pool_{how}",
     )(*found, code[:, None], x)[:, :m, :d]  # fmt: skip
-    return u if how == "sum" else jnp.where(u <= LOWEST, -jnp.inf, u)

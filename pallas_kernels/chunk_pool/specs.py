@@ -30,7 +30,8 @@ def _specs(implementation: str) -> Specs:
 
             g = jax.ShapeDtypeStruct((B, M, D), jnp.float32 if how == "mean" else dtype)
             specs[f"{how}_{short}"] = (forward, [x, ids, inside])
-            specs[f"{how}_{short}_grad"] = (both, [x, ids, inside, g])
+            if how != "last":
+                specs[f"{how}_{short}_grad"] = (both, [x, ids, inside, g])
     return specs
 
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import pad_axis
+from pallas_kernels.select import select
 from pallas_kernels.visits import readers, visits
 
 # Positions, chunks and features of a tile.
@@ -30,13 +31,6 @@ def _step(output, source, count, read_ref, x_ref, z_ref, y_ref, *, steps):
     row, step = pl.program_id(0), pl.program_id(2)
     at = row * steps + step
     read_1t = read_ref[...]
-    precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
-
-    def pick(chosen: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(
-            chosen.astype(x.dtype), x, (((0,), (0,)), ((), ())), precision=precision,
-            preferred_element_type=jnp.float32,
-        ).astype(y_ref.dtype)  # fmt: skip
 
     def chunk(n: int, first: jax.Array | int) -> jax.Array:
         return jax.lax.broadcasted_iota(jnp.int32, (n, POSITIONS), 0) + first
@@ -46,11 +40,12 @@ def _step(output, source, count, read_ref, x_ref, z_ref, y_ref, *, steps):
     @pl.when(begins)
     def _():
         z = jnp.broadcast_to(z_ref[...].astype(jnp.float32), (16, z_ref.shape[1])).astype(x_ref.dtype)
-        y_ref[...] = pick((chunk(16, 0) == 0) & (read_1t < 0), z)
+        y_ref[...] = select((chunk(16, 0) == 0) & (read_1t < 0), z, 0).astype(y_ref.dtype)
 
     @pl.when(step < count[row])
     def _():
-        y_ref[...] += pick(chunk(CHUNKS, source[at] * CHUNKS) == read_1t, x_ref[...])
+        chosen = chunk(CHUNKS, source[at] * CHUNKS) == read_1t
+        y_ref[...] += select(chosen, x_ref[...], 0).astype(y_ref.dtype)
 
 
 def unpool(x_bmd: jax.Array, z_bd: jax.Array, read_bt: jax.Array, interpret: Any = False) -> jax.Array:

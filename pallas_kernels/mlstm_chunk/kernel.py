@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import pad_axis
 from pallas_kernels.mlstm_chunk.ref import EPS, NEGATIVE, Parts, State, padded, sums
 
 BLOCK = 128
@@ -74,10 +73,8 @@ def mlstm(parts: Parts, state: State, interpret: Any = False) -> tuple[jax.Array
         return jnp.broadcast_to(x.astype(jnp.float32)[:, None], (b, h, long))
 
     rows = jnp.stack([total, gate, for_heads(document), for_heads(goes_on)], axis=2)
-    q, k = pad_axis(q, 3, 128), pad_axis(k, 3, 128)
-    v = pad_axis(v, 3, 128)
-    c0 = pad_axis(pad_axis(state[0], 2, 128), 3, 128)
-    n0, m0 = pad_axis(state[1][:, :, None], 3, 128), state[2][:, :, None, None]
+    c0 = state[0]
+    n0, m0 = state[1][:, :, None], state[2][:, :, None, None]
 
     def spec(rows: int, lanes: int, along: int | None) -> pl.BlockSpec:
         """Blocks of one head, which go along axis 2 or 3 with the positions, or stay."""
@@ -100,4 +97,4 @@ def mlstm(parts: Parts, state: State, interpret: Any = False) -> tuple[jax.Array
         interpret=interpret,
         name="mlstm_chunk",
     )(rows, q, k, v, c0, n0, m0)  # fmt: skip
-    return out[:, :, :t, :size_v], (c[:, :, :size, :size_v], n[:, :, 0, :size], m[:, :, 0, 0])
+    return out[:, :, :t], (c, n[:, :, 0], m[:, :, 0, 0])

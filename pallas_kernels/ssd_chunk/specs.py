@@ -15,8 +15,11 @@ Specs = dict[str, tuple[Callable, list[jax.ShapeDtypeStruct]]]
 
 
 def _specs(implementation: str) -> Specs:
-    def forward(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return ssd_chunk(*args, implementation=implementation)
+    def forward(x_bte, dt, decay, b, c, documents, s) -> tuple[jax.Array, jax.Array]:
+        # As in a layer, where heads are a view of the channels.
+        x = x_bte.reshape(*dt.shape, K)
+        y, s = ssd_chunk(x, dt, decay, b, c, documents, s, implementation=implementation)
+        return y.reshape(x_bte.shape), s
 
     def both(x, dt, decay, b, c, documents, s, g_y, g_s) -> tuple:
         y, back = jax.vjp(
@@ -26,12 +29,14 @@ def _specs(implementation: str) -> Specs:
 
     specs = {}
     for name, h, dtype in (("bf16_32", 32, jnp.bfloat16), ("bf16_48", 48, jnp.bfloat16), ("f32_32", 32, jnp.float32)):
-        x, y = (jax.ShapeDtypeStruct((B, T, h, K), d) for d in (dtype, jnp.float32))
+        x, y = (jax.ShapeDtypeStruct((B, T, h * K), d) for d in (dtype, jnp.float32))
         per_head = jax.ShapeDtypeStruct((B, T, h), jnp.float32)
         bc = jax.ShapeDtypeStruct((B, T, N), dtype)
         documents, s = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, h, K, N), jnp.float32)
         shapes = [x, per_head, per_head, bc, bc, documents, s]
-        specs |= {name: (forward, shapes), f"{name}_grad": (both, [*shapes, y, s])}
+        specs[name] = (forward, shapes)
+        if h == 32:
+            specs[f"{name}_grad"] = (both, [*shapes, y, s])
     return specs
 
 
