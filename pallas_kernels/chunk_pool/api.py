@@ -119,18 +119,22 @@ def _max_forward(x_btd, ids_bt, inside_bt, m, interpret):
 
 def _max_backward(m, interpret, saved, g_bmd):
     x_btd, ids_bt, inside_bt, top_bmd = saved
-    finite = jnp.where(jnp.isfinite(top_bmd), top_bmd, 0)
-    tied = _where(inside_bt & (ids_bt < m), x_btd == _back(finite, ids_bt, inside_bt, interpret), False)
-    tied = tied.astype(x_btd.dtype)
-    shared = kernel.pool(tied, ids_bt, inside_bt, m, "sum", interpret)
-    share = g_bmd.astype(jnp.float32) / jnp.maximum(shared, 1.0)
-    return tied * _back(share.astype(x_btd.dtype), ids_bt, inside_bt, interpret), None, None
+    top_bmd = jnp.where(jnp.isfinite(top_bmd), top_bmd, 0)
+    shared = kernel.pool(x_btd, ids_bt, inside_bt, m, "ties", interpret, top_bmd)
+    share = (g_bmd.astype(jnp.float32) / jnp.maximum(shared, 1.0)).astype(x_btd.dtype)
+    return _back(share, ids_bt, inside_bt, interpret, (x_btd, top_bmd)), None, None
 
 
 _max.defvjp(_max_forward, _max_backward)
 
 
-def _back(u_bmd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, interpret: Any) -> jax.Array:
-    """u at the positions of its chunk that count, 0 elsewhere."""
+def _back(
+    u_bmd: jax.Array,
+    ids_bt: jax.Array,
+    inside_bt: jax.Array,
+    interpret: Any,
+    only: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """u at the positions of its chunk that count, 0 elsewhere; `only` as for the kernel."""
     read = jnp.where(inside_bt & (ids_bt < u_bmd.shape[1]), ids_bt, -1)
-    return unpool_kernel.unpool(u_bmd, jnp.zeros_like(u_bmd[:, 0]), read, interpret)
+    return unpool_kernel.unpool(u_bmd, jnp.zeros_like(u_bmd[:, 0]), read, interpret, only)

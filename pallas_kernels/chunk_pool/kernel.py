@@ -24,7 +24,8 @@ from pallas_kernels.visits import members, visits
 LOWEST = -(2.0**100)
 
 
-def _step(output, source, count, code_ref, x_ref, u_ref, *, steps, how):
+def _step(output, source, count, code_ref, x_ref, *refs, steps, how):
+    *top_ref, u_ref = refs
     row, step = pl.program_id(0), pl.program_id(2)
     at = row * steps + step
     begins = (step == 0) | (output[at] != output[jnp.maximum(at - 1, 0)])
@@ -44,7 +45,10 @@ def _step(output, source, count, code_ref, x_ref, u_ref, *, steps, how):
             found = jnp.max(speaks.astype(jnp.float32), axis=1, keepdims=True) > 0
             u_ref[...] = jnp.where(found & (top > LOWEST), jnp.maximum(u_ref[...], top), u_ref[...])
         else:
-            u_ref[...] += select(mine * 2 + 1 == code_1t, x, 1).astype(u_ref.dtype)
+            member = mine * 2 + 1 == code_1t
+            if how == "ties":
+                x = (x == select(member, top_ref[0][...], 0).astype(x.dtype)).astype(jnp.bfloat16)
+            u_ref[...] += select(member, x, 1).astype(u_ref.dtype)
 
 
 def _last(chunk_1t: jax.Array) -> jax.Array:
@@ -71,10 +75,16 @@ def _running_max(code_1t: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def pool(
-    x_btd: jax.Array, ids_bt: jax.Array, inside_bt: jax.Array, m: int, how: str, interpret: Any = False
+    x_btd: jax.Array,
+    ids_bt: jax.Array,
+    inside_bt: jax.Array,
+    m: int,
+    how: str,
+    interpret: Any = False,
+    top_bmd: jax.Array | None = None,
 ) -> jax.Array:
     """[b, m, d]. "sum": float32; "pick": the same in the dtype of x, for one position of every chunk; "max": -inf for
-    chunks of nothing, in the dtype of x."""
+    chunks of nothing, in the dtype of x; "ties": float32, how many positions equal top_bmd of their chunk."""
     b, t, d = x_btd.shape
     x = pad_axis(pad_axis(x_btd, 1, POSITIONS), 2, 128)
     ids = pad_axis(ids_bt.astype(jnp.int32), 1, POSITIONS, m)
@@ -84,7 +94,8 @@ def pool(
     code = ids * 2 + pad_axis(inside_bt.astype(jnp.int32), 1, POSITIONS)
     steps = t_tiles + m_tiles
     found = visits(*members(ids.reshape(b, t_tiles, POSITIONS), CHUNKS, m_tiles), steps)
-    dtype = jnp.float32 if how == "sum" else x.dtype
+    dtype = jnp.float32 if how in ("sum", "ties") else x.dtype
+    tops = [] if top_bmd is None else [pad_axis(pad_axis(top_bmd, 1, CHUNKS), 2, 128)]
 
     def tile(rows: int, which: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, w), lambda i, j, s, *lists: (i, lists[which][i * steps + s], j))
@@ -97,6 +108,7 @@ def pool(
             in_specs=[
                 pl.BlockSpec((None, 1, POSITIONS), lambda i, j, s, _, source, *__: (i, 0, source[i * steps + s])),
                 tile(POSITIONS, 1),
+                *[tile(CHUNKS, 0)] * len(tops),
             ],
             out_specs=tile(CHUNKS, 0),
         ),
@@ -108,4 +120,4 @@ def pool(
         ),
         interpret=interpret,
         name=f"chunk_pool_{how}",
-    )(*found, code[:, None], x)[:, :m, :d]  # fmt: skip
+    )(*found, code[:, None], x, *tops)[:, :m, :d]  # fmt: skip

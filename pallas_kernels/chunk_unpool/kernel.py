@@ -27,7 +27,8 @@ def width(d: int) -> int:
     return next(w for w in range(min(d, WIDTH), 0, -128) if d % w == 0)
 
 
-def _step(output, source, count, read_ref, x_ref, z_ref, y_ref, *, steps):
+def _step(output, source, count, read_ref, x_ref, z_ref, *refs, steps):
+    *only, y_ref = refs
     row, step = pl.program_id(0), pl.program_id(2)
     at = row * steps + step
     read_1t = read_ref[...]
@@ -45,11 +46,22 @@ def _step(output, source, count, read_ref, x_ref, z_ref, y_ref, *, steps):
     @pl.when(step < count[row])
     def _():
         chosen = chunk(CHUNKS, source[at] * CHUNKS) == read_1t
-        y_ref[...] += select(chosen, x_ref[...], 0).astype(y_ref.dtype)
+        found = select(chosen, x_ref[...], 0)
+        if only:
+            value, top = (ref[...] for ref in only)
+            found = jnp.where(value == select(chosen, top, 0).astype(value.dtype), found, 0.0)
+        y_ref[...] += found.astype(y_ref.dtype)
 
 
-def unpool(x_bmd: jax.Array, z_bd: jax.Array, read_bt: jax.Array, interpret: Any = False) -> jax.Array:
-    """`ref.read_chunks` of x [b, m, d]."""
+def unpool(
+    x_bmd: jax.Array,
+    z_bd: jax.Array,
+    read_bt: jax.Array,
+    interpret: Any = False,
+    only: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """`ref.read_chunks` of x [b, m, d]; with `only`, values [b, t, d] and tops [b, m, d], zeros but where the value
+    of a position equals the top of its chunk."""
     (b, m, d), t = x_bmd.shape, read_bt.shape[1]
     x = pad_axis(pad_axis(x_bmd, 1, CHUNKS), 2, 128)
     z = pad_axis(z_bd[:, None], 2, 128)
@@ -62,6 +74,9 @@ def unpool(x_bmd: jax.Array, z_bd: jax.Array, read_bt: jax.Array, interpret: Any
     def tile(rows: int, which: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, w), lambda i, j, s, *lists: (i, lists[which][i * steps + s], j))
 
+    extra = [] if only is None else [
+        pad_axis(pad_axis(a, 1, rows), 2, 128) for a, rows in zip(only, (POSITIONS, CHUNKS))
+    ]  # fmt: skip
     y = pl.pallas_call(
         functools.partial(_step, steps=steps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -71,6 +86,7 @@ def unpool(x_bmd: jax.Array, z_bd: jax.Array, read_bt: jax.Array, interpret: Any
                 pl.BlockSpec((None, 1, POSITIONS), lambda i, j, s, output, *_: (i, 0, output[i * steps + s])),
                 tile(CHUNKS, 1),
                 pl.BlockSpec((None, 1, w), lambda i, j, s, *_: (i, 0, j)),
+                *[tile(POSITIONS, 0), tile(CHUNKS, 1)][: len(extra)],
             ],
             out_specs=tile(POSITIONS, 0),
         ),
@@ -82,5 +98,5 @@ def unpool(x_bmd: jax.Array, z_bd: jax.Array, read_bt: jax.Array, interpret: Any
         ),
         interpret=interpret,
         name="chunk_unpool",
-    )(*found, read[:, None], x, z)  # fmt: skip
+    )(*found, read[:, None], x, z, *extra)  # fmt: skip
     return y[:, :t, :d]
