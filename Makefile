@@ -5,8 +5,11 @@ VENV ?= .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 EXTRAS ?= gguf,tfds,dev
 
+AOT := .venv-aot
+TARGETS ?= v5e,v5p,v6e,h100
+
 .PHONY: quickstart test lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
-  bench bench-kv clean help
+  bench bench-kv aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +68,20 @@ bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one
 
 bench-kv: $(VENV)/.installed-$(EXTRAS) smollm2 heldout install-kvpress  ## cache policies next to kvpress's; decoding speed
 	$(BIN)/python -m benchmarks.kv
+
+# One environment holds both compilers; where one of them cannot be had, the other still runs.
+$(AOT)/.installed: $(VENV)/.installed-core
+	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	for packages in "jax[tpu]==$$version" "jax==$$version jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version"; do \
+	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $$packages || true; \
+	done; \
+	$(AOT)/bin/python -c 'import jax' && touch $@
+
+aot: $(VENV)/.installed-core  ## compile every kernel for TPUs and an H100 that need not be there; one table (minutes)
+	@if $(MAKE) --no-print-directory $(AOT)/.installed; then \
+	  $(AOT)/bin/python -m pallas_kernels.compile_report --targets=$(TARGETS) $(AOTFLAGS); \
+	else echo "aot: jax's compilers for TPU and CUDA cannot be installed here, so nothing was compiled"; fi
 
 clean:  ## remove environments and caches (not models/, evaldata/, corpora/ and runs/)
 	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax.typing import AtomError
+from pallas_kernels.dispatch import choose
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -138,6 +140,29 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def share(x_btd: jax.Array) -> jax.Array:
     """Sums of parts [b, t, d] that devices of the axis "tensor" hold, of which every device keeps some positions."""
     return constrain(constrain(x_btd, "batch", "length", None), "batch", "stored_length", None)
+
+
+def alone() -> bool:
+    """Whether a program is for one device, so that kernels need not be told how arrays are laid out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def split(f: Callable[..., Any], axes_in: tuple, axes_out: tuple, *args: jax.Array) -> Any:
+    """f(*args), where every device applies f to its own part if f has kernels, which the compiler cannot split.
+
+    axes_in: logical axes of every argument, in front of those that are not split. axes_out: the same of the result,
+    or, for a tuple of results, a tuple of them. f must treat entries along these axes on their own.
+    """
+    if alone() or choose(None) == "reference":
+        return f(*args)
+    mesh = jax.sharding.get_abstract_mesh()
+    shapes = jax.eval_shape(f, *args)
+    many = isinstance(shapes, tuple)
+    out = tuple(partition(x.shape, a, mesh) for x, a in zip(shapes, axes_out)) if many else None
+    out = out or partition(shapes.shape, axes_out, mesh)
+    specs = tuple(partition(x.shape, a, mesh) for x, a in zip(args, axes_in))
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
 
 def _extent(mesh: Any, axes: list[str]) -> int:

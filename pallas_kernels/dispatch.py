@@ -7,6 +7,8 @@ from typing import Any
 import jax
 
 IMPLEMENTATIONS = ("reference", "tpu", "interpret")
+# What None stands for in `choose`; set by tests only.
+DEFAULT: str | None = None
 
 
 def platform() -> str:
@@ -19,6 +21,7 @@ def platform() -> str:
 def choose(implementation: str | None) -> str:
     """One of IMPLEMENTATIONS; for None the TPU kernel on TPU and the reference elsewhere. Raises ValueError for an
     unknown name."""
+    implementation = implementation or DEFAULT
     if implementation is None:
         return "tpu" if platform() == "tpu" else "reference"
     if implementation not in IMPLEMENTATIONS:

@@ -1,23 +1,26 @@
 """Sums, maxima and scans over runs of positions, and chunks read by positions: O(t d) work and memory.
 
-Every function treats each row of a batch on its own, so that a batch may be split over devices.
+Every function treats each row of a batch on its own, so that a batch may be split over devices. On TPU they are
+kernels, elsewhere their references (`pallas_kernels`).
 """
 
 from __future__ import annotations
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from atom_jax.sharding import split
+from pallas_kernels.chunk_pool import ref as pool_ref
+from pallas_kernels.chunk_pool.api import chunk_pool
+from pallas_kernels.chunk_pool.ref import gather as gather
+from pallas_kernels.chunk_smooth.api import chunk_smooth
+from pallas_kernels.chunk_unpool import ref as unpool_ref
+from pallas_kernels.chunk_unpool.api import chunk_unpool
+from pallas_kernels.dispatch import choose
 
-def gather(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Row b, entry i of the result is x[b, index[b, i]].
-
-    Args: x [b, n, ...]; index i32 [b, i], within [0, n).
-    Returns: [b, i, ...] in the dtype of x.
-    """
-    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+ROWS = ("batch",)
 
 
 def gather_unique(x: jax.Array, index: jax.Array, used: jax.Array) -> jax.Array:
@@ -40,44 +43,22 @@ def scatter_unique(values: jax.Array, index: jax.Array, used: jax.Array, n: int)
 
 
 def segment_sum(x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
-    """Sums of the entries of x [b, t, ...] with equal ids i32 [b, t], which never decrease along t: [b, n, ...]."""
-    one_row = functools.partial(jax.ops.segment_sum, num_segments=n, indices_are_sorted=True)
-    return jax.vmap(one_row)(x, ids)
+    """Sums of the entries of x f32 [b, t, ...] with equal ids i32 [b, t], which never decrease along t:
+    [b, n, ...]."""
+    return _pooled(x, ids, n, "sum") if _kernels() else pool_ref.segment_sum(x, ids, n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def segment_max(x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
     """Largest entries of x [b, t, ...] with equal ids i32 [b, t], which never decrease along t: [b, n, ...], and
     -inf where there are none. Entries that tie share the gradient evenly, as in `jnp.max`."""
-    one_row = functools.partial(jax.ops.segment_max, num_segments=n, indices_are_sorted=True)
-    return jax.vmap(one_row)(x, ids)
-
-
-def _segment_max_forward(x, ids, n):
-    top = segment_max(x, ids, n)
-    return top, (x, ids, top)
-
-
-def _segment_max_backward(n, saved, g):
-    x, ids, top = saved
-    tied = (x == gather(top, ids)).astype(jnp.float32)
-    share = g.astype(jnp.float32) / jnp.maximum(segment_sum(tied, ids, n), 1.0)
-    return (tied * gather(share, ids)).astype(x.dtype), None
-
-
-segment_max.defvjp(_segment_max_forward, _segment_max_backward)
+    return _pooled(x, ids, n, "max") if _kernels() else pool_ref.segment_max(x, ids, n)
 
 
 def linear_scan(a: jax.Array, x: jax.Array, reverse: bool = False) -> jax.Array:
-    """y_j = a_j y_{j-1} + x_j along axis 1 (y_{j+1} when reversed), from zero: a [b, m, 1], x [b, m, d]."""
-
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
-    return jax.lax.associative_scan(combine, (a, x), reverse=reverse, axis=1)[1]
+    """y_j = a_j y_{j-1} + x_j along axis 1 (y_{j+1} when reversed), from zero: a f32 [b, m, 1], x f32 [b, m, d]."""
+    return split(lambda a, x: chunk_smooth(a, x, reverse), (ROWS, ROWS), ROWS, a, x)
 
 
-@jax.custom_vjp
 def read_chunks(x: jax.Array, z: jax.Array, read: jax.Array) -> jax.Array:
     """What every position reads: x[b, read[b, t]], or z[b] where read is -1.
 
@@ -85,29 +66,27 @@ def read_chunks(x: jax.Array, z: jax.Array, read: jax.Array) -> jax.Array:
       decreases along t: the gradient is a sum over runs.
     Returns: [b, t, ...] in the dtype of x.
     """
-    none = _like(read < 0, x)
-    return jnp.where(none, z[:, None], gather(x, jnp.maximum(read, 0)))
+    if not _kernels():
+        return unpool_ref.read_chunks(x, z, read)
+
+    def flat(x: jax.Array, z: jax.Array, read: jax.Array) -> jax.Array:
+        return chunk_unpool(_one_axis(x, 2), read, _one_axis(z, 1))
+
+    return split(flat, (ROWS,) * 3, ROWS, x, z, read).reshape(*read.shape, *x.shape[2:])
 
 
-def _read_forward(x, z, read):
-    return read_chunks(x, z, read), (read, jnp.zeros((0, x.shape[1]), x.dtype))
+def _kernels() -> bool:
+    return choose(None) != "reference"
 
 
-def _read_backward(saved, g):
-    read, like = saved
-    g32, none = g.astype(jnp.float32), _like(read < 0, g)
-    ids = jax.lax.cummax(jnp.maximum(read, 0), axis=1)
-    to_x = segment_sum(jnp.where(none, 0.0, g32), ids, like.shape[1])
-    to_z = jnp.sum(jnp.where(none, g32, 0.0), axis=1)
-    return to_x.astype(like.dtype), to_z.astype(like.dtype), None
+def _pooled(x: jax.Array, ids: jax.Array, n: int, how: str) -> jax.Array:
+    pooled = split(lambda x, ids: chunk_pool(_one_axis(x, 2), ids, n, how)[0], (ROWS, ROWS), ROWS, x, ids)
+    return pooled.reshape(x.shape[0], n, *x.shape[2:])
 
 
-read_chunks.defvjp(_read_forward, _read_backward)
-
-
-def _like(flag: jax.Array, x: jax.Array) -> jax.Array:
-    """flag [b, t] with trailing axes of length one, to select among the entries of x [b, ?, ...]."""
-    return flag.reshape(*flag.shape, *[1] * (x.ndim - 2))
+def _one_axis(x: jax.Array, axis: int) -> jax.Array:
+    """x with one axis instead of all from `axis` on."""
+    return x.reshape(*x.shape[:axis], math.prod(x.shape[axis:]))
 
 
 def _iota(x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -10,6 +11,12 @@ from flax import struct
 
 from atom_jax.kvcache.memory import Call
 from atom_jax.nn.attention import Tokens, attend
+from atom_jax.sharding import split
+from pallas_kernels.cache_attention.api import cache_attention, fits, in_pages
+from pallas_kernels.dispatch import choose
+
+# Sizes of the pages in which a TPU reads a dense cache.
+PAGES = (128, 64, 32, 16)
 
 
 @struct.dataclass
@@ -42,7 +49,13 @@ class DenseLayer:
 
     def attend(self, q_bhgtk: jax.Array, q: Tokens, length_b: jax.Array, window: int | None) -> jax.Array:
         """Attention of t queries per row to the `length_b` tokens stored (those of this call included)."""
-        b, _, capacity, _ = self.k.shape
+        b, h, capacity, _ = self.k.shape
+        page = next((n for n in PAGES if capacity % n == 0 and fits(n, self.k.dtype)), None)
+        if choose(None) != "reference" and q_bhgtk.shape[3] == 1 and window is None and page:
+            heads = ("batch", "kv_heads")
+            attend_held = functools.partial(_attend_held, page=page)
+            lengths = jnp.broadcast_to(length_b[:, None], (b, h))
+            return split(attend_held, (heads,) * 4, heads, q_bhgtk, self.k, self.v, lengths)
         slots = jnp.broadcast_to(jnp.arange(capacity)[None], (b, capacity))
         stored = (slots < length_b[:, None]).astype(jnp.int32)
         return attend(q_bhgtk, self.k, self.v, q, Tokens(slots, stored), window=window)
@@ -70,6 +83,15 @@ class DenseLayer:
     def read(self, length_b: jax.Array) -> jax.Array:
         """Every token."""
         return self.held(length_b).astype(jnp.float32)
+
+
+def _attend_held(
+    q_bhg1k: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, lengths_bh: jax.Array, page: int
+) -> jax.Array:
+    """Attention of one query to the tokens stored, of which only the pages in use are read."""
+    (k_pck, table), (v_pck, _) = in_pages(k_bhsk, page), in_pages(v_bhsk, page)
+    q_bhgk = q_bhg1k[..., 0, :].astype(k_bhsk.dtype)
+    return cache_attention(q_bhgk, k_pck, v_pck, lengths_bh, table)[0][..., None, :].astype(q_bhg1k.dtype)
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ c channels of the convolution (e + 2n), i and j positions of one block.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,8 +20,9 @@ from atom_jax.nn.conv import causal_conv, documents
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, normal, ones
-from atom_jax.sharding import constrain, tensor_shards
+from atom_jax.sharding import constrain, split, tensor_shards
 from atom_jax.typing import AtomError
+from pallas_kernels.ssd_chunk.api import ssd_chunk
 
 EPS = 1e-5
 
@@ -162,42 +164,7 @@ def _step(parts: Parts, s_bhkn: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _blocks(parts: Parts, s_bhkn: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The same for t positions, block after block, by the dual form (section 6 of the paper)."""
-    b, t = parts[-1].shape
-    # Zeros have time step 0; the document goes on, so that the last block ends in the state after position t - 1.
-    padded = [jnp.pad(a, [(0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 2)) for a in parts[:-1]]
-    padded.append(jnp.pad(parts[-1], ((0, 0), (0, -t % size)), mode="edge"))
-    blocks = tuple(jnp.moveaxis(a.reshape(b, -1, size, *a.shape[2:]), 1, 0) for a in padded)
-    # Only block states are kept for the gradient; the [b, h, size, size] tiles are computed again.
-    one = jax.checkpoint(_block, prevent_cse=False)
-    (s_bhkn, _), y = jax.lax.scan(one, (s_bhkn, jnp.zeros(b, jnp.int32)), blocks)
-    return jnp.moveaxis(y, 0, 1).reshape(b, -1, *y.shape[3:])[:, :t], s_bhkn
-
-
-def _block(carry: tuple[jax.Array, jax.Array], parts: Parts) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """One block: state and document at its end, and outputs f32 [b, i, h, k]."""
-    (s_bhkn, before_b), (x_bihk, dt_bih, decay_bih, b_bin, c_bin, document_bi) = carry, parts
-    dtype, last_b = x_bihk.dtype, document_bi[:, -1]
-    total_bih = jnp.cumsum(decay_bih, axis=1)
-    total_bhi = total_bih.transpose(0, 2, 1)
-    fed_bihk = x_bihk.astype(jnp.float32) * dt_bih[..., None]
-
-    def decay(exponent: jax.Array, seen: jax.Array) -> jax.Array:
-        # Sums of decays fall, so that an exponent that counts is above 0 by rounding only.
-        seen = jnp.broadcast_to(seen, exponent.shape)
-        return jnp.where(seen, jnp.exp(jnp.where(seen, jnp.minimum(exponent, 0.0), 0.0)), 0.0)
-
-    i = jnp.arange(document_bi.shape[1])
-    seen = (document_bi[:, :, None] == document_bi[:, None]) & (i[:, None] >= i[None])[None]
-    within = decay(total_bhi[..., None] - total_bhi[..., None, :], seen[:, None])
-    scores_bij = jnp.einsum("bin,bjn->bij", c_bin, b_bin, preferred_element_type=jnp.float32)
-    weights = (scores_bij[:, None] * within).astype(dtype)
-    y = jnp.einsum("bhij,bjhk->bihk", weights, fed_bihk.astype(dtype), preferred_element_type=jnp.float32)
-
-    since = decay(total_bih, (document_bi == before_b[:, None])[..., None])
-    y = y + jnp.einsum("bin,bhkn->bihk", c_bin.astype(jnp.float32), s_bhkn) * since[..., None]
-
-    until = decay(total_bih[:, -1:] - total_bih, (document_bi == last_b[:, None])[..., None])
-    new = jnp.einsum("bihk,bin->bhkn", fed_bihk * until[..., None], b_bin.astype(jnp.float32))
-    # `since` is 0 at the end where a document began in between.
-    return (s_bhkn * since[:, -1, :, None, None] + new, last_b), y
+    """The same for t positions, block after block."""
+    rows, heads, states = ("batch",), ("batch", None, "heads"), ("batch", "heads")
+    run = functools.partial(ssd_chunk, chunk=size)
+    return split(run, (heads, heads, heads, rows, rows, rows, states), (heads, states), *parts, s_bhkn)

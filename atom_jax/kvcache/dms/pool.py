@@ -16,6 +16,9 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import bucket
+from atom_jax.sharding import alone
+from pallas_kernels.cache_attention.api import cache_attention, fits
+from pallas_kernels.dispatch import choose
 
 NEGATIVE = -1e30
 # Later than any position.
@@ -115,6 +118,20 @@ class Pool:
         total = self._sum(shrink * weights.sum(-1))
         out = self._sum(out * shrink[..., None])
         return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q_bhgk.shape), scores
+
+    def attend_pages(self, q_bhgk: jax.Array) -> jax.Array:
+        """The outputs of `attend_one` by the kernel that reads only pages in use."""
+        page = self.k.shape[-2]
+        # A row's pages are full but for the last that it was handed.
+        order = jnp.argsort(self.owner, stable=True).astype(jnp.int32)
+        need = -(-self.n.reshape(-1) // page)
+        first = (jnp.cumsum(need) - need).reshape(self.n.shape)
+        return cache_attention(q_bhgk.astype(self.k.dtype), self.k, self.v, self.n, order, first)[0]
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether `attend_pages` is to be used: on one TPU, for pages that its kernel can read."""
+        return choose(None) != "reference" and alone() and fits(self.k.shape[-2], self.k.dtype)
 
     def _mine(self) -> jax.Array:
         return self.owner[None] == jnp.arange(self.rows)[:, None]

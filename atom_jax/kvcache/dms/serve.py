@@ -123,7 +123,10 @@ class DMSLayer:
             jnp.where(here, UNDECIDED, z),
             None if ring.stats is None else jnp.where(here[..., None], 0.0, ring.stats),
         )
-        out, scores = pool.attend_one(call.q[..., 0, :])
+        if ring.stats is None and pool.by_kernel:
+            out = pool.attend_pages(call.q[..., 0, :])
+        else:
+            out, scores = pool.attend_one(call.q[..., 0, :])
         if ring.stats is not None:
             ring = ring.replace(stats=self._observe(ring, scores, call))
         return out[..., None, :].astype(call.q.dtype), self.replace(pool=pool, ring=ring)
