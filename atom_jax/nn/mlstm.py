@@ -87,7 +87,7 @@ def mlstm(
       chunk: positions per block; changes speed and memory, not results.
     Returns: the outputs, and the state after the last real position of every row (None for None).
     """
-    b, t, d = x_btd.shape
+    b, _, d = x_btd.shape
     heads = p["forget"]["b"].shape[0]
     q, k, v, o = (
         constrain(project(x_btd, p[name]), "batch", None, "heads", None) for name in ("q", "k", "v", "gate")

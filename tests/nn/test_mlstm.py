@@ -1,4 +1,4 @@
-"""mLSTM against the official kernels' numbers, against a loop in numpy, and under every way to cut up and pad a text."""
+"""mLSTM against the official kernels, against a loop in numpy, and under every way to cut up and pad a text."""
 
 import functools
 
