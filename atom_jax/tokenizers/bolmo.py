@@ -53,14 +53,19 @@ class BolmoTokenizer(ByteTokenizer):
         pad = known.get(_NAMES["pad"].encode()) if pad is None else pad
         return suffix.build(self.subwords.pieces, bos, pad)
 
+    def suffix_states(self, ids) -> np.ndarray:
+        """Returns i32 [b, t]: the automaton's states after each of ids [b, t]. AtomError without subwords."""
+        if self.tables is None:
+            raise AtomError(
+                "this Bolmo tokenizer has no subwords: give it the tokenizer.json its model was made with"
+            )
+        return suffix.states(self.tables, np.asarray(ids), max(map(len, self.subwords.pieces.values())))
+
     def suffix_ids(self, ids) -> np.ndarray:
         """Returns i32 [b, t]: the subword that is the longest to end at each position of ids [b, t], beginning at the
         row's own beginning or at its latest bos. AtomError without subwords."""
-        if self.tables is None:
-            raise AtomError(
-                "this Bolmo tokenizer has no subwords: give it the tokenizer.json that its model was made with"
-            )
-        return suffix.suffix_ids(self.tables, np.asarray(ids), max(map(len, self.subwords.pieces.values())))
+        states = self.suffix_states(ids)
+        return self.tables.out[states]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the files of the subwords' tokenizer."""

@@ -53,8 +53,8 @@ def advance(tables: Any, state: Any, ids: Any, xp: Any = np) -> Any:
     return xp.where(symbol < SPECIALS, special, after)
 
 
-def suffix_ids(tables: Tables, ids: np.ndarray, longest: int) -> np.ndarray:
-    """Ids i32 [b, t] of the longest tokens that end at each position of ids [b, t].
+def states(tables: Tables, ids: np.ndarray, longest: int) -> np.ndarray:
+    """States i32 [b, t] after each position of ids [b, t].
 
     longest: bytes of the longest token. A state depends on so many bytes only: long rows are read in many pieces
     side by side, each from so far before its own beginning.
@@ -69,7 +69,7 @@ def suffix_ids(tables: Tables, ids: np.ndarray, longest: int) -> np.ndarray:
     for i in range(before + size):
         state = advance(tables, state, padded[:, starts + i])
         if i >= before:
-            out[:, :, i - before] = tables.out[state]
+            out[:, :, i - before] = state
     return out.reshape(b, -1)[:, :t]
 
 

@@ -83,7 +83,7 @@ def test_a_vocabulary_of_many_tokens_is_built_fast_and_right():
     pieces = dict(enumerate(sorted(words)))
     tables = suffix.build(pieces)
     ids = rng.integers(97 + 4, 101 + 4, (1, 2000))
-    found = suffix.suffix_ids(tables, ids, 19)[0]
+    found = tables.out[suffix.states(tables, ids, 19)][0]
     data, known = (ids[0] - 4).astype(np.uint8).tobytes(), {p: i for i, p in pieces.items()}
     for t in range(2000):
         assert found[t] == next(known[e] for k in range(19, 0, -1) if (e := data[max(t + 1 - k, 0) : t + 1]) in known)
