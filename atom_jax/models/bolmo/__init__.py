@@ -10,7 +10,7 @@ Ids 260 to 519 are ids 0 to 259 where they end a patch: the decoder writes the n
 from atom_jax.models.bolmo.config import BolmoConfig, read_whole, roomier, spec
 from atom_jax.models.bolmo.forward import apply, fuse, hidden, logits
 from atom_jax.models.bolmo.memory import cache_use, decode_params, full, grow, init_cache, unstack
-from atom_jax.models.bolmo.step import PENDING, TWINS, UNUSED, step
+from atom_jax.models.bolmo.waiting import PENDING, TWINS, UNUSED, step
 
 __all__ = [
     "PENDING", "TWINS", "UNUSED", "BolmoConfig", "apply", "cache_use", "decode_params", "full", "fuse", "grow",
