@@ -19,6 +19,15 @@ class AtomError(ValueError):
 
 
 @struct.dataclass
+class Suffix:
+    """The subwords that end at each position (Bolmo): ids i32 [b, t] of the longest ones, and state i32 [b] of the
+    automaton that finds them (`tokenizers.suffix`) after the last real position of every row."""
+
+    ids: jax.Array
+    state: jax.Array
+
+
+@struct.dataclass
 class Batch:
     """A batch of token sequences, possibly several packed documents per row.
 
@@ -28,6 +37,7 @@ class Batch:
     targets:   i32 [b, t] next-token ids, or None outside training.
     loss_mask: bool [b, t] True where the target counts, or None.
     marks:     bool [b, t] unit ends that the data supplies (DataConfig.marks), or None.
+    suffix:    Suffix, or None for models that don't look at subwords.
     """
 
     ids: jax.Array
@@ -36,6 +46,7 @@ class Batch:
     targets: jax.Array | None = None
     loss_mask: jax.Array | None = None
     marks: jax.Array | None = None
+    suffix: Suffix | None = None
 
 
 @struct.dataclass

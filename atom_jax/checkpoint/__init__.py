@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from atom_jax import tokenizers
-from atom_jax.checkpoint import adapters, families, hf_config, hnet_hf
+from atom_jax.checkpoint import adapters, bolmo_hf, families, hf_config, hnet_hf
 from atom_jax.checkpoint.adapters import save_adapter
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import read_json
@@ -24,6 +24,7 @@ from atom_jax.checkpoint.safetensors_io import (
     refuse_pickle,
     write_tensors,
 )
+from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
@@ -77,7 +78,7 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
 
 
-def load_config(path: Path) -> tuple[TransformerConfig, Any]:
+def load_config(path: Path) -> tuple[Any, Any]:
     """(configuration, tokenizer or None) of a Hugging Face directory, without its weights."""
     data = read_json(path / CONFIG)
     if (path / GENERATION).is_file():
@@ -89,12 +90,27 @@ def load_config(path: Path) -> tuple[TransformerConfig, Any]:
         if name not in ("bytes", "hnet_bytes"):
             raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}, not 'bytes' or 'hnet_bytes'")
         return cfg, tokenizers.from_name(name)
+    if bolmo_hf.is_bolmo(data):
+        cfg = bolmo_hf.from_hf(data, str(path / CONFIG))
+        return cfg, bolmo_hf.tokenizer(_subwords(cfg, path))
     cfg = hf_config.from_hf(data, str(path / CONFIG))
     if (name := data.get("atom_tokenizer")) is not None:
         if name != "bytes":
             raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}; only 'bytes' is known")
         return cfg, tokenizers.from_name(name)
     return cfg, JsonTokenizer(path) if (path / MAIN).is_file() else None
+
+
+def _subwords(cfg: BolmoConfig, path: Path) -> Path | None:
+    """Where a Bolmo's subword tokenizer is: with the model, or else under its published name on the hub."""
+    place = bolmo_hf.find_subwords(cfg, path)
+    if place is not None or not cfg.subwords:
+        return place
+    try:
+        return find(cfg.subword_tokenizer)
+    except AtomError as e:
+        logging.warning("%s: no subword tokenizer, without which this model can only be converted: %s", path, e)
+        return None
 
 
 def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -107,11 +123,18 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
     the published family has no such option.
     """
     if isinstance(lm.config, HNetConfig):
-        config = hnet_hf.to_hf(lm.config)
+        config, ids = hnet_hf.to_hf(lm.config), hf_config.token_ids(lm.config)
         source = families.ExportSource(lm.config, lm.params)
+    elif isinstance(lm.config, BolmoConfig):
+        source = families.ExportSource(lm.config, lm.params)
+        config, ids = (
+            bolmo_hf.to_hf(lm.config, source.infos["lm_head.weight"].dtype.name),
+            bolmo_hf.token_ids(lm.config),
+        )
     elif isinstance(lm.config, TransformerConfig):
         source = families.ExportSource(lm.config, lm.params)
         config = hf_config.to_hf(lm.config, source.infos["model.embed_tokens.weight"].dtype.name)
+        ids = hf_config.token_ids(lm.config)
     else:
         raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
     if lm.tokenizer is not None and lm.tokenizer.name == "bytes":
@@ -122,7 +145,7 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         write_tensors(staging, source, shard_bytes)
         if lm.tokenizer is not None:
             lm.tokenizer.save(staging)
-        for file, table in ((CONFIG, config), (GENERATION, hf_config.token_ids(lm.config))):
+        for file, table in ((CONFIG, config), (GENERATION, ids)):
             (staging / file).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource
 from atom_jax.models import registry
+from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import AtomError
 
@@ -114,9 +115,9 @@ def _specs(cfg: Any, part: str) -> dict[str, params_lib.ParamSpec]:
 def _rules(cfg: Any) -> Sequence[Rule]:
     if isinstance(cfg, TransformerConfig):
         return RULES[cfg.family]
-    from atom_jax.checkpoint import hnet_hf
+    from atom_jax.checkpoint import bolmo_hf, hnet_hf
 
-    return hnet_hf.rules(cfg)
+    return bolmo_hf.rules(cfg) if isinstance(cfg, BolmoConfig) else hnet_hf.rules(cfg)
 
 
 def load(

@@ -128,7 +128,7 @@ def load_config(path: str | pathlib.Path) -> tuple[Any, Any]:
     name = note["tokenizer"]
     # A run keeps a copy of its tokenizer, whatever became of the original.
     if name != "bytes" and (home / "tokenizer.json").exists():
-        return model, tokenizers.from_name(home)
+        return model, tokenizers.from_name(f"bolmo:{home}" if name.startswith("bolmo") else home)
     return model, tokenizers.from_name(name or "bytes")
 
 

@@ -35,15 +35,21 @@ class State:
 
 @struct.dataclass
 class Choice:
-    """How next tokens are chosen. keys [b]: one PRNG key per row; stop_ids: i32 [n], where -1 matches none."""
+    """How next tokens are chosen. keys [b]: one PRNG key per row; stop_ids: i32 [n], where -1 matches none; twins:
+    ids have two forms (`sampling.choose_with_form`); unused: ids that are never chosen."""
 
     keys: jax.Array
     how: sampling.Sampler
     stop_ids: jax.Array
+    twins: bool = struct.field(pytree_node=False, default=False)
+    unused: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def take(self, logits_bv: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens i32 [b] and whether each is a stop id, bool [b]."""
-        token = sampling.choose(logits_bv, self.keys, step, self.how)
+        if self.unused:
+            logits_bv = logits_bv.at[:, jnp.array(self.unused)].set(-jnp.inf)
+        choose = sampling.choose_with_form if self.twins else sampling.choose
+        token = choose(logits_bv, self.keys, step, self.how)
         return token, jnp.any(token[:, None] == self.stop_ids[None], axis=1)
 
 
@@ -69,6 +75,8 @@ def decode_params(lm: LM) -> Any:
     known, laid_out = _LAID_OUT.get(id(lm), ([], None))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
         laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=unrolls(lm))
+        if (tables := getattr(lm.tokenizer, "tables", None)) is not None:
+            laid_out = laid_out | {"suffix": jax.tree.map(jnp.asarray, tables)}
         if id(lm) not in _LAID_OUT:
             weakref.finalize(lm, _LAID_OUT.pop, id(lm), None).atexit = False
         _LAID_OUT[id(lm)] = leaves, laid_out
@@ -83,22 +91,28 @@ def unrolls(lm: LM) -> bool:
 
 
 def start(
-    params: Any, ids_bt: Any, length_b: Any, choice: Choice, *, cfg: Any, capacity: int, unroll: bool
-) -> tuple[State, jax.Array]:
+    params: Any, ids_bt: Any, length_b: Any, choice: Choice, suffix: Any = None, *,
+    cfg: Any, capacity: int, unroll: bool,
+) -> tuple[State, jax.Array]:  # fmt: skip
     """Reads prompts and chooses the first new token of every row.
 
     ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
-    instead of a stacked one. Returns the state and the tokens i32 [b], -1 where a stop id was chosen.
+    instead of a stacked one. suffix: as in Batch. Returns the state and the tokens i32 [b], -1 where a stop id was
+    chosen, and everywhere in models that first have to decide on the form of the prompt's last token (Bolmo).
     """
     model = registry.of(cfg)
     if model.read_whole(cfg):
-        whole = functools.partial(_read, params, ids_bt, length_b, capacity=capacity)
+        whole = functools.partial(_read, params, ids_bt, length_b, suffix, capacity=capacity)
         logits_bv, cache = exactly(lambda cfg: whole(cfg=cfg), cfg)
     else:
         parts = -(-int(length_b.max()) // reading.PART)
         last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)
         logits_bv = _logits(params, last_bd, cfg=cfg)
-    return _begin(model.unstack(cache) if unroll else cache, logits_bv, choice, cfg)
+    cache = model.unstack(cache) if unroll else cache
+    if getattr(model, "PENDING", False):
+        token, done, made = _last(choice, logits_bv, ids_bt, length_b)
+        return State(cache, token, done, made), jnp.full_like(token, -1)
+    return _begin(cache, logits_bv, choice, cfg)
 
 
 def go_on(
@@ -126,14 +140,18 @@ def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
-def _read(params: Any, ids_bt: jax.Array, length_b: jax.Array, *, cfg: Any, capacity: int) -> tuple[Any, Any]:
-    """(logits after the last token of every prompt, float32 [b, v], and the cache), and what was lost."""
+def _read(
+    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any, *, cfg: Any, capacity: int
+) -> tuple[Any, Any]:
+    """(logits after the last token of every prompt, or that before it where the last one is pending, float32 [b, v],
+    and the cache), and what was lost."""
     model = registry.of(cfg)
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32))
+    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
     x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
-    last_b1d = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)
+    last = jnp.maximum(length_b - 1 - getattr(model, "PENDING", False), 0)
+    last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 
 
@@ -142,6 +160,19 @@ def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, 
     # The count comes from here to lie where the model lies: `decode` compiles again for a state that lies elsewhere.
     token, done = choice.take(logits_bv, jnp.int32(0))
     return token, done, jnp.ones_like(token)
+
+
+@jax.jit
+def _last(
+    choice: Choice, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The last token of every prompt in the form that is chosen for it; the only one of a prompt ends a patch."""
+    half = logits_bv.shape[1] // 2
+    token = jnp.take_along_axis(ids_bt, (length_b - 1)[:, None], axis=1)[:, 0] % half
+    # No step of its own has this number.
+    token = sampling.choose_form(logits_bv, token, choice.keys, jnp.int32(-1), choice.how)
+    token = jnp.where(length_b == 1, token % half + half, token)
+    return token, token < 0, jnp.zeros_like(token)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")

@@ -14,7 +14,7 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
 from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, go_on, start, unrolls
-from atom_jax.inference.score import check_ids
+from atom_jax.inference.score import check_ids, subwords
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
@@ -97,7 +97,12 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    run = _Run(lm, rows, Choice(_row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids)), stop, on_text)
+    model = registry.of(lm.config)
+    choice = Choice(
+        _row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids),
+        twins=getattr(model, "TWINS", False), unused=getattr(model, "UNUSED", ()),
+    )  # fmt: skip
+    run = _Run(lm, rows, choice, stop, on_text)
     if memory is None:
         run.start(min(max_new_tokens, ROOM))
     else:
@@ -127,10 +132,11 @@ class _Run:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(lengths.max() + room, LEAST)
+        suffix = subwords(self.lm, ids, np.arange(ids.shape[1])[None] < lengths[:, None])
         self.state, token = start(
-            params, ids, lengths, self.choice, cfg=self.lm.config, capacity=capacity, unroll=unroll
+            params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
-        if registry.of(self.lm.config).read_whole(self.lm.config):
+        if isinstance(self.lm.config, TransformerConfig) and registry.of(self.lm.config).read_whole(self.lm.config):
             self.peak = float(lengths.sum())
         else:
             self._count()
@@ -265,6 +271,9 @@ def _stop_ids(lm: LM, stop_ids: Sequence[int] | None) -> np.ndarray:
         stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
     ids = np.array(sorted(stop_ids), np.int64)
     check_ids(ids, lm.config.vocab_size)
+    if getattr(registry.of(lm.config), "TWINS", False):
+        half = lm.config.vocab_size // 2
+        ids = np.unique(np.concatenate([ids % half, ids % half + half]))
     return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
 
 

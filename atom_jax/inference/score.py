@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.inference import sampling
 from atom_jax.models import registry
-from atom_jax.typing import LM, AtomError, Batch, Output
+from atom_jax.typing import LM, AtomError, Batch, Output, Suffix
 
 # Logits that `logprobs` holds at once.
 BLOCK = 2**24
@@ -29,8 +30,12 @@ def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
     return exactly(lambda cfg: _apply(lm.params, batch, cfg=cfg), lm.config)
 
 
-def logprobs(lm: LM, ids: Any, mask: Any = None) -> jax.Array:
+def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.Array:
     """Log-probability of each token given those before it, float32 [b, t - 1]: entry i is that of ids[:, i + 1].
+
+    marginal: for ids that also say where patches end (Bolmo). False: of the byte together with what the boundary
+    predictor says of it; the sum is one that a decoder could reach. True: of the byte alone, as the official
+    evaluation has it; the sum is too high, since patches before the byte were found with a look at it.
 
     0 where either of the two positions is padding. Arguments and errors as for `apply`; the logits of all positions
     never exist together.
@@ -38,7 +43,7 @@ def logprobs(lm: LM, ids: Any, mask: Any = None) -> jax.Array:
     batch = to_batch(lm, ids, mask)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    return exactly(lambda cfg: _logprobs(lm.params, batch, cfg=cfg), lm.config)
+    return exactly(lambda cfg: _logprobs(lm.params, batch, cfg=cfg, marginal=marginal), lm.config)
 
 
 def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:
@@ -68,7 +73,18 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     # Ids of padding may be anything, for example -1.
     clean = np.where(mask, ids, 0)
-    return Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
+    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
+    return batch.replace(suffix=subwords(lm, clean, mask))
+
+
+def subwords(lm: LM, ids_bt: np.ndarray, mask_bt: np.ndarray) -> Suffix | None:
+    """The subwords that end at each position, for models that look at them; found on the host."""
+    if not getattr(lm.config, "subwords", 0) or getattr(lm.tokenizer, "tables", None) is None:
+        return None
+    states = lm.tokenizer.suffix_states(ids_bt)
+    last = np.max(np.where(mask_bt, np.arange(ids_bt.shape[1])[None], 0), axis=1)
+    state = np.take_along_axis(states, last[:, None], axis=1)[:, 0]
+    return Suffix(jnp.asarray(lm.tokenizer.tables.out[states]), jnp.asarray(state))
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
@@ -84,10 +100,13 @@ def _apply(params: Any, batch: Batch, *, cfg: Any) -> tuple[Output, Any]:
     return out, out.aux.get("lost")
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> tuple[jax.Array, Any]:
+@functools.partial(jax.jit, static_argnames=("cfg", "marginal"))
+def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[jax.Array, Any]:
     model = registry.of(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
+    targets_bt = jnp.roll(batch.ids, -1, axis=1)
+    if twins := getattr(model, "TWINS", False):
+        targets_bt = model.fuse(targets_bt, aux)
     b, t, d = x_btd.shape
     n = b * (t - 1)
     block = min(n, max(16, BLOCK // cfg.vocab_size))
@@ -95,11 +114,14 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any) -> tuple[jax.Array, Any]:
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_nd, target_n = inputs
         logits = model.logits(params, x_nd[None], cfg=cfg)[0]
+        if twins and marginal:
+            logits = sampling.merge(logits)
+            target_n = target_n % logits.shape[-1]
         chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     x_nd = jnp.pad(x_btd[:, :-1].reshape(n, d), ((0, -n % block), (0, 0)))
-    target_n = jnp.pad(batch.ids[:, 1:].reshape(n), (0, -n % block))
+    target_n = jnp.pad(targets_bt[:, :-1].reshape(n), (0, -n % block))
     out = jax.lax.map(one, (x_nd.reshape(-1, block, d), target_n.reshape(-1, block)))
     out = out.reshape(-1)[:n].reshape(b, t - 1)
     both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)

@@ -1,15 +1,23 @@
 """From a model configuration to the module with its pure functions: spec, hidden, logits, apply; init_cache, full,
-grow, unstack, cache_use, decode_params, read_whole, step for generation; and roomier."""
+grow, unstack, cache_use, decode_params, read_whole, step for generation; and roomier.
+
+A model whose ids have two forms, in the two halves of its vocabulary, has TWINS = True and `fuse`, which puts targets
+in the form that they have in a text; UNUSED are ids that it never generates; with PENDING = True the form of a
+prompt's last token is chosen before the first new token."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
 
-from atom_jax.models import hnet, transformer
+from atom_jax.models import bolmo, hnet, transformer
 from atom_jax.typing import AtomError
 
-MODELS: dict[type, ModuleType] = {transformer.TransformerConfig: transformer, hnet.HNetConfig: hnet}
+MODELS: dict[type, ModuleType] = {
+    transformer.TransformerConfig: transformer,
+    hnet.HNetConfig: hnet,
+    bolmo.BolmoConfig: bolmo,
+}
 
 
 def of(cfg: Any) -> ModuleType:

@@ -148,7 +148,7 @@ def apply_stack(
             return _layer(letter, inputs[0], x, inputs[1], width, context, tables, dtype)
 
         run, state = p[str(i)], None if states is None else states[i]
-        x_btd, state = _run(layer, run, x_btd, state, context.remat)
+        x_btd, state = run_layers(layer, run, x_btd, state, context.remat)
         new.append(state)
     if "norm" in p:
         x_btd = rms_norm(x_btd, p["norm"], width.eps)
@@ -156,8 +156,10 @@ def apply_stack(
     return x_btd, None if states is None else tuple(new)
 
 
-def _run(layer: Any, run: Any, x: jax.Array, state: Any, remat: bool) -> tuple[jax.Array, Any]:
-    """A run of layers that is stacked (scanned) or a tuple (unrolled)."""
+def run_layers(layer: Any, run: Any, x: jax.Array, state: Any, remat: bool) -> tuple[jax.Array, Any]:
+    """A run of equal layers whose parameters are stacked (they are scanned) or a tuple (unrolled).
+
+    layer: (x, (parameters, state or None)) -> (x, state). Returns x after all, and the states in the same form."""
     if isinstance(run, tuple):
         new = []
         for i, one in enumerate(run):

@@ -29,8 +29,8 @@ from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
-    "FAMILIES", "TransformerConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden", "init_cache",
-    "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "FAMILIES", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params", "full", "grow", "hidden",
+    "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip
 
 
@@ -167,8 +167,26 @@ def hidden(
     x = constrain(lookup(p["embed"], batch.ids, cfg.dtype), "batch", "stored_length", None)
     if mode is None:
         mode = Mode() if key is None or cfg.dms is None else Mode("relaxed", _noise(key, cfg, batch))
-    context = _Context(cfg, batch, cache, mode, probe)
-    layers, states = p["layers"], None if cache is None else cache.layers
+    tokens = Tokens(batch.positions, batch.segments)
+    x, cache, seen = blocks(p["layers"], x, tokens, cfg=cfg, cache=cache, mode=mode, probe=probe)
+    return rms_norm(x, p["norm"], cfg.norm_eps), cache, seen
+
+
+def blocks(
+    layers: Any,
+    x: jax.Array,
+    tokens: Tokens,
+    *,
+    cfg: TransformerConfig,
+    cache: Cache | None = None,
+    mode: Mode | None = None,
+    probe: Probe | None = None,
+) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    """The layers alone (`spec(cfg)["layers"]`, or a tuple of layers) over inputs x [b, t, d], without a final norm.
+    The rest as for `hidden`."""
+    mode = mode or Mode()
+    context = _Context(cfg, tokens, cache, mode, probe)
+    states = None if cache is None else cache.layers
     if isinstance(layers, tuple):
         new, seen = [], []
         for i, layer in enumerate(layers):
@@ -184,7 +202,7 @@ def hidden(
     if "evict" in seen:
         count = functools.partial(decide.occupancy, tokens=context.tokens, window=cfg.dms.window)
         seen["occupancy"] = jax.vmap(count)(seen["evict"])
-    return rms_norm(x, p["norm"], cfg.norm_eps), cache, seen
+    return x, cache, seen
 
 
 def _noise(key: jax.Array, cfg: TransformerConfig, batch: Batch) -> jax.Array:
@@ -244,18 +262,17 @@ Probe = Callable[..., Any]
 class _Context:
     """What all layers of one call share: where tokens stand and the rotary tables of each layer type."""
 
-    def __init__(self, cfg: TransformerConfig, batch: Batch, cache: Cache | None, mode: Mode, probe: Probe | None):
-        self.cfg, self.cache, self.mode, self.probe = cfg, cache, mode, probe
-        self.tokens = Tokens(batch.positions, batch.segments)
+    def __init__(self, cfg: TransformerConfig, tokens: Tokens, cache: Cache | None, mode: Mode, probe: Probe | None):
+        self.cfg, self.cache, self.mode, self.probe, self.tokens = cfg, cache, mode, probe, tokens
         kinds = set(cfg.layer_types) or {"full"}
         self.rope = {
             kind: rope.tables(
-                batch.positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling if kind == "full" else None
+                tokens.positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling if kind == "full" else None
             )
             for kind in sorted(kinds)
         }
         if cache is not None:
-            self.length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
+            self.length = cache.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
 
     def kind(self, i: int) -> str:
         return self.cfg.layer_types[i] if self.cfg.layer_types else "full"

@@ -6,17 +6,19 @@ import os
 import re
 
 from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
 from atom_jax.typing import AtomError
 
-__all__ = ["ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained"]
+__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained"]
 
 # One entry per byte, and bos, eos, pad.
 _LEAST = 259
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer "bytes", "hat" or "hnet_bytes", or the one in a tokenizer.json file or in a directory.
+    """Returns the tokenizer "bytes", "hat", "hnet_bytes" or "bolmo" ("bolmo:PATH": with the subwords of the tokenizer
+    there), or the one in a tokenizer.json file or in a directory.
 
     Raises AtomError when the file is missing or unreadable.
     """
@@ -28,8 +30,12 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
         return HatTokenizer()
     if str(name_or_path) == "hnet_bytes":
         return HNetByteTokenizer()
+    if str(name_or_path) == "bolmo":
+        return BolmoTokenizer()
     from atom_jax.tokenizers.json_tokenizer import JsonTokenizer  # imports the `tokenizers` package
 
+    if str(name_or_path).startswith("bolmo:"):
+        return BolmoTokenizer(JsonTokenizer(str(name_or_path).removeprefix("bolmo:")))
     return JsonTokenizer(name_or_path)
 
 

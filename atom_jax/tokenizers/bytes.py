@@ -26,11 +26,16 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """Returns the bytes of `ids`, without the special ones; AtomError for ids outside [0, 264)."""
+        ids = self._known(ids)
+        return ids[ids < 256].astype(np.uint8).tobytes()
+
+    def _known(self, ids) -> np.ndarray:
+        """ids i64 [n]; AtomError for those outside the vocabulary."""
         ids = np.asarray(ids, np.int64).reshape(-1)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise AtomError(f"Token id {wrong} is outside the byte vocabulary of {self.vocab_size}.")
-        return ids[ids < 256].astype(np.uint8).tobytes()
+        return ids
 
     def decode(self, ids) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""

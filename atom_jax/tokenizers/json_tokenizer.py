@@ -71,8 +71,8 @@ class JsonTokenizer:
         self.bos_id = next(iter(self._special(tables, "bos")), None)
         self.eos_ids = tuple(self._special(tables, "eos"))
         self.add_bos = front == [self.bos_id]
-        pad = next(iter(self._special(tables, "pad")), None)
-        self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
+        self.own_pad_id = next(iter(self._special(tables, "pad")), None)
+        self.pad_id = next((i for i in (self.own_pad_id, *self.eos_ids) if i is not None), 0)
 
     def _special(self, tables: dict[str, dict], kind: str) -> list[int]:
         found = []
@@ -105,7 +105,7 @@ class JsonTokenizer:
             raise AtomError(f"Token id {wrong[0]} is outside the vocabulary of {self._n_ids} ({self.name}).")
         if self._decoder == "other":
             return self._tk.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
-        out = b"".join(self._pieces.get(i, b"") for i in ids.tolist())
+        out = b"".join(self.pieces.get(i, b"") for i in ids.tolist())
         if self._decoder == "spaces, first dropped" and out.startswith(b" "):
             return out[1:]
         return out
@@ -121,7 +121,7 @@ class JsonTokenizer:
         encoding = self._tk.encode(text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
         if self._decoder == "bytes":
-            pieces = [self._pieces.get(i, b"") for i in encoding.ids]
+            pieces = [self.pieces.get(i, b"") for i in encoding.ids]
             if b"".join(pieces) == text.encode("utf-8"):
                 bounds = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
                 return ids, np.stack([bounds[:-1], bounds[1:]], axis=1)
@@ -148,7 +148,7 @@ class JsonTokenizer:
             (Path(directory) / name).write_text(text, "utf-8", newline="")
 
     @functools.cached_property
-    def _pieces(self) -> dict[int, bytes]:
+    def pieces(self) -> dict[int, bytes]:
         """Token id -> the bytes it stands for."""
         to_bytes = _byte_level_piece if self._decoder == "bytes" else _spaced_piece
         pieces = {i: to_bytes(token) for token, i in self._vocab.items()}

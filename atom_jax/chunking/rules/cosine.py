@@ -60,7 +60,7 @@ def apply(p: Tree, seen: Seen, state: jax.Array, *, cfg: Cosine) -> tuple[Bounda
     with jax.default_matmul_precision("highest"):
         q_btd = project(previous(h_btd, state), p["q"])
         k_btd = project(h_btd, p["k"])
-    cosine = jnp.sum(_direction(q_btd) * _direction(k_btd), axis=-1)
+    cosine = jnp.sum(direction(q_btd) * direction(k_btd), axis=-1)
     prob = jnp.where(real & (seen.tokens.positions == 0), 1.0, jnp.clip((1 - cosine) / 2, 0.0, 1.0))
     mark = real & (prob > 0.5)
     loss = cfg.weight * ratio_loss(prob, mark, None if cfg.official_padding else real, cfg.target)
@@ -76,6 +76,6 @@ def ratio_loss(p_bt: jax.Array, mark_bt: jax.Array, real_bt: jax.Array | None, t
     return target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
 
 
-def _direction(x_btd: jax.Array) -> jax.Array:
+def direction(x_btd: jax.Array) -> jax.Array:
     """Unit vectors. The bound goes under the root, whose derivative at 0 is infinite."""
     return x_btd * jax.lax.rsqrt(jnp.maximum(jnp.sum(x_btd * x_btd, axis=-1, keepdims=True), 1e-24))

@@ -1,0 +1,164 @@
+"""Generation with a Bolmo: the official bytes and patches, and every row as if it were alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import atom_jax
+from atom_jax.inference import generate as module
+from atom_jax.inference import sampling, score
+from atom_jax.inference.sampling import row_keys
+from atom_jax.kvcache.policies import parse
+from atom_jax.models import bolmo
+from atom_jax.models.bolmo import waiting
+from atom_jax.typing import AtomError
+from tests.models.tiny_bolmo import NAMES, ids_of, model, numbers, texts
+
+NEW = 32
+PROMPTS = [texts()[name] for name in NAMES]
+
+
+@functools.cache
+def found(temperature=0.0, row=None, top_p=1.0):
+    """What is made of all prompts, or of one alone."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    keys = row_keys(jax.random.key(4), len(PROMPTS))[rows]
+    return atom_jax.generate(model(), PROMPTS[rows], NEW, temperature, keys, top_p=top_p)
+
+
+def test_greedy_bytes_and_patches_equal_the_official_ones():
+    made = found()
+    assert made.stats["new_tokens"] == 6 * NEW
+    for name, row, text in zip(NAMES, made.ids, made.text):
+        n = len(ids_of(name))
+        official = numbers()[f"{name}.gen_ids"][0, n:], numbers()[f"{name}.gen_boundary_mask"][0, n:]
+        np.testing.assert_array_equal(np.array(row) % 260, official[0])
+        np.testing.assert_array_equal(np.array(row) >= 260, official[1])
+        assert text == model().tokenizer.decode(row)
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "row"), [(0.0, 1.0, 4), (0.9, 0.9, 0), (0.9, 0.9, 3)])
+def test_a_row_is_the_same_alone_and_in_a_batch(temperature, top_p, row):
+    assert found(temperature, row, top_p).ids[0] == found(temperature, None, top_p).ids[row]
+
+
+def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
+    """And not whenever a patch of any row ends."""
+    runs, blocks = [], waiting.transformer.blocks
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda: runs.append(1))
+        return blocks(*args, **kwargs)
+
+    monkeypatch.setattr(waiting.transformer, "blocks", counted)
+    # A configuration that nothing has compiled for.
+    lm = dataclasses.replace(model(), config=dataclasses.replace(model().config, max_length=500))
+    rows = atom_jax.generate(lm, PROMPTS, NEW).ids
+    jax.effects_barrier()
+    assert rows == found().ids
+    # The prompt's last byte and all new ones but the last are read; the prompts themselves take one run.
+    patches = [int(numbers()[f"{name}.gen_boundary_mask"][0, len(ids_of(name)) - 1 :][:NEW].sum()) for name in NAMES]
+    assert len(runs) == 1 + max(patches) and sum(patches) > 3 * max(patches)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_new_tokens_are_new_bytes(n):
+    made = atom_jax.generate(model(), PROMPTS, n)
+    assert made.ids == [row[:n] for row in found().ids]
+
+
+def test_a_prompt_of_nothing_begins_a_text():
+    """Its bos ends a patch, as position 0 always does; what follows is that of the whole forward pass."""
+    row = atom_jax.generate(model(), [""], 4).ids[0]
+    ids = np.array([[1, *row]], np.int32)
+    batch = score.to_batch(model(), ids)
+    x, _, _ = bolmo.hidden(model().params, batch, cfg=model().config, ends=jnp.asarray(ids >= 260).at[:, 0].set(True))
+    logits = np.asarray(bolmo.logits(model().params, x, cfg=model().config))[0]
+    assert list(logits[:4].argmax(-1)) == row
+
+
+def test_caches_may_grow(monkeypatch):
+    expected = found(row=4)
+    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(module, "ROOM", 1)
+    short = [PROMPTS[4]]
+    grown = atom_jax.generate(model(), short, NEW)
+    assert grown.ids == expected.ids
+    assert grown.stats["kv_bytes"] < expected.stats["kv_bytes"]
+
+
+def test_any_memory_policy_goes_with_the_layers_over_patches():
+    """Those that all see everything: a budget beyond the text changes nothing, a small one is kept to."""
+    cfg = model().config
+    wide = dataclasses.replace(cfg.main, layer_types=("full", "full"))
+
+    def made(memory):
+        main = dataclasses.replace(wide, memory=memory)
+        return atom_jax.generate(
+            dataclasses.replace(model(), config=dataclasses.replace(cfg, main=main)), PROMPTS[:1], 24
+        )
+
+    dense = made(None)
+    assert made(parse("tova:budget=64")).ids == dense.ids
+    small = made(parse("tova:budget=8"))
+    assert small.stats["kv_reads"] < dense.stats["kv_reads"] / 2 and len(small.ids[0]) == 24
+
+
+def test_either_form_of_a_stop_id_ends_its_row_only():
+    free = found().ids
+    stop = free[1][5] % 260
+    made = atom_jax.generate(model(), PROMPTS, NEW, stop_ids=[stop])
+    for row, whole in zip(made.ids, free):
+        ends = [i for i, token in enumerate(whole) if token % 260 == stop]
+        assert row == whole[: ends[0] if ends else None]
+
+
+def test_the_law_of_bytes_and_of_patches():
+    """At temperature 1 ids are drawn as their logits have it; else bytes by the sum of forms, which stay likely."""
+    logits = jnp.log(jnp.array([0.3, 0.05, 0.2, 0.0, 0.1, 0.25, 0.1, 0.0]))
+    many = jnp.broadcast_to(logits[None], (20_000, 8))
+    keys = row_keys(jax.random.key(0), 20_000)
+
+    def shares(**how):
+        token = sampling.choose_with_form(many, keys, jnp.int32(3), sampling.sampler(**how))
+        return np.bincount(np.asarray(token), minlength=8) / 20_000
+
+    np.testing.assert_allclose(shares(temperature=1.0), jnp.exp(logits), atol=0.012)
+    byte = np.array([0.4, 0.3, 0.3]) ** 2
+    byte = byte / byte.sum()
+    form = np.array([0.25, 0.25 / 0.3, 0.1 / 0.3])
+    expected = np.array([*(byte * (1 - form)), 0, *(byte * form), 0])
+    np.testing.assert_allclose(shares(temperature=0.5), expected, atol=0.012)
+    # The cut is by bytes: either of the two with 0.3 alone would be less likely than 0.7.
+    np.testing.assert_allclose(shares(temperature=1.0, top_p=0.35), [0.75, 0, 0, 0, 0.25, 0, 0, 0], atol=0.012)
+    assert shares(temperature=0.0)[0] == 1.0
+
+
+def test_unused_ids_are_never_made():
+    lm = model()
+    head = lm.params["unembed"].at[:, jnp.array(bolmo.UNUSED)].set(lm.params["unembed"].sum(1, keepdims=True) * 9)
+    rows = atom_jax.generate(dataclasses.replace(lm, params=lm.params | {"unembed": head}), PROMPTS[4:5], 12, 1.0).ids
+    assert not set(rows[0]) & set(bolmo.UNUSED) and len(rows[0]) == 12
+
+
+def test_log_probabilities_of_given_text():
+    ids = ids_of("compound")[None]
+    out = atom_jax.apply(model(), ids)
+    logp = np.asarray(jax.nn.log_softmax(out.logits))[0, :-1]
+    target, mark = ids[0, 1:], np.asarray(out.aux["boundaries"][0])[0, 1:]
+    joint = logp[np.arange(56), target + 260 * mark]
+    np.testing.assert_allclose(score.logprobs(model(), ids)[0], joint, atol=1e-4)
+    marginal = np.logaddexp(logp[np.arange(56), target], logp[np.arange(56), target + 260])
+    np.testing.assert_allclose(score.logprobs(model(), ids, marginal=True)[0], marginal, atol=1e-4)
+    assert (joint < marginal).all()
+
+
+def test_bad_prompts_are_refused():
+    with pytest.raises(AtomError, match="outside the vocabulary of 520"):
+        atom_jax.generate(model(), [[1, 520]], 2)
+    with pytest.raises(AtomError, match="exceed the 512 positions"):
+        atom_jax.generate(model(), ["a" * 600], 2)
