@@ -38,15 +38,15 @@ class Speed:
     def __post_init__(self):
         if min((self.context, self.repeats, self.new, *self.rows, *self.seen)) < 1:
             raise AtomError("speed: expected numbers of at least 1")
-        if self.new * self.repeats > min(CHUNK, AHEAD) - 1:
+        if self.steps > min(CHUNK, AHEAD):
             raise AtomError(f"speed: {self.repeats} repeats of {self.new} tokens; at most {AHEAD - 1} in all")
         if self.least <= 0:
             raise AtomError(f"speed: contexts must have more than {self.steps * len(self.rows)} tokens")
 
     @property
     def steps(self) -> int:
-        """Tokens per row that one batch size takes."""
-        return self.repeats * self.new
+        """Tokens per row that one batch size takes; the first one doesn't count."""
+        return 1 + self.repeats * self.new
 
     @property
     def least(self) -> int:
@@ -185,6 +185,7 @@ def measure(
         for runner in runners:
             say(f"{runner.name}: compiling for {rows} rows")
             runner.batch(rows)
+            runner.step(1)
         seconds: list[list[float]] = [[] for _ in runners]
         for n in range(speed.repeats):
             for j in np.roll(np.arange(len(runners)), n):
