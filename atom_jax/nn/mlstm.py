@@ -16,8 +16,9 @@ from atom_jax.nn.attention import Tokens
 from atom_jax.nn.conv import documents
 from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, constant, normal, ones, zeros
-from atom_jax.sharding import constrain
+from atom_jax.sharding import constrain, split
 from atom_jax.typing import AtomError
+from pallas_kernels.mlstm_chunk.api import mlstm_chunk
 
 # Bound on the gates' logits, and what is added to the normaliser and to the variance of a head.
 CAP = 15.0
@@ -152,52 +153,15 @@ def _normalised(above: jax.Array, below: jax.Array, m: jax.Array) -> jax.Array:
     return above / (jnp.maximum(jnp.abs(below), jnp.exp(-m)) + EPS)[..., None]
 
 
-def _blocks(parts: Parts, state: MLSTMState, size: int) -> tuple[jax.Array, MLSTMState]:
-    b, t = parts[-1].shape
-    # Filled up with padding that belongs to the last document.
-    fill = (0.0, 0.0, 0.0, NEVER, 0.0)
-    padded = [jnp.pad(a, [(0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 2), constant_values=x)
-              for a, x in zip(parts[:-1], fill)]  # fmt: skip
-    padded.append(jnp.pad(parts[-1], ((0, 0), (0, -t % size)), mode="edge"))
-    blocks = tuple(jnp.moveaxis(a.reshape(b, -1, size, *a.shape[2:]), 1, 0) for a in padded)
-    # Only block states are kept for the gradient; the [b, h, size, size] tiles are computed again.
-    one = jax.checkpoint(_block, prevent_cse=False)
-    (state, _), h = jax.lax.scan(one, (state, jnp.zeros(b, jnp.int32)), blocks)
-    return jnp.moveaxis(h, 0, 1).reshape(b, -1, *h.shape[3:])[:, :t], state
+def _blocks(parts: Parts, old: MLSTMState, size: int) -> tuple[jax.Array, MLSTMState]:
+    """The same for t positions, block after block."""
 
+    def run(*args: jax.Array) -> tuple[jax.Array, ...]:
+        h_bhtv, state = mlstm_chunk(*args[:6], args[6:], chunk=size)
+        return h_bhtv, *state
 
-def _block(carry: tuple[MLSTMState, jax.Array], parts: Parts) -> tuple[tuple[MLSTMState, jax.Array], jax.Array]:
-    """One block: state and document at its end, and outputs f32 [b, i, h, v]."""
-    (old, before_b), (q_bihk, k_bihk, v_bihv, i_bih, f_bih, document_bi) = carry, parts
-    dtype, last_b, at = q_bihk.dtype, document_bi[:, -1:], jnp.arange(document_bi.shape[1])
-    q_bihk = q_bihk * q_bihk.shape[-1] ** -0.5
-    seen_bij = (document_bi[:, :, None] == document_bi[:, None]) & (at[:, None] >= at[None])[None]
-    # Log forget gates of a position's own document, up to the position; as a product, so that nothing cancels.
-    total_bih = jnp.einsum("bij,bjh->bih", seen_bij.astype(jnp.float32), f_bih, precision="highest")
-    goes_on_bi1 = (document_bi == before_b[:, None])[..., None]
-
-    # Scales m, as the recurrence would have them.
-    carried_bih = total_bih + jnp.where(goes_on_bi1, old.m[:, None], 0.0)
-    total_bhi, i_bhi = total_bih.transpose(0, 2, 1), i_bih.transpose(0, 2, 1)
-    log_bhij = total_bhi[..., None] - total_bhi[:, :, None] + i_bhi[:, :, None]
-    log_bhij = jnp.where(jnp.broadcast_to(seen_bij[:, None], log_bhij.shape), log_bhij, NEVER)
-    m_bih = jnp.maximum(carried_bih, jnp.max(log_bhij, axis=-1).transpose(0, 2, 1))
-
-    scores_bhij = jnp.einsum("bihk,bjhk->bhij", q_bihk, k_bihk, preferred_element_type=jnp.float32)
-    weights_bhij = scores_bhij * jnp.exp(log_bhij - m_bih.transpose(0, 2, 1)[..., None])
-    since_bih = jnp.where(goes_on_bi1, jnp.exp(carried_bih - m_bih), 0.0)
-    q32_bihk = q_bihk.astype(jnp.float32)
-    above = jnp.einsum("bhij,bjhv->bihv", weights_bhij.astype(dtype), v_bihv, preferred_element_type=jnp.float32)
-    above = above + jnp.einsum("bihk,bhkv->bihv", q32_bihk, old.c) * since_bih[..., None]
-    below = jnp.sum(weights_bhij, axis=-1).transpose(0, 2, 1)
-    below = below + jnp.einsum("bihk,bhk->bih", q32_bihk, old.n) * since_bih
-    h_bihv = _normalised(above, below, m_bih)
-
-    # `since` is 0 at the end where a document began in between.
-    until_bih = jnp.where((document_bi == last_b)[..., None], total_bih[:, -1:] - total_bih + i_bih, NEVER)
-    m_bh = jnp.maximum(carried_bih[:, -1], jnp.max(until_bih, axis=1))
-    keep_bh = jnp.where(goes_on_bi1[:, -1], jnp.exp(carried_bih[:, -1] - m_bh), 0.0)
-    added_bihk = k_bihk.astype(jnp.float32) * jnp.exp(until_bih - m_bh[:, None])[..., None]
-    c = keep_bh[..., None, None] * old.c + jnp.einsum("bihk,bihv->bhkv", added_bihk, v_bihv.astype(jnp.float32))
-    n = keep_bh[..., None] * old.n + jnp.sum(added_bihk, axis=1)
-    return (MLSTMState(c, n, m_bh), last_b[:, 0]), h_bihv
+    *floats, document = parts
+    heads = ("batch", "heads")
+    args = (*(a.swapaxes(1, 2) for a in floats), document, old.c, old.n, old.m)
+    h_bhtv, *state = split(run, (heads,) * 5 + (("batch",),) + (heads,) * 3, (heads,) * 4, *args)
+    return h_bhtv.swapaxes(1, 2), MLSTMState(*state)

@@ -17,7 +17,7 @@ from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
-from benchmarks import kv, kv_parity, kv_speed
+from benchmarks import kv_parity, kv_speed, kv_tables
 from benchmarks.kv_speed import Row, Runner, Speed
 
 LEARNED = DMS(form="observed", window=6, scale=1.0, offset=0.0, bias=True, page=4)
@@ -167,18 +167,18 @@ def plan(checkpoint, tmp_path, **changes):
         "checkpoint": str(checkpoint), "adapters": (), "parts": ("parity",), "kvpress": str(tmp_path / "none"),
         "settings": settings, "speed": Speed(), "speed_policy": "",
     }  # fmt: skip
-    return kv.Plan(**values | changes)
+    return kv_tables.Plan(**values | changes)
 
 
 def test_the_command(lm, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 20)
     atom_jax.save_hf(lm, tmp_path / "model")
     out = tmp_path / "kv.json"
-    assert kv.measure(plan(tmp_path / "model", tmp_path), out)
+    assert kv_tables.measure(plan(tmp_path / "model", tmp_path), out)
     text, written = capsys.readouterr().out, json.loads(out.read_text())
     assert "make install-kvpress" in text and "tova" in text
     assert written["complete"] and [r["policy"] for r in written["parity"]] == ["none", "tova"]
     with pytest.raises(AtomError, match="no part 'size'"):
-        kv.measure(plan(tmp_path / "model", tmp_path, parts=("size",)))
+        kv_tables.measure(plan(tmp_path / "model", tmp_path, parts=("size",)))
     with pytest.raises(AtomError, match="there is no directory"):
-        kv.measure(plan(tmp_path / "model", tmp_path), tmp_path / "absent" / "kv.json")
+        kv_tables.measure(plan(tmp_path / "model", tmp_path), tmp_path / "absent" / "kv.json")

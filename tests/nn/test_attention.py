@@ -102,7 +102,7 @@ def test_kernel_equals_blocks_in_values_and_gradients():
 
     def both(implementation):
         def loss(q, k, v, keep):
-            return jnp.sum(blockwise(q, k, v, places, 21, True, 8, keep, 4, implementation) * weight)
+            return jnp.sum(blockwise(q, k, v, places, 21, True, 8, keep, 4, implementation=implementation) * weight)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
 
@@ -119,7 +119,7 @@ def test_kernel_runs_where_rows_and_heads_are():
     expected = blockwise(*arrays[:3], places, None, True, 8, arrays[3], 4)
 
     def run(q, k, v, keep, places):
-        return blockwise(q, k, v, places, None, True, 8, keep, 4, "interpret")
+        return blockwise(q, k, v, places, None, True, 8, keep, 4, implementation="interpret")
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])):
         compiled = jax.jit(run).lower(*arrays, places).compile()
