@@ -42,13 +42,14 @@ def compile_all(target: str, only: list[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
     log = process.stderr.read().strip()
     if process.wait():
-        yield {"shape": "(the compiler's process)", "of": 0, "error": f"exit code {process.returncode}: {log[-500:]}"}
+        words = (log.splitlines() or [""])[-1]
+        yield {"shape": "(the compiler's process)", "of": 1, "error": f"exit code {process.returncode}: {words}"}
 
 
 def cells(target: str, record: dict[str, Any]) -> tuple[str, ...]:
     """A record as a line of the table."""
     if "error" in record:
-        return target, record["shape"], " ".join(record["error"].split())[:300], "", "", "", "", ""
+        return target, record["shape"], "REFUSED", "", "", "", "", ""
     loops = [" / ".join(f"{n} ({matrix:.0%})" for n, matrix in kernel[1]) for kernel in record["kernels"]]
     return (
         target, record["shape"], "accepted", f"{record['arguments'] / 2**20:.1f} MiB",
@@ -86,19 +87,19 @@ def main() -> int:
     if unknown := [target for target in targets if target not in TARGETS]:
         parser.error(f"--targets: unknown {', '.join(unknown)}; known: {', '.join(TARGETS)}")
     wanted = ["--forward"] * args.forward + [name for name in args.only.split(",") if name]
-    lines, refused = [], 0
+    lines, refused = [], []
     for target in targets:
         if package := missing(target):
             print(f"{target}: left out, because {package} is not installed", flush=True)
             continue
         for n, record in enumerate(compile_all(target, wanted), 1):
             lines.append(cells(target, record))
-            refused += "error" in record
+            if "error" in record:
+                refused.append(f"{target} {record['shape']}: {' '.join(record['error'].split())[:600]}")
             verdict = "REFUSED" if "error" in record else f"{record['seconds']:.1f} s"
             print(f"[{target} {n}/{record['of']}] {record['shape']}: {verdict}", file=sys.stderr, flush=True)
     if lines:
-        print(table(lines))
-        print(f"{len(lines) - refused} of {len(lines)} accepted")
+        print(table(lines), *refused, f"{len(lines) - len(refused)} of {len(lines)} accepted", sep="\n")
     if lines and args.markdown:
         write(args.markdown, table(lines))
     return 1 if refused else 0

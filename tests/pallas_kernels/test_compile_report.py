@@ -86,12 +86,13 @@ def test_a_refusal_is_a_failure(monkeypatch, capsys):
     fake(monkeypatch, [record(), {"shape": "chunk_pool/sum", "of": 2, "error": "Oom: too\nlarge", "kernels": []}])
     monkeypatch.setattr(sys, "argv", ["compile_report", "--targets=v5e"])
     assert compile_report.main() == 1
-    assert "| Oom: too large " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| REFUSED " in out and "\nv5e chunk_pool/sum: Oom: too large\n1 of 2 accepted" in out
 
 
 def test_a_dead_compiler_is_a_failure(monkeypatch):
     popen = subprocess.Popen
-    dies = [sys.executable, "-c", "import sys; sys.stderr.write('out of memory'); sys.exit(3)"]
+    dies = [sys.executable, "-c", "import sys; sys.stderr.write('log\\nout of memory'); sys.exit(3)"]
     monkeypatch.setattr(compile_report.subprocess, "Popen", lambda command, **more: popen(dies, **more))
     (found,) = compile_report.compile_all("v5e", [])
     assert found["error"] == "exit code 3: out of memory"
