@@ -1,4 +1,4 @@
-"""The commands of `python -m atom_jax`: generate, units, memory, convert, info, summary and fairness."""
+"""The commands of `python -m atom_jax`: generate, units, memory, convert, instructify, info, summary, fairness."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """python -m atom_jax COMMAND [...]
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
+  instructify BOLMO TUNED BASE DST            give a Bolmo what tuning changed in its source model
   info      PATH                              what is in a checkpoint
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
   fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         "generate": _generate,
         "convert": _convert,
         "info": _info,
+        "instructify": _instructify,
         "summary": _summary,
         "fairness": _fairness,
         "units": _units,
@@ -168,6 +170,21 @@ def _convert(argv: list[str]) -> None:
     from atom_jax.checkpoint import cli
 
     print(cli.convert(source, target, values.to))
+
+
+def _instructify(argv: list[str]) -> None:
+    known = _Flags(
+        "instructify BOLMO TUNED BASE DST",
+        "Adds to the layers over patches of a Bolmo what tuning changed in its source model, without training.",
+    )
+    known.add(flags.DEFINE_float, "alpha", 1.0, "factor on the difference between TUNED and BASE")
+    values, (bolmo, tuned, base, target) = known.parse(argv, 4)
+
+    from atom_jax.checkpoint import load, save_hf
+    from atom_jax.transfer.lessons import add_tuning
+
+    save_hf(add_tuning(load(bolmo), load(tuned), load(base), values.alpha), target)
+    print(f"wrote {target}")
 
 
 def _info(argv: list[str]) -> None:

@@ -68,6 +68,7 @@ def info(source: str, tensors: bool = False) -> str:
 
 
 def _summary(cfg: TransformerConfig, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
+    cfg, whole = getattr(cfg, "main", cfg), cfg
     heads = f"{cfg.n_heads} query and {cfg.n_kv_heads} key/value heads of {cfg.head_dim}"
     sliding = cfg.layer_types.count("sliding")
     window = f", {sliding} of the layers with a window of {cfg.sliding_window}" if sliding else ""
@@ -76,15 +77,16 @@ def _summary(cfg: TransformerConfig, tokenizer: Any, rows: list[_Row]) -> list[t
     if tokenizer is None:
         described = "none"
     else:
-        described = f"{'bytes' if tokenizer.name == 'bytes' else 'tokenizer.json'}, {tokenizer.vocab_size:,} ids"
+        known = tokenizer.name if tokenizer.name in ("bytes", "bolmo") else "tokenizer.json"
+        described = f"{known}, {tokenizer.vocab_size:,} ids"
     memory = [("memory", _memory(cfg.memory))] if cfg.memory is not None else []
     return [
-        ("family", cfg.family),
+        ("family", whole.family),
         ("sizes", f"{cfg.n_layers} layers, width {cfg.d_model}, MLP {cfg.d_ff}, {heads}{window}"),
-        ("vocabulary", f"{cfg.vocab_size:,}, {'tied' if cfg.tie_embeddings else 'separate'} output embedding"),
+        ("vocabulary", f"{whole.vocab_size:,}, {'tied' if whole.tie_embeddings else 'separate'} output embedding"),
         ("positions", f"{cfg.max_length:,}, rotary base {cfg.rope_theta:g}{scaling}"),
         *memory,
-        ("parameters", f"{params_lib.count(registry.of(cfg).spec(cfg)):,}"),
+        ("parameters", f"{params_lib.count(registry.of(whole).spec(whole)):,}"),
         ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
         ("bytes", f"{sum(row[3] for row in rows):,}"),
         ("tokenizer", described),

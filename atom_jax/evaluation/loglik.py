@@ -3,6 +3,9 @@
 Sequences are sorted by length and padded to few lengths, so that few programs are compiled. Logits are computed at
 the scored positions only, in blocks of bounded size. Items with the same input (the letters of a multiple-choice
 question) share one row.
+
+A Bolmo's bytes are scored as its authors do, each by the sum of its two forms. Where patches end before a byte was
+found with a look at it, which favours such models a little; `inference.score.logprobs` gives the sum without that.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference.score import exactly
+from atom_jax.inference import sampling
+from atom_jax.inference.score import exactly, subwords
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
@@ -105,7 +109,8 @@ def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple
     lengths = np.zeros(rows, np.int32)
     for r, row in enumerate(one.rows):
         ids[r, : len(row)], lengths[r] = row, len(row)
-    inputs = jax.device_put((ids, lengths), sharding)
+    suffix = subwords(lm, ids, np.arange(one.length)[None] < lengths[:, None])
+    inputs = jax.device_put((ids, lengths, suffix), sharding)
     size = max(rows * one.length, batch_tokens)
     x = exactly(lambda cfg: _states(lm.params, *inputs, cfg=cfg, size=size), lm.config)
     index, target = [], []
@@ -133,12 +138,14 @@ def _finish(items: Sequence[Item], one: Work, blocks: list[Any]) -> tuple[Work, 
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "size"))
-def _states(params: Any, ids_bt: jax.Array, lengths_b: jax.Array, *, cfg: Any, size: int) -> tuple[jax.Array, Any]:
+def _states(
+    params: Any, ids_bt: jax.Array, lengths_b: jax.Array, suffix: Any, *, cfg: Any, size: int
+) -> tuple[jax.Array, Any]:
     """Final states [size, d] of all positions, one row after the other, filled up with zeros: with one size for all
     lengths, `_head` is compiled once. And how much was lost, for `exactly`."""
     positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
     segments = (positions < lengths_b[:, None]).astype(jnp.int32)
-    batch = Batch(ids=ids_bt, positions=positions, segments=segments)
+    batch = Batch(ids=ids_bt, positions=positions, segments=segments, suffix=suffix)
     x_btd, _, aux = registry.of(cfg).hidden(params, batch, cfg=cfg)
     x = x_btd.reshape(-1, x_btd.shape[-1])
     return jnp.pad(x, ((0, size - x.shape[0]), (0, 0))), aux.get("lost")
@@ -147,6 +154,10 @@ def _states(params: Any, ids_bt: jax.Array, lengths_b: jax.Array, *, cfg: Any, s
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg: Any) -> tuple[jax.Array, jax.Array]:
     """Log-probability float32 [n] of each target after the state at its index, and whether it is the likeliest."""
-    logits = registry.of(cfg).logits(params, x[index][None], cfg=cfg)[0]
+    model = registry.of(cfg)
+    logits = model.logits(params, x[index][None], cfg=cfg)[0]
+    if getattr(model, "TWINS", False):
+        logits = sampling.merge(logits)
+        target = target % logits.shape[1]
     chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target

@@ -68,6 +68,11 @@ def with_memory(lm: LM, policy: Policy | None) -> LM:
     DMS policy whose evictors the model does not have.
     """
     check(policy)
+    if hasattr(lm.config, "main"):
+        # A Bolmo: its memory is that of its layers over patches.
+        inside = with_memory(LM(lm.config.main, {"layers": lm.params["main"]}, None), policy)
+        cfg = dataclasses.replace(lm.config, main=inside.config)
+        return dataclasses.replace(lm, config=cfg, params={**lm.params, "main": inside.params["layers"]})
     if not any(f.name == "memory" for f in dataclasses.fields(lm.config)):
         raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
     params = lm.params

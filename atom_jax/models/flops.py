@@ -8,9 +8,11 @@ from typing import Any
 from atom_jax import params
 from atom_jax.chunking.config import slots_for
 from atom_jax.models import registry, stack
+from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.models.stack import Width
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.nn import mlstm
 
 
 def forward_flops(cfg: Any, length: int) -> float:
@@ -21,17 +23,26 @@ def forward_flops(cfg: Any, length: int) -> float:
     with remat).
     """
     if isinstance(cfg, TransformerConfig):
-        return _transformer(cfg, length)
-    return _hnet(cfg, length)
+        return _blocks(cfg, length) + 2 * cfg.d_model * cfg.vocab_size
+    return _bolmo(cfg, length) if isinstance(cfg, BolmoConfig) else _hnet(cfg, length)
 
 
-def _transformer(cfg: TransformerConfig, length: int) -> float:
-    spec = registry.of(cfg).spec(cfg)
-    total = 2 * (_matrices(spec["layers"]) + cfg.d_model * cfg.vocab_size)
+def _blocks(cfg: TransformerConfig, length: int) -> float:
+    """Of a transformer's layers."""
+    total = 2.0 * _matrices(registry.of(cfg).spec(cfg)["layers"])
     for i in range(cfg.n_layers):
         sliding = cfg.layer_types and cfg.layer_types[i] == "sliding"
         total += 4 * cfg.n_heads * cfg.head_dim * _keys(length, cfg.sliding_window if sliding else length)
     return total
+
+
+def _bolmo(cfg: BolmoConfig, length: int) -> float:
+    spec, patches = registry.of(cfg).spec(cfg), slots_for(length, cfg.capacity)
+    outside = {k: v for k, v in spec.items() if k not in ("embed", "subwords", "pool", "main")}
+    k, v = mlstm.sizes(cfg.main.d_model, cfg.local_heads)
+    mixing = cfg.local_heads * (2 * min(cfg.chunk, length) * (k + v) + 4 * k * v)
+    total = 2.0 * _matrices(outside) + (cfg.encoder_layers + cfg.decoder_layers) * mixing
+    return total + (_blocks(cfg.main, patches) + 2 * _matrices({"pool": spec["pool"]})) * patches / length
 
 
 def _hnet(cfg: HNetConfig, length: int) -> float:

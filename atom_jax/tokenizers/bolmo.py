@@ -47,11 +47,17 @@ class BolmoTokenizer(ByteTokenizer):
         """The automaton of the subwords, or None without them."""
         if self.subwords is None:
             return None
-        known = {piece: i for i, piece in self.subwords.pieces.items()}
-        bos = next(iter(self.subwords.eos_ids), known.get(_NAMES["eos"].encode()))
         pad = self.subwords.own_pad_id
-        pad = known.get(_NAMES["pad"].encode()) if pad is None else pad
-        return suffix.build(self.subwords.pieces, bos, pad)
+        return suffix.build(self.subwords.pieces, self.document_id, self._named("pad") if pad is None else pad)
+
+    @property
+    def document_id(self) -> int | None:
+        """The subword that ends a document, and stands for id 1."""
+        return next(iter(self.subwords.eos_ids), self._named("eos"))
+
+    def _named(self, kind: str) -> int | None:
+        name = _NAMES[kind].encode()
+        return next((i for i, piece in self.subwords.pieces.items() if piece == name), None)
 
     def suffix_states(self, ids) -> np.ndarray:
         """Returns i32 [b, t]: the automaton's states after each of ids [b, t]. AtomError without subwords."""

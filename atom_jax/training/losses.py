@@ -66,6 +66,7 @@ def next_token(
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg, key=key)
     b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
+    goals = model.fuse(batch.targets, aux) if getattr(model, "TWINS", False) else batch.targets
 
     late, tables = aux.get("entropy_loss"), gathered(params)
 
@@ -75,9 +76,9 @@ def next_token(
 
     block = block or positions_per_block(b, t, cfg.vocab_size)
     if block >= t:
-        (nats, z), entropy = score(x_btd, batch.targets, mask)
+        (nats, z), entropy = score(x_btd, goals, mask)
     else:
-        parts = [blocks(a, block) for a in (x_btd, batch.targets, mask)]
+        parts = [blocks(a, block) for a in (x_btd, goals, mask)]
 
         def step(total: jax.Array, part: Any) -> tuple[jax.Array, jax.Array | None]:
             sums, entropy = score(*part)

@@ -1,0 +1,238 @@
+"""Making a Bolmo of a subword model (Minixhofer et al., 2025, "Bolmo", section 4): the losses of both stages.
+
+Stage 1 teaches encoder, boundary predictor, decoder and head what the source model does, whose layers are frozen;
+stage 2 trains everything on text. Dimension letters besides those of `atom_jax.typing`: k subword tokens of a row,
+m patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.chunking.rules import lookahead
+from atom_jax.chunking.segments import gather, segment_sum
+from atom_jax.chunking.types import Boundary, Plan, Seen
+from atom_jax.models import bolmo, transformer
+from atom_jax.models.bolmo import BolmoConfig, forward
+from atom_jax.models.bolmo.config import FUSED
+from atom_jax.nn.attention import Tokens
+from atom_jax.nn.norm import rms_norm
+from atom_jax.params import Tree
+from atom_jax.tokenizers.suffix import SPECIALS
+from atom_jax.typing import Batch
+
+# Symbols after which a patch is sure to have ended, for the correction that the published script makes.
+SPACES = tuple(b + SPECIALS for b in b" \t\n")
+# Logits of the source model that exist at once.
+BLOCK = 2**24
+
+
+@struct.dataclass
+class Lesson:
+    """Texts as bytes and as subwords.
+
+    bytes: Batch of a bos and the bytes of all tokens of a row but the last, one document per row; its `targets` are
+    the next ids, its `loss_mask` is True where there is one.
+    tokens: i32 [b, k] source tokens. lengths: i32 [b, k] bytes of each patch: 1 for the bos, then those of all tokens
+    but the last; 0 where there is no room for them. Patch i follows tokens before i.
+    """
+
+    bytes: Batch
+    tokens: jax.Array
+    lengths: jax.Array
+
+    @property
+    def owner(self) -> jax.Array:
+        """i32 [b, t + 1]: the patch that each byte belongs to, k beyond the last."""
+        ends, t = jnp.cumsum(self.lengths, axis=1), self.bytes.ids.shape[1]
+        return jax.vmap(lambda e: jnp.searchsorted(e, jnp.arange(t + 1), side="right"))(ends).astype(jnp.int32)
+
+    @property
+    def marks(self) -> jax.Array:
+        """bool [b, t]: where patches end. A bos inside a row joins the patch before it."""
+        owner, ids = self.owner, self.bytes.ids
+        before_bos = jnp.pad(ids[:, 1:] % FUSED == 1, ((0, 0), (0, 1)))
+        ends = (owner[:, 1:] != owner[:, :-1]) & ~before_bos
+        return ends.at[:, 0].set(True) & (self.bytes.segments > 0)
+
+
+@struct.dataclass
+class Weights:
+    """Factors of the losses, the published ones by default: encoder (the paper writes 1), cross-entropy, decoder,
+    boundaries."""
+
+    encoder: Any = 4.0
+    cross_entropy: Any = 1.0
+    decoder: Any = 1.0
+    boundary: Any = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1:
+    """How the source model is imitated.
+
+    depth: layers after which patches and source tokens are compared. tau, epsilon: temperature of the decoder's loss,
+    and the distance that it keeps from certainty.
+    spaces: source tokens that begin with white space. Where there are any, both sides of the decoder's loss include
+    that one of them (or of three bytes) comes next: the published script does so, though it serves no end when ids
+    say where patches end.
+    official_means: as in the published code, cross-entropy and decoder's loss are divided by the share of positions
+    that count, once too often; else all losses are means over what counts.
+    """
+
+    depth: int = 4
+    tau: float = 5.0
+    epsilon: float = 1e-6
+    spaces: tuple[int, ...] = ()
+    official_means: bool = False
+
+
+def stage1(
+    p: Tree, source: Tree, lesson: Lesson, weights: Weights, *, cfg: BolmoConfig, how: Stage1, eos: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """The loss of stage 1, f32 [], and its parts before weighting, by name.
+
+    Layers over patches have no gradients, but let them through. The decoder reads the source model's states in place
+    of its own patches, at the source's boundaries.
+
+    Args:
+      p: parameters of the Bolmo, whose "main" are the layers of the source model. source: the latter's "embed",
+        "norm" and "unembed" (without it, the embedding transposed). eos: the source token that begins every row.
+      cfg: with room for all patches. Raises AtomError where suffix subwords are missing.
+    """
+    batch, tokens = lesson.bytes, Tokens(lesson.bytes.positions, lesson.bytes.segments)
+    main = jax.lax.stop_gradient(p["main"])
+    early_btd, late_btd = _source_states(main, source, lesson.tokens, eos, cfg, how.depth)
+
+    h_btd, _ = forward.encode(p, batch, cfg)
+    marks, owner = lesson.marks, lesson.owner[:, :-1]
+    boundary = lookahead.apply(p["rule"], Seen(h_btd, tokens, batch.ids, marks), cfg=lookahead.Lookahead(weight=1.0))
+    plan = forward.layout(Boundary(marks), tokens, cfg)
+    at_bm = jnp.minimum(gather(owner, plan.at), lesson.tokens.shape[1] - 1)
+    encoder = _encoder_loss(main, forward.pool(p, h_btd, plan), gather(early_btd, at_bm), plan, cfg, how.depth)
+
+    patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
+    x_btd, _ = forward.decode(p, patches, h_btd, plan, tokens, cfg)
+    logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
+    targets = bolmo.fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
+    chosen_bt = jnp.where(batch.loss_mask, _pick(logp_btv, targets), 0.0)
+    filled = jnp.mean(batch.loss_mask.astype(jnp.float32)) if how.official_means else 1.0
+    cross_entropy = -jnp.sum(chosen_bt) / jnp.sum(batch.loss_mask) / filled
+
+    source_bk, spaces_bk = _source_logprobs(source, late_btd, lesson.tokens, how.spaces, cfg)
+    student_bk = segment_sum(chosen_bt, lesson.owner[:, 1:], lesson.tokens.shape[1] + 1)[:, 1:-1]
+    source_bk = source_bk[:, :-1]
+    if how.spaces:
+        ends = jnp.maximum(jnp.cumsum(lesson.lengths, axis=1)[:, 1:] - 1, 0)
+        after = jax.nn.logsumexp(logp_btv[:, :, jnp.array(SPACES)], axis=-1)
+        student_bk, source_bk = student_bk + gather(after, ends), source_bk + spaces_bk[:, 1:]
+    kl_bk = binary_divergence(source_bk / how.tau - how.epsilon, student_bk / how.tau - how.epsilon)
+    counts = lesson.lengths[:, 1:] > 0
+    total = counts.size * filled if how.official_means else jnp.sum(counts)
+    decoder = jnp.sum(jnp.where(counts, kl_bk, 0.0)) / total
+
+    parts = {"encoder": encoder, "cross_entropy": cross_entropy, "decoder": decoder, "boundary": boundary.loss}
+    return sum(getattr(weights, name) * value for name, value in parts.items()), parts
+
+
+def stage2(
+    p: Tree, batch: Batch, *, cfg: BolmoConfig, official_means: bool = False
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of stage 2, f32 []: cross-entropy, of ids that end patches where the model's own predictor says so,
+    plus the predictor's own loss (`cfg.rule.weight`); and both by name.
+
+    batch: with targets, loss_mask and marks, where patches are to end (`Lesson.marks`).
+    """
+    x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg)
+    logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
+    chosen_bt = _pick(logp_btv, bolmo.fuse(batch.targets, aux))
+    loss = -jnp.sum(jnp.where(batch.loss_mask, chosen_bt, 0.0)) / jnp.sum(batch.loss_mask)
+    if official_means:
+        loss = loss / jnp.mean(batch.loss_mask.astype(jnp.float32))
+    return loss + aux["loss"], {"cross_entropy": loss, "boundary": aux["loss"]}
+
+
+def binary_divergence(a: jax.Array, b: jax.Array) -> jax.Array:
+    """KL divergence of two coins whose heads have log-probabilities a and b, both below 0."""
+    tails_a, tails_b = log1mexp(a), log1mexp(b)
+    return jnp.exp(a) * (a - b) + (1 - jnp.exp(a)) * (tails_a - tails_b)
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - exp(x)) for x < 0, also near 0 and far from it, with finite gradients."""
+    near = x > -0.6931472
+    return jnp.where(
+        near, jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
+    )
+
+
+def _known(marks: jax.Array, batch: Batch) -> jax.Array:
+    """Marks of bytes that have a next one: of the last byte of a row the predictor doesn't know."""
+    return marks & batch.loss_mask
+
+
+def _pick(logp_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_btv, targets_bt[..., None], axis=-1)[..., 0]
+
+
+def _layers(main: Any, cfg: BolmoConfig, first: int, end: int) -> tuple[Any, transformer.TransformerConfig]:
+    """Some of the layers over patches, and their configuration."""
+    kinds = cfg.main.layer_types[first:end]
+    return jax.tree.map(lambda x: x[first:end], main), dataclasses.replace(
+        cfg.blocks, n_layers=end - first, layer_types=kinds
+    )
+
+
+def _source_states(
+    main: Any, source: Tree, tokens_bk: jax.Array, eos: int, cfg: BolmoConfig, depth: int
+) -> tuple[jax.Array, jax.Array]:
+    """States [b, k, d] of the source model after `depth` layers and after all, without its final norm."""
+    ids = jnp.pad(tokens_bk[:, :-1], ((0, 0), (1, 0)), constant_values=eos)
+    x = jnp.take(jax.lax.stop_gradient(source["embed"]), ids, axis=0).astype(cfg.dtype)
+    places = Tokens(jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape), jnp.ones_like(ids))
+    out = []
+    for first, end in ((0, depth), (depth, cfg.main.n_layers)):
+        if first < end:
+            layers, part = _layers(main, cfg, first, end)
+            x, _, _ = transformer.blocks(layers, x, places, cfg=part)
+        out.append(x)
+    return out[0], out[1]
+
+
+def _encoder_loss(
+    main: Any, pooled_bmd: jax.Array, target_bmd: jax.Array, plan: Plan, cfg: BolmoConfig, depth: int
+) -> jax.Array:
+    """Mean distance of patches from the source's states after the same layers, over the square root of the width."""
+    layers, part = _layers(main, cfg, 0, depth)
+    x_bmd, _, _ = transformer.blocks(layers, pooled_bmd, plan.tokens, cfg=part)
+    square = jnp.mean(jnp.square(x_bmd.astype(jnp.float32) - target_bmd.astype(jnp.float32)), axis=-1)
+    used = plan.tokens.segments > 0
+    distance = jnp.sqrt(jnp.where(used, jnp.maximum(square, 1e-20), 1.0))
+    return jnp.sum(jnp.where(used, distance, 0.0)) / jnp.sum(used)
+
+
+def _source_logprobs(
+    source: Tree, late_bkd: jax.Array, tokens_bk: jax.Array, spaces: tuple[int, ...], cfg: BolmoConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities f32 [b, k] of the tokens at each position, and of one that begins with white space. Logits
+    of all positions never exist together."""
+    source = jax.lax.stop_gradient(source)
+    head = source["unembed"] if "unembed" in source else source["embed"].T
+    (b, k, d), v = late_bkd.shape, head.shape[1]
+    block = min(b * k, max(16, BLOCK // v))
+    chosen = jnp.array(spaces or (0,))
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_nd, token_n = inputs
+        x_nd = rms_norm(x_nd, source["norm"], cfg.main.norm_eps)
+        logp_nv = jax.nn.log_softmax(jnp.dot(x_nd, head.astype(x_nd.dtype), preferred_element_type=jnp.float32))
+        return jnp.take_along_axis(logp_nv, token_n[:, None], axis=1)[:, 0], jax.nn.logsumexp(logp_nv[:, chosen], 1)
+
+    x = jnp.pad(late_bkd.reshape(b * k, d), ((0, -(b * k) % block), (0, 0))).reshape(-1, block, d)
+    token = jnp.pad(tokens_bk.reshape(-1), (0, -(b * k) % block)).reshape(-1, block)
+    return tuple(y.reshape(-1)[: b * k].reshape(b, k) for y in jax.lax.map(one, (x, token)))

@@ -1,0 +1,105 @@
+"""What byteification starts from: texts as bytes and subwords at once, and a Bolmo made of a source model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax import params
+from atom_jax.models import bolmo
+from atom_jax.models.bolmo import BolmoConfig, forward
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.params import Tree
+from atom_jax.tokenizers import BolmoTokenizer
+from atom_jax.tokenizers.suffix import SPECIALS
+from atom_jax.transfer.byteify import Lesson
+from atom_jax.typing import LM, AtomError, Batch, Suffix
+
+# Rows and bytes per row of the sample that the projection of patches is fitted on.
+_SAMPLE = (8, 1024)
+
+
+def lesson(tokenizer: BolmoTokenizer, tokens_bk: np.ndarray, length: int) -> Lesson:
+    """Rows of source tokens i32 [b, k] with the bytes that they stand for, in rows of `length` (in the published runs
+    24,576 for 4,096 tokens); patches for which there is no room are left out. Raises AtomError without subwords."""
+    if tokenizer.subwords is None:
+        raise AtomError("a lesson needs the tokenizer of the source model")
+    tokens_bk, pieces = np.asarray(tokens_bk, np.int32), tokenizer.subwords.pieces
+    (b, k), eos = tokens_bk.shape, tokenizer.document_id
+    ids, lengths = np.zeros((b, length), np.int32), np.zeros((b, k), np.int32)
+    for row, tokens in enumerate(tokens_bk):
+        spelled = [np.array([tokenizer.bos_id])]
+        for token in tokens[:-1].tolist():
+            data = np.frombuffer(pieces.get(token, b""), np.uint8).astype(np.int32) + SPECIALS
+            spelled.append(np.array([tokenizer.bos_id]) if token == eos else data)
+        sizes = np.array([len(s) for s in spelled])
+        fits = np.cumsum(sizes) <= length
+        lengths[row] = np.where(fits, sizes, 0)
+        ids[row, : sizes[fits].sum()] = np.concatenate([s for s, fit in zip(spelled, fits) if fit])
+    at, total = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape), lengths.sum(1, keepdims=True)
+    targets, counts = np.pad(ids[:, 1:], ((0, 0), (0, 1))), at < total - 1
+    states = tokenizer.suffix_states(ids)
+    suffix = Suffix(tokenizer.tables.out[states], np.take_along_axis(states, total - 1, axis=1)[:, 0])
+    segments = (at < total).astype(np.int32)
+    batch = Batch(ids, at, segments, np.where(counts, targets, 0), counts, suffix=suffix)
+    return jax.tree.map(jnp.asarray, Lesson(batch, tokens_bk, lengths))
+
+
+def begin(key: jax.Array, source: LM, cfg: BolmoConfig) -> Tree:
+    """Parameters of a Bolmo before stage 1 (section 4.1 of the paper).
+
+    Layers over patches and the final norm are the source's; suffix subwords have its embeddings, and bytes draws with
+    their mean and deviation, channel by channel; the projection of patches makes patches of single random bytes like
+    them; the predictor compares states as they are; everything else is drawn. Raises AtomError where sizes differ.
+    """
+    if not isinstance(source.config, TransformerConfig):
+        raise AtomError(f"{source.family}: a Bolmo is made of a transformer over subwords")
+    table = source.params["embed"].astype(jnp.float32)
+    p = params.init(key, bolmo.spec(cfg))
+    theirs, ours = params.flatten(source.params["layers"]), params.flatten(p["main"])
+    if {k: x.shape for k, x in theirs.items()} != {k: x.shape for k, x in ours.items()}:
+        raise AtomError("the source model's layers do not have the sizes of this Bolmo's")
+    if cfg.subwords > table.shape[0]:
+        raise AtomError(f"subwords: the source model embeds {table.shape[0]} tokens, not {cfg.subwords}")
+    mean, deviation = jnp.mean(table, axis=0), jnp.std(table, axis=0)
+    key = jax.random.fold_in(key, 1)
+    p |= {"main": source.params["layers"], "norm": source.params["norm"]}
+    p["embed"] = mean[None] + deviation[None] * jax.random.normal(key, p["embed"].shape)
+    if cfg.subwords:
+        p["subwords"] = table[: cfg.subwords]
+    return p | {"pool": _fitted_pool(jax.random.fold_in(key, 2), p, mean, deviation, cfg)}
+
+
+def _fitted_pool(key: jax.Array, p: Tree, mean: jax.Array, deviation: jax.Array, cfg: BolmoConfig) -> Tree:
+    """The projection of patches, whose outputs have the given mean and deviation when every byte is a patch."""
+    ids = jax.random.randint(key, _SAMPLE, SPECIALS, 260)
+    places = jnp.broadcast_to(jnp.arange(_SAMPLE[1], dtype=jnp.int32)[None], _SAMPLE)
+    found = None
+    if cfg.subwords:
+        found = Suffix(jax.random.randint(jax.random.fold_in(key, 1), _SAMPLE, 0, cfg.subwords), jnp.zeros(1))
+    h_btd, _ = forward.encode(p, Batch(ids, places, jnp.ones_like(ids), suffix=found), cfg)
+    u = (h_btd @ p["pool"]["w"]).reshape(-1, mean.shape[0])
+    scale = deviation / jnp.maximum(jnp.std(u, axis=0), 1e-9)
+    return {"w": p["pool"]["w"] * scale[None], "b": mean - jnp.mean(u, axis=0) * scale}
+
+
+def add_tuning(lm: LM, tuned: LM, base: LM, alpha: float = 1.0) -> LM:
+    """A Bolmo with what tuning changed in its source model (section 5 of the paper): layers over patches and final
+    norm become theirs plus alpha times (tuned - base). Raises AtomError where the models' layers differ in size."""
+    families = [m.family for m in (tuned, base) if not isinstance(m.config, TransformerConfig)]
+    if families or not isinstance(lm.config, BolmoConfig):
+        raise AtomError("task arithmetic: expected a Bolmo and two transformers over subwords")
+    parts = {"main": "layers", "norm": "norm"}
+    new: dict[str, Any] = {}
+    for ours, theirs in parts.items():
+        trees = lm.params[ours], tuned.params[theirs], base.params[theirs]
+        shapes = [{k: x.shape for k, x in params.flatten({"": t}).items()} for t in trees]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            raise AtomError("task arithmetic: the layers of the three models do not have the same sizes")
+        new[ours] = jax.tree.map(
+            lambda x, t, b: (x + alpha * (t.astype(jnp.float32) - b.astype(jnp.float32))).astype(x.dtype), *trees
+        )
+    return LM(lm.config, lm.params | new, lm.tokenizer)
