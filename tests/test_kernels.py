@@ -116,9 +116,9 @@ def test_dense_cache(monkeypatch):
 
 
 MESH = AbstractMesh(
-    (2, 2, 2),
+    (2, 2, 1, 2),
     sharding.AXES,
-    axis_types=(AxisType.Auto,) * 3,
+    axis_types=(AxisType.Auto,) * 4,
     abstract_device=AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
 )
 
