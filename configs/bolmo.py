@@ -34,7 +34,7 @@ def byte_model(d_model: int, n_layers: int, decoder_layers: int, heads: int, **c
 
 def small() -> Experiment:
     return Experiment(
-        model=byte_model(d_model=192, n_layers=3, decoder_layers=2, heads=4, remat=True, capacity=0.5),
+        model=byte_model(d_model=192, n_layers=3, decoder_layers=1, heads=4, remat=True, capacity=0.5),
         tokenizer="bolmo",
         data=DataConfig(sources=("austen",), seq_len=256, batch_size=16, marks="unigram:2048"),
         optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.05),

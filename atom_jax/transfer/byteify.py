@@ -154,7 +154,9 @@ def stage2(
     loss = -jnp.sum(jnp.where(batch.loss_mask, chosen_bt, 0.0)) / jnp.sum(batch.loss_mask)
     if official_means:
         loss = loss / jnp.mean(batch.loss_mask.astype(jnp.float32))
-    return loss + aux["loss"], {"cross_entropy": loss, "boundary": aux["loss"]}
+    marks = batch.marks | (batch.positions == 0)
+    boundary = lookahead.cross_entropy(aux["boundary_probs"][0], marks, batch.loss_mask)
+    return loss + cfg.rule.weight * boundary, {"cross_entropy": loss, "boundary": boundary}
 
 
 def binary_divergence(a: jax.Array, b: jax.Array) -> jax.Array:
