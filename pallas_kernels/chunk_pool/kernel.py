@@ -41,9 +41,10 @@ def _step(output, source, count, code_ref, x_ref, *refs, steps, how):
         mine = jax.lax.broadcasted_iota(jnp.int32, (CHUNKS, POSITIONS), 0) + output[at] * CHUNKS
         if how == "max":
             speaks = (mine == code_1t >> 1) & _last(code_1t >> 1)
-            top = select(speaks, _running_max(code_1t, x), 1).astype(u_ref.dtype)
+            # In float32: the compiler for v6e refuses masks of bfloat16 that meet a column.
+            top, old = select(speaks, _running_max(code_1t, x), 1), u_ref[...].astype(jnp.float32)
             found = jnp.max(speaks.astype(jnp.float32), axis=1, keepdims=True) > 0
-            u_ref[...] = jnp.where(found & (top > LOWEST), jnp.maximum(u_ref[...], top), u_ref[...])
+            u_ref[...] = jnp.where(found & (top > LOWEST), jnp.maximum(old, top), old).astype(u_ref.dtype)
         else:
             member = mine * 2 + 1 == code_1t
             if how == "ties":
