@@ -82,28 +82,27 @@ def evict_attention(
     chosen = implementation if triton else choose(implementation)
     if chosen == "reference":
         return ref.attention(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_window)
-    blocks = tuning.TRITON if triton and blocks is None else blocks
-    sizes = tuple(blocks or tuning.blocks(t, s, g, q_bhgtk.dtype, back) for back in (False, True))
-    form = functools.partial(Form, s, window, keep_window, segments is not None, keep_bhs is not None)
-    forms = tuple(form(x, triton, interpret=chosen.endswith("interpret")) for x in sizes)
-    return _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, forms)
+    blocks = blocks or (tuning.TRITON if triton else tuning.blocks(t, s, g, q_bhgtk.dtype))
+    interpret = chosen.endswith("interpret")
+    form = Form(s, window, keep_window, segments is not None, keep_bhs is not None, blocks, triton, interpret)
+    return _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, form)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, keep, segments, start, forms):
-    return _forward(q, k, v, keep, segments, start, forms)[0]
+def _attend(q, k, v, keep, segments, start, form):
+    return _forward(q, k, v, keep, segments, start, form)[0]
 
 
-def _forward(q, k, v, keep, segments, start, forms):
+def _forward(q, k, v, keep, segments, start, form):
     t = q.shape[3]
-    out, lse = _kernels(forms[0])[0](*_padded(q, k, v, keep, segments, start, forms[0]), forms[0])
+    out, lse = _kernels(form)[0](*_padded(q, k, v, keep, segments, start, form), form)
     out, lse = out[:, :, :, :t], lse[:, :, :, :t]
     return (out, lse), (q, k, v, keep, segments, start, out, lse)
 
 
-def _backward(forms, saved, gradients):
+def _backward(form, saved, gradients):
     q, k, v, keep, segments, start, out, lse = saved
-    form, (d_out, d_lse) = forms[1], gradients
+    d_out, d_lse = gradients
     t, s = q.shape[3], k.shape[2]
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     lse = jnp.where(lse > NOTHING, lse * LOG2E, -NEGATIVE)

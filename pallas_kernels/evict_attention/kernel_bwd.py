@@ -86,9 +86,9 @@ def _kernel(*refs: Any, form: Form, widths: tuple[int, ...]) -> None:
                     scores = dot(k, q, (1, 1))
                     if penalty is not None:
                         scores += penalty()
-                    weights = jnp.exp2(scores - lse_ref[pl.ds(head, 1), q_at])
+                    weights = jnp.exp2(scores - lse_ref[head, :, q_at])
                     d_v += dot(weights.astype(v.dtype), d_out, (1, 0))
-                    d_scores = weights * (dot(v, d_out, (1, 1)) - delta_ref[pl.ds(head, 1), q_at])
+                    d_scores = weights * (dot(v, d_out, (1, 1)) - delta_ref[head, :, q_at])
                     if where is not None:
                         counted = where(d_scores)
                         for lane in range(0, blocks.q_tile, LANES):
@@ -173,11 +173,12 @@ def backward(
         return jnp.clip(i, plan.q_first[row, j], jnp.maximum(plan.q_end[row, j] - 1, plan.q_first[row, j]))
 
     queries = pl.BlockSpec((None, None, g, q_block, k), lambda *at: (at[0], at[1], 0, block(*at), 0))
-    rows = pl.BlockSpec((None, None, g, q_block), lambda *at: (at[0], at[1], 0, block(*at)))
+    rows = pl.BlockSpec((None, None, g, 1, q_block), lambda *at: (at[0], at[1], 0, 0, block(*at)))
     keys = pl.BlockSpec((None, None, k_block, k), lambda b, h, j, i, *_: (b, h, j, 0))
     of_keys = pl.BlockSpec((None, None, 1, k_block), lambda b, h, j, i, *_: (b, h, 0, j))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    inputs = [q_bhgtk, k_bhsk, v_bhsk, d_out_bhgtk, lse_bhgt, delta_bhgt]
+    # Heads lie outside of a vector's eight rows, so that any of them can be loaded.
+    inputs = [q_bhgtk, k_bhsk, v_bhsk, d_out_bhgtk, lse_bhgt[:, :, :, None], delta_bhgt[:, :, :, None]]
     specs = [queries, keys, keys, queries, rows, rows]
     outputs = [jax.ShapeDtypeStruct(q_bhgtk.shape, jnp.float32)]
     outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_bhsk, v_bhsk)]

@@ -61,7 +61,7 @@ CASES = {
     "8b_packed": Case(2048, 2048, packed=True),
     "8b_sliding": Case(8192, 8192, keep_window=None, window=1024),
     "8b_part": Case(2048, 8192, part=True),
-    "8b_f32": Case(2048, 2048, dtype="float32"),
+    "8b_f32": Case(2048, 2048, dtype="float32", packed=True),
     "small_packed": Case(2000, 2000, h=3, g=3, k=64, b=32, packed=True),
     "8b_long": Case(131072, 131072),
 }
