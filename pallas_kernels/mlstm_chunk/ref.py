@@ -29,13 +29,16 @@ def padded(parts: Parts, size: int) -> list[jax.Array]:
 
 
 def sums(forget_bhi: jax.Array, document_bi: jax.Array) -> jax.Array:
-    """Of a block: the log forget gates of a position's document up to and including it, f32 [b, h, i]."""
-    total = jnp.cumsum(forget_bhi, axis=2)
-    begins = document_bi != jnp.concatenate([document_bi[:, :1], document_bi[:, :-1]], axis=1)
-    start = jax.lax.cummax(jnp.where(begins, jax.lax.broadcasted_iota(jnp.int32, begins.shape, 1), 0), axis=1)
-    before = jnp.where(start > 0, start - 1, 0)[:, None]
-    passed = jnp.take_along_axis(total, jnp.broadcast_to(before, total.shape), axis=2)
-    return total - jnp.where(jnp.broadcast_to((start > 0)[:, None], total.shape), passed, 0.0)
+    """Of a block: the log forget gates of a position's document up to and including it, f32 [b, h, i]. As a product,
+    so that nothing cancels."""
+    seen = _seen(document_bi).astype(jnp.float32)
+    return jnp.einsum("bij,bhj->bhi", seen, forget_bhi, precision="highest")
+
+
+def _seen(document_bi: jax.Array) -> jax.Array:
+    """bool [b, i, j]: positions j of the same document, not after i."""
+    i = jnp.arange(document_bi.shape[1])
+    return (document_bi[:, :, None] == document_bi[:, None]) & (i[:, None] >= i[None])[None]
 
 
 def mlstm(parts: Parts, state: State, size: int) -> tuple[jax.Array, State]:
@@ -57,10 +60,8 @@ def mlstm(parts: Parts, state: State, size: int) -> tuple[jax.Array, State]:
 def _block(carry: tuple, parts: Parts) -> tuple[tuple, jax.Array]:
     """One block: state and document at its end, and outputs f32 [b, h, i, v]."""
     (c_bhkv, n_bhk, m_bh, before_b), (q, k, v, gate, forget, document) = carry, parts
-    total = sums(forget, document)
-    i = jnp.arange(document.shape[1])
-    seen = ((document[:, :, None] == document[:, None]) & (i[:, None] >= i[None])[None])[:, None]
-    log = total[..., None] + (gate - total)[..., None, :]
+    total, seen = sums(forget, document), _seen(document)[:, None]
+    log = total[..., None] - total[..., None, :] + gate[..., None, :]
     log = jnp.where(jnp.broadcast_to(seen, log.shape), log, NEGATIVE)
     goes_on = jnp.broadcast_to((document == before_b[:, None])[:, None], total.shape)
     old = total + jnp.where(goes_on, m_bh[..., None], 0.0)
