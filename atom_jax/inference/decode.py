@@ -141,7 +141,7 @@ def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
 def _read(
-    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any, *, cfg: Any, capacity: int
+    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
 ) -> tuple[Any, Any]:
     """(logits after the last token of every prompt, or that before it where the last one is pending, float32 [b, v],
     and the cache), and what was lost."""
