@@ -4,8 +4,8 @@ make smollm2 english
 python train.py --config=configs/dms.py:smollm2 --workdir=runs/dms
 
 Compile-time figures (`--compile_only --topology=v5p:4x4x4`, libtpu 0.0.42.1) of qwen3_8b_pod, 8 rows of 32,768
-tokens: per chip parameters 1.909 GiB, optimiser state 0.002, temporaries 4.358, in all 6.270 of 95 (93% free);
-2.20e16 operations per step, 2.85e16 with what is computed again, which take at least 0.97 s; 73.7 GiB sent per chip
+tokens: per chip parameters 1.909 GiB, optimiser state 0.002, temporaries 4.361, in all 6.273 of 95 (93% free);
+2.20e16 operations per step, 2.85e16 with what is computed again, which take at least 0.97 s; 74.6 GiB sent per chip
 and step.
 """
 

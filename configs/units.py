@@ -18,7 +18,7 @@ words     units end at white space; spacebyte: at SpaceByte's places; hat: at em
 megabyte  units of four bytes, side by side, spread by a matrix for each place.
 hnet_1stage_xl, hnet_2stage_xl   the released sizes, for an accelerator. Compile-time figures of hnet_1stage_xl on 64
           chips of a v5p:4x4x4 with mesh.fsdp=64 (`--compile_only`, libtpu 0.0.42.1), 256 rows of 8,192 bytes: per
-          chip 0.225 GiB of state and batch, temporaries 8.091, in all 8.316 of 95 (91% free); 15.2 GiB sent per
+          chip 0.225 GiB of state and batch, temporaries 8.429, in all 8.654 of 95 (91% free); 15.2 GiB sent per
           step; 4.23e15 operations, 5.64e15 with what is computed again, which take at least 0.19 s.
 tiny      seconds; for tests.
 """
