@@ -15,7 +15,7 @@ from atom_jax.training import distill
 from atom_jax.typing import AtomError
 
 sys.path.append(str(__import__("pathlib").Path(__file__).parents[1] / "kvcache" / "dms"))
-import tiny
+from tests.kvcache.dms import tiny
 
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from atom_jax import params as params_lib
 from atom_jax.kvcache.dms import DMS, observed
@@ -14,6 +13,7 @@ from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
+from tests.kvcache.dms import tiny
 
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file
 
 from atom_jax.inference import reading
@@ -19,6 +18,7 @@ from atom_jax.kvcache.dms import DMS, pool, serve
 from atom_jax.models import transformer
 from atom_jax.params import init
 from atom_jax.typing import LM, AtomError, Batch
+from tests.kvcache.dms import tiny
 
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)
