@@ -1,7 +1,6 @@
 """Self-distillation next to the official losses and gradients."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from atom_jax.checkpoint import families
 from atom_jax.kvcache.dms import decide
 from atom_jax.training import distill
 from atom_jax.typing import AtomError
-
-sys.path.append(str(__import__("pathlib").Path(__file__).parents[1] / "kvcache" / "dms"))
 from tests.kvcache.dms import tiny
 
 
