@@ -22,7 +22,7 @@ def test_variant_is_complete(name):
 
 
 def test_the_smallest_one_trains_and_writes(tmp_path):
-    exp = start.configure("configs/bolmo.py:tiny", ["mesh.data=1"])
+    exp = start.configure("configs/bolmo.py:tiny", [])
     result = loop.fit(exp, tmp_path)
     lines = [x for x in read(tmp_path / "metrics.jsonl") if x["kind"] == "train"]
     assert result.step == 8 and lines[-1]["loss"] < lines[0]["loss"]
