@@ -156,7 +156,7 @@ def _head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg
     """Log-probability float32 [n] of each target after the state at its index, and whether it is the likeliest."""
     model = registry.of(cfg)
     logits = model.logits(params, x[index][None], cfg=cfg)[0]
-    if getattr(model, "TWINS", False):
+    if model.TWINS:
         logits = sampling.merge(logits)
         target = target % logits.shape[1]
     chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]

@@ -109,7 +109,7 @@ def start(
         last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)
         logits_bv = _logits(params, last_bd, cfg=cfg)
     cache = model.unstack(cache) if unroll else cache
-    if getattr(model, "PENDING", False):
+    if model.PENDING:
         token, done, made = _last(choice, logits_bv, ids_bt, length_b)
         return State(cache, token, done, made), jnp.full_like(token, -1)
     return _begin(cache, logits_bv, choice, cfg)
@@ -150,7 +150,7 @@ def _read(
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
     x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
-    last = jnp.maximum(length_b - 1 - getattr(model, "PENDING", False), 0)
+    last = jnp.maximum(length_b - 1 - model.PENDING, 0)
     last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 

@@ -100,7 +100,7 @@ def generate(
     model = registry.of(lm.config)
     choice = Choice(
         _row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids),
-        twins=getattr(model, "TWINS", False), unused=getattr(model, "UNUSED", ()),
+        twins=model.TWINS, unused=model.UNUSED,
     )  # fmt: skip
     run = _Run(lm, rows, choice, stop, on_text)
     if memory is None:
@@ -271,7 +271,7 @@ def _stop_ids(lm: LM, stop_ids: Sequence[int] | None) -> np.ndarray:
         stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
     ids = np.array(sorted(stop_ids), np.int64)
     check_ids(ids, lm.config.vocab_size)
-    if getattr(registry.of(lm.config), "TWINS", False):
+    if registry.of(lm.config).TWINS:
         half = lm.config.vocab_size // 2
         ids = np.unique(np.concatenate([ids % half, ids % half + half]))
     return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)

@@ -105,7 +105,7 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[j
     model = registry.of(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
     targets_bt = jnp.roll(batch.ids, -1, axis=1)
-    if twins := getattr(model, "TWINS", False):
+    if model.TWINS:
         targets_bt = model.fuse(targets_bt, aux)
     b, t, d = x_btd.shape
     n = b * (t - 1)
@@ -114,7 +114,7 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[j
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_nd, target_n = inputs
         logits = model.logits(params, x_nd[None], cfg=cfg)[0]
-        if twins and marginal:
+        if model.TWINS and marginal:
             logits = sampling.merge(logits)
             target_n = target_n % logits.shape[-1]
         chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]

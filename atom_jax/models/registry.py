@@ -1,9 +1,9 @@
 """From a model configuration to the module with its pure functions: spec, hidden, logits, apply; init_cache, full,
 grow, unstack, cache_use, decode_params, read_whole, step for generation; and roomier.
 
-A model whose ids have two forms, in the two halves of its vocabulary, has TWINS = True and `fuse`, which puts targets
-in the form that they have in a text; UNUSED are ids that it never generates; with PENDING = True the form of a
-prompt's last token is chosen before the first new token."""
+And three constants. TWINS: whether ids have two forms, in the two halves of the vocabulary (such a model has `fuse`,
+which puts targets in the form that they have in a text). UNUSED: ids that are never generated. PENDING: whether the
+form of a prompt's last token is chosen before the first new token."""
 
 from __future__ import annotations
 

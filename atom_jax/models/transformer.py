@@ -29,9 +29,12 @@ from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
-    "FAMILIES", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params", "full", "grow", "hidden",
-    "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "FAMILIES", "PENDING", "TWINS", "UNUSED", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params",
+    "full", "grow", "hidden", "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip
+
+# See `registry`.
+PENDING, TWINS, UNUSED = False, False, ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import round_up
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -35,11 +37,7 @@ TRITON = Blocks(64, 128, 64, 128)
 def blocks(t: int, s: int, g: int, dtype: jnp.dtype) -> Blocks:
     """Blocks for t queries of g heads that share s keys."""
     q_tile, k_tile = TILES[jnp.dtype(dtype).itemsize]
-    q_tile, k_tile = min(q_tile, _up(t, 128)), min(k_tile, _up(s, 128))
+    q_tile, k_tile = min(q_tile, round_up(t, 128)), min(k_tile, round_up(s, 128))
     q_block = q_tile * max(1, min(ROWS // (g * q_tile), -(-t // q_tile)))
     k_block = k_tile * max(1, min(KEYS // k_tile, -(-s // k_tile)))
     return Blocks(q_block, k_block, q_tile, k_tile)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
