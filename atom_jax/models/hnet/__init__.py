@@ -15,6 +15,6 @@ from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, in
 from atom_jax.models.hnet.waiting import PENDING, TWINS, UNUSED, step
 
 __all__ = [
-    "PENDING", "TWINS", "UNUSED", "HNetConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden", "init_cache",
-    "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "PENDING", "TWINS", "UNUSED", "HNetConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden",
+    "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip
