@@ -33,19 +33,24 @@ def smollm2(entries: int = 512) -> Experiment:
         data=english(2048),
         tokenizer="",
         fit=FitConfig(target="loss", windows=12, entries=entries),
-        distill=DistillConfig(direction="both", cr_start=5.0, cr_end=8.0, cr_steps=70),
+        distill=DistillConfig(direction="both", cr_start=5.0, cr_end=8.0, cr_steps=70, remat=False),
         optim=adapters_only(learning_rate=3e-3, warmup_steps=5, final_fraction=0.1),
         train=TrainConfig(steps=70, log_every=5, eval_every=0, checkpoint_every=20),
     )
 
 
 def smollm2_8x() -> Experiment:
-    """The same evictors, trained on with the threshold where 256 entries stay, on other rows."""
+    """The same evictors, trained on with the threshold where 256 entries stay, on other rows, together with
+    corrections of attention's projections."""
     exp = smollm2(256)
     return dataclasses.replace(
         exp, init_from="runs/dms", fit=dataclasses.replace(exp.fit, windows=0),
+        memory=dataclasses.replace(exp.memory, rank=8),
+        optim=adapters_only(
+            Group(r"layers/attn/dms/._[ab]", 0.3), learning_rate=2e-3, warmup_steps=5, final_fraction=0.1
+        ),
         data=dataclasses.replace(exp.data, seed=1),
-        distill=DistillConfig(direction="both", cr_start=15.0, cr_end=22.0, cr_steps=70),
+        distill=DistillConfig(direction="both", cr_start=15.0, cr_end=22.0, cr_steps=70, remat=False),
     )  # fmt: skip
 
 
@@ -96,8 +101,8 @@ def qwen3(**sizes: Any) -> TransformerConfig:
     )  # fmt: skip
 
 
-def adapters_only(**options: Any) -> OptimConfig:
-    return OptimConfig(weight_decay=0.0, groups=(Group(r"(?!layers/attn/dms/).*"),), **options)
+def adapters_only(*groups: Group, **options: Any) -> OptimConfig:
+    return OptimConfig(weight_decay=0.0, groups=(*groups, Group(r"(?!layers/attn/dms/).*")), **options)
 
 
 def english(seq_len: int) -> DataConfig:

@@ -26,6 +26,7 @@ from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import Fields, read_json
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.kvcache.dms import DMS
+from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
 
@@ -46,7 +47,7 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
     cfg = _transformer(lm)
     if cfg.dms is None:
         raise AtomError("the model has no learned evictors (its memory is not DMS), so there is no adapter to save")
-    if not cfg.dms.spec(cfg.d_model, cfg.n_kv_heads):
+    if cfg.dms.form == "borrowed":
         raise AtomError(f"evictors of form {cfg.dms.form!r} have no parameters of their own: save the whole model")
     source = families.ExportSource(cfg, lm.params, PART)
     base = {"family": cfg.family, **{size: getattr(cfg, size) for size in _SIZES}, "name": name}
@@ -126,7 +127,7 @@ def _check(cfg: TransformerConfig, data: dict[str, Any], where: str) -> DMS:
         raise AtomError(f"{where}: {e}") from None
     if not isinstance(memory, DMS):
         raise AtomError(f"{where}: memory is {type(memory).__name__}, not DMS")
-    if not memory.spec(cfg.d_model, cfg.n_kv_heads):
+    if memory.form == "borrowed":
         raise AtomError(f"{where}: memory.form is {memory.form!r}, which needs a whole model")
     if cfg.dms is not None and cfg.dms.form == "borrowed":
         raise AtomError(
@@ -141,6 +142,5 @@ def _places(cfg: TransformerConfig, given: dict[str, Any]) -> params_lib.Tree:
     spread = embed
     if isinstance(embed, jax.sharding.NamedSharding):
         spread = jax.sharding.NamedSharding(embed.mesh, jax.sharding.PartitionSpec())
-    learned = cfg.dms.spec(cfg.d_model, cfg.n_kv_heads)
-    paths = [f"layers/{PART}{name}" for name in learned]
+    paths = [path for path in params_lib.flatten(transformer.spec(cfg)) if PART in path]
     return params_lib.unflatten({path: given.get(path, spread) for path in paths})

@@ -14,6 +14,7 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource
+from atom_jax.kvcache.dms import low_rank
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
@@ -69,6 +70,9 @@ _COMMON = (
     _layer("self_attn.dms_proj_alpha_norm", "attn/dms/norm"),
     _layer("self_attn.dms_observed", "attn/dms/observed", 1),
     Rule("model.layers.{i}.self_attn.dms_proj_alpha.bias", "layers/attn/dms/bias"),
+    # Their corrections to the projections, under the names of PEFT.
+    *(_layer(f"self_attn.{n}_proj.lora_A", f"attn/dms/{n}_a", inputs) for n, inputs in low_rank.INPUTS.items()),
+    *(_layer(f"self_attn.{n}_proj.lora_B", f"attn/dms/{n}_b", 1) for n in low_rank.INPUTS),
 )
 _QK_NORM = (_layer("self_attn.q_norm", "attn/q_norm"), _layer("self_attn.k_norm", "attn/k_norm"))
 # The same published name stands for different norms: before the MLP, or after attention.

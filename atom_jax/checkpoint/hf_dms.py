@@ -1,7 +1,7 @@
 """Fields of learned evictors in config.json <-> DMS.
 
-Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_bias, atom_dms_sinks
-and atom_dms_page, where it differs from the published layout, and overrides it.
+Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_bias, atom_dms_rank,
+atom_dms_sinks and atom_dms_page, where it differs from the published layout, and overrides it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from atom_jax.typing import AtomError
 OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",
     "dms_tau", "dms_cr", "dms_paged_attention_block_size", "dms_disable_eviction",
-    "atom_dms_form", "atom_dms_bias", "atom_dms_sinks", "atom_dms_page",
+    "atom_dms_form", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page",
 }  # fmt: skip
 # How the published code runs, not what it computes.
 HARMLESS = {
@@ -51,6 +51,7 @@ def from_hf(fields: Fields) -> DMS | None:
         tau=fields.number("dms_tau", DMS.tau),
         per=fields.one_of("dms_alpha_per", ("head", "layer"), "head"),
         bias=fields.flag("atom_dms_bias", False),
+        rank=fields.size("atom_dms_rank", 0, least=0),
         sinks=fields.size("atom_dms_sinks", 0, least=0),
         page=fields.size("atom_dms_page", DMS.page),
         cr=fields.number("dms_cr", DMS.cr),
@@ -74,7 +75,7 @@ def to_hf(family: str, dms: DMS) -> dict[str, Any]:
     }
     if dms.form == "observed":
         out["atom_dms_form"] = dms.form
-    return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "sinks", "page") if _differs(dms, k)}
+    return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "rank", "sinks", "page") if _differs(dms, k)}
 
 
 def _differs(dms: DMS, name: str) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from atom_jax import config, params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.dense import Cache
-from atom_jax.kvcache.dms import DMS, decide
+from atom_jax.kvcache.dms import DMS, decide, low_rank
 from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.kvcache.memory import Call
 from atom_jax.models.transformer_memory import cache_use, full, grow, init_cache, read_whole, unstack
@@ -125,7 +125,7 @@ def spec(cfg: TransformerConfig) -> params.Tree:
         "mlp_norm": ParamSpec((d,), (None,), ones),
         "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
     }
-    if cfg.dms is not None and (learned := cfg.dms.spec(d, cfg.n_kv_heads)):
+    if cfg.dms is not None and (learned := cfg.dms.spec(layer["attn"])):
         layer["attn"]["dms"] = learned
     tree = {
         "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(0.02)),
@@ -236,6 +236,9 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
       doubles the traffic on a CPU.
     """
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
+    if cfg.dms is not None and cfg.dms.rank:
+        attn = jax.vmap(low_rank.corrected)(p["layers"]["attn"])
+        p = {**p, "layers": {**p["layers"], "attn": attn}}
     if unroll:
         # One small program, run for every layer: slicing all of them in one program compiles for seconds.
         layers = tuple(_decode_layer(p["layers"], i, cfg.dtype) for i in range(cfg.n_layers))
@@ -325,6 +328,8 @@ def _attention(
     """Attention of a layer whose input is x and whose projections read y [b, t, d]; its memory afterwards; and what
     is to be reported, by name."""
     cfg, tokens, cache, dms = context.cfg, context.tokens, context.cache, context.cfg.dms
+    if dms is not None and dms.rank and context.mode.kind in ("hard", "relaxed"):
+        p = low_rank.corrected(p)
     q, k, v = _projections(p, y, cfg)
     z = None if dms is None else decide.logits(p.get("dms"), x, q, dms, cfg.n_kv_heads, cfg.norm_eps)
     lend = functools.partial(decide.lend, h=cfg.n_kv_heads, fade=context.mode.fade)

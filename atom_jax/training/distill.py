@@ -24,6 +24,7 @@ class DistillConfig:
         decisions should evict, and what is missing from it is added to the loss, `weight` times.
     fade_steps: of the borrowed form: steps over which the borrowed channel leaves attention, before anything is
         evicted.
+    remat: compute the layers again in the backward pass instead of keeping their activations.
     """
 
     direction: str = "reverse"
@@ -32,6 +33,7 @@ class DistillConfig:
     cr_steps: int = 238
     weight: float = 1.0
     fade_steps: int = 0
+    remat: bool = True
 
     def __post_init__(self):
         if self.direction not in ("reverse", "forward", "both"):
@@ -78,7 +80,9 @@ def self_distillation(
         student_mode = Mode("relaxed", noise, fade)
     frozen = jax.lax.stop_gradient(params)
     teacher, _, _ = transformer.hidden(frozen, batch, cfg=cfg, mode=teacher_mode)
-    student, _, aux = transformer.hidden(params, batch, cfg=dataclasses.replace(cfg, remat=True), mode=student_mode)
+    student, _, aux = transformer.hidden(
+        params, batch, cfg=dataclasses.replace(cfg, remat=how.remat), mode=student_mode
+    )
     ends = jnp.isin(batch.ids, jnp.array(cfg.eos_ids or (-1,)))
     counts = batch.loss_mask.astype(jnp.float32)
     block = block or positions_per_block(b, t, cfg.vocab_size)

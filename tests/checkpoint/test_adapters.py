@@ -51,7 +51,7 @@ def test_what_is_written(saved):
     sizes = {"family": "llama", "n_layers": 2, "d_model": 16, "n_kv_heads": 2, "n_heads": 4, "head_dim": 8}
     assert table["format"] == 1 and table["memory"]["class"] == "DMS" and table["base"] == {**sizes, "name": "a/base"}
     source = SafetensorsSource(path / "adapter.safetensors")
-    assert len(source.infos) == 8 and {i.dtype.name for i in source.infos.values()} == {"float32"}
+    assert len(source.infos) == 8 + 16 and {i.dtype.name for i in source.infos.values()} == {"float32"}
     alpha = source.read("model.layers.1.self_attn.dms_proj_alpha.weight")
     np.testing.assert_array_equal(alpha, np.asarray(lm.params["layers"]["attn"]["dms"]["alpha"][1]).T)
     adapters.save_adapter(lm, path)

@@ -24,7 +24,9 @@ FORMS = {
     "separate_alpha_per_layer": ("adapter", "layer"),
 }
 PUBLISHED = DMS(form="borrowed", window=8, page=DMS.page, cr=8.0, block_size=4)
-OBSERVED = DMS(form="observed", window=8, scale=2.5, offset=-1.5, tau=0.5, bias=True, sinks=4, page=16, cr=4.5)
+OBSERVED = DMS(
+    form="observed", window=8, scale=2.5, offset=-1.5, tau=0.5, bias=True, rank=2, sinks=4, page=16, cr=4.5
+)
 BASE = {
     "model_type": "qwen3",
     "vocab_size": 264,
@@ -83,8 +85,10 @@ def test_observed_evictors_survive_every_format(tmp_path, family):
     saved = read_json(tmp_path / "hf" / "config.json")
     assert saved["architectures"] == ["Qwen3ForCausalLMDMS" if family == "qwen3" else hf_config.ARCHITECTURES[family]]
     assert saved["dms_separate_alpha"] is True and saved["dms_cr"] == 4.5
-    own = {"atom_dms_form": "observed", "atom_dms_bias": True, "atom_dms_sinks": 4, "atom_dms_page": 16}
-    assert {k: v for k, v in saved.items() if k.startswith("atom_dms")} == own
+    own = {"form": "observed", "bias": True, "rank": 2, "sinks": 4, "page": 16}
+    assert {k: v for k, v in saved.items() if k.startswith("atom_dms")} == {
+        f"atom_dms_{k}": v for k, v in own.items()
+    }
     cli.convert(str(tmp_path / "hf"), str(tmp_path / "orbax"))
     for path in (tmp_path / "hf", tmp_path / "orbax"):
         again = checkpoint.load(path)

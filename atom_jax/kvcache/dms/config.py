@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from atom_jax import config
+from atom_jax.kvcache.dms import low_rank
 from atom_jax.kvcache.memory import Policy, Sizes
 from atom_jax.params import ParamSpec, Tree, ones, zeros
 from atom_jax.typing import AtomError
@@ -31,6 +32,7 @@ class DMS(Policy):
     tau: temperature of the relaxed decisions in training.
     per: "head", or "layer": the first head decides for all heads of its layer.
     bias: the projection has a bias per head.
+    rank: of the corrections to attention's projections (`low_rank`); 0: none.
     sinks: positions at the start of a text whose keys are never evicted.
     page: entries per page of the serving cache.
     cr: the compression ratio that it was trained for; documentation only.
@@ -45,6 +47,7 @@ class DMS(Policy):
     tau: float = 0.1
     per: str = "head"
     bias: bool = False
+    rank: int = 0
     sinks: int = 0
     page: int = 32
     cr: float = 8.0
@@ -55,16 +58,19 @@ class DMS(Policy):
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):
             raise AtomError(f"memory.per: expected head or layer, got {self.per!r}")
-        if min(self.window, self.page, self.block_size) < 1 or self.sinks < 0:
-            raise AtomError("memory: window, page and block_size must be at least 1, sinks at least 0")
+        if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
+            raise AtomError("memory: window, page and block_size must be at least 1, sinks and rank at least 0")
+        if self.form == "borrowed" and self.rank:
+            raise AtomError("memory.rank: corrections need the form adapter or observed")
         if not self.tau > 0:
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
 
-    def spec(self, d: int, h: int) -> Tree:
-        """Parameters of one layer of width d with h key/value heads; {} for the borrowed form. Zero weights evict
-        nothing."""
+    def spec(self, projections: Tree) -> Tree:
+        """Parameters of one layer whose projections are "q" [d, n, k], "k" [d, h, k] and so on; {} for the borrowed
+        form. Zero weights evict nothing."""
         if self.form == "borrowed":
             return {}
+        d, h, _ = projections["k"].shape
         spec = {
             "norm": ParamSpec((d,), (None,), ones),
             "alpha": ParamSpec((d, h), ("embed", "kv_heads"), zeros),
@@ -73,6 +79,8 @@ class DMS(Policy):
             spec["bias"] = ParamSpec((h,), ("kv_heads",), zeros)
         if self.form == "observed":
             spec["observed"] = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
+        if self.rank:
+            spec |= low_rank.spec(projections, self.rank)
         return spec
 
     def init(self, sizes: Sizes, capacity: int) -> Any:

@@ -118,7 +118,37 @@ def test_received_attention_equals_its_definition(t, before, window):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("field,value", [("form", "x"), ("per", "token"), ("window", 0), ("tau", 0.0), ("sinks", -1)])
+def test_corrections_hold_only_where_keys_may_be_evicted():
+    cfg = transformer.TransformerConfig(
+        vocab_size=50, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
+        memory=DMS(window=5, rank=2, scale=1.0, offset=5.0),
+    )  # fmt: skip
+    params = params_lib.init(jax.random.key(0), transformer.spec(cfg))
+    batch = tiny.batch(np.random.default_rng(0).integers(0, 50, (2, 40)))
+    states = lambda mode: transformer.hidden(params, batch, cfg=cfg, mode=mode)[0]  # noqa: E731
+    before = states(Mode("hard"))
+    np.testing.assert_allclose(before, states(Mode("off")), atol=1e-6)
+    learned = params["layers"]["attn"]["dms"]
+    for name in ("q_b", "k_b", "v_b", "o_b"):
+        learned[name] = jax.random.normal(jax.random.key(1), learned[name].shape) * 0.1
+        new = states(Mode("hard"))
+        assert float(jnp.abs(new - before).max()) > 1e-3
+        before = new
+    whole = dict(params["layers"]["attn"])
+    for name, pattern in (
+        ("q", "ldr,lrnk->ldnk"),
+        ("k", "ldr,lrnk->ldnk"),
+        ("v", "ldr,lrnk->ldnk"),
+        ("o", "lnkr,lrd->lnkd"),
+    ):
+        whole[name] = whole[name] + jnp.einsum(pattern, learned[f"{name}_a"], learned[f"{name}_b"])
+    params = {**params, "layers": {**params["layers"], "attn": whole}}
+    np.testing.assert_allclose(states(Mode("off")), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field,value", [("form", "x"), ("per", "token"), ("window", 0), ("tau", 0.0), ("sinks", -1), ("rank", -1)]
+)
 def test_senseless_configurations_are_refused(field, value):
     with pytest.raises(AtomError, match=field):
         DMS(**{field: value})

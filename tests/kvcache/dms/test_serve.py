@@ -134,7 +134,7 @@ def test_official_whole_sequence(official):
 POLICIES = [
     DMS("observed", window=6, scale=1.0, offset=0.0, sinks=2, page=4),
     DMS("observed", window=5, scale=1.0, offset=0.0, per="layer", bias=True, page=8),
-    DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4),
+    DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4, rank=2),
 ]
 
 
@@ -191,7 +191,7 @@ CASES = {
     "observed-turns-apart": (POLICIES[0], TURNS, True),
     "observed-parts": (POLICIES[0], PARTS, False),
     "layer-turns": (POLICIES[1], TURNS, False),
-    "adapter-parts": (POLICIES[2], PARTS, False),
+    "adapter-parts": (POLICIES[2], PARTS, True),
 }
 
 
