@@ -139,7 +139,7 @@ def test_an_adapter_replaces_earlier_evictors(saved):
         ({"format": 2}, "format is 2; only 1 is known"),
         ({"memory": {"window": 0}}, r"adapter\.json: memory: window, page and block_size must be at least 1"),
         ({"memory": {"window": "x"}}, r"adapter\.json: memory\.window: expected int"),
-        ({"memory": {"form": "borrowed"}}, "memory.form is 'borrowed', which needs a whole model"),
+        ({"memory": {"form": "borrowed", "rank": 0}}, "memory.form is 'borrowed', which needs a whole model"),
         ({"memory": {"bias": False}}, r"2 unexpected tensors \(.*bias.*\) for a llama of this adapter\.json"),
         ({"memory": None}, "memory: expected an object"),
     ],
