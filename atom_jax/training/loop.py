@@ -143,7 +143,9 @@ class _Run:
     def _read(self, split: str) -> Any:
         cfg = self.exp.data
         if split != "train":
-            cfg = dataclasses.replace(cfg, split=split, batch_size=cfg.batch_size // self.exp.optim.accumulate)
+            # With the same seed, so that runs on other parts of the text are judged alike.
+            rows = cfg.batch_size // self.exp.optim.accumulate
+            cfg = dataclasses.replace(cfg, split=split, batch_size=rows, seed=0)
         data = make_iterator(cfg, self.program.tokenizer, *sharding.row_share(self.program.mesh, jax.process_index()))
         self.opened.callback(data.close)
         return data
