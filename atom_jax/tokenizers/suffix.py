@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atom_jax.typing import AtomError
-
 # Special ids 0 to 3 (pad, bos, unused, a mark that is passed over), then the bytes; then all of them once more, as
 # ends of patches (`tokenizers.bolmo`).
 SPECIALS, SYMBOLS, PASSED_OVER = 4, 260, 3
@@ -75,17 +73,11 @@ def states(tables: Tables, ids: np.ndarray, longest: int) -> np.ndarray:
 
 def build(pieces: dict[int, bytes], bos: int | None = None, pad: int | None = None) -> Tables:
     """The automaton of a vocabulary (id -> bytes) in which bos and pad are what special ids 1 and 0 stand for, and
-    not the bytes of their names. Of tokens with the same bytes the highest id counts.
-
-    Raises AtomError where a single byte is no token: some texts would have no token at their end.
+    not the bytes of their names. Of tokens with the same bytes the highest id counts. Where no token ends (some
+    vocabularies, SmolLM2's for one, lack control characters and bytes that UTF-8 has no use for), bos counts.
     """
     words = {i: piece for i, piece in sorted(pieces.items()) if piece and i not in (bos, pad)}
-    lacking = set(range(256)) - {piece[0] for piece in words.values() if len(piece) == 1}
-    if lacking:
-        raise AtomError(
-            f"this vocabulary has no token for byte {min(lacking)}, so not every text has a token at its end"
-        )
-    trie = _Trie(words)
+    trie = _Trie(words, bos or 0)
     bits, base, target, anchor, near = trie.rows()
     n = trie.n
     # Two states more: after bos and after pad. Their rows are those of the state before a text.
@@ -102,7 +94,7 @@ class _Trie:
     """Beginnings of words by length; n of them, the empty one first. parent, symbol, fail, out i32 [n]; the children
     of a node are numbered in a row, by symbol; levels: (first, end) of every length from 0 on."""
 
-    def __init__(self, words: dict[int, bytes]):
+    def __init__(self, words: dict[int, bytes], nothing: int):
         sizes = np.array([len(w) for w in words.values()])
         flat = np.frombuffer(b"".join(words.values()), np.uint8).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -118,7 +110,7 @@ class _Trie:
             self.n += len(keys)
         self.parent, self.symbol = np.concatenate(parents), np.concatenate(symbols)
         self.keys = self.parent[1:] * 256 + self.symbol[1:]
-        self.out = np.zeros(self.n, np.int64)
+        self.out = np.full(self.n, nothing, np.int64)
         is_word = np.zeros(self.n, bool)
         # Later ids overwrite earlier ones.
         self.out[node], is_word[node] = ids, True
@@ -157,7 +149,7 @@ class _Trie:
             level = np.arange(first, end)
             anchor[level] = anchor[self.fail[level]]
             lo, hi = np.searchsorted(self.keys, [first * 256, end * 256])
-            theirs = _ranges(start[self.fail[level]], count[self.fail[level]])
+            theirs = ranges(start[self.fail[level]], count[self.fail[level]])
             inherited = np.repeat(level, count[self.fail[level]]) * 256 + np.concatenate(keys)[theirs] % 256
             other = ~np.isin(inherited, self.keys[lo:hi])
             key = np.concatenate([self.keys[lo:hi], inherited[other]])
@@ -177,7 +169,7 @@ class _Trie:
         return bits, base.astype(np.int32), target.astype(np.int32), anchor * 256, near
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, ... for every start, as many as its count, one after the other."""
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
