@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,16 +47,30 @@ class Choice:
             raise AtomError(f"{self.name}.format={chosen}: expected one of {', '.join(self.formats)}")
         everything = requests.read(f"{self.name}/{chosen}")
         documents = [everything[i] for i in requests.subset(len(everything), settings.limit, settings.seed)]
-        planner = Planner()
-        answers = [[planner.pair(encoder, c, a) for c, a in zip(d.contexts, d.continuations)] for d in documents]
-        neutral = [[planner.pair(encoder, d.neutral, a) for a in d.continuations] for d in documents if d.neutral]
+        return compare(documents, encoder, {"format": chosen})
 
-        def summarize(scores: Sequence[Score]) -> Result:
-            plain = [np.array([logprob(scores, a) for a in doc]) for doc in answers]
-            alone = [np.array([logprob(scores, a) for a in doc]) for doc in neutral]
-            return accuracies(documents, plain, alone, {"format": chosen, "cut": planner.cut})
 
-        return Plan(planner.items, summarize)
+def compare(
+    documents: Sequence[requests.Request],
+    encoder: Encoder,
+    notes: dict[str, Any],
+    parts: dict[str, slice] | None = None,
+) -> Plan:
+    """The items of all answers, of which the likeliest are chosen. parts: documents whose `acc` is also given alone,
+    as acc_NAME."""
+    planner = Planner()
+    answers = [[planner.pair(encoder, c, a) for c, a in zip(d.contexts, d.continuations)] for d in documents]
+    neutral = [[planner.pair(encoder, d.neutral, a) for a in d.continuations] for d in documents if d.neutral]
+
+    def summarize(scores: Sequence[Score]) -> Result:
+        plain = [np.array([logprob(scores, a) for a in doc]) for doc in answers]
+        alone = [np.array([logprob(scores, a) for a in doc]) for doc in neutral]
+        result = accuracies(documents, plain, alone, notes | {"cut": planner.cut})
+        for name, part in (parts or {}).items():
+            result.metrics[f"acc_{name}"] = accuracies(documents[part], plain[part], [], {}).metrics["acc"]
+        return result
+
+    return Plan(planner.items, summarize)
 
 
 def accuracies(

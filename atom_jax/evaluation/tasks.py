@@ -9,6 +9,7 @@ import dataclasses
 
 from atom_jax.evaluation import evaldata
 from atom_jax.evaluation.bpb import TextBpb
+from atom_jax.evaluation.characters import Characters
 from atom_jax.evaluation.choice import Choice
 from atom_jax.evaluation.gold import Gold
 from atom_jax.evaluation.kv import Kv
@@ -36,6 +37,7 @@ TASKS: dict[str, Task | Runner] = {
     "basic_skills_logical_reasoning": _choice("basic_skills_logical_reasoning"),
     "basic_skills_pattern": _choice("basic_skills_pattern"),
     "basic_skills_string_operations": _choice("basic_skills_string_operations"),
+    "characters": Characters(),
     "copycolors": _choice("copycolors"),
     "gsm8k": Gold("gsm8k/gold_bpb_5shot"),
     "minerva_math_500": Gold("minerva_math_500/gold_bpb_0shot"),

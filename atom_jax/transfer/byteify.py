@@ -152,7 +152,8 @@ def stage2(
     """The loss of stage 2, f32 []: cross-entropy, of ids that end patches where the model's own predictor says so,
     plus the predictor's own loss (`cfg.rule.weight`); and both by name.
 
-    batch: with targets, loss_mask and marks, where patches are to end (`Lesson.marks`).
+    batch: with targets, loss_mask and marks, where patches are to end (`Lesson.marks`). cfg: the published code has
+    room for as many patches as there are subword tokens; bytes beyond read the last one.
     """
     x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg)
     logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
