@@ -32,7 +32,7 @@ quickstart: $(VENV)/.installed-core  ## train a model that finds its own units i
 test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the live parity tests and the benchmark
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch$(TORCH)' --editable '.[torch]'
