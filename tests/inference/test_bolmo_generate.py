@@ -1,7 +1,10 @@
 """Generation with a Bolmo: the official bytes and patches, and every row as if it were alone."""
 
+import collections
 import dataclasses
 import functools
+import gzip
+import json
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +66,30 @@ def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     # The prompt's last byte and all new ones but the last are read; the prompts themselves take one run.
     patches = [int(numbers()[f"{name}.gen_boundary_mask"][0, len(ids_of(name)) - 1 :][:NEW].sum()) for name in NAMES]
     assert len(runs) == 1 + max(patches) and sum(patches) > 3 * max(patches)
+
+
+def traced(n, folder):
+    """How often each event of a trace occurs while n bytes are made."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder / str(n), profiler_options=options):
+        atom_jax.generate(model(), PROMPTS[4], n, stop_ids=())
+    (file,) = (folder / str(n)).rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return collections.Counter(e["name"] for e in events if e.get("ph") == "X")
+
+
+def test_the_host_does_the_same_for_any_number_of_bytes(tmp_path):
+    """One compiled loop makes them: a trace has as many calls, copies and looks at results for 20 as for 100."""
+    atom_jax.generate(model(), PROMPTS[4], 100, stop_ids=())
+    few, many = traced(20, tmp_path), traced(100, tmp_path)
+    host = ("PjitFunction", "DevicePut", "np.asarray", "ThunkExecutor::Execute (wait")
+    few_host, many_host = ({k: n for k, n in events.items() if k.startswith(host)} for events in (few, many))
+    assert few_host == many_host and few_host["PjitFunction(decode)"] > 0 and few_host["np.asarray(jax.Array)"] > 0
+    assert not any("callback" in name for name in many)
+    # What the loop does is in the trace: some of it for every byte, some for every patch.
+    inside = {(few[name], n) for name, n in many.items()}
+    assert (20, 100) in inside and any(few[name] < 20 and 20 < n < 50 for name, n in many.items())
 
 
 @pytest.mark.parametrize("n", [1, 3])
