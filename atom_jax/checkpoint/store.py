@@ -1,6 +1,7 @@
 """Checkpoints of training runs and parameter directories, through Orbax. The only file that knows Orbax.
 
-A run:          WORKDIR/checkpoints/STEP/{params,ema,opt,data,config}; `ema` only when it keeps an average
+A run:          WORKDIR/checkpoints/STEP/{params,ema,opt,source,data,config}; `ema` only when it keeps an average,
+                `source` only in the first stage of byteification
 A model alone:  DIR/{params,model.json,tokenizer.json}
 """
 
@@ -25,7 +26,7 @@ from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
 
 MODEL_FILE = "model.json"
-TREES, NOTES = ("params", "ema", "opt"), ("data", "config")
+TREES, NOTES = ("params", "ema", "opt", "source"), ("data", "config")
 
 
 class Store:
@@ -119,6 +120,12 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
     """True for what `load_params` reads."""
     path = pathlib.Path(path)
     return any((path / name).exists() for name in (MODEL_FILE, "checkpoints", "config/metadata"))
+
+
+def has_begun(workdir: str | pathlib.Path) -> bool:
+    """True for the WORKDIR of a run with a complete checkpoint."""
+    path = pathlib.Path(workdir) / "checkpoints"
+    return path.is_dir() and _latest(path) is not None
 
 
 def load_config(path: str | pathlib.Path) -> tuple[Any, Any]:

@@ -38,6 +38,8 @@ class DataConfig:
         array_record and tfds sources stay whole, for their lengths are unknown until they are read.
     marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
+    tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
+        many subwords that they are, a bos included; what does not fit begins the next row. 0: rows of the tokenizer.
     """
 
     sources: tuple[str, ...] = ("austen",)
@@ -49,6 +51,7 @@ class DataConfig:
     shuffle: bool = True
     piece_bytes: int = 0
     marks: str = ""
+    tokens: int = 0
 
     def __post_init__(self):
         if not self.sources or isinstance(self.sources, str):
@@ -59,10 +62,12 @@ class DataConfig:
             raise AtomError(f"data.weights must be positive and finite, not {self.weights}.")
         if self.split not in SPLITS:
             raise AtomError(f"data.split is {self.split!r}: it must be one of {', '.join(SPLITS)}.")
-        for field, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0), ("piece_bytes", 0)):
+        for field, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0), ("piece_bytes", 0), ("tokens", 0)):
             if getattr(self, field) < least:
                 raise AtomError(f"data.{field} is {getattr(self, field)}: it must be at least {least}.")
         if self.marks and not (self.marks.startswith("unigram:") and is_trained(self.marks)):
             raise AtomError(f"data.marks is {self.marks!r}: it must be empty or unigram:SIZE.")
+        if self.tokens == 1 or (self.tokens and self.marks):
+            raise AtomError(f"data.tokens is {self.tokens}: it must be 0, or 2 or more without data.marks.")
         if 0 < self.piece_bytes < LEAST_PIECE:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.units import unit_ends
 
 Batch = dict[str, np.ndarray]
@@ -38,6 +39,13 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
         marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
     return ids.astype(np.int32, copy=False), marks
+
+
+def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:
+    """Returns (i32 [n], None): the subwords of {"text", "first", "last"}; the last piece of a document ends with the
+    one that ends documents."""
+    ids = tokenizer.subwords.encode(piece["text"])
+    return (np.append(ids, np.int32(tokenizer.document_id)) if piece["last"] else ids), None
 
 
 def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:

@@ -19,11 +19,12 @@ import grain
 import numpy as np
 
 from atom_jax.data.config import DataConfig
-from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place
+from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place, subwords
 from atom_jax.data.pieces import Pieces
 from atom_jax.data.sources import open_source
 from atom_jax.data.vocabulary import trained_tokenizer
 from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import AtomError
 
@@ -36,7 +37,7 @@ def make_iterator(
     cfg: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
-    "marks": bool when cfg.marks asks for them.
+    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns.
 
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
@@ -50,7 +51,8 @@ def make_iterator(
         raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
     rows = cfg.batch_size // process_count
     numbers = range(process_index * rows, (process_index + 1) * rows)
-    packed = _PackedRows(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
+    kind = _SpelledRows if cfg.tokens else _PackedRows
+    packed = kind(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
     iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
     _open_iterators.add(iterator)
     return iterator
@@ -120,7 +122,10 @@ class _PackedRows(grain.DatasetIterator):
         self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units)
+        if cfg.tokens:
+            tokens = functools.partial(subwords, tokenizer=tokenizer)
+        else:
+            tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units)
         self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool) for r in numbers]
 
     def __next__(self) -> Batch:
@@ -153,6 +158,18 @@ class _PackedRows(grain.DatasetIterator):
     def close(self) -> None:
         super().close()
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _SpelledRows(_PackedRows):
+    """The given rows of every batch, as subwords and as their bytes."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: BolmoTokenizer, found: Sequence[Pieces], numbers: range):
+        super().__init__(cfg, tokenizer, found, numbers)
+        self.tokenizer, self.tokens = tokenizer, cfg.tokens
+
+    def __next__(self) -> Batch:
+        rows = [lane.take(self.tokens - 1, lambda ids: self.tokenizer.room(ids, self.seq_len)) for lane in self.lanes]
+        return self.tokenizer.spell(rows, self.tokens, self.seq_len)
 
 
 class _Lane:
@@ -192,6 +209,15 @@ class _Lane:
             at += take
             self.used += take
 
+    def take(self, most: int, room: Callable[[np.ndarray], int]) -> np.ndarray:
+        """The next tokens of the current piece, as many as `most` and `room` allow."""
+        self._load()
+        ids = self.ids[self.used : self.used + most]
+        # A token without room in an empty row is left out.
+        count = max(room(ids), 1)
+        self.used += count
+        return ids[:count]
+
     def _load(self) -> None:
         """Makes sure that the current piece has tokens left."""
         if self.ids is None:
@@ -212,6 +238,7 @@ class _Lane:
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
     """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-    if not cfg.marks:
-        del identity["marks"]  # states from before there were marks stay valid
+    for name in ("marks", "tokens"):
+        if not identity[name]:
+            del identity[name]  # states from before there were such rows stay valid
     return identity | {"vocab_size": tokenizer.vocab_size, "pieces": [len(p) for p in found]}

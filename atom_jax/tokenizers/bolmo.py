@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,46 @@ class BolmoTokenizer(ByteTokenizer):
         row's own beginning or at its latest bos. AtomError without subwords."""
         states = self.suffix_states(ids)
         return self.tables.out[states]
+
+    def spell(self, rows: Sequence[np.ndarray], tokens: int, length: int) -> dict[str, np.ndarray]:
+        """Rows of subwords i32 [n], n < tokens, with their bytes: arrays by name, [b, length] for bytes (a bos and
+        those of all subwords that have room) and [b, tokens] for subwords.
+
+        ids, positions, segments, targets, loss_mask as in a batch of text; suffix: the subword that ends at each
+        byte; state i32 [b]: of the automaton after a row. tokens: the subwords, then the one that ends a document;
+        lengths: bytes of the bos and of each subword, 0 for those without room. AtomError without subwords.
+        """
+        flat, starts, sizes = self._spellings
+        shape = (len(rows), length)
+        ids, ours = np.zeros(shape, np.int32), np.full((len(rows), tokens), self.document_id, np.int32)
+        lengths = np.zeros(ours.shape, np.int32)
+        for i, row in enumerate(rows):
+            n = self.room(row, length)
+            theirs = flat[suffix.ranges(starts[row[:n]], sizes[row[:n]])]
+            ids[i, 0], ids[i, 1 : 1 + len(theirs)] = self.bos_id, theirs
+            ours[i, : len(row)], lengths[i, : n + 1] = row, [1, *sizes[row[:n]]]
+        at, total = np.broadcast_to(np.arange(length, dtype=np.int32), shape), lengths.sum(1, keepdims=True)
+        targets, counts, states = np.pad(ids[:, 1:], ((0, 0), (0, 1))), at < total - 1, self.suffix_states(ids)
+        return {
+            "ids": ids, "positions": at, "segments": (at < total).astype(np.int32),
+            "targets": np.where(counts, targets, 0), "loss_mask": counts, "suffix": self.tables.out[states],
+            "state": np.take_along_axis(states, total - 1, axis=1)[:, 0], "tokens": ours, "lengths": lengths,
+        }  # fmt: skip
+
+    def room(self, row: np.ndarray, length: int) -> int:
+        """How many of these subwords have room in `length` bytes, after a bos."""
+        return int(np.sum(1 + np.cumsum(self._spellings[2][row]) <= length))
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of the bytes of all subwords, one after the other, and where each begins and how many it has."""
+        if self.subwords is None:
+            raise AtomError("this Bolmo tokenizer has no subwords to spell: give it its source's tokenizer.json")
+        end, pieces = self.document_id, self.subwords.pieces
+        words = [pieces.get(i, b"") for i in range(max(self.subwords.vocab_size, max(pieces) + 1))]
+        spelled = [[self.bos_id] if i == end else [b + SPECIALS for b in word] for i, word in enumerate(words)]
+        sizes = np.array([len(s) for s in spelled], np.int32)
+        return np.array([b for s in spelled for b in s], np.int32), np.cumsum(sizes) - sizes, sizes
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the files of the subwords' tokenizer."""

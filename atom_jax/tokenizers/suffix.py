@@ -157,7 +157,7 @@ class _Trie:
             level = np.arange(first, end)
             anchor[level] = anchor[self.fail[level]]
             lo, hi = np.searchsorted(self.keys, [first * 256, end * 256])
-            theirs = _ranges(start[self.fail[level]], count[self.fail[level]])
+            theirs = ranges(start[self.fail[level]], count[self.fail[level]])
             inherited = np.repeat(level, count[self.fail[level]]) * 256 + np.concatenate(keys)[theirs] % 256
             other = ~np.isin(inherited, self.keys[lo:hi])
             key = np.concatenate([self.keys[lo:hi], inherited[other]])
@@ -177,7 +177,7 @@ class _Trie:
         return bits, base.astype(np.int32), target.astype(np.int32), anchor * 256, near
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, ... for every start, as many as its count, one after the other."""
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

@@ -159,6 +159,7 @@ class _Tokenizer:
     bos_id: int | None = None
     pad_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    document_id: int = 0
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"x" * (1 + ids[0] % 7)

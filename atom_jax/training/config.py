@@ -8,6 +8,7 @@ from typing import Any
 from atom_jax import config
 from atom_jax.data.config import DataConfig
 from atom_jax.sharding import MeshConfig
+from atom_jax.training.byteify import ByteifyConfig
 from atom_jax.training.distill import DistillConfig
 from atom_jax.transfer.dms_fit import FitConfig
 from atom_jax.typing import AtomError
@@ -117,11 +118,15 @@ class Experiment:
     fit: FitConfig | None = None
     # Trains the model with eviction towards itself without, instead of on the text; None: on the text.
     distill: DistillConfig | None = None
+    # Makes a Bolmo of a subword model; data.tokens must be set. None: nothing of the kind.
+    byteify: ByteifyConfig | None = None
+    # An experiment that is run before this one, in WORKDIR/first, and whose result is this one's init_from.
+    first: Any = None
     seed: int = 0
 
 
 # Differences with which a run may be resumed; all others would silently make it another run.
-RESUMABLE = ("train.", "mesh.", "model.remat", "init_from")
+RESUMABLE = ("train.", "mesh.", "model.remat", "init_from", "first.train.", "first.mesh.", "first.model.remat")
 
 
 def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from atom_jax import config, sharding
 from atom_jax import params as params_lib
-from atom_jax.checkpoint.store import Store
+from atom_jax.checkpoint.store import Store, has_begun
 from atom_jax.data.pipeline import make_iterator, merge_states
 from atom_jax.models.flops import forward_flops
 from atom_jax.training import plots, start
@@ -39,7 +39,8 @@ class Result:
 
 
 def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
-    """Trains until `exp.train.steps`, continuing from the newest checkpoint in `workdir` if there is one.
+    """Trains until `exp.train.steps`, continuing from the newest checkpoint in `workdir` if there is one. Where the
+    experiment names a first one and has not begun itself, that comes before it, in `workdir`/first.
 
     SIGINT and SIGTERM end the run after the current step with a checkpoint. Raises AtomError for a configuration that
     does not fit the model, the devices, the data or the checkpoint, for a full disk while a checkpoint is saved, and
@@ -50,6 +51,10 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise AtomError(f"--workdir={workdir}: {e.strerror}") from None
+    if exp.first is not None:
+        if not has_begun(workdir) and (result := fit(exp.first, workdir / "first")).signal:
+            return result
+        exp = dataclasses.replace(exp, init_from=str(workdir / "first"))
     mesh = sharding.make_mesh(exp.mesh)
     with jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
         run = _Run(exp, workdir, Program(exp, mesh, start.tokenizer(exp)), opened)
@@ -76,6 +81,7 @@ class _Run:
         opened.callback(self._finish)
         self.watch = Watch(cfg.max_bad_steps)
         self.validation: dict[str, float] = {}
+        self.reference: dict[str, float] = {}
         for line in notes:
             self.recorder.say(line)
 
@@ -117,7 +123,7 @@ class _Run:
         step = self.store.latest()
         if step is None:
             params, notes = None, []
-            if self.exp.init_from:
+            if self.exp.init_from or (self.exp.byteify is not None and self.exp.byteify.stage == 1):
                 params, notes = start.parameters(self.exp, shardings(self.program.state).params)
             if self.exp.fit is not None:
                 params = start.fitted(self.exp, params, self.data)
@@ -129,7 +135,8 @@ class _Run:
         where = str(self.store.directory / str(step))
         changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
         trees = self.store.restore(step, _trees(self.program.state))
-        state = State(params=trees["params"], ema=trees.get("ema"), **trees["opt"])
+        params = trees["params"] | ({"source": trees["source"]} if "source" in trees else {})
+        state = State(params=params, ema=trees.get("ema"), **trees["opt"])
         self.data.set_state(data)
         return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
 
@@ -168,17 +175,24 @@ class _Run:
         except OSError as e:
             print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
 
+    def _judged(self) -> Any:
+        """The batches of a validation."""
+        self.held_out.set_state(self.held_out_start)
+        return itertools.islice(self.held_out, self.exp.train.eval_batches)
+
     def _validate(self) -> None:
         """Judges the model on the same batches every time, and lets it write a sample."""
-        self.held_out.set_state(self.held_out_start)
-        batches = itertools.islice(self.held_out, self.exp.train.eval_batches)
-        self.validation = self.program.validate(self.state, batches)
+        if self.exp.byteify is not None and not self.reference:
+            bits = start.source_bits(self.exp, self.program, self._judged())
+            self.reference = {"source_bits_per_byte": bits}
+        self.validation = self.program.validate(self.state, self._judged()) | self.reference
         self.recorder.validation(self.at, self.validation)
         cfg = self.exp.train
         if cfg.sample_prompt and jax.process_count() == 1:
             from atom_jax.inference.generate import generate
 
-            lm = LM(self.exp.model, self.program.averaged(self.state), self.program.tokenizer)
+            params = {k: p for k, p in self.program.averaged(self.state).items() if k != "source"}
+            lm = LM(self.exp.model, params, self.program.tokenizer)
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
             )
@@ -189,7 +203,9 @@ class _Run:
 def _trees(state: State) -> dict[str, Any]:
     """The parts of a state that a checkpoint keeps apart, so that parameters can be read alone."""
     opt = {"opt": state.opt, "step": state.step, "bad": state.bad}
-    return {"params": state.params, "opt": opt} | ({"ema": state.ema} if state.ema is not None else {})
+    more = {"ema": state.ema} if state.ema is not None else {}
+    more |= {k: v for k, v in state.params.items() if k == "source"}
+    return {"params": {k: v for k, v in state.params.items() if k != "source"}, "opt": opt} | more
 
 
 def _from_all(value: Any) -> list[Any]:

@@ -6,9 +6,11 @@ import pathlib
 
 from atom_jax.training import record
 
+# Of a model that is made of another one.
+_SOURCE = {"source_bits_per_byte": "source"}
 # File name -> label of a panel -> metrics drawn in it, each with its meaning where there are several.
 _PAGES: dict[str, dict[str, dict[str, str]]] = {
-    "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": ""}},
+    "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": "", **_SOURCE}},
     "optimizer": {"learning rate": {"learning_rate": ""}, "gradient norm": {"grad_norm": ""}},
     "throughput": {"bytes per second": {"bytes_per_second": ""}, "tokens per second": {"tokens_per_second": ""}},
 }
@@ -43,6 +45,11 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     stages = sum(name.startswith("bytes_per_unit_") for name in train[-1])
     if stages:
         pages["units"] = _units_page(stages)
+    if "boundary" in train[-1]:
+        pages["byteify"] = {
+            "parts of the loss": {k: k for k in ("encoder", "decoder", "boundary")},
+            "boundaries": {f"boundary_{k}": k for k in ("accuracy", "precision", "recall")},
+        }
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():

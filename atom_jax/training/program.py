@@ -14,13 +14,16 @@ from jax.sharding import PartitionSpec as P
 from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.models import registry
+from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.training import distill, losses, optim
+from atom_jax.training import byteify, distill, losses, optim
 from atom_jax.training import state as state_lib
 from atom_jax.training.config import Experiment
 from atom_jax.training.losses import Sums
 from atom_jax.training.state import State
 from atom_jax.training.step import make_step, summary
+from atom_jax.transfer.byteify import Lesson
+from atom_jax.transfer.lessons import assemble
 from atom_jax.typing import AtomError, Batch
 
 FIELDS = ("ids", "positions", "segments", "targets", "loss_mask")
@@ -37,6 +40,8 @@ class Program:
         _check(exp, mesh, tokenizer)
         self.exp, self.mesh, self.tokenizer = exp, mesh, tokenizer
         self.spec = registry.of(exp.model).spec(exp.model)
+        if exp.byteify is not None and exp.byteify.stage == 1:
+            self.spec = self.spec | {"source": byteify.tables(exp.model.main)}
         self.optimizer = optim.make(exp.optim, self.spec, exp.train.steps)
         self.state = state_lib.abstract(self.spec, self.optimizer, exp.optim.ema > 0, mesh)
         self.rows = sharding.batch_sharding(mesh)
@@ -46,6 +51,9 @@ class Program:
         )
         if exp.distill is not None:
             loss = functools.partial(distill.self_distillation, **loss.keywords, how=exp.distill)
+        elif exp.byteify is not None:
+            how = byteify.with_spaces(exp.byteify, tokenizer)
+            loss = functools.partial(byteify.objective, **loss.keywords, how=how, eos=tokenizer.document_id)
         elif exp.optim.z_loss:
             loss = functools.partial(loss, z_loss=exp.optim.z_loss)
         self.step = jax.jit(
@@ -75,17 +83,23 @@ class Program:
         """The parameters to judge and to use: the moving average where there is one."""
         return state.params if state.ema is None else optim.merge(state.ema, self.optimizer.split(state.params)[1])
 
-    def put(self, rows: dict[str, np.ndarray]) -> Batch:
+    def put(self, rows: dict[str, np.ndarray]) -> Batch | Lesson:
         """Places this process's rows of a batch on its devices."""
-        arrays = {k: rows[k] for k in _fields("marks" in rows)}
+        batch = assemble(rows) if "lengths" in rows else Batch(**{k: rows[k] for k in _fields("marks" in rows)})
         if jax.process_count() > 1:
-            place = functools.partial(jax.make_array_from_process_local_data, self.rows)
-            return Batch(**jax.tree.map(place, arrays))
-        return Batch(**jax.device_put(arrays, self.rows))
+            return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self.rows), batch)
+        return jax.device_put(batch, self.rows)
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> Batch | Lesson:
         """The shape of a batch, for compiling without data."""
         shape = (self.exp.data.batch_size, self.exp.data.seq_len)
+        if self.exp.byteify is not None:
+            made = {k: np.broadcast_to(np.int32(0), shape) for k in (*FIELDS, "suffix")}
+            made["loss_mask"], made["state"] = made["loss_mask"] > 0, made["ids"][:, 0]
+            made |= dict.fromkeys(
+                ("tokens", "lengths"), np.broadcast_to(np.int32(0), (shape[0], self.exp.data.tokens))
+            )
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), assemble(made))
         kinds = {
             k: jnp.bool_ if k in ("loss_mask", "marks") else jnp.int32 for k in _fields(bool(self.exp.data.marks))
         }
@@ -108,6 +122,12 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
     """Refuses sizes that do not fit together, before anything is compiled."""
     if exp.distill is not None and getattr(exp.model, "dms", None) is None:
         raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
+    if (exp.byteify is not None) != (exp.data.tokens > 0):
+        raise AtomError("byteify and data.tokens need each other")
+    if exp.byteify is not None and not isinstance(exp.model, BolmoConfig):
+        raise AtomError(f"byteify: model must be a BolmoConfig, not a {type(exp.model).__name__}")
+    if exp.byteify is not None and exp.byteify.imitate.depth > exp.model.main.n_layers:
+        raise AtomError(f"byteify.imitate.depth: the source has {exp.model.main.n_layers} layers")
     if exp.distill is not None and exp.optim.z_loss:
         raise AtomError("optim.z_loss does not go with distill")
     if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):

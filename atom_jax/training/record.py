@@ -58,7 +58,9 @@ class Recorder:
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Notes a validation. Raises AtomError when the file cannot be written."""
         self._write(step, "validation", values)
-        self.say(f"step {step}: validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
+        line = f"step {step}: validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte"
+        others = [f"{k} {v:.4f}" for k, v in values.items() if k not in ("loss", "bits_per_byte")]
+        self.say(", ".join([line, *others]))
 
     def sample(self, step: int, text: str) -> None:
         """Notes a sample of the model's writing."""

@@ -47,6 +47,11 @@ class Lesson:
     lengths: jax.Array
 
     @property
+    def loss_mask(self) -> jax.Array:
+        """bool [b, t]: bytes that have a next one."""
+        return self.bytes.loss_mask
+
+    @property
     def owner(self) -> jax.Array:
         """i32 [b, t + 1]: the patch that each byte belongs to, k beyond the last."""
         ends, t = jnp.cumsum(self.lengths, axis=1), self.bytes.ids.shape[1]
@@ -66,10 +71,10 @@ class Weights:
     """Factors of the losses, the published ones by default: encoder (the paper writes 1), cross-entropy, decoder,
     boundaries."""
 
-    encoder: Any = 4.0
-    cross_entropy: Any = 1.0
-    decoder: Any = 1.0
-    boundary: Any = 4.0
+    encoder: float = 4.0
+    cross_entropy: float = 1.0
+    decoder: float = 1.0
+    boundary: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Stage1:
 def stage1(
     p: Tree, source: Tree, lesson: Lesson, weights: Weights, *, cfg: BolmoConfig, how: Stage1, eos: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
-    """The loss of stage 1, f32 [], and its parts before weighting, by name.
+    """The loss of stage 1, f32 [], and its parts before weighting, by name, with "boundary_accuracy".
 
     Layers over patches have no gradients, but let them through. The decoder reads the source model's states in place
     of its own patches, at the source's boundaries.
@@ -137,7 +142,8 @@ def stage1(
     decoder = jnp.sum(jnp.where(counts, kl_bk, 0.0)) / total
 
     parts = {"encoder": encoder, "cross_entropy": cross_entropy, "decoder": decoder, "boundary": boundary.loss}
-    return sum(getattr(weights, name) * value for name, value in parts.items()), parts
+    loss = sum(getattr(weights, name) * value for name, value in parts.items())
+    return loss, parts | {"boundary_accuracy": accuracy(boundary.mark, marks, batch)}
 
 
 def stage2(
@@ -157,6 +163,13 @@ def stage2(
     marks = batch.marks | (batch.positions == 0)
     boundary = lookahead.cross_entropy(aux["boundary_probs"][0], marks, batch.loss_mask)
     return loss + cfg.rule.weight * boundary, {"cross_entropy": loss, "boundary": boundary}
+
+
+def accuracy(mark_bt: jax.Array, marks_bt: jax.Array, batch: Batch) -> jax.Array:
+    """Share of bytes, f32 [], on which the predictor and the marks agree, of those on which it decides: not the first
+    and the last of a row."""
+    counts = batch.loss_mask & (batch.positions > 0)
+    return jnp.sum(counts & (mark_bt == marks_bt)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def binary_divergence(a: jax.Array, b: jax.Array) -> jax.Array:

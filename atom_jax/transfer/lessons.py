@@ -27,25 +27,16 @@ def lesson(tokenizer: BolmoTokenizer, tokens_bk: np.ndarray, length: int) -> Les
     24,576 for 4,096 tokens); patches for which there is no room are left out. Raises AtomError without subwords."""
     if tokenizer.subwords is None:
         raise AtomError("a lesson needs the tokenizer of the source model")
-    tokens_bk, pieces = np.asarray(tokens_bk, np.int32), tokenizer.subwords.pieces
-    (b, k), eos = tokens_bk.shape, tokenizer.document_id
-    ids, lengths = np.zeros((b, length), np.int32), np.zeros((b, k), np.int32)
-    for row, tokens in enumerate(tokens_bk):
-        spelled = [np.array([tokenizer.bos_id])]
-        for token in tokens[:-1].tolist():
-            data = np.frombuffer(pieces.get(token, b""), np.uint8).astype(np.int32) + SPECIALS
-            spelled.append(np.array([tokenizer.bos_id]) if token == eos else data)
-        sizes = np.array([len(s) for s in spelled])
-        fits = np.cumsum(sizes) <= length
-        lengths[row] = np.where(fits, sizes, 0)
-        ids[row, : sizes[fits].sum()] = np.concatenate([s for s, fit in zip(spelled, fits) if fit])
-    at, total = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape), lengths.sum(1, keepdims=True)
-    targets, counts = np.pad(ids[:, 1:], ((0, 0), (0, 1))), at < total - 1
-    states = tokenizer.suffix_states(ids)
-    suffix = Suffix(tokenizer.tables.out[states], np.take_along_axis(states, total - 1, axis=1)[:, 0])
-    segments = (at < total).astype(np.int32)
-    batch = Batch(ids, at, segments, np.where(counts, targets, 0), counts, suffix=suffix)
-    return jax.tree.map(jnp.asarray, Lesson(batch, tokens_bk, lengths))
+    tokens_bk = np.asarray(tokens_bk, np.int32)
+    made = tokenizer.spell([row[:-1] for row in tokens_bk], tokens_bk.shape[1], length)
+    return jax.tree.map(jnp.asarray, assemble(made | {"tokens": tokens_bk}))
+
+
+def assemble(made: dict[str, Any]) -> Lesson:
+    """The lesson of arrays by name (`BolmoTokenizer.spell`)."""
+    names = ("ids", "positions", "segments", "targets", "loss_mask")
+    suffix = Suffix(made["suffix"], made["state"])
+    return Lesson(Batch(**{k: made[k] for k in names}, suffix=suffix), made["tokens"], made["lengths"])
 
 
 def begin(key: jax.Array, source: LM, cfg: BolmoConfig) -> Tree:
