@@ -2,10 +2,10 @@
 
     python train.py --config=configs/bolmo.py:small --workdir=runs/bolmo
 
-trains one from scratch on the novels of Jane Austen. Where patches end is learnt from the pieces of a unigram model of
-the training text, as Bolmo learns it from its source's subwords; there is no table of suffix subwords. The objective is
-that of Bolmo's second stage (`atom_jax.transfer.byteify.stage2`): the next byte together with whether it ends a patch,
-so that "loss" counts both.
+trains one from scratch on the novels of Jane Austen. Where patches end is learnt from the pieces of a unigram model
+of the training text, as Bolmo learns it from its source's subwords; there is no table of suffix subwords. The
+objective is that of Bolmo's second stage (`atom_jax.transfer.byteify.stage2`): the next byte together with whether it
+ends a patch, so that "loss" counts both.
 
 small  the width of the models in configs/units.py.
 tiny   seconds; for tests.
@@ -17,8 +17,8 @@ makes one of a subword model (Minixhofer et al., 2025, section 4; docs/bolmo.md)
 around the source's layers learns to imitate it, in stage 2 everything is trained on.
 
 smollm2          of SmolLM2-135M-Instruct (dequantized), on two CPU cores: a recipe cut short, and not the published
-                 one, with two layers in the decoder instead of four, about two thousandths of the published text,
-                 higher learning rates and Muon in stage 1.
+                 one, with two layers in the decoder instead of four, a hundred-thousandth of the published text,
+                 higher learning rates, and Muon in stage 1.
 bolmo_1b, _7b    the published recipes, of OLMo 2 1B and OLMo 3 7B, for 64 chips. Rows are whole documents or parts of
                  them, where the published runs pack several into one; the text has to be supplied.
 ..._stage1       their first stages alone.
@@ -139,20 +139,20 @@ def smollm2() -> Experiment:
         optimizer="muon", learning_rate=5e-3, warmup_steps=20, final_fraction=0.05, groups=IMITATION, clip_norm=0.5
     )
     train = TrainConfig(
-        steps=260, log_every=5, eval_every=65, eval_batches=12, checkpoint_every=65, sample_prompt="The house stood",
+        steps=240, log_every=5, eval_every=80, eval_batches=12, checkpoint_every=80, sample_prompt="The house stood",
         sample_tokens=100,
     )  # fmt: skip
     first = Experiment(model=model, byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train)
     return dataclasses.replace(
         first, first=first, byteify=ByteifyConfig(source=source, stage=2), data=dataclasses.replace(data, seed=1),
-        optim=OptimConfig(learning_rate=4e-4, warmup_steps=8, final_fraction=0.05, groups=HALF, clip_norm=0.5),
-        train=dataclasses.replace(train, steps=100, eval_every=50, checkpoint_every=50),
+        optim=OptimConfig(learning_rate=2e-4, warmup_steps=6, final_fraction=0.05, groups=HALF, clip_norm=0.5),
+        train=dataclasses.replace(train, steps=60, eval_every=30, checkpoint_every=30),
     )  # fmt: skip
 
 
 def tiny_byteify() -> Experiment:
     main = TransformerConfig(vocab_size=400, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
-    model = BolmoConfig(main=main, subwords=300, decoder_layers=1, local_heads=2, local_d_ff=48, capacity=1.0)
+    model = BolmoConfig(main=main, subwords=400, decoder_layers=1, local_heads=2, local_d_ff=48, capacity=1.0)
     data = DataConfig(seq_len=96, tokens=48, batch_size=8, piece_bytes=256)
     train = TrainConfig(
         steps=6, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3, sample_prompt="It", sample_tokens=4

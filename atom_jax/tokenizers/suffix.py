@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atom_jax.typing import AtomError
-
 # Special ids 0 to 3 (pad, bos, unused, a mark that is passed over), then the bytes; then all of them once more, as
 # ends of patches (`tokenizers.bolmo`).
 SPECIALS, SYMBOLS, PASSED_OVER = 4, 260, 3
@@ -75,17 +73,11 @@ def states(tables: Tables, ids: np.ndarray, longest: int) -> np.ndarray:
 
 def build(pieces: dict[int, bytes], bos: int | None = None, pad: int | None = None) -> Tables:
     """The automaton of a vocabulary (id -> bytes) in which bos and pad are what special ids 1 and 0 stand for, and
-    not the bytes of their names. Of tokens with the same bytes the highest id counts.
-
-    Raises AtomError where a single byte is no token: some texts would have no token at their end.
+    not the bytes of their names. Of tokens with the same bytes the highest id counts. Where no token ends (some
+    vocabularies, SmolLM2's for one, lack control characters and bytes that UTF-8 has no use for), bos counts.
     """
     words = {i: piece for i, piece in sorted(pieces.items()) if piece and i not in (bos, pad)}
-    lacking = set(range(256)) - {piece[0] for piece in words.values() if len(piece) == 1}
-    if lacking:
-        raise AtomError(
-            f"this vocabulary has no token for byte {min(lacking)}, so not every text has a token at its end"
-        )
-    trie = _Trie(words)
+    trie = _Trie(words, bos or 0)
     bits, base, target, anchor, near = trie.rows()
     n = trie.n
     # Two states more: after bos and after pad. Their rows are those of the state before a text.
@@ -102,7 +94,7 @@ class _Trie:
     """Beginnings of words by length; n of them, the empty one first. parent, symbol, fail, out i32 [n]; the children
     of a node are numbered in a row, by symbol; levels: (first, end) of every length from 0 on."""
 
-    def __init__(self, words: dict[int, bytes]):
+    def __init__(self, words: dict[int, bytes], nothing: int):
         sizes = np.array([len(w) for w in words.values()])
         flat = np.frombuffer(b"".join(words.values()), np.uint8).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -118,7 +110,7 @@ class _Trie:
             self.n += len(keys)
         self.parent, self.symbol = np.concatenate(parents), np.concatenate(symbols)
         self.keys = self.parent[1:] * 256 + self.symbol[1:]
-        self.out = np.zeros(self.n, np.int64)
+        self.out = np.full(self.n, nothing, np.int64)
         is_word = np.zeros(self.n, bool)
         # Later ids overwrite earlier ones.
         self.out[node], is_word[node] = ids, True

@@ -129,6 +129,10 @@ class _Tokenizer:
 def operations(exp: Experiment, program: Program) -> tuple[float, float]:
     """Operations of a step that training needs, and those with what is computed a second time to save memory; both
     counted as `models.flops.forward_flops` does."""
+    tokens = exp.data.batch_size * exp.data.seq_len
+    if exp.byteify is not None and exp.byteify.stage == 1:
+        needed, again = _imitation(exp)
+        return needed * tokens, (needed + again) * tokens
     forward = forward_flops(exp.model, exp.data.seq_len)
     needed = 3 * forward
     if isinstance(exp.model, TransformerConfig):
@@ -142,8 +146,19 @@ def operations(exp: Experiment, program: Program) -> tuple[float, float]:
     if exp.distill is not None:
         needed += forward
     again = forward if exp.model.remat or exp.distill is not None else 0.0
-    tokens = exp.data.batch_size * exp.data.seq_len
     return needed * tokens, (needed + again) * tokens
+
+
+def _imitation(exp: Experiment) -> tuple[float, float]:
+    """Operations per byte of the first stage of a Bolmo, and those done a second time: three passes through what
+    learns, one through the source model, and two through those of its layers that gradients go through."""
+    model, share = exp.model, exp.data.tokens / exp.data.seq_len
+    exact = dataclasses.replace(model, capacity=share)
+    source = forward_flops(model.main, exp.data.tokens)
+    layers = source - 2 * model.main.d_model * model.main.vocab_size
+    local = forward_flops(exact, exp.data.seq_len) - layers * share
+    passed = layers * exp.byteify.imitate.depth / model.main.n_layers * share
+    return 3 * local + source * share + 2 * passed, local + passed if model.remat else 0.0
 
 
 def advice(report: Report) -> str:

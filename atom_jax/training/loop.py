@@ -128,7 +128,7 @@ class _Run:
             if self.exp.fit is not None:
                 params = start.fitted(self.exp, params, self.data)
             flops = forward_flops(self.exp.model, self.exp.data.seq_len)
-            size = f"{params_lib.count(self.program.spec):,} parameters on {self.program.mesh.size} devices, "
+            size = f"{params_lib.count(_own(self.program.spec)):,} parameters on {self.program.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"
             return self.program.initial(params), 0, [size, *notes]
         saved, data = self.store.notes(step, "config", "data")
@@ -143,7 +143,9 @@ class _Run:
     def _read(self, split: str) -> Any:
         cfg = self.exp.data
         if split != "train":
-            cfg = dataclasses.replace(cfg, split=split, batch_size=cfg.batch_size // self.exp.optim.accumulate)
+            # With the same seed, so that runs on other parts of the text are judged alike.
+            rows = cfg.batch_size // self.exp.optim.accumulate
+            cfg = dataclasses.replace(cfg, split=split, batch_size=rows, seed=0)
         data = make_iterator(cfg, self.program.tokenizer, *sharding.row_share(self.program.mesh, jax.process_index()))
         self.opened.callback(data.close)
         return data
@@ -191,8 +193,7 @@ class _Run:
         if cfg.sample_prompt and jax.process_count() == 1:
             from atom_jax.inference.generate import generate
 
-            params = {k: p for k, p in self.program.averaged(self.state).items() if k != "source"}
-            lm = LM(self.exp.model, params, self.program.tokenizer)
+            lm = LM(self.exp.model, _own(self.program.averaged(self.state)), self.program.tokenizer)
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
             )
@@ -205,7 +206,12 @@ def _trees(state: State) -> dict[str, Any]:
     opt = {"opt": state.opt, "step": state.step, "bad": state.bad}
     more = {"ema": state.ema} if state.ema is not None else {}
     more |= {k: v for k, v in state.params.items() if k == "source"}
-    return {"params": {k: v for k, v in state.params.items() if k != "source"}, "opt": opt} | more
+    return {"params": _own(state.params), "opt": opt} | more
+
+
+def _own(tree: Any) -> Any:
+    """Parameters without those of a model that is imitated."""
+    return {k: v for k, v in tree.items() if k != "source"}
 
 
 def _from_all(value: Any) -> list[Any]:

@@ -126,7 +126,8 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
         raise AtomError("byteify and data.tokens need each other")
     if exp.byteify is not None and not isinstance(exp.model, BolmoConfig):
         raise AtomError(f"byteify: model must be a BolmoConfig, not a {type(exp.model).__name__}")
-    if exp.byteify is not None and exp.byteify.imitate.depth > exp.model.main.n_layers:
+    how = exp.byteify
+    if how is not None and how.stage == 1 and how.imitate.depth > exp.model.main.n_layers:
         raise AtomError(f"byteify.imitate.depth: the source has {exp.model.main.n_layers} layers")
     if exp.distill is not None and exp.optim.z_loss:
         raise AtomError("optim.z_loss does not go with distill")

@@ -1,4 +1,4 @@
-"""Bolmo from scratch: the recipes are complete, and the smallest one trains, is loaded and writes."""
+"""Bolmo: the recipes are complete, and the smallest one trains, is loaded and writes."""
 
 import pytest
 
@@ -16,9 +16,31 @@ def test_variant_is_complete(name):
     exp = config.load_file(f"configs/bolmo.py:{name}")
     assert config.from_json(object, config.to_json(exp)) == exp
     optim.make(exp.optim, registry.of(exp.model).spec(exp.model), exp.train.steps)
+    if exp.byteify is not None:
+        return
+    # No dearer than the baseline of configs/units.py.
     cost = forward_flops(exp.model, exp.data.seq_len)
     assert 2 * params.count(registry.of(exp.model).spec(exp.model)["decoder"]) < cost
     assert cost < 1.02 * forward_flops(units.bytes_().model, 256)
+
+
+@pytest.mark.parametrize("name, size", [("bolmo_1b", 1_468_911_776), ("bolmo_7b", 7_633_084_576)])
+def test_published_recipes(name, size):
+    exp = bolmo.VARIANTS[name]()
+    spec = registry.of(exp.model).spec(exp.model)
+    assert params.count(spec) == size
+    assert exp.first == bolmo.VARIANTS[f"{name}_stage1"]()
+    first, second = (optim.make(e.optim, spec, e.train.steps) for e in (exp.first, exp))
+    frozen = {k for k, factor in first.factors.items() if not factor}
+    assert (
+        frozen
+        == {k for k, factor in second.factors.items() if factor == 0.5}
+        == {k for k in first.factors if k.startswith("main/")}
+    )
+    # A linear rise over a tenth of the steps and a linear fall to nothing.
+    steps, peak = exp.train.steps, exp.optim.learning_rate
+    rates = [float(second.schedule(s)) / peak for s in (steps // 20, steps // 10, steps * 55 // 100, steps)]
+    assert rates == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=1e-3)
 
 
 def test_the_smallest_one_trains_and_writes(tmp_path):
