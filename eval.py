@@ -24,16 +24,27 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what to evaluate")
 _ADAPTER = flags.DEFINE_string("adapter", None, "learned evictors for it: a shipped name or a directory")
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks; a wrong name prints the list")
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE or TASK.FIELD=VALUE")
+_CONFIG = flags.DEFINE_string("config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "compile, say what scoring texts needs per chip, stop")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "with --compile_only: chips nobody has to have, such as v5e:2x2")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the results")
 
 
-def run(settings: list[str]) -> None:
-    """Evaluates as the flags say and prints a table. Raises AtomError for bad input."""
+def run(settings: list[str]) -> int:
+    """Evaluates as the flags say and prints a table; returns the exit status. Raises AtomError for bad input."""
     import atom_jax
     from atom_jax import config
     from atom_jax.evaluation import run as evaluation
     from atom_jax.evaluation.tasks import EvalConfig
 
+    if _COMPILE_ONLY.value:
+        from atom_jax.inference import compile_only
+
+        lm = compile_only.described(_CHECKPOINT.value, _CONFIG.value, _ADAPTER.value)
+        cfg = evaluation.resolve(config.override(EvalConfig(), settings), _CHECKPOINT.value or "")
+        report = evaluation.needs(lm, cfg, _TOPOLOGY.value)
+        print(report)
+        return 0 if report.fits else 1
     if not _CHECKPOINT.value:
         raise atom_jax.AtomError("--checkpoint is missing: give the path of a model")
     evaluation.check_tasks(_TASKS.value)
@@ -42,6 +53,7 @@ def run(settings: list[str]) -> None:
     lm = atom_jax.load(_CHECKPOINT.value, adapter=_ADAPTER.value)
     results = evaluation.evaluate(lm, _TASKS.value, cfg, out)
     print(evaluation.table(results))
+    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -51,11 +63,10 @@ def main(arguments: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it reads.
     try:
-        run([*_SET.value, *arguments[1:]])
+        return run([*_SET.value, *arguments[1:]])
     except AtomError as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

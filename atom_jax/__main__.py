@@ -29,7 +29,7 @@ directory (converted, or the --workdir of a training run), a .gguf file or a Hug
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "generate": _generate,
         "convert": _convert,
         "info": _info,
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     try:
         if argv[1] not in commands:
             raise AtomError(f"unknown command {argv[1]!r}; known: {', '.join(commands)}")
-        commands[argv[1]](argv[1:])
+        code = commands[argv[1]](argv[1:])
         sys.stdout.flush()
     except _Done:
         return 0
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         # The reader of our output is gone (head, a closed pager); keep Python from complaining on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code or 0
 
 
 class _Flags:
@@ -91,7 +91,7 @@ class _Done(Exception):
     """The command has nothing left to do."""
 
 
-def _generate(argv: list[str]) -> None:
+def _generate(argv: list[str]) -> int | None:
     known = _Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
@@ -108,7 +108,18 @@ def _generate(argv: list[str]) -> None:
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512")  # fmt: skip
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
+    known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
+    known.add(
+        flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1"
+    )
+    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
+    known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
+    known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
+    known.add(flags.DEFINE_multi_string, "mesh", [],
+              "with --compile_only: AXIS=N, how chips are used; by default one is")  # fmt: skip
     values, _ = known.parse(argv, 0)
+    if values.compile_only:
+        return _compile(values)
     for name in ("checkpoint", "prompt"):
         if not values[name].value:
             raise AtomError(f"--{name} is missing")
@@ -144,6 +155,22 @@ def _generate(argv: list[str]) -> None:
         for prompt, text in zip(values.prompt, result.text):
             print(f"--- {prompt}\n{text}")
     _report(result.stats, everything=values.stats)
+
+
+def _compile(values: flags.FlagValues) -> int:
+    """Prints what generation needs; 1 where it does not fit."""
+    from atom_jax import config
+    from atom_jax.inference import compile_only
+    from atom_jax.kvcache import policies
+    from atom_jax.sharding import MeshConfig
+
+    lm = compile_only.described(values.checkpoint, values.config, values.adapter)
+    if values.memory is not None:
+        lm = policies.with_memory(lm, policies.parse(values.memory))
+    mesh = config.build(MeshConfig, values.mesh, "--mesh") if values.mesh else None
+    report = compile_only.generation(lm, values.rows, values.length, values.topology, mesh)
+    print(report)
+    return 0 if report.fits else 1
 
 
 def _write(row: int, piece: str) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         first = None
         for topology in TOPOLOGIES.value:
             report = grown(exp, topology, ROWS.value, FSDP.value)
-            first = first or report.traffic.total
+            first = first or report.step.traffic.total
             print(row(topology, report, first), flush=True)
     except AtomError as e:
         print(f"benchmarks.scaling: {e}", file=sys.stderr)
@@ -58,20 +58,20 @@ def grown(exp, topology: str, rows: int, fsdp: int):
     optim = dataclasses.replace(exp.optim, accumulate=1)
     exp = dataclasses.replace(exp, data=data, optim=optim, mesh=MeshConfig(data=-1, fsdp=min(fsdp, chips)))
     report = compile_only.check(exp, topology)
-    if report.traffic is None:
+    if report.step.traffic is None:
         raise AtomError(f"{topology}: the step needs {report.total:.1f} GiB per chip, {compile_only.advice(report)}")
     return report
 
 
 def row(topology: str, report, first: float) -> str:
     """A line of the table; first: bytes sent in the first line."""
-    sent = {kind: report.traffic.bytes.get(kind, 0.0) / 2**30 for kind in KINDS}
-    total = report.traffic.total / 2**30
+    sent = {kind: report.step.traffic.bytes.get(kind, 0.0) / 2**30 for kind in KINDS}
+    total = report.step.traffic.total / 2**30
     free = "" if report.free is None else f" ({report.free:.0%})"
     cells = [
         report.chips, topology, f"{report.tokens:,}", f"{report.total:.2f}{free}",
         f"{report.executed / report.chips:.3g}", *(f"{sent[kind]:.2f}" for kind in KINDS),
-        f"{total - sum(sent.values()):.2f}", f"{total:.2f}", f"{report.traffic.total / max(first, 1.0):.2f}",
+        f"{total - sum(sent.values()):.2f}", f"{total:.2f}", f"{report.step.traffic.total / max(first, 1.0):.2f}",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -57,6 +57,7 @@ def test_prints_a_table_and_writes_json(checkpoint, text, tmp_path):
     ("arguments", "message"),
     [
         (["--tasks=bpb"], "--checkpoint is missing"),
+        (["--compile_only"], "expected either --checkpoint or --config"),
         (["--checkpoint=CKPT", "--tasks=bpb,lambda"], "--tasks: no task 'lambda'; the tasks are bpb, lambada"),
         (["--checkpoint=CKPT", "--tasks=lambada"], "make evaldata"),
         (["--checkpoint=CKPT", "--tasks=bpb", "oops"], "--set oops: expected NAME=VALUE"),

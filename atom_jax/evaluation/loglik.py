@@ -22,6 +22,7 @@ import numpy as np
 
 from atom_jax.evaluation.encode import Item
 from atom_jax.inference import sampling
+from atom_jax.inference.compile_only import Chips, Report, at
 from atom_jax.inference.score import exactly, subwords
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding
@@ -100,6 +101,20 @@ def score(
             yield _finish(items, *pending.pop(0))
     for rest in pending:
         yield _finish(items, *rest)
+
+
+def needs(chips: Chips, cfg: Any, length: int, batch_tokens: int) -> Report:
+    """What scoring sequences of `length` tokens needs on chips that nobody has to have."""
+    rows = row_count(length, batch_tokens, chips.mesh.shape["data"] * chips.mesh.shape["fsdp"])
+    size = max(rows * length, batch_tokens)
+    batch = chips.rows((chips.ints(rows, length), chips.ints(rows), chips.suffix(rows, length)))
+    block = chips.ints(max(1, min(size, _BLOCK // cfg.vocab_size)))
+    with jax.set_mesh(chips.mesh):
+        states = _states.lower(chips.params, *batch, cfg=cfg, size=size)
+        places, (x, _) = chips.compile("states", states).places, states.out_info
+        x = chips.whole(x) if places is None else at(x, places[0])
+        chips.compile("scores", _head.lower(chips.params, x, block, block, cfg=cfg))
+    return chips.report(f"{rows} rows of {length:,} tokens")
 
 
 def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple: int, sharding: Any) -> list[Any]:

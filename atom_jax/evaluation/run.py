@@ -22,6 +22,7 @@ from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.metrics import Result, columns
 from atom_jax.evaluation.task import Runner
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
+from atom_jax.inference.compile_only import Chips, Report
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
@@ -78,13 +79,27 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
     return results
 
 
+def needs(lm: LM, cfg: EvalConfig, topology: str | None) -> Report:
+    """What scoring texts needs, at the longest rows, on chips that nobody has to have; nothing is run.
+
+    lm: its parameters are not looked at. Raises AtomError when there is no such topology, or the mesh does not fit.
+    """
+    return loglik.needs(Chips(lm, topology, cfg.mesh), lm.config, row_length(lm, cfg), cfg.batch_tokens)
+
+
+def row_length(lm: LM, cfg: EvalConfig) -> int:
+    """Tokens that the model sees at once. Raises AtomError for bad settings."""
+    length = cfg.max_length or min(lm.config.max_length, _LONGEST)
+    if length < 2 or cfg.batch_tokens < 1:
+        raise AtomError("max_length must be at least 2, and batch_tokens at least 1")
+    return length
+
+
 def make_encoder(lm: LM, cfg: EvalConfig) -> Encoder:
     """How texts become tokens for this model. Raises AtomError for bad settings."""
     if cfg.front not in ("auto", "yes", "no"):
         raise AtomError(f"front={cfg.front}: expected auto, yes or no")
-    length = cfg.max_length or min(lm.config.max_length, _LONGEST)
-    if length < 2 or cfg.batch_tokens < 1:
-        raise AtomError("max_length must be at least 2, and batch_tokens at least 1")
+    length = row_length(lm, cfg)
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, and the tasks are texts")
     front = lm.tokenizer.add_bos if cfg.front == "auto" else cfg.front == "yes"

@@ -102,7 +102,7 @@ def start(
     """
     model = registry.of(cfg)
     if model.read_whole(cfg):
-        whole = functools.partial(_read, params, ids_bt, length_b, suffix, capacity=capacity)
+        whole = functools.partial(read_prompt, params, ids_bt, length_b, suffix, capacity=capacity)
         logits_bv, cache = exactly(lambda cfg: whole(cfg=cfg), cfg)
     else:
         parts = -(-int(length_b.max()) // reading.PART)
@@ -140,7 +140,7 @@ def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
-def _read(
+def read_prompt(
     params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
 ) -> tuple[Any, Any]:
     """(logits after the last token of every prompt, or that before it where the last one is pending, float32 [b, v],

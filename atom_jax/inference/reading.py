@@ -33,7 +33,7 @@ def read(
     for at in range(0, ids_bt.shape[1], size):
         cache = model.init_cache(cfg, b, size) if cache is None else model.grow(cache, size)
         # A dense or budgeted memory changes its size on the way, so its buffers can't be used again.
-        call = _part if model.read_whole(cfg) else _part_in_place
+        call = _part if model.read_whole(cfg) else part_in_place
         last_bd, x_btd, cache = call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
         states.append(x_btd)
     return last_bd, cache, states
@@ -54,4 +54,4 @@ def _read_part(
 
 
 _part = jax.jit(_read_part, static_argnames="cfg")
-_part_in_place = jax.jit(_read_part, static_argnames="cfg", donate_argnames="cache")
+part_in_place = jax.jit(_read_part, static_argnames="cfg", donate_argnames="cache")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
-from typing import Any
 
 import jax
 
@@ -14,22 +12,16 @@ from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.models.flops import forward_flops
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.training import hlo
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
-from atom_jax.training.topology import Chip, devices
-from atom_jax.typing import AtomError
-
-GIB = 2**30
+from atom_jax.training.topology import Chip, Compiled, compiled, devices, per_chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Sizes in GiB per chip; operations of the whole step, on all chips.
 
-    state: parameters. moments: of the optimiser, with a moving average of parameters. other: arguments besides, the
-    batch above all, and what layouts pad. temporary: activations, gradients and working space; None where the
-    compiler refused the step for its size. total: all of it at once, by the compiler.
+    state: parameters. moments: of the optimiser, with a moving average of parameters. step: the compiled step.
     needed: operations of forward and backward passes. executed: those, and what is computed again to save memory.
     """
 
@@ -40,12 +32,9 @@ class Report:
     count: int
     state: float
     moments: float
-    other: float
-    temporary: float | None
-    total: float
+    step: Compiled
     needed: float
     executed: float
-    traffic: hlo.Traffic | None
     seconds: float
 
     @property
@@ -59,6 +48,11 @@ class Report:
         return self.exp.data.batch_size * self.exp.data.seq_len
 
     @property
+    def total(self) -> float:
+        """All that the step needs."""
+        return self.step.total
+
+    @property
     def free(self) -> float | None:
         """Share of the chip's memory that stays free; None for chips of unknown size."""
         return None if self.chip is None else 1 - self.total / self.chip.memory
@@ -66,7 +60,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether the step runs on these chips, as far as is known."""
-        return self.temporary is not None and (self.free is None or self.free >= 0)
+        return self.step.fits(self.chip)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items())
@@ -77,34 +71,24 @@ class Report:
             f"parameters       {self.state:9.3f} GiB per chip",
             f"optimiser state  {self.moments:9.3f} GiB per chip",
         ]
-        if self.temporary is not None:
+        if self.step.temporary is not None:
+            # The batch above all, and what layouts pad.
+            other = max(self.step.arguments - self.state - self.moments, 0.0) + self.step.new
             lines += [
-                f"batch and other  {self.other:9.3f} GiB per chip",
-                f"temporaries      {self.temporary:9.3f} GiB per chip",
+                f"batch and other  {other:9.3f} GiB per chip",
+                f"temporaries      {self.step.temporary:9.3f} GiB per chip",
             ]
-        lines += [f"total            {self.total:9.3f} GiB per chip{self._verdict()}"]
+        lines += [f"total            {self.step.verdict(self.chip)}"]
         rate = "" if self.chip is None else f"; {self.executed / self.chips / self.chip.rate:.3g} s at the peak rate"
         lines += [
             f"operations       {self.needed:.4g} per step, {self.needed / self.tokens:.4g} per token; "
             f"with what is computed again {self.executed:.4g} per step{rate}"
         ]
-        if self.traffic is not None:
-            parts = ", ".join(f"{kind} {n / GIB:.3f}" for kind, n in sorted(self.traffic.bytes.items()))
-            lines += [f"sent             {self.traffic.total / GIB:9.3f} GiB per chip and step: {parts or 'nothing'}"]
-            if self.traffic.open_loops:
-                lines += [
-                    f"                 (counting one round of {self.traffic.open_loops} loops of unknown length)"
-                ]
+        if self.step.traffic is not None:
+            lines += [f"sent             {self.step.traffic}"]
         if not self.fits:
             lines += [f"to do            {advice(self)}"]
         return "\n".join([*lines, f"compiled in {self.seconds:.0f} s"])
-
-    def _verdict(self) -> str:
-        if self.chip is None:
-            return ""
-        if self.fits:
-            return f" of {self.chip.memory:g}: fits, {self.free:.0%} free"
-        return f" of {self.chip.memory:g}: does not fit"
 
 
 def check(exp: Experiment, topology: str | None) -> Report:
@@ -118,37 +102,14 @@ def check(exp: Experiment, topology: str | None) -> Report:
     start = time.monotonic()
     with jax.set_mesh(mesh):
         program = Program(exp, mesh, _Tokenizer(exp.model.vocab_size))
-        lowered = program.step.lower(program.state, program.abstract_batch())
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            compiled, used = None, re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", str(e))
-            if not used:
-                raise AtomError(f"the step does not compile for {topology or 'these devices'}: {_first(e)}") from None
-    state = program.state
-    sizes = {"state": per_chip(state.params) / GIB, "moments": per_chip((state.opt, state.ema)) / GIB}
-    if compiled is None:
-        total = float(used[1]) / (1 if used[2] == "G" else 1024)
-        sizes |= {"other": 0.0, "temporary": None, "total": total, "traffic": None}
-    else:
-        memory = compiled.memory_analysis()
-        arguments, temporary = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
-        # The new state takes the place of the old one.
-        new = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
-        other = max(arguments - sizes["state"] - sizes["moments"], 0.0) + new
-        sizes |= {"other": other, "temporary": temporary, "total": arguments + temporary + new}
-        sizes["traffic"] = hlo.traffic(compiled.as_text())
+        step = compiled(program.step.lower(program.state, program.abstract_batch()), topology)
     needed, executed = operations(exp, program)
+    state = program.state
     return Report(
         exp=exp, mesh=dict(mesh.shape), kind=mesh.devices.flat[0].device_kind, chip=chip,
-        count=params_lib.count(program.spec), needed=needed, executed=executed,
-        seconds=time.monotonic() - start, **sizes,
+        count=params_lib.count(program.spec), state=per_chip(state.params), moments=per_chip((state.opt, state.ema)),
+        step=step, needed=needed, executed=executed, seconds=time.monotonic() - start,
     )  # fmt: skip
-
-
-def _first(error: Exception) -> str:
-    """The first line of what a compiler says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +124,6 @@ class _Tokenizer:
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"x" * (1 + ids[0] % 7)
-
-
-def per_chip(tree: Any) -> int:
-    """Bytes of a tree of ShapeDtypeStructs on every device of their shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def operations(exp: Experiment, program: Program) -> tuple[float, float]:

@@ -36,6 +36,11 @@ class Traffic:
         """Bytes of all kinds."""
         return sum(self.bytes.values())
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{kind} {n / 2**30:.3f}" for kind, n in sorted(self.bytes.items()))
+        loops = f" (counting one round of {self.open_loops} loops of unknown length)" if self.open_loops else ""
+        return f"{self.total / 2**30:9.3f} GiB per chip and step: {parts or 'nothing'}{loops}"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Line:

@@ -138,7 +138,7 @@ def _opened_source(how: ByteifyConfig) -> tuple[Any, Any]:
     """(configuration, tokenizer) of the model that a Bolmo is made of."""
     if not how.source:
         raise AtomError("byteify.source is not set: which model is the Bolmo to be made of?")
-    cfg, found = _opened(how.source)
+    cfg, found = opened(how.source)
     if not hasattr(found, "pieces"):
         raise AtomError(f"byteify.source {how.source}: has no tokenizer.json, whose subwords a Bolmo needs")
     return cfg, found
@@ -187,10 +187,10 @@ def _given(exp: Experiment, what: str) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of `init_from`."""
     if not exp.init_from:
         raise AtomError(f"{what} is not set, and there is no init_from to take it from")
-    return _opened(exp.init_from)
+    return opened(exp.init_from)
 
 
-def _opened(name: str) -> tuple[Any, Any]:
+def opened(name: str) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of a checkpoint."""
     from atom_jax import checkpoint
     from atom_jax.checkpoint import store

@@ -1,17 +1,21 @@
-"""Chips that a step can be compiled for, present or not."""
+"""Chips that a program can be compiled for, present or not, and what it needs there."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
 
 import jax
 
+from atom_jax.training import hlo
 from atom_jax.typing import AtomError
+
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,34 @@ class Chip:
 
     memory: float
     rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a program needs per chip, in GiB, by its compiler.
+
+    arguments: what it is given. new: results that do not take the place of an argument. temporary: working space,
+    None where the compiler refused the program for its size. total: all of it at once. traffic: None where refused.
+    places: shardings of the results.
+    """
+
+    arguments: float
+    new: float
+    temporary: float | None
+    total: float
+    traffic: hlo.Traffic | None
+    places: Any = None
+
+    def verdict(self, chip: Chip | None) -> str:
+        """The total, and whether a chip has so much."""
+        known = "" if chip is None else f" of {chip.memory:g}: does not fit"
+        if self.fits(chip) and chip is not None:
+            known = f" of {chip.memory:g}: fits, {1 - self.total / chip.memory:.0%} free"
+        return f"{self.total:9.3f} GiB per chip{known}"
+
+    def fits(self, chip: Chip | None) -> bool:
+        """Whether it runs on such chips, as far as is known."""
+        return self.temporary is not None and (chip is None or self.total <= chip.memory)
 
 
 CHIPS = {"v5e": Chip(16, 197e12), "v5p": Chip(95, 459e12), "v6e": Chip(32, 918e12)}
@@ -66,3 +98,27 @@ def _simulated(n: int, topology: str) -> list[Any]:
     if len(found) < n:
         raise AtomError(f"--topology={topology}: there are {len(found)} simulated devices")
     return found[:n]
+
+
+def compiled(lowered: Any, topology: str | None) -> Compiled:
+    """Compiles what `jax.jit(...).lower(...)` returned. Raises AtomError when that fails for other reasons than the
+    program's size."""
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        used = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", str(e))
+        if not used:
+            words = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise AtomError(f"the program does not compile for {topology or 'these devices'}: {words}") from None
+        return Compiled(0.0, 0.0, None, float(used[1]) / (1 if used[2] == "G" else 1024), None)
+    memory = done.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
+    new = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+    total = arguments + temporary + new
+    return Compiled(arguments, new, temporary, total, hlo.traffic(done.as_text()), done.output_shardings)
+
+
+def per_chip(tree: Any) -> float:
+    """GiB of a tree of ShapeDtypeStructs on every device of their shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / GIB

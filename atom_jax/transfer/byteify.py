@@ -21,6 +21,7 @@ from atom_jax.models import bolmo, transformer
 from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.embedding import lookup
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
 from atom_jax.tokenizers.suffix import SPECIALS
@@ -209,7 +210,7 @@ def _source_states(
 ) -> tuple[jax.Array, jax.Array]:
     """States [b, k, d] of the source model after `depth` layers and after all, without its final norm."""
     ids = jnp.pad(tokens_bk[:, :-1], ((0, 0), (1, 0)), constant_values=eos)
-    x = jnp.take(jax.lax.stop_gradient(source["embed"]), ids, axis=0).astype(cfg.dtype)
+    x = lookup(jax.lax.stop_gradient(source["embed"]), ids, cfg.dtype)
     places = Tokens(jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape), jnp.ones_like(ids))
     out = []
     for first, end in ((0, depth), (depth, cfg.main.n_layers)):

@@ -8,6 +8,7 @@ belongs to.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,43 +44,99 @@ def steps_of(lengths_r: jax.Array, pages_m: jax.Array, first_r: jax.Array, page:
     return Steps(row, first_r[row] + within * lanes, left, pages_m, jnp.maximum(ends[-1], 1))
 
 
-def _step(row, at, left, pages, q_ref, *refs, lanes, quantized):
-    n = 4 if quantized else 2
-    sources, (o_ref, lse_ref), rest = refs[:n], refs[n : n + 2], refs[n + 2 :]
-    buffers, (sems, top_ref, total_ref, sum_ref) = rest[: len(sources)], rest[len(sources) :]
-    step, steps = pl.program_id(0), pl.num_programs(0)
-    slot = jax.lax.rem(step, 2)
-    page, size = buffers[0].shape[2:]
+class _Copies(NamedTuple):
+    """Pages on their way from the pool to the buffers [2, lanes, ...], one slot of which is read while the other one
+    fills. Semaphores [sources, 2] count bytes."""
 
-    def each_page(step: jax.Array, slot: jax.Array, act: str) -> None:
-        def one(lane: jax.Array | int, _: None = None) -> None:
-            here = pages[at[step] + lane]
-            for i, (source, buffer) in enumerate(zip(sources, buffers)):
-                copy = pltpu.make_async_copy(source.at[here], buffer.at[slot, lane], sems.at[i, slot])
+    at: Any
+    left: Any
+    pages: Any
+    sources: Sequence[Any]
+    buffers: Sequence[Any]
+    sems: Any
+
+    @property
+    def lanes(self) -> int:
+        """Pages of a whole step."""
+        return self.buffers[0].shape[1]
+
+    def live(self, step: jax.Array) -> jax.Array:
+        """Pages that a step copies."""
+        page = self.buffers[0].shape[2]
+        return jnp.minimum(jax.lax.div(self.left[step] + page - 1, page), self.lanes)
+
+    def of_page(self, step: jax.Array, lane: jax.Array | int) -> list[Any]:
+        """The copies of one page, one per source."""
+        page, slot = self.pages[self.at[step] + lane], jax.lax.rem(step, 2)
+        return [
+            pltpu.make_async_copy(source.at[page], buffer.at[slot, lane], self.sems.at[i, slot])
+            for i, (source, buffer) in enumerate(zip(self.sources, self.buffers))
+        ]
+
+    def each(self, step: jax.Array, act: str) -> None:
+        """Starts or waits for the copies of a step, page by page."""
+
+        def one(lane: jax.Array, _: None) -> None:
+            for copy in self.of_page(step, lane):
                 getattr(copy, act)()
 
-        live = (left[step] + page - 1) // page
+        jax.lax.fori_loop(0, self.live(step), one, None)
 
-        @pl.when(live >= lanes)
+    def start(self, step: jax.Array) -> None:
+        """Starts the copies of a step."""
+        whole = self.live(step) == self.lanes
+
+        @pl.when(whole)
         def _():
             # Without a loop the compiler can weave the copies' addresses together.
-            for lane in range(lanes):
-                one(lane)
+            for lane in range(self.lanes):
+                for copy in self.of_page(step, lane):
+                    copy.start()
 
-        @pl.when(live < lanes)
+        @pl.when(jnp.logical_not(whole))
         def _():
-            jax.lax.fori_loop(0, live, one, None)
+            self.each(step, "start")
+
+    def wait(self, step: jax.Array) -> None:
+        """Returns when the pages of a step are there."""
+        whole, slot = self.live(step) == self.lanes, jax.lax.rem(step, 2)
+
+        @pl.when(whole)
+        def _():
+            for i, buffer in enumerate(self.buffers):
+                pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.sems.at[i, slot]).wait()
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            self.each(step, "wait")
+
+    def clear(self) -> None:
+        """Fills the buffers with zeros."""
+
+        def one(lane: jax.Array, _: None) -> None:
+            for buffer in self.buffers:
+                buffer[:, lane] = jnp.zeros((2, *buffer.shape[2:]), buffer.dtype)
+
+        jax.lax.fori_loop(0, self.lanes, one, None)
+
+
+def _step(row, at, left, pages, q_ref, *refs, quantized):
+    n = 4 if quantized else 2
+    sources, (o_ref, lse_ref), rest = refs[:n], refs[n : n + 2], refs[n + 2 :]
+    buffers, (sems, top_ref, total_ref, sum_ref) = rest[:n], rest[n:]
+    copies = _Copies(at, left, pages, sources, buffers, sems)
+    step, slot = pl.program_id(0), jax.lax.rem(pl.program_id(0), 2)
+    lanes, page, size = buffers[0].shape[1:]
 
     @pl.when(step == 0)
     def _():
         # A weight of zero must not meet what the memory held before.
-        for buffer in buffers:
-            buffer[...] = jnp.zeros_like(buffer)
-        each_page(step, slot, "start")
+        copies.clear()
+        copies.each(step, "start")
 
-    @pl.when(step + 1 < steps)
+    @pl.when(step + 1 < pl.num_programs(0))
     def _():
-        each_page(step + 1, 1 - slot, "start")
+        copies.start(step + 1)
 
     @pl.when((step == 0) | (row[step] != row[jnp.maximum(step - 1, 0)]))
     def _():
@@ -87,7 +144,7 @@ def _step(row, at, left, pages, q_ref, *refs, lanes, quantized):
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    each_page(step, slot, "wait")
+    copies.wait(step)
     q = q_ref[...]
     k, v = (buffer[slot].reshape(lanes * page, size).astype(q.dtype) for buffer in buffers[:2])
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -133,7 +190,7 @@ def cache_attention(
         return pl.BlockSpec((None, g, *tail), lambda step, row, at, left, pages: (row[step], 0, 0))
 
     out, lse = pl.pallas_call(
-        functools.partial(_step, lanes=lanes, quantized=len(sources) == 4),
+        functools.partial(_step, quantized=len(sources) == 4),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(steps.count,),

@@ -1,5 +1,5 @@
 """Shapes at which `cache_attention` is compiled: a decode step of an 8B model (8 key/value heads of four query heads,
-size 128) for 16 sequences, over pages of 32 and of 128 entries."""
+size 128) for 16 sequences, over pages of 32 and of 128 entries; and JAX's own kernel at the same, for comparison."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from pallas_kernels.cache_attention.api import cache_attention
+from pallas_kernels.cache_attention.kernel import ENTRIES
 
 B, H, G, K, CAPACITY = 16, 8, 4, 128, 4096
 
@@ -39,9 +41,24 @@ def _specs(implementation: str) -> Specs:
     return specs | {f"int8_page{page}": (int8, _shapes(page, jnp.int8)) for page in (32, 128)}
 
 
+def _jax(page: int) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+    """JAX's `paged_attention`, whose pages hold no more than one head either, with as many entries per step."""
+    n = CAPACITY // page
+    pool = jax.ShapeDtypeStruct((H, B * n, page, K), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((B, H * G, K), jnp.bfloat16)
+    lengths, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B,), (B, n)))
+    return functools.partial(paged_attention, pages_per_compute_block=ENTRIES // page), [
+        q,
+        pool,
+        pool,
+        lengths,
+        table,
+    ]
+
+
 def tpu() -> Specs:
-    """{name: (function, shapes)} of the kernel."""
-    return _specs("tpu")
+    """{name: (function, shapes)} of the kernel, and of JAX's."""
+    return _specs("tpu") | {f"jax_bf16_page{page}": _jax(page) for page in (32, 128)}
 
 
 def cuda() -> Specs:

@@ -9,7 +9,7 @@ lanes as they are stored; what belongs to keys is spread over lanes once per blo
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,124 +24,193 @@ from pallas_kernels.evict_attention.tiles import LANES, LOG2E, Form, Tile, colum
 HEADS = 2
 
 
+class _Refs(NamedTuple):
+    """Blocks of inputs and outputs, and what adds up in VMEM. Without penalties or segments theirs are None."""
+
+    q: Any
+    k: Any
+    v: Any
+    d_out: Any
+    lse: Any
+    delta: Any
+    keep: Any
+    q_seg: Any
+    k_seg: Any
+    # Whole, in HBM; it starts as zeros.
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_keep: Any
+    sum_q: Any
+    sum_k: Any
+    sum_v: Any
+    buffer: Any
+    bias: Any
+    semaphores: Any
+    pending: Any
+    # Sums and penalties of keys, [keys, lanes]; 1 in `far` where a query is beyond the window.
+    sum_keep: Any
+    keep_column: Any
+    far: Any
+    segment_column: Any
+
+    @classmethod
+    def named(cls, refs: list[Any], form: Form) -> _Refs:
+        """What a kernel receives, in the order of `backward`."""
+        rest = iter(refs)
+        take = lambda n, there=True: [next(rest) if there else None for _ in range(n)]  # noqa: E731
+        inputs = take(6) + take(1, form.keep) + take(2, form.segments)
+        # The zeros that d_q starts from are in the same memory as d_q.
+        next(rest)
+        outputs = take(3) + take(1, form.keep)
+        return cls(*inputs, *outputs, *take(7), *take(3, form.keep), *take(1, form.segments))
+
+
 def _kernel(*refs: Any, form: Form, widths: tuple[int, ...]) -> None:
-    plan, refs = unflat(refs[: len(widths)], widths), list(refs[len(widths) :])
-    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs[:6]
-    keep_ref = refs.pop(6) if form.keep else None
-    q_seg_ref, k_seg_ref = (refs.pop(6), refs.pop(6)) if form.segments else (None, None)
-    # The zeros that d_q starts from are in the same memory as d_q.
-    _, d_q_ref, d_k_ref, d_v_ref = refs[6:10]
-    d_keep_ref = refs.pop(10) if form.keep else None
-    sum_q, sum_k, sum_v, buffer, bias_ref, semaphores, pending = refs[10:17]
-    sum_keep, keep_column, far_ref = refs[17:20] if form.keep else (None, None, None)
-    segment_column = refs[-1] if form.segments else None
+    plan, x = unflat(refs[: len(widths)], widths), _Refs.named(list(refs[len(widths) :]), form)
     b, h, j, i = (pl.program_id(n) for n in range(4))
     row = b * pl.num_programs(1) + h
     last = pl.num_programs(3) - 1
-    blocks = form.blocks
-    g = q_ref.shape[0]
-    heads = HEADS if g % HEADS == 0 else 1
-    q_tiles, k_tiles = blocks.q_block // blocks.q_tile, blocks.k_block // blocks.k_tile
-    here = d_q_ref.at[b, h, :, tile_at(i, blocks.q_block), :]
-    fetch = pltpu.make_async_copy(here, buffer, semaphores.at[0])
-    send = pltpu.make_async_copy(buffer, here, semaphores.at[1])
+    share = _Share(x, x.d_q.at[b, h, :, tile_at(i, form.blocks.q_block), :])
 
     @pl.when(i == 0)
     def _():
-        sum_k[...] = jnp.zeros_like(sum_k)
-        sum_v[...] = jnp.zeros_like(sum_v)
-        if form.keep:
-            sum_keep[...] = jnp.zeros_like(sum_keep)
-            keep_column[...] = column(keep_ref[...])
-        if form.segments:
-            segment_column[...] = column(k_seg_ref[...])
+        _begin(x, form)
 
     @pl.when((i == 0) & (j == 0))
     def _():
-        pending[0] = 0
-
-    def sent() -> None:
-        @pl.when(pending[0] == 1)
-        def _():
-            send.wait()
-            pending[0] = 0
-
-    def queries(r: jax.Array) -> None:
-        q_tile, q_at = i * q_tiles + r, tile_at(r, blocks.q_tile)
-
-        def keys(c: jax.Array) -> None:
-            k_tile, k_at = j * k_tiles + c, tile_at(c, blocks.k_tile)
-            tile = Tile(plan.start[b] + q_tile * blocks.q_tile, k_tile * blocks.k_tile, form)
-            free, far, mixed = tile.kinds(plan, b, row, q_tile, k_tile)
-
-            def back(penalty: Any, where: Any) -> None:
-                loop(0, g // heads, functools.partial(some, penalty, where))
-
-            def some(penalty: Any, where: Any, n: jax.Array) -> None:
-                k, v = k_ref[k_at, :], v_ref[k_at, :]
-                d_k = d_v = d_keep = 0.0
-                for x in range(heads):
-                    head = n * heads + x
-                    q, d_out = q_ref[head, q_at, :], d_out_ref[head, q_at, :]
-                    scores = dot(k, q, (1, 1))
-                    if penalty is not None:
-                        scores += penalty()
-                    weights = jnp.exp2(scores - lse_ref[head, :, q_at])
-                    d_v += dot(weights.astype(v.dtype), d_out, (1, 0))
-                    d_scores = weights * (dot(v, d_out, (1, 1)) - delta_ref[head, :, q_at])
-                    if where is not None:
-                        counted = where(d_scores)
-                        for lane in range(0, blocks.q_tile, LANES):
-                            d_keep += counted[:, lane : lane + LANES]
-                    d_scores = d_scores.astype(q.dtype)
-                    d_k += dot(d_scores, q, (1, 0))
-                    sum_q[head, q_at, :] += dot(d_scores, k, (0, 0))
-                sum_k[k_at, :] += d_k
-                sum_v[k_at, :] += d_v
-                if where is not None:
-                    sum_keep[k_at, : d_keep.shape[1]] += d_keep
-
-            pl.when(free)(lambda: back(None, None))
-            if form.keep:
-                spread = lambda: wide(keep_column[k_at, :], blocks.q_tile)  # noqa: E731
-                pl.when(far)(lambda: back(spread, lambda x: x))
-
-            @pl.when(mixed)
-            def _():
-                shape, segments = bias_ref.shape, None
-                if form.segments:
-                    segments = q_seg_ref[:, q_at], wide(segment_column[k_at, :], shape[1])
-                keep = wide(keep_column[k_at, :], shape[1]) if form.keep else None
-                bias_ref[...], beyond = tile.penalty(shape, 1, segments, keep)
-                if form.keep:
-                    far_ref[...] = beyond.astype(jnp.float32)
-                back(lambda: bias_ref[...], (lambda x: x * far_ref[...]) if form.keep else None)
-
-        low = jnp.maximum(plan.first[b, q_tile] - j * k_tiles, 0)
-        loop(low, jnp.minimum(plan.end[b, q_tile] - j * k_tiles, k_tiles), keys)
-
-        @pl.when(r == 0)
-        def _():
-            sent()
-            fetch.start()
+        x.pending[0] = 0
 
     @pl.when((plan.q_first[row, j] <= i) & (i < plan.q_end[row, j]))
     def _():
-        sum_q[...] = jnp.zeros_like(sum_q)
-        loop(0, q_tiles, queries)
-        fetch.wait()
-        buffer[...] += sum_q[...]
-        send.start()
-        pending[0] = 1
+        x.sum_q[...] = jnp.zeros_like(x.sum_q)
+        queries = functools.partial(_queries, x, plan, form, share, (b, row, j, i))
+        loop(0, form.blocks.q_block // form.blocks.q_tile, queries)
+        share.send()
 
     @pl.when(i == last)
     def _():
-        d_k_ref[...] = (sum_k[...] / LOG2E).astype(d_k_ref.dtype)
-        d_v_ref[...] = sum_v[...].astype(d_v_ref.dtype)
-        if form.keep:
-            d_keep_ref[...] = sum_keep[...].sum(1, keepdims=True).T
+        _end(x, form)
 
-    pl.when((i == last) & (j == pl.num_programs(2) - 1))(sent)
+    pl.when((i == last) & (j == pl.num_programs(2) - 1))(share.sent)
+
+
+class _Share:
+    """The gradients of a block of queries in HBM, to which a step adds its share."""
+
+    def __init__(self, x: _Refs, here: Any):
+        self.x = x
+        self.fetching = pltpu.make_async_copy(here, x.buffer, x.semaphores.at[0])
+        self.sending = pltpu.make_async_copy(x.buffer, here, x.semaphores.at[1])
+
+    def fetch(self) -> None:
+        """Begins to fetch what the steps before have left, once their last sum has been sent."""
+        self.sent()
+        self.fetching.start()
+
+    def send(self) -> None:
+        """Adds what was fetched, and begins to send the sum."""
+        self.fetching.wait()
+        self.x.buffer[...] += self.x.sum_q[...]
+        self.sending.start()
+        self.x.pending[0] = 1
+
+    def sent(self) -> None:
+        """Waits for a sum that is on its way."""
+
+        @pl.when(self.x.pending[0] == 1)
+        def _():
+            self.sending.wait()
+            self.x.pending[0] = 0
+
+
+def _begin(x: _Refs, form: Form) -> None:
+    """Before the first queries of a block of keys."""
+    x.sum_k[...] = jnp.zeros_like(x.sum_k)
+    x.sum_v[...] = jnp.zeros_like(x.sum_v)
+    if form.keep:
+        x.sum_keep[...] = jnp.zeros_like(x.sum_keep)
+        x.keep_column[...] = column(x.keep[...])
+    if form.segments:
+        x.segment_column[...] = column(x.k_seg[...])
+
+
+def _end(x: _Refs, form: Form) -> None:
+    """After the last queries of a block of keys."""
+    x.d_k[...] = (x.sum_k[...] / LOG2E).astype(x.d_k.dtype)
+    x.d_v[...] = x.sum_v[...].astype(x.d_v.dtype)
+    if form.keep:
+        x.d_keep[...] = x.sum_keep[...].sum(1, keepdims=True).T
+
+
+def _queries(x: _Refs, plan: Plan, form: Form, share: _Share, step: tuple, r: jax.Array) -> None:
+    """Tile r of queries with all tiles of keys that it sees. step: sequence, its row in the plan, blocks."""
+    blocks, (b, row, j, i) = form.blocks, step
+    q_tiles, k_tiles = blocks.q_block // blocks.q_tile, blocks.k_block // blocks.k_tile
+    q_tile = i * q_tiles + r
+
+    def keys(c: jax.Array) -> None:
+        k_tile = j * k_tiles + c
+        tile = Tile(plan.start[b] + q_tile * blocks.q_tile, k_tile * blocks.k_tile, form)
+        kinds = tile.kinds(plan, b, row, q_tile, k_tile)
+        _tile(x, form, tile, kinds, tile_at(r, blocks.q_tile), tile_at(c, blocks.k_tile))
+
+    low = jnp.maximum(plan.first[b, q_tile] - j * k_tiles, 0)
+    loop(low, jnp.minimum(plan.end[b, q_tile] - j * k_tiles, k_tiles), keys)
+    pl.when(r == 0)(share.fetch)
+
+
+def _tile(x: _Refs, form: Form, tile: Tile, kinds: tuple[jax.Array, ...], q_at: Any, k_at: Any) -> None:
+    """One tile, of one of three kinds: every key is seen as it is; all are beyond the window; or anything else."""
+    free, far, mixed = kinds
+    g = x.q.shape[0]
+    heads = HEADS if g % HEADS == 0 else 1
+
+    def back(penalty: Any, where: Any) -> None:
+        loop(0, g // heads, functools.partial(_heads, x, q_at, k_at, heads, penalty, where))
+
+    pl.when(free)(lambda: back(None, None))
+    if form.keep:
+        spread = lambda: wide(x.keep_column[k_at, :], form.blocks.q_tile)  # noqa: E731
+        pl.when(far)(lambda: back(spread, lambda d_scores: d_scores))
+
+    @pl.when(mixed)
+    def _():
+        shape, segments = x.bias.shape, None
+        if form.segments:
+            segments = x.q_seg[:, q_at], wide(x.segment_column[k_at, :], shape[1])
+        keep = wide(x.keep_column[k_at, :], shape[1]) if form.keep else None
+        x.bias[...], beyond = tile.penalty(shape, 1, segments, keep)
+        if form.keep:
+            x.far[...] = beyond.astype(jnp.float32)
+        back(lambda: x.bias[...], (lambda d_scores: d_scores * x.far[...]) if form.keep else None)
+
+
+def _heads(x: _Refs, q_at: Any, k_at: Any, heads: int, penalty: Any, where: Any, n: jax.Array) -> None:
+    """Gradients of a tile for the n-th `heads` heads of a group.
+
+    penalty: makes what is added to scores; where: picks the gradients of scores that count for penalties; or None."""
+    k, v = x.k[k_at, :], x.v[k_at, :]
+    d_k = d_v = d_keep = 0.0
+    for head in (n * heads + m for m in range(heads)):
+        q, d_out = x.q[head, q_at, :], x.d_out[head, q_at, :]
+        scores = dot(k, q, (1, 1))
+        if penalty is not None:
+            scores += penalty()
+        weights = jnp.exp2(scores - x.lse[head, :, q_at])
+        d_v += dot(weights.astype(v.dtype), d_out, (1, 0))
+        d_scores = weights * (dot(v, d_out, (1, 1)) - x.delta[head, :, q_at])
+        if where is not None:
+            counted = where(d_scores)
+            for lane in range(0, counted.shape[1], LANES):
+                d_keep += counted[:, lane : lane + LANES]
+        d_scores = d_scores.astype(q.dtype)
+        d_k += dot(d_scores, q, (1, 0))
+        x.sum_q[head, q_at, :] += dot(d_scores, k, (0, 0))
+    x.sum_k[k_at, :] += d_k
+    x.sum_v[k_at, :] += d_v
+    if where is not None:
+        x.sum_keep[k_at, : d_keep.shape[1]] += d_keep
 
 
 def backward(

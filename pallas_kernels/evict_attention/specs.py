@@ -1,5 +1,5 @@
 """Shapes at which `evict_attention` is compiled: training and prefill of an 8B model (32 heads in 8 groups, head size
-128, a window of 512), and of a small one (9 heads in 3 groups, head size 64)."""
+128, a window of 512), and of a small one (9 heads in 3 groups, head size 64); and JAX's own kernel for comparison."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels.evict_attention.api import evict_attention
 
@@ -87,9 +88,25 @@ def _gradient(run: Callable, n: int) -> Callable:
     return jax.grad(total, argnums=tuple(range(n)), has_aux=True)
 
 
+def _splash(case: Case, block: int = 512) -> Callable:
+    """JAX's splash attention, which knows no eviction: output and log-sum-exp."""
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((case.t, case.s))] * case.h * case.g)
+    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
+    sizes = splash_attention.BlockSizes(**{f"block_{name}": block for name in names.split()})
+
+    def run(q_bhgtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        attend = splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        q = q_bhgtk.reshape(case.b, case.h * case.g, case.t, case.k)
+        return jax.vmap(attend)(q, k_bhsk, v_bhsk), jnp.zeros(())
+
+    return run
+
+
 def tpu() -> Specs:
-    """{name: (function, shapes)} of the kernel, forward and with gradients."""
-    return _specs("tpu", list(CASES))
+    """{name: (function, shapes)} of the kernel, forward and with gradients, and of JAX's."""
+    case = CASES["8b_dense"]
+    run, shapes = _splash(case), list(case.shapes().values())
+    return _specs("tpu", list(CASES)) | {"jax_8b": (run, shapes), "jax_8b_grad": (_gradient(run, 3), shapes)}
 
 
 def cuda() -> Specs:

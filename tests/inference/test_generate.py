@@ -73,7 +73,7 @@ def test_every_step_equals_the_whole_forward_pass(case, unroll):
     p = transformer.decode_params(lm.params, cfg, unroll)
     step = jax.jit(lambda batch, cache: transformer.apply(p, batch, cfg=cfg, cache=cache))
     lengths = np.array([40, 40], np.int32)
-    (first, cache), _ = decode._read(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
+    (first, cache), _ = decode.read_prompt(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
     np.testing.assert_allclose(first, whole[:, 0], atol=1e-4)
     if unroll:
         cache = transformer.unstack(cache)

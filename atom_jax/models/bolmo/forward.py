@@ -17,6 +17,7 @@ from atom_jax.models import stack, transformer
 from atom_jax.models.bolmo.config import FUSED, BolmoConfig
 from atom_jax.models.bolmo.memory import BolmoState
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu
 from atom_jax.nn.mlstm import mlstm
@@ -105,11 +106,11 @@ def fuse(targets_bt: jax.Array, aux: dict[str, Any]) -> jax.Array:
 
 def encode(p: Tree, batch: Batch, cfg: BolmoConfig, states: Any = None) -> tuple[jax.Array, Any]:
     """Normalised encoder states [b, t, d] of bytes and their suffix subwords, and the memory of the encoder."""
-    x_btd = jnp.take(p["embed"], batch.ids % FUSED, axis=0).astype(cfg.dtype)
+    x_btd = lookup(p["embed"], batch.ids % FUSED, cfg.dtype)
     if cfg.subwords:
         if batch.suffix is None:
             raise AtomError("this model looks at the subword that ends at each byte: it needs its subword tokenizer")
-        x_btd += jnp.take(p["subwords"], batch.suffix.ids, axis=0).astype(cfg.dtype)
+        x_btd += lookup(p["subwords"], batch.suffix.ids, cfg.dtype)
     x_btd = constrain(x_btd, "batch", None, None)
     x_btd, states = local(p["encoder"], x_btd, Tokens(batch.positions, batch.segments), states, cfg)
     return rms_norm(x_btd, p["encoder_norm"], cfg.edge_eps), states
