@@ -241,15 +241,21 @@ def _fairness(argv: list[str]) -> None:
     known.add(flags.DEFINE_multi_string, "checkpoint", None, "what to judge; may be repeated")
     known.add(flags.DEFINE_string, "source", "corpora/parallel", "directory with a directory for each language")
     known.add(flags.DEFINE_integer, "limit", 100_000, "bytes per language to read at most; 0: all")
+    known.add(flags.DEFINE_list, "scripts", [], "instead: rates of these scripts that make equal units per language")
+    known.add(flags.DEFINE_float, "prior", 0.2, "with --scripts: unit ends per byte of English, in the first of them")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
     values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
+    if not values.checkpoint and not values.scripts:
         raise AtomError("--checkpoint is missing")
 
     import pathlib
 
     from atom_jax.evaluation import cache, fairness
 
+    if values.scripts:
+        rates = fairness.priors(values.source, values.scripts, values.prior)
+        print(", ".join(f"{name} {rate:.3f}" for name, rate in zip(values.scripts, rates)))
+        return
     report = fairness.compare(values.checkpoint, values.source, values.limit)
     if values.out:
         cache.write_json(pathlib.Path(values.out), report)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.units [--config=configs/units.py] [--variants=hnet,...,bytes,bpe] [--workdir=runs/units]
                                [--set train.steps=400] [--out=FILE.json]
+    python -m benchmarks.units --large    # generation at 118M parameters, with random weights
 
 Each variant is trained (or found trained) in WORKDIR/VARIANT, judged on the whole validation text of its data, and
 timed: training steps, and generation of single bytes for one row and for eight. The columns:
@@ -13,15 +14,20 @@ bits      per byte of the validation text.
 unit      bytes per unit there; for BPE, per token. edge: the share of units that begin at the edge of a word.
 train     bytes per second, the first step left out.
 gen 1, 8  bytes per second with one row and with eight; a batch costs 8 * gen1 / gen8 times one row.
+
+With --large nothing is trained. Units are of four bytes (megabyte), or end at random, at about one byte in five
+(words: random weights make random bytes, of which a fifth count as white space).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,14 +35,17 @@ from absl import app, flags
 
 import atom_jax
 from atom_jax import config, params
+from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.data.config import DataConfig
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
 from atom_jax.evaluation import units as units_lib
 from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.inference.generate import Generation
 from atom_jax.models import registry
 from atom_jax.models.flops import forward_flops
 from atom_jax.models.hnet import HNetConfig
+from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import record
 from atom_jax.typing import LM, AtomError
 
@@ -47,6 +56,7 @@ SET = flags.DEFINE_multi_string("set", [], "Changes to every variant, as for tra
 NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens to generate per row.", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of generation, of which the median counts.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
+LARGE = flags.DEFINE_bool("large", False, "Instead of all this: generation of large models with random weights.")
 # Bytes of validation text from which lengths of units are taken.
 SAMPLE = 20_000
 
@@ -80,6 +90,25 @@ def measure(variant: str, workdir: pathlib.Path, settings: list[str]) -> dict[st
     }
 
 
+def measure_large(variant: str) -> dict[str, Any]:
+    """Generation of a variant at 118M parameters."""
+    exp = config.load_file(f"configs/units.py:{variant}")
+    cfg = dataclasses.replace(
+        exp.model, layout=("T2", "T8", "T2"), d_model=(512, 1024), d_intermediate=(1365, 2730), n_heads=(8, 16),
+        tie_embeddings=False,
+    )  # fmt: skip
+    ends = range(cfg.vocab_size // 5)
+    if variant == "words":
+        chunking = dataclasses.replace(cfg.chunking[0], rule=Spaces(characters=tuple(ends)))
+        cfg = dataclasses.replace(cfg, chunking=(chunking,))
+    spec = registry.of(cfg).spec(cfg)
+    lm = LM(cfg, params.init(jax.random.key(0), spec), ByteTokenizer())
+    one, eight = (statistics.median(_generation(lm, rows) for _ in range(REPEATS.value)) for rows in (1, 8))
+    made = [i in ends for row in _generate(lm, 8).ids for i in row]
+    unit = len(made) / max(sum(made), 1) if variant == "words" else cfg.chunking[0].rule.stride
+    return {"variant": variant, "parameters": params.count(spec), "unit": unit, "gen1": one, "gen8": eight}
+
+
 def _lengths(lm: LM, data: DataConfig) -> tuple[float, float]:
     """Bytes per unit of the outermost stage (or per token), and the share of units at word edges."""
     corpus = open_source(data.sources[0], "validation")
@@ -99,6 +128,10 @@ def _read(lm: LM, spec: Any, unit: float) -> float:
 
 def _generation(lm: LM, rows: int) -> float:
     """Tokens per second, all rows together, after the prompt and without compilation."""
+    return _generate(lm, rows).stats["tokens_per_second"]
+
+
+def _generate(lm: LM, rows: int) -> Generation:
     prompts = [
         "It was the best of times",
         "She had been",
@@ -109,23 +142,30 @@ def _generation(lm: LM, rows: int) -> float:
         "I",
         "He",
     ]
-    out = atom_jax.generate(lm, prompts[:rows], NEW.value, temperature=1.0, key=jax.random.key(0), stop_ids=())
-    return out.stats["tokens_per_second"]
+    return atom_jax.generate(lm, prompts[:rows], NEW.value, temperature=1.0, key=jax.random.key(0), stop_ids=())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+# Heads of the table's columns, and their cells.
+COLUMNS = {
+    "variant": lambda r: r["variant"],
+    "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
+    "flops/byte": lambda r: f"{r['flops']:.2f}M",
+    "MB/byte": lambda r: f"{r['megabytes']:.1f}",
+    "bits/byte": lambda r: f"{r['bits']:.3f}",
+    "bytes/unit": lambda r: f"{r['unit']:.2f}",
+    "edge": lambda r: f"{r['edge']:.2f}",
+    "train B/s": lambda r: f"{r['train']:,.0f}",
+    "gen 1 B/s": lambda r: f"{r['gen1']:,.0f}",
+    "gen 8 B/s": lambda r: f"{r['gen8']:,.0f}",
+    "batch 8 costs": lambda r: f"{8 * r['gen1'] / r['gen8']:.2f}x",
+}
+GENERATION = ("variant", "parameters", "bytes/unit", "gen 1 B/s", "gen 8 B/s", "batch 8 costs")
+
+
+def table(rows: list[dict[str, Any]], names: Sequence[str] = tuple(COLUMNS)) -> str:
     """The rows in Markdown."""
-    names = (
-        "variant|parameters|flops/byte|MB/byte|bits/byte|bytes/unit|edge|train B/s|gen 1 B/s|gen 8 B/s|batch 8 costs"
-    )
-    lines = [f"| {names.replace('|', ' | ')} |", "|" + "---|" * 11]
-    for r in rows:
-        cells = [
-            r["variant"], f"{r['parameters'] / 1e6:.1f}M", f"{r['flops']:.2f}M", f"{r['megabytes']:.1f}",
-            f"{r['bits']:.3f}", f"{r['unit']:.2f}", f"{r['edge']:.2f}", f"{r['train']:,.0f}", f"{r['gen1']:,.0f}",
-            f"{r['gen8']:,.0f}", f"{8 * r['gen1'] / r['gen8']:.2f}x",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(COLUMNS[name](row) for name in names)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -135,9 +175,12 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise AtomError(f"unexpected argument {argv[1]!r}")
         rows = []
-        for variant in VARIANTS.value:
-            rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
-            print(table(rows), flush=True)
+        for variant in ("megabyte", "words") if LARGE.value else VARIANTS.value:
+            if LARGE.value:
+                rows.append(measure_large(variant))
+            else:
+                rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
+            print(table(rows, GENERATION if LARGE.value else tuple(COLUMNS)), flush=True)
             if OUT.value:
                 pathlib.Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
     except AtomError as e:

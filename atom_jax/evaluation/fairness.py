@@ -13,14 +13,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from atom_jax.chunking import scripts as scripts_lib
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import loglik, run
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.score import apply
+from atom_jax.nn.attention import Tokens
 from atom_jax.typing import LM, AtomError
 
 REFERENCE = "en"
@@ -55,17 +59,56 @@ def compare(checkpoints: Sequence[str], source: str, limit: int = 100_000) -> di
     return {"source": source, "reference": reference, "documents": len(texts[reference]), "checkpoints": report}
 
 
-def read(source: str, limit: int) -> dict[str, list[bytes]]:
-    """Returns the same documents of the test split in every language, English first if it is there."""
+def priors(source: str, scripts: Sequence[str], prior: float, limit: int = 1_000_000) -> tuple[float, ...]:
+    """Rates of unit ends, one for each script (`Predictor.priors`), that make as many units of the same documents in
+    every language as `prior` makes of English.
+
+    The first script's rate is `prior`; those of the others are found by least squares over the languages, from the
+    training split. Raises AtomError for bad input, or where no rates between 0 and 1 do this.
+    """
+    scripts_lib.check(tuple(scripts))
+    texts = read(source, limit, "train")
+    counts = _positions_of(texts, tuple(scripts)).astype(np.float64)
+    wanted = prior * counts[0].sum() - prior * counts[:, 0]
+    rates = (prior, *np.linalg.lstsq(counts[:, 1:], wanted)[0].tolist())
+    if not all(0 < rate < 1 for rate in rates):
+        found = ", ".join(f"{name} {rate:.3f}" for name, rate in zip(scripts, rates))
+        raise AtomError(f"--scripts: no rates between 0 and 1 make equal units of these languages ({found})")
+    return rates
+
+
+def _positions_of(texts: dict[str, list[bytes]], scripts: tuple[str, ...]) -> np.ndarray:
+    """i64 [languages, scripts]: bytes of each script, which are all those up to the next letter of another one."""
+    size = max(sum(map(len, documents)) for documents in texts.values())
+
+    @jax.jit
+    def of(ids: np.ndarray, positions: np.ndarray) -> jax.Array:
+        tokens = Tokens(positions, jnp.ones_like(positions))
+        return scripts_lib.scripts_of(ids, tokens, scripts_lib.ScriptState.empty(1), scripts)[0][0]
+
+    rows = []
+    for documents in texts.values():
+        ids = np.frombuffer(b"".join(documents), np.uint8).astype(np.int32)
+        positions = np.concatenate([np.arange(len(text), dtype=np.int32) for text in documents])
+        fill = (0, size - len(ids))
+        script = np.asarray(of(np.pad(ids, fill)[None], np.pad(positions, fill)[None]))[: len(ids)]
+        rows.append(np.bincount(script, minlength=len(scripts)))
+    return np.stack(rows)
+
+
+def read(source: str, limit: int, split: str = "test") -> dict[str, list[bytes]]:
+    """Returns the same documents of a split in every language, English first if it is there."""
     folder = pathlib.Path(source)
-    names = sorted(p.name for p in folder.iterdir() if (p / "test").is_dir()) if folder.is_dir() else []
+    names = sorted(p.name for p in folder.iterdir() if (p / split).is_dir()) if folder.is_dir() else []
     if not names:
-        raise AtomError(f"--source={source}: no directory there has a test split; `make parallel` fetches such texts")
+        raise AtomError(
+            f"--source={source}: no directory there has a {split} split; `make parallel` fetches such texts"
+        )
     names.sort(key=lambda name: name != REFERENCE)
-    corpora = {name: open_source(str(folder / name), "test") for name in names}
+    corpora = {name: open_source(str(folder / name), split) for name in names}
     if len({len(corpus) for corpus in corpora.values()}) > 1:
         counts = ", ".join(f"{name} {len(corpus)}" for name, corpus in corpora.items())
-        raise AtomError(f"--source={source}: the languages differ in their number of test documents ({counts})")
+        raise AtomError(f"--source={source}: the languages differ in their number of {split} documents ({counts})")
     texts = {name: [corpus.read(i) for i in range(len(corpus))] for name, corpus in corpora.items()}
     largest = np.max([np.cumsum([len(text) for text in documents]) for documents in texts.values()], axis=0)
     count = max(1, int(np.sum(largest <= limit))) if limit else len(largest)

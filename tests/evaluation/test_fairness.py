@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,21 @@ def test_texts_that_are_not_parallel(source, tmp_path):
         fairness.read(source, 0)
     with pytest.raises(AtomError, match="no directory there has a test split"):
         fairness.read(str(tmp_path), 0)
+
+
+def test_rates_that_make_equal_units(source):
+    """Of what is not Latin, English has nothing; German cannot be changed."""
+    folder = pathlib.Path(source)
+    for language in TEXTS:
+        shutil.copytree(folder / language / "test", folder / language / "train")
+    latin, han = fairness.priors(source, ("latin", "han"), 0.2)
+    size = {language: sum(len(t.encode()) for t in texts) for language, texts in TEXTS.items()}
+    assert latin == 0.2
+    np.testing.assert_allclose(han * size["zh"], 0.2 * size["en"], rtol=1e-5)
+    with pytest.raises(AtomError, match=r"no rates between 0 and 1 .*\(latin 0.200, cyrillic 0.000\)"):
+        fairness.priors(source, ("latin", "cyrillic"), 0.2)
+    with pytest.raises(AtomError, match="unknown script 'elvish'"):
+        fairness.priors(source, ("latin", "elvish"), 0.2)
 
 
 def test_bits_per_byte_are_those_of_the_bpb_task(lm, source):

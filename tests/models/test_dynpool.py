@@ -18,7 +18,7 @@ from atom_jax.training import losses
 from atom_jax.typing import AtomError, Batch
 
 RULES = {
-    "gumbel": Predictor(),
+    "gumbel": Predictor(calibrated=False),
     "unigram": Predictor(supervision="marks", double_sigmoid=True),
     "entropy": Predictor(supervision="entropy", double_sigmoid=True),
     "whitespaces": Spaces(characters=(0,)),

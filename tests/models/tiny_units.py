@@ -88,6 +88,8 @@ def weights(cfg: HNetConfig):
             p[name] = 30 * x
         elif name.endswith("rule/out_bias"):
             p[name] = 0 * x + (0.3 if "stage0" in name else -0.6)
+        elif name.endswith("rule/threshold"):
+            p[name] = 0 * x
         elif "rule/" in name:
             p[name] = 3 * x
         elif own in ("in_proj", "out_proj", "qkv", "o", "r", "up", "down", "null", "join", "part", "unembed"):

@@ -28,7 +28,8 @@ HAS_P = True
 @config.register
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Ends a unit where the predicted probability (with noise while training: "gumbel") exceeds 1/2."""
+    """Ends a unit where the predicted probability exceeds 1/2; see `calibrated` for "gumbel", which draws while it
+    trains. (The official code draws whenever it is called.)"""
 
     # What it learns from: "gumbel" (the model's loss and a prior on the rate of marks), "marks" (`Seen.marks`) or
     # "entropy" (`entropy_loss`, once the model's entropies are known).
@@ -37,6 +38,9 @@ class Predictor:
     prior: float = 0.2
     # Of the relaxed Bernoulli variable ("gumbel").
     temperature: float = 0.5
+    # Without noise, end units at the likeliest positions, as many as the prior expects ("gumbel"): above a threshold
+    # that is learned along. False: at those likelier than 1/2, which in a young model are often none at all.
+    calibrated: bool = True
     # Width of the hidden layer; 0 = twice the width of the states.
     hidden: int = 0
     # Factor on the rule's loss.
@@ -72,7 +76,8 @@ def spec(cfg: Predictor, d: int) -> Tree:
     if cfg.supervision == "gumbel":
         # At the wanted rate from the first step: at 1/2, most marks would not fit the chunks there is room for.
         start = _per_script(tuple(math.log(a / (1 - a)) for a in cfg.rates()))
-    return {
+    tree = {"threshold": ParamSpec((c,), (None,), start)} if cfg.supervision == "gumbel" and cfg.calibrated else {}
+    return tree | {
         "hidden": ParamSpec((c, d, f), (None, "embed", "mlp"), normal(0.02)),
         "hidden_bias": ParamSpec((c, f), (None, "mlp"), zeros),
         "out": ParamSpec((c, f), (None, "mlp"), normal(0.02)),
@@ -104,11 +109,16 @@ def apply(p: Tree, seen: Seen, state: Any, *, cfg: Predictor) -> tuple[Boundary,
     logit = _logits(p, seen.h, script)
     prob = jax.nn.sigmoid(logit)
     if cfg.supervision == "gumbel":
-        noise = None if seen.key is None else jax.random.uniform(seen.key, logit.shape)
-        soft = relax(logit, noise, cfg.temperature)
+        if seen.key is not None:
+            soft = relax(logit, jax.random.uniform(seen.key, logit.shape), cfg.temperature)
+        else:
+            above = logit - jax.lax.stop_gradient(p["threshold"])[script] if cfg.calibrated else logit
+            soft = relax(above, None, cfg.temperature)
         mark = real & (soft > 0.5)
         hard = jnp.where(real, soft + jax.lax.stop_gradient(mark - soft), 0.0)
         loss = cfg.weight * binomial_loss(hard, real, script, cfg.rates())
+        if cfg.calibrated:
+            loss += quantile_loss(p["threshold"], jax.lax.stop_gradient(logit), real, script, cfg.rates())
         return Boundary(mark, p=prob, logit=logit, hard=hard, loss=loss), state
     boundary = Boundary(real & (prob > 0.5), p=prob, logit=logit)
     if cfg.supervision == "marks" and seen.marks is not None:
@@ -145,6 +155,21 @@ def binomial_loss(
         total += ways + k * math.log(rate) + (n - k) * math.log1p(-rate)
     length = jnp.sum(real_bt, axis=1, dtype=jnp.float32)
     return -jnp.sum(total / jnp.maximum(length, 1)) / jnp.maximum(jnp.sum(length > 0), 1)
+
+
+def quantile_loss(
+    threshold_c: jax.Array, logit_bt: jax.Array, real_bt: jax.Array, script_bt: jax.Array, rates: tuple[float, ...]
+) -> jax.Array:
+    """f32 [], least where a share `rates[i]` of the logits at real positions of script i is above `threshold_c[i]`:
+    the check function of quantile regression (Koenker and Bassett, 1978), averaged over these positions; scripts are
+    added up."""
+    total = jnp.float32(0)
+    for i, rate in enumerate(rates):
+        mine = (real_bt & (script_bt == i)).astype(jnp.float32)
+        above = logit_bt - threshold_c[i]
+        loss = jnp.maximum((1 - rate) * above, -rate * above)
+        total += jnp.sum(loss * mine) / jnp.maximum(jnp.sum(mine), 1)
+    return total
 
 
 def spikes(entropy_bt: jax.Array, tokens: Tokens) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Most weights belong to the stages inside, which run once per unit. Rows that keep step with each other begin or end
 units at different steps: of many rows some row nearly always does, and reading all weights at every step would cost
-a batch the bytes-per-unit times what it has to.
+a batch the bytes-per-unit times what it has to. Where the network inside is small, waiting costs more than that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PENDING, TWINS, UNUSED = False, False, ()
 
 
 def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-    """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until all others do.
+    """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until all others do,
+    where that pays.
 
     Args:
       batch: [b, 1]. Segment 1 in rows that go on, those that wait included (of these the byte was read before, and
@@ -48,7 +49,9 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
         # Only probabilities are needed from here on.
         boundary = boundary.replace(logit=None, hard=None, loss=None)
         waiting = waited.join(Waiting(plan.count > 0, h_b1d, u_b1kd, boundary, plan))
-        run = jnp.any(waiting.on & live) & jnp.all(waiting.on | ~live)
+        run = jnp.any(waiting.on & live)
+        if pays(p, cfg, len(live)):
+            run &= jnp.all(waiting.on | ~live)
         ready = live & (run | ~waiting.on)
         h_b1d, newest, inner = _units(waiting, waiting.on & ready, run, after[1].chunks, call)
     # The decoder has not seen the bytes of rows that have waited.
@@ -59,6 +62,19 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
     waiting = waiting.replace(on=waiting.on & ~ready)
     outer = StageState((encoder, decoder), *after, newest, latest, waiting)
     return x_b1d, Cache(layers=(outer, *inner), length=cache.length + tokens.segments[:, 0]), ready
+
+
+def pays(p: Tree, cfg: HNetConfig, rows: int) -> bool:
+    """Whether rows should wait, by the weights that a byte of every row costs.
+
+    Units are taken to end at random, at the rate that there is room for. Rows that don't wait read the weights inside
+    when any of them needs them; while rows wait for the last one, those of the byte level are read more often.
+    """
+    rate, head = cfg.chunking[0].capacity, cfg.vocab_size * cfg.d_model[0]
+    sizes = [sum(x.size for x in jax.tree.leaves(p[f"stage{s}"])) for s in range(cfg.stages)]
+    outer, inner = sizes[0] + head, sum(sizes[1:])
+    longest = sum(1 / n for n in range(1, rows + 1))
+    return longest * outer + rate * inner < outer + (1 - (1 - rate) ** rows) * inner
 
 
 def _stack(

@@ -50,12 +50,12 @@ def predict(p, h, cfg, **kwargs):
 
 
 def test_spec_has_the_official_shapes(weights, states):
-    made = params.init(jax.random.key(0), predictor.spec(Predictor(), states.shape[-1]))
+    made = params.init(jax.random.key(0), predictor.spec(Predictor(calibrated=False), states.shape[-1]))
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in weights.items()}
 
 
 def test_gumbel_with_the_official_noise(official, weights, states):
-    logit = predict(weights, states, Predictor()).logit
+    logit = predict(weights, states, Predictor(calibrated=False)).logit
     soft = predictor.relax(logit, official["gumbel.uniform"], 0.5)
     np.testing.assert_allclose(soft, official["gumbel.soft"], atol=2e-6)
     np.testing.assert_array_equal(soft > 0.5, official["gumbel.hard"] > 0)
@@ -65,9 +65,10 @@ def test_gumbel_with_the_official_noise(official, weights, states):
 
 
 def test_gumbel_noise_needs_a_key(weights, states):
-    quiet = predict(weights, states, Predictor())
+    cfg = Predictor(calibrated=False)
+    quiet = predict(weights, states, cfg)
     np.testing.assert_array_equal(quiet.mark, quiet.p > 0.5)
-    runs = [predict(weights, states, Predictor(), key=jax.random.key(i)) for i in range(2)]
+    runs = [predict(weights, states, cfg, key=jax.random.key(i)) for i in range(2)]
     assert (np.asarray(runs[0].mark) != np.asarray(runs[1].mark)).any()
     for run in runs:
         np.testing.assert_array_equal(run.hard, run.mark)
@@ -80,11 +81,38 @@ def test_straight_through_gradient_is_the_relaxed_one():
     h = jnp.zeros((1, 8, 1))
 
     def hard(bias):
-        return predict(p | {"out_bias": bias}, h, Predictor()).hard.sum()
+        return predict(p | {"out_bias": bias}, h, Predictor(calibrated=False)).hard.sum()
 
     grads = jax.jit(jax.vmap(jax.grad(hard)))(logit[0][:, None])[:, 0]
     soft = jax.nn.sigmoid(logit[0] / 0.5)
     np.testing.assert_allclose(grads, 8 * soft * (1 - soft) / 0.5, rtol=1e-5)
+
+
+def test_the_threshold_learns_each_scripts_share_of_marks():
+    """By gradient descent on the rule's own loss, from random states; noise and probabilities stay as they were."""
+    cfg = Predictor(scripts=("latin", "cyrillic"), priors=(0.3, 0.1))
+    p = params.init(jax.random.key(1), predictor.spec(cfg, 4))
+    p |= {name: 60 * p[name] for name in ("hidden", "out")}
+    ids = np.frombuffer(("ab д" * 400).encode(), np.uint8).astype(np.int32)[None]
+    h = jax.random.normal(jax.random.key(2), (1, ids.shape[1], 4))
+
+    @jax.jit
+    def slope(threshold):
+        return jax.grad(lambda x: predict(p | {"threshold": x}, h, cfg, ids=ids).loss)(threshold)
+
+    threshold = p["threshold"]
+    for i in range(200):
+        threshold -= 20.0 / (1 + i / 4) * slope(threshold)
+    before, after = (predict(p | {"threshold": x}, h, cfg, ids=ids) for x in (p["threshold"], threshold))
+    np.testing.assert_array_equal(before.p, after.p)
+    latin = np.arange(ids.shape[1]) % 5 < 3
+    for rate, mine in zip(cfg.priors, (latin, ~latin)):
+        assert abs(np.asarray(after.mark)[0, mine].mean() - rate) < 0.01
+        assert abs(np.asarray(before.mark)[0, mine].mean() - rate) > 0.02
+    noisy = [
+        predict(p | {"threshold": x}, h, cfg, ids=ids, key=jax.random.key(3)).mark for x in (0 * threshold, threshold)
+    ]
+    np.testing.assert_array_equal(*noisy)
 
 
 def test_supervised_by_marks(official, weights, states):
