@@ -109,9 +109,7 @@ def _generate(argv: list[str]) -> int | None:
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
-    known.add(
-        flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1"
-    )
+    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1")
     known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
     known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
     known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
