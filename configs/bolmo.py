@@ -25,6 +25,12 @@ bolmo_1b, _7b    the published recipes, of OLMo 2 1B and OLMo 3 7B, for 64 chips
 tiny_byteify     seconds; for tests, which say what byteify.source is.
 
 Stage 1 of the published recipes has the b2 of the scripts, 0.999 (the paper: 0.95).
+
+Compile-time figures (`--compile_only --topology=v5p:4x4x4`, libtpu 0.0.42.1) of bolmo_7b's second stage, 64 rows of
+24,576 bytes: per chip parameters 0.447 GiB, optimiser state 0.893, temporaries 9.380, in all 10.721 of 95 (89% free);
+1.80e16 operations per step, 2.40e16 with what is computed again, which take at least 0.82 s; 100.5 GiB sent per chip
+and step. Its first stage, 32 rows: parameters with the source's tables 0.498, optimiser state 0.143, temporaries
+7.738, in all 8.379 (91% free); 5.89e15 and 7.28e15 operations, at least 0.25 s; 80.8 GiB sent.
 """
 
 from __future__ import annotations
