@@ -16,6 +16,8 @@ from atom_jax.training import hlo
 from atom_jax.typing import AtomError
 
 GIB = 2**30
+# What the TPU compiler says of a program for its size: all that it needs, or the temporaries alone.
+TOO_LARGE = re.compile(r"Used ([\d.]+[GM]) of [\d.]+[GM] hbm|for HLO temporaries \(([\d.]+[GM])\) exceeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,12 @@ def compiled(lowered: Any, topology: str | None) -> Compiled:
     try:
         done = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-        used = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", str(e))
+        used = TOO_LARGE.search(str(e))
         if not used:
             words = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise AtomError(f"the program does not compile for {topology or 'these devices'}: {words}") from None
-        return Compiled(0.0, 0.0, None, float(used[1]) / (1 if used[2] == "G" else 1024), None)
+        size = next(x for x in used.groups() if x is not None)
+        return Compiled(0.0, 0.0, None, float(size[:-1]) / (1 if size[-1] == "G" else 1024), None)
     memory = done.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
     new = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB

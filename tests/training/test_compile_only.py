@@ -132,6 +132,28 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
         topology.devices("v5p:4x4x4")
 
 
+@pytest.mark.parametrize(
+    "words, size",
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 20.48G of 15.75G hbm. Exceeded", 20.48),
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (17.82G) exceeds available", 17.82),
+        ("something else", None),
+    ],
+)
+def test_refused_for_its_size(words, size):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(words)
+
+    if size is None:
+        with pytest.raises(AtomError, match="does not compile for v5e:2x2: something else"):
+            topology.compiled(Lowered(), "v5e:2x2")
+        return
+    found = topology.compiled(Lowered(), "v5e:2x2")
+    assert found.total == size and found.temporary is None and not found.fits(Chip(16, 1e12))
+    assert "of 16: does not fit" in found.verdict(Chip(16, 1e12))
+
+
 def test_a_mesh_that_does_not_fit_the_topology():
     with pytest.raises(AtomError, match="does not fit 8 devices"):
         compile_only.check(make("mesh.fsdp=3"), "cpu:8")
