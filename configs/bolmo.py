@@ -97,8 +97,9 @@ def published(
     )  # fmt: skip
     train = TrainConfig(steps=75000, eval_every=5000)
     first = Experiment(
-        model=model, byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train, mesh=first_mesh
-    )
+        model=model, tokenizer="bolmo", byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train,
+        mesh=first_mesh,
+    )  # fmt: skip
     return dataclasses.replace(
         first, first=first, byteify=ByteifyConfig(source=source, stage=2),
         data=dataclasses.replace(data, batch_size=64, seed=1),
@@ -148,7 +149,9 @@ def smollm2() -> Experiment:
         steps=240, log_every=5, eval_every=80, eval_batches=12, checkpoint_every=80, sample_prompt="The house stood",
         sample_tokens=100,
     )  # fmt: skip
-    first = Experiment(model=model, byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train)
+    first = Experiment(
+        model=model, tokenizer="bolmo", byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train
+    )
     return dataclasses.replace(
         first, first=first, byteify=ByteifyConfig(source=source, stage=2), data=dataclasses.replace(data, seed=1),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=6, final_fraction=0.05, groups=HALF, clip_norm=0.5),
@@ -164,7 +167,7 @@ def tiny_byteify() -> Experiment:
         steps=6, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3, sample_prompt="It", sample_tokens=4
     )
     first = Experiment(
-        model=model, byteify=ByteifyConfig(imitate=Stage1(depth=1)), data=data, train=train,
+        model=model, tokenizer="bolmo", byteify=ByteifyConfig(imitate=Stage1(depth=1)), data=data, train=train,
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=1, groups=IMITATION),
     )  # fmt: skip
     return dataclasses.replace(

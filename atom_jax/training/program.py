@@ -124,6 +124,8 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
         raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
     if (exp.byteify is not None) != (exp.data.tokens > 0):
         raise AtomError("byteify and data.tokens need each other")
+    if exp.byteify is not None and exp.tokenizer != "bolmo":
+        raise AtomError(f"byteify: tokenizer must be bolmo, not {exp.tokenizer!r}")
     if exp.byteify is not None and not isinstance(exp.model, BolmoConfig):
         raise AtomError(f"byteify: model must be a BolmoConfig, not a {type(exp.model).__name__}")
     how = exp.byteify

@@ -137,6 +137,7 @@ def test_the_steps_compile_without_a_source(variant):
     [
         (["first.data.tokens=0"], "byteify and data.tokens need each other"),
         (["first.byteify.imitate.depth=3"], "imitate.depth: the source has 2 layers"),
+        (["first.tokenizer=bytes"], "tokenizer must be bolmo, not 'bytes'"),
         (["first.byteify.source="], "byteify.source is not set"),
         (["first.byteify.source=tests/golden/hf_tiny/llama"], "has no tokenizer.json"),
         (["first.model.main.vocab_size=402"], r"embed is \[400, 32\] there, \[402, 32\] in model.main"),
