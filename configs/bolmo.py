@@ -146,7 +146,7 @@ def smollm2() -> Experiment:
         optimizer="muon", learning_rate=5e-3, warmup_steps=20, final_fraction=0.05, groups=IMITATION, clip_norm=0.5
     )
     train = TrainConfig(
-        steps=240, log_every=5, eval_every=80, eval_batches=12, checkpoint_every=80, sample_prompt="The house stood",
+        steps=180, log_every=5, eval_every=80, eval_batches=12, checkpoint_every=80, sample_prompt="The house stood",
         sample_tokens=100,
     )  # fmt: skip
     first = Experiment(
@@ -155,7 +155,7 @@ def smollm2() -> Experiment:
     return dataclasses.replace(
         first, first=first, byteify=ByteifyConfig(source=source, stage=2), data=dataclasses.replace(data, seed=1),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=6, final_fraction=0.05, groups=HALF, clip_norm=0.5),
-        train=dataclasses.replace(train, steps=60, eval_every=30, checkpoint_every=30),
+        train=dataclasses.replace(train, steps=45, eval_every=45, checkpoint_every=30),
     )  # fmt: skip
 
 
