@@ -15,7 +15,7 @@ def test_they_are_small_and_have_cards():
     assert {"smollm2-135m-dms-4x", "smollm2-135m-dms-8x"} <= set(adapters.shipped())
     for name in adapters.shipped():
         assert (adapters.SHIPPED / name / "README.md").is_file()
-        assert sum(p.stat().st_size for p in (adapters.SHIPPED / name).iterdir()) < 1_000_000
+        assert sum(p.stat().st_size for p in (adapters.SHIPPED / name).iterdir()) < 5_000_000
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs SmolLM2-135M-Instruct: run `make smollm2`")

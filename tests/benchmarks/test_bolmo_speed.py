@@ -14,7 +14,7 @@ from atom_jax.typing import LM, AtomError
 from benchmarks.bolmo_side import Side, schedule
 from tests.models.tiny_bolmo import DIRECTORY
 
-TEXT = "Language modeling is a fundamental task in natural language processing. Hello!"
+TEXT = "Language modeling is a fundamental task in natural language processing. Hello!" * 4
 NEW = ["It is said", "Hi, world!"]
 
 
