@@ -17,8 +17,8 @@ makes one of a subword model (Minixhofer et al., 2025, section 4; docs/bolmo.md)
 around the source's layers learns to imitate it, in stage 2 everything is trained on.
 
 smollm2          of SmolLM2-135M-Instruct (dequantized), on two CPU cores: a recipe cut short, and not the published
-                 one, with two layers in the decoder instead of four, a hundred-thousandth of the published text,
-                 higher learning rates, and Muon in stage 1.
+                 one, with two layers in the decoder instead of four, a two-hundred-thousandth of the published
+                 text, higher learning rates, and Muon in stage 1.
 bolmo_1b, _7b    the published recipes, of OLMo 2 1B and OLMo 3 7B, for 64 chips. Rows are whole documents or parts of
                  them, where the published runs pack several into one; the text has to be supplied.
 ..._stage1       their first stages alone.
