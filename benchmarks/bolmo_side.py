@@ -24,6 +24,7 @@ from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
+from atom_jax.models.bolmo.waiting import enough
 from atom_jax.models.flops import forward_flops
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
@@ -139,7 +140,9 @@ class Side:
                 keys, sampling.sampler(), none, twins=model.TWINS, unused=model.UNUSED,
                 tokens=self.given[form][:, 1:],
             )  # fmt: skip
-        return schedule([m[:-1] for m in ends]) if self.is_bolmo else {}
+        if not self.is_bolmo:
+            return {}
+        return schedule([m[:-1] for m in ends], enough(self.lm.params, self.lm.config, self.begun))
 
     def compile(self) -> None:
         """What `step` needs."""
@@ -237,13 +240,13 @@ def read(
     return model.logits(p, x_btd[:, at : at + 1], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
 
 
-def schedule(ends: list[np.ndarray]) -> dict[str, int]:
-    """Steps in which rows are read that wait for each other at the ends of patches (`bolmo.step`), and those of them
-    in which patches are."""
+def schedule(ends: list[np.ndarray], quorum: int) -> dict[str, int]:
+    """Steps in which rows are read of which so many wait for each other at the ends of patches (`bolmo.step`), and
+    those of them in which patches are."""
     at, steps, runs = np.zeros(len(ends), int), 0, 0
     while (live := np.array([i < len(e) for i, e in zip(at, ends)])).any():
         on = np.array([i < len(e) and bool(e[i]) for i, e in zip(at, ends)])
-        run = bool((on | ~live).all())
+        run = bool(on.any() and on.sum() >= min(quorum, live.sum()))
         at += live & (run | ~on)
         steps, runs = steps + 1, runs + run
     return {"steps": steps, "runs": runs}

@@ -12,20 +12,21 @@ from atom_jax import params
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
 from atom_jax.inference.sampling import row_keys
-from atom_jax.models import hnet
+from atom_jax.models import hnet, quorum
 from atom_jax.models.hnet import waiting
 from atom_jax.typing import LM
 from tests.models.tiny_units import MODELS, capacity, stream, weights
 
 PROMPTS = [stream(n, start).tolist() for n, start in ((9, 0), (1, 30), (14, 11), (6, 3))]
 NEW = 30
-# Of models whose rows wait here; others have more.
+# Of models whose rows wait for all others here; how many rows wait in those with more.
 LENGTH = 400
+ROWS = {LENGTH + 1: 1, LENGTH + 2: 2, LENGTH + 3: 3}
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    monkeypatch.setattr(waiting, "pays", lambda p, cfg, rows: cfg.max_length <= LENGTH)
+    monkeypatch.setattr(waiting, "enough", lambda p, cfg, cache: ROWS.get(cfg.max_length, len(cache.length)))
 
 
 @functools.cache
@@ -58,27 +59,43 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name, temperature):
         assert together.stats["kv_entries_peak"] <= sum(one.stats["kv_entries_peak"] for one in alone)
 
 
-@pytest.mark.parametrize("name", ["hnet-2", "words", "megabyte"])
-def test_rows_that_do_not_wait_make_the_same(name):
-    waited, eager = found(name, 0.8), found(name, 0.8, length=LENGTH + 1)
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("hnet-2", LENGTH + 1), ("hnet-2", LENGTH + 3), ("words", LENGTH + 2), ("megabyte", LENGTH + 1)],
+)
+def test_rows_make_the_same_whoever_waits(name, length):
+    waited, eager = found(name, 0.8), found(name, 0.8, length=length)
     assert waited.ids == eager.ids
     assert waited.stats["kv_reads"] == pytest.approx(eager.stats["kv_reads"])
 
 
-@pytest.mark.parametrize(
-    ("inner", "rows", "expected"),
-    [("T2", 8, False), ("T16", 8, True), ("T16", 1, False), ("T16", 2, True), ("T16", 100, False)],
-)
-def test_waiting_pays_where_most_weights_are_inside(monkeypatch, inner, rows, expected):
-    """Stages as wide as each other, units of 4: the byte level has 4 layers and is read 2.7 times as often where 8
-    rows wait, the units' 90% of the time where they don't."""
+@pytest.mark.parametrize(("inner", "rows", "least", "most"), [("T2", 8, 2, 4), ("T64", 8, 7, 8), ("T16", 1, 1, 1)])
+def test_more_rows_wait_where_more_weights_are_inside(monkeypatch, inner, rows, least, most):
     monkeypatch.undo()
     cfg = dataclasses.replace(
         MODELS["spikes"], layout=("T2", inner, "T2"), d_model=(64, 64), d_intermediate=(128, 128)
     )
     cfg = capacity(cfg, 0.25)
     shapes = jax.eval_shape(lambda key: params.init(key, hnet.spec(cfg)), jax.random.key(0))
-    assert waiting.pays(shapes, cfg, rows) == expected
+    cache = jax.eval_shape(lambda: hnet.init_cache(cfg, rows, 64))
+    assert least <= waiting.enough(shapes, cfg, cache) <= most
+
+
+@pytest.mark.parametrize("weights", [(1.0, 8.0), (1.0, 0.5), (1.0, 100.0)])
+def test_bytes_cost_least_with_the_quorum(weights):
+    """Against batches that are played through."""
+    outer, inner = weights
+    rate, rows, played = 0.2, 6, []
+    for least in range(1, rows + 1):
+        random, waits, cost, read = np.random.default_rng(0), 0, 0.0, 0
+        for _ in range(20_000):
+            read += rows - waits
+            waits += random.binomial(rows - waits, rate)
+            run = waits >= least
+            cost, waits = cost + outer + run * inner, 0 if run else waits
+        played.append(cost / read)
+    assert played[quorum.size(rows, rate, outer, inner) - 1] <= 1.01 * min(played)
+    assert quorum.size(2048, 1.0, outer, inner) <= 2048
 
 
 @pytest.mark.parametrize("name", ["hnet-2", "words"])

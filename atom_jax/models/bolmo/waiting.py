@@ -1,4 +1,4 @@
-"""Generation, in which rows wait for each other so that the layers over patches run for all of them at once."""
+"""Generation, in which rows wait for each other (`atom_jax.models.quorum`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax.kvcache.dense import Cache
-from atom_jax.models import transformer
+from atom_jax.models import quorum, transformer
 from atom_jax.models.bolmo.config import FUSED, BolmoConfig
 from atom_jax.models.bolmo.forward import encode, linear, local
 from atom_jax.models.bolmo.memory import BolmoState
@@ -27,7 +27,7 @@ UNUSED = (0, 2, 3, FUSED, FUSED + 2, FUSED + 3)
 
 
 def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-    """Reads the next byte of every row; rows whose byte ends a patch wait until all others do.
+    """Reads the next byte of every row; rows whose byte ends a patch wait until enough others do.
 
     Args:
       batch: [b, 1]. Ids from 260 on end patches. Segment 1 in rows that go on, 0 in rows that don't. Rows that wait
@@ -40,7 +40,7 @@ def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.
     new = live & ~state.read
     h_b1d, encoder, suffix = _encode(p, batch, new, cfg, state)
     on = (state.read | new) & (batch.ids[:, 0] >= FUSED)
-    run = jnp.any(on & live) & jnp.all(on | ~live)
+    run = quorum.met(on, live, enough(p, cfg, cache))
     ready = live & (run | ~on)
     newest, main = _patch(p, h_b1d, on & ready, run, cfg, state)
     here = Tokens(jnp.ones_like(batch.ids), ready[:, None].astype(jnp.int32))
@@ -49,6 +49,15 @@ def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.
         x_b1d = rms_norm(x_b1d, p["norm"], cfg.main.norm_eps)
     state = BolmoState(encoder, decoder, main, newest, h_b1d, (state.read | new) & ~ready, suffix)
     return x_b1d, Cache(state, cache.length + new), ready
+
+
+def enough(p: Tree, cfg: BolmoConfig, cache: Cache) -> int:
+    """How many rows should wait, by what is read on both sides (weights and memory) and the share of bytes that there
+    is room for."""
+    state = cache.layers
+    local = (p["encoder"], p["decoder"], p["unembed"], state.encoder, state.decoder)
+    outer, inner = (sum(x.size for x in jax.tree.leaves(side)) for side in (local, (p["main"], state.main)))
+    return quorum.size(len(cache.length), cfg.capacity, outer, inner)
 
 
 def _encode(

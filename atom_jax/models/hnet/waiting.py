@@ -1,9 +1,4 @@
-"""Generation in which rows wait for each other, so that the network inside runs for all of them at once.
-
-Most weights belong to the stages inside, which run once per unit. Rows that keep step with each other begin or end
-units at different steps: of many rows some row nearly always does, and reading all weights at every step would cost
-a batch the bytes-per-unit times what it has to. Where the network inside is small, waiting costs more than that.
-"""
+"""Generation, in which rows wait for each other (`atom_jax.models.quorum`)."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ import jax.numpy as jnp
 from atom_jax.chunking import hashing
 from atom_jax.chunking.types import Seen
 from atom_jax.kvcache.dense import Cache
-from atom_jax.models import stack
+from atom_jax.models import quorum, stack
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.models.hnet.forward import Call, embed, find, hidden, inside, only_if, spread
 from atom_jax.models.hnet.memory import StageState, Waiting
@@ -26,8 +21,7 @@ PENDING, TWINS, UNUSED = False, False, ()
 
 
 def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-    """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until all others do,
-    where that pays.
+    """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until enough others do.
 
     Args:
       batch: [b, 1]. Segment 1 in rows that go on, those that wait included (of these the byte was read before, and
@@ -49,9 +43,7 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
         # Only probabilities are needed from here on.
         boundary = boundary.replace(logit=None, hard=None, loss=None)
         waiting = waited.join(Waiting(plan.count > 0, h_b1d, u_b1kd, boundary, plan))
-        run = jnp.any(waiting.on & live)
-        if pays(p, cfg, len(live)):
-            run &= jnp.all(waiting.on | ~live)
+        run = quorum.met(waiting.on, live, enough(p, cfg, cache))
         ready = live & (run | ~waiting.on)
         h_b1d, newest, inner = _units(waiting, waiting.on & ready, run, after[1].chunks, call)
     # The decoder has not seen the bytes of rows that have waited.
@@ -64,17 +56,14 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
     return x_b1d, Cache(layers=(outer, *inner), length=cache.length + tokens.segments[:, 0]), ready
 
 
-def pays(p: Tree, cfg: HNetConfig, rows: int) -> bool:
-    """Whether rows should wait, by the weights that a byte of every row costs.
-
-    Units are taken to end at random, at the rate that there is room for. Rows that don't wait read the weights inside
-    when any of them needs them; while rows wait for the last one, those of the byte level are read more often.
-    """
-    rate, head = cfg.chunking[0].capacity, cfg.vocab_size * cfg.d_model[0]
-    sizes = [sum(x.size for x in jax.tree.leaves(p[f"stage{s}"])) for s in range(cfg.stages)]
-    outer, inner = sizes[0] + head, sum(sizes[1:])
-    longest = sum(1 / n for n in range(1, rows + 1))
-    return longest * outer + rate * inner < outer + (1 - (1 - rate) ** rows) * inner
+def enough(p: Tree, cfg: HNetConfig, cache: Cache) -> int:
+    """How many rows should wait, by what is read on both sides (weights and memory) and the share of bytes that there
+    is room for."""
+    sizes = [
+        sum(x.size for x in jax.tree.leaves((p[f"stage{s}"], state.stacks))) for s, state in enumerate(cache.layers)
+    ]
+    head = cfg.vocab_size * cfg.d_model[0]
+    return quorum.size(len(cache.length), cfg.chunking[0].capacity, sizes[0] + head, sum(sizes[1:]))
 
 
 def _stack(
