@@ -224,7 +224,7 @@ def test_damaged_module(trees, tmp_path, damage, message):
     assert not (tmp_path / "heldout").exists()
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"\xff"), b"no gzip"])
+@pytest.mark.parametrize("content", [gzip.compress(b"\xff"), b"no gzip"], ids=["no UTF-8", "no gzip"])
 def test_damaged_text(trees, tmp_path, content):
     bible, reference, _ = trees
     reference.write_bytes(content)
