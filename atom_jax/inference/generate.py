@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, go_on, start, unrolls
+from atom_jax.inference.decode import CHUNK, Choice, Made, State, decode, decode_params, go_on, start, unrolls
 from atom_jax.inference.score import check_ids, subwords
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
@@ -27,6 +29,9 @@ LOOK = 8
 # is read for nothing, a smaller one is compiled for sooner.
 ROOM = 128
 LEAST = 256
+# Bytes of weights up to which the rows of a batch are dealt out to the cores of a CPU: about what a cache holds that
+# the cores share. Every core reads all weights then; larger ones are better read once, by all cores for all rows.
+SHARED = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,41 +102,81 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    model = registry.of(lm.config)
-    choice = Choice(
-        _row_keys(key, len(rows)), how, _stop_ids(lm, stop_ids),
-        twins=model.TWINS, unused=model.UNUSED,
-    )  # fmt: skip
-    run = _Run(lm, rows, choice, stop, on_text)
+    model, keys = registry.of(lm.config), _row_keys(key, len(rows))
+    choice = Choice(keys, how, _stop_ids(lm, stop_ids), twins=model.TWINS, unused=model.UNUSED)
+    parts = 1 if keep_memory or memory is not None else _parts(lm, len(rows))
+    runs = []
+    for part in np.split(np.arange(len(rows)), parts):
+        mine = dataclasses.replace(choice, keys=keys[part])
+        runs.append(_Run(lm, [rows[i] for i in part], mine, stop, on_text, first=int(part[0])))
     if memory is None:
-        run.start(min(max_new_tokens, ROOM))
+        for run in runs:
+            run.start(int(longest), min(max_new_tokens, ROOM))
     else:
-        run.go_on(memory)
-    first = time.perf_counter()
-    while run.made < max_new_tokens and not run.finished:
-        run.advance(min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens))
-    made = run.result(began, first)
-    return made if keep_memory else dataclasses.replace(made, memory=None)
+        runs[0].go_on(memory)
+    started, busy = time.perf_counter(), 0.0
+    with ThreadPoolExecutor(parts) as threads:
+        while going := [run for run in runs if run.made < max_new_tokens and not run.finished]:
+            for run in going:
+                run.prepare(min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens))
+            at = time.perf_counter()
+            made = list((threads.map if len(going) > 1 else map)(_Run.decode, going))
+            busy += time.perf_counter() - at
+            for run, one in zip(going, made):
+                run.take(one)
+    return _result(lm, runs, began, started, busy, keep_memory)
+
+
+def _parts(lm: LM, rows: int) -> int:
+    """Into how many equal parts a batch is split, each decoded by a thread of its own."""
+    if not unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n for n in range(1, cores + 1) if rows % n == 0)
+
+
+def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:
+    """Ends all rows and adds up. busy: seconds of decoding without compilation."""
+    for run in runs:
+        run.finish()
+    streams = [stream for run in runs for stream in run.streams]
+    new = sum(len(s.ids) for s in streams)
+    stats = {
+        "prompt_tokens": sum(len(row) for run in runs for row in run.rows),
+        "new_tokens": new,
+        "seconds": time.perf_counter() - began,
+        "prefill_seconds": started - began,
+        "tokens_per_second": max(new - len(streams), 0) / busy if busy else 0.0,
+        "kv_entries_peak": sum(run.peak for run in runs),
+        "kv_reads": sum(run.reads for run in runs),
+        "kv_bytes": sum(params_lib.nbytes(run.state.cache.layers) for run in runs),
+    }
+    text = None if lm.tokenizer is None else [s.text for s in streams]
+    return Generation([s.ids for s in streams], text, stats, runs[0].state if keep_memory else None)
 
 
 class _Run:
-    """One call of `generate`: the device state and the text of every row."""
+    """Rows of one call of `generate` that are decoded together: their device state and the text of each. first: the
+    number of the first of them."""
 
-    def __init__(self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any):
-        self.lm, self.rows, self.choice, self.on_text = lm, rows, choice, on_text
+    def __init__(
+        self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any, first: int = 0
+    ):  # fmt: skip
+        self.lm, self.rows, self.choice, self.on_text, self.first = lm, rows, choice, on_text, first
         self.params = decode_params(lm)
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
-        self.made, self.reads, self.peak, self.busy, self.finished = 0, 0.0, 0.0, 0.0, False
+        self.made, self.reads, self.peak, self.until, self.finished = 0, 0.0, 0.0, 0, False
         self.state: State | None = None
         self.compiled: list[Any] = []  # shapes of the cache that `decode` was last compiled for
 
-    def start(self, room: int) -> None:
-        """Reads the prompts and chooses the first tokens."""
-        ids, lengths = _padded(self.rows)
+    def start(self, longest: int, room: int) -> None:
+        """Reads the prompts, of which the longest of the whole call has so many tokens, and chooses the first new
+        tokens."""
+        ids, lengths = _padded(self.rows, longest)
         unroll = unrolls(self.lm)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
-        capacity = bucket(lengths.max() + room, LEAST)
+        capacity = bucket(longest + room, LEAST)
         suffix = subwords(self.lm, ids, np.arange(ids.shape[1])[None] < lengths[:, None])
         self.state, token = start(
             params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
@@ -145,7 +190,8 @@ class _Run:
     def go_on(self, memory: State) -> None:
         """Reads the prompts after what `memory` has seen and chooses the first tokens."""
         last = np.asarray(memory.token)
-        ids, lengths = _padded([np.append(token, row) for token, row in zip(last, self.rows)])
+        rows = [np.append(token, row) for token, row in zip(last, self.rows)]
+        ids, lengths = _padded(rows, max(map(len, rows)))
         self.state, token = go_on(self.params, memory, ids, lengths, self.choice, cfg=self.lm.config)
         self._count()
         self._take(np.asarray(token)[:, None])
@@ -155,9 +201,10 @@ class _Run:
         held_b, _ = registry.of(self.lm.config).cache_use(self.state.cache, self.lm.config)
         self.peak = max(self.peak, float(held_b.sum()))
 
-    def advance(self, until: int) -> None:
-        """Makes `until` tokens in every unfinished row, or fewer where the cache ends, which is made larger first."""
-        model = registry.of(self.lm.config)
+    def prepare(self, until: int) -> None:
+        """Gets ready to make `until` tokens in every unfinished row, or fewer where the cache ends, which is made
+        larger first."""
+        model, self.until = registry.of(self.lm.config), until
         if bool(jnp.any(model.full(self.state.cache) & ~self.state.done & (self.state.made < until))):
             self.state = self.state.replace(cache=model.grow(self.state.cache))
         shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
@@ -165,32 +212,23 @@ class _Run:
             # No step is taken: rates are to count decoding, not compiling.
             self.state, _ = decode(self.params, self.state, self.choice, np.int32(0), cfg=self.lm.config)
             self.compiled = shapes
-        began = time.perf_counter()
-        self.state, made = decode(self.params, self.state, self.choice, np.int32(until), cfg=self.lm.config)
-        tokens = np.asarray(made.tokens)
-        self.busy += time.perf_counter() - began
-        self.reads += float(np.asarray(made.reads, np.float64).sum())
-        self.peak = max(self.peak, float(made.peak))
-        self._take(tokens)
 
-    def result(self, began: float, first: float) -> Generation:
-        """Ends all rows and adds up."""
+    def decode(self) -> Made:
+        """Makes these tokens, and waits for them."""
+        self.state, made = decode(self.params, self.state, self.choice, np.int32(self.until), cfg=self.lm.config)
+        return jax.tree.map(np.asarray, made)
+
+    def take(self, made: Made) -> None:
+        """Adds what was made to the texts and the counts."""
+        self.reads += float(made.reads.astype(np.float64).sum())
+        self.peak = max(self.peak, float(made.peak))
+        self._take(made.tokens)
+
+    def finish(self) -> None:
+        """Ends the texts."""
         for r, stream in enumerate(self.streams):
             if self.lm.tokenizer is not None:
                 self._say(r, stream.finish())
-        new = sum(len(s.ids) for s in self.streams)
-        stats = {
-            "prompt_tokens": sum(map(len, self.rows)),
-            "new_tokens": new,
-            "seconds": time.perf_counter() - began,
-            "prefill_seconds": first - began,
-            "tokens_per_second": max(new - len(self.rows), 0) / self.busy if self.busy else 0.0,
-            "kv_entries_peak": self.peak,
-            "kv_reads": self.reads,
-            "kv_bytes": params_lib.nbytes(self.state.cache.layers),
-        }
-        text = None if self.lm.tokenizer is None else [s.text for s in self.streams]
-        return Generation([s.ids for s in self.streams], text, stats, self.state)
 
     def _take(self, tokens: np.ndarray) -> None:
         """Adds new tokens, -1 = none, to the texts; rows that met a stop string are done from here on."""
@@ -209,13 +247,13 @@ class _Run:
 
     def _say(self, row: int, piece: str) -> None:
         if piece and self.on_text is not None:
-            self.on_text(row, piece)
+            self.on_text(self.first + row, piece)
 
 
-def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids i32 [b, t], padded on the right to one of few lengths, and the lengths i32 [b]."""
+def _padded(rows: list[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids i32 [b, t], padded on the right to the first of few sizes that holds `longest`, and the lengths i32 [b]."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.zeros((len(rows), bucket(lengths.max())), np.int32)
+    ids = np.zeros((len(rows), bucket(longest)), np.int32)
     for row, out in zip(rows, ids):
         out[: len(row)] = row
     return ids, lengths

@@ -51,6 +51,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(temperature, top_p, row):
 
 def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     """And not whenever a patch of any row ends, where all rows wait for each other."""
+    monkeypatch.setattr(module, "SHARED", 0)
     runs, blocks = [], waiting.transformer.blocks
 
     def counted(*args, **kwargs):

@@ -1,5 +1,6 @@
 """Generation against the official numbers, and what must hold for any prompt, batch and cache size."""
 
+import collections
 import dataclasses
 import gc
 
@@ -110,6 +111,7 @@ def test_sharded_parameters_give_the_same(tiny):
 
 
 def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
+    monkeypatch.setattr(module, "SHARED", 0)  # rows stay together, so that all caches are those of the longest
     expected = generate(tiny, PROMPTS[:2], 60, 1.0)
     monkeypatch.setattr(module, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
@@ -191,6 +193,33 @@ def test_text_is_what_the_ids_say_and_what_was_streamed(byte_lm, prompts):
     assert gen.text == [byte_lm.tokenizer.decode(row) for row in gen.ids]
     assert ["".join(pieces[r]) for r in range(len(gen.ids))] == gen.text
     assert gen.ids == generate(byte_lm, prompts, 40, 1.0).ids
+
+
+@pytest.mark.parametrize(("cores", "parts"), [(1, 1), (2, 2), (3, 2), (8, 4)])
+def test_rows_that_are_dealt_out_to_cores_are_the_same_as_together(byte_lm, monkeypatch, cores, parts):
+    prompts = ["Emma", "Mr. Knightley was", "x", "Höhe: "]
+    options = {"temperature": 1.0, "key": jax.random.key(5), "stop": ["\x01"]}
+    monkeypatch.setattr(module, "SHARED", 0)
+    together = generate(byte_lm, prompts, 60, **options)
+    monkeypatch.setattr(module, "SHARED", 2**20)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    rows, pieces = collections.defaultdict(int), collections.defaultdict(str)
+
+    def counted(self):
+        rows[self.first] = len(self.rows)
+        return decode_part(self)
+
+    def heard(row, piece):
+        pieces[row] += piece
+
+    decode_part = module._Run.decode
+    monkeypatch.setattr(module._Run, "decode", counted)
+    apart = generate(byte_lm, prompts, 60, on_text=heard, **options)
+    assert len(rows) == parts and sum(rows.values()) == 4 and sorted(rows)[-1] == 4 - 4 // parts
+    assert apart.ids == together.ids and apart.text == together.text == [pieces[r] for r in range(4)]
+    for name in ("prompt_tokens", "new_tokens", "kv_reads", "kv_bytes"):
+        assert apart.stats[name] == together.stats[name], name
+    assert apart.stats["kv_entries_peak"] >= together.stats["kv_entries_peak"]
 
 
 def test_a_later_turn_equals_the_whole_conversation(tiny):

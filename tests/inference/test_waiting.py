@@ -112,6 +112,7 @@ def test_greedy_tokens_are_those_of_the_whole_forward_pass(name):
 
 def test_the_network_inside_runs_once_per_unit(monkeypatch):
     """And not whenever a unit of any row begins or ends."""
+    monkeypatch.setattr(module, "SHARED", 0)
     runs, inside = [], waiting.inside
 
     def counted(*args):
@@ -131,6 +132,7 @@ def test_the_network_inside_runs_once_per_unit(monkeypatch):
 
 
 def test_caches_may_grow_while_rows_wait(monkeypatch):
+    monkeypatch.setattr(module, "SHARED", 0)
     expected = found("words", 0.8)
     monkeypatch.setattr(module, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 17)
