@@ -54,7 +54,7 @@ VARIANTS = flags.DEFINE_list("variants", ["words", "entropy", "gumbel", "hnet", 
 WORKDIR = flags.DEFINE_string("workdir", "runs/units", "Where the runs are, one directory each.")
 SET = flags.DEFINE_multi_string("set", [], "Changes to every variant, as for train.py.")
 NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens to generate per row.", lower_bound=2)
-REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of generation, of which the median counts.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 9, "Measurements of generation, of which the median counts.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
 LARGE = flags.DEFINE_bool("large", False, "Instead of all this: generation of large models with random weights.")
 # Bytes of validation text from which lengths of units are taken.

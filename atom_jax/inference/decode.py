@@ -175,8 +175,7 @@ def _last(
     return token, token < 0, jnp.zeros_like(token)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
+def _decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
     """Makes tokens until every row that is not done has `until` of them, at most CHUNK more than it had.
 
     Ends early when the next token of one of these rows no longer fits the cache. Rows need not keep step with each
@@ -211,3 +210,21 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
 
     nothing = Made(jnp.full((len(rows), CHUNK), -1, jnp.int32), jnp.zeros(len(rows), jnp.float32), jnp.float32(0))
     return jax.lax.while_loop(going, step, (state, nothing))
+
+
+decode = jax.jit(_decode, static_argnames="cfg", donate_argnames="state")
+
+
+@functools.cache
+def decode_beside() -> Any:
+    """`decode` for calls that run next to each other on the cores of a CPU.
+
+    Of the libraries that XLA has for products there, one has threads of its own, which get in the way of such calls:
+    it is left out where the installed XLA can do without.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return decode
+    return jax.jit(_decode, static_argnames="cfg", donate_argnames="state", compiler_options=options)

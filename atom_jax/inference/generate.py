@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,18 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, Made, State, decode, decode_params, go_on, start, unrolls
+from atom_jax.inference.decode import (
+    CHUNK,
+    Choice,
+    Made,
+    State,
+    decode,
+    decode_beside,
+    decode_params,
+    go_on,
+    start,
+    unrolls,
+)
 from atom_jax.inference.score import check_ids, subwords
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
@@ -108,7 +120,8 @@ def generate(
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
         mine = dataclasses.replace(choice, keys=keys[part])
-        runs.append(_Run(lm, [rows[i] for i in part], mine, stop, on_text, first=int(part[0])))
+        call = decode if parts == 1 else decode_beside()
+        runs.append(_Run(lm, [rows[i] for i in part], mine, stop, on_text, call, first=int(part[0])))
     if memory is None:
         for run in runs:
             run.start(int(longest), min(max_new_tokens, ROOM))
@@ -156,13 +169,16 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
 
 
 class _Run:
-    """Rows of one call of `generate` that are decoded together: their device state and the text of each. first: the
-    number of the first of them."""
+    """Rows of one call of `generate` that are decoded together: their device state and the text of each.
+
+    call: `decode` or its like. first: the number of the first of these rows.
+    """
 
     def __init__(
-        self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any, first: int = 0
+        self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any, call: Any, first: int
     ):  # fmt: skip
         self.lm, self.rows, self.choice, self.on_text, self.first = lm, rows, choice, on_text, first
+        self.call = functools.partial(call, cfg=lm.config)
         self.params = decode_params(lm)
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
         self.made, self.reads, self.peak, self.until, self.finished = 0, 0.0, 0.0, 0, False
@@ -210,12 +226,12 @@ class _Run:
         shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
         if shapes != self.compiled:
             # No step is taken: rates are to count decoding, not compiling.
-            self.state, _ = decode(self.params, self.state, self.choice, np.int32(0), cfg=self.lm.config)
+            self.state, _ = self.call(self.params, self.state, self.choice, np.int32(0))
             self.compiled = shapes
 
     def decode(self) -> Made:
         """Makes these tokens, and waits for them."""
-        self.state, made = decode(self.params, self.state, self.choice, np.int32(self.until), cfg=self.lm.config)
+        self.state, made = self.call(self.params, self.state, self.choice, np.int32(self.until))
         return jax.tree.map(np.asarray, made)
 
     def take(self, made: Made) -> None:

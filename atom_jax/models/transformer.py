@@ -19,7 +19,7 @@ from atom_jax.kvcache.memory import Call
 from atom_jax.models.transformer_memory import cache_use, full, grow, init_cache, read_whole, unstack
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attention_spec
-from atom_jax.nn.embedding import lookup
+from atom_jax.nn.embedding import SMALL_VOCAB, lookup
 from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
@@ -222,9 +222,8 @@ def step(p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache) 
 
 def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
     """Logits float32 [b, t, v] of final states; the product runs in the compute dtype and adds up in float32."""
-    table = p["embed"] if cfg.tie_embeddings else p["unembed"]
-    pattern = "btd,vd->btv" if cfg.tie_embeddings else "btd,dv->btv"
-    out = jnp.einsum(pattern, x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+    table = p["unembed"] if "unembed" in p else p["embed"].T
+    out = jnp.einsum("btd,dv->btv", x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
     return constrain(out, "batch", "length", "vocab")
 
 
@@ -236,6 +235,8 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
       doubles the traffic on a CPU.
     """
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
+    if cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:
+        tables["unembed"] = tables["embed"].T
     if cfg.dms is not None and cfg.dms.rank:
         attn = jax.vmap(low_rank.corrected)(p["layers"]["attn"])
         p = {**p, "layers": {**p["layers"], "attn": attn}}

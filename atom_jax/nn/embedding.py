@@ -9,6 +9,10 @@ import jax.numpy as jnp
 
 from atom_jax.sharding import partition
 
+# Up to so many tokens a table that is also the head's is kept in a second, transposed copy while a CPU generates: the
+# product of a few states with the table as it is costs up to five times as much there.
+SMALL_VOCAB = 4096
+
 
 def lookup(table_vd: jax.Array, ids_bt: jax.Array, dtype: Any) -> jax.Array:
     """Rows of the table, [b, t, d] in `dtype`; ids i32 [b, t] in [0, v).

@@ -39,7 +39,7 @@ def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None)
 
 def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
     """Logits float32 [b, t, v] of final states."""
-    table = p["embed"].T if cfg.tie_embeddings else p["unembed"]
+    table = p["unembed"] if "unembed" in p else p["embed"].T
     out = jnp.einsum("btd,dv->btv", x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
     if cfg.head_bias:
         out += jnp.broadcast_to(p["unembed_bias"].astype(jnp.float32), out.shape)

@@ -15,6 +15,7 @@ from atom_jax.kvcache import dense
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig
+from atom_jax.nn.embedding import SMALL_VOCAB
 from atom_jax.params import Tree
 
 
@@ -138,6 +139,8 @@ def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:
     if not unroll:
         return p
     out = dict(p)
+    if cfg.tie_embeddings and cfg.vocab_size <= SMALL_VOCAB:
+        out["unembed"] = p["embed"].T
     for s in range(cfg.stages):
         stage = dict(p[f"stage{s}"])
         for name in ("encoder", "decoder", "main"):
