@@ -175,7 +175,8 @@ def _last(
     return token, token < 0, jnp.zeros_like(token)
 
 
-def _decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
+def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
     """Makes tokens until every row that is not done has `until` of them, at most CHUNK more than it had.
 
     Ends early when the next token of one of these rows no longer fits the cache. Rows need not keep step with each
@@ -212,9 +213,6 @@ def _decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg:
     return jax.lax.while_loop(going, step, (state, nothing))
 
 
-decode = jax.jit(_decode, static_argnames="cfg", donate_argnames="state")
-
-
 @functools.cache
 def decode_beside() -> Any:
     """`decode` for calls that run next to each other on the cores of a CPU.
@@ -227,4 +225,4 @@ def decode_beside() -> Any:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:
         return decode
-    return jax.jit(_decode, static_argnames="cfg", donate_argnames="state", compiler_options=options)
+    return jax.jit(decode.__wrapped__, static_argnames="cfg", donate_argnames="state", compiler_options=options)

@@ -37,10 +37,7 @@ class DenseLayer:
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             if new.shape[2] == 1:
-                # One scatter index per row and head: XLA then updates in place, where the form below copies.
-                rows, heads = (jnp.arange(n) for n in old.shape[:2])
-                at = old.at[rows[:, None], heads[None], start_b[:, None]]
-                return at.set(new[:, :, 0].astype(old.dtype), mode="drop", unique_indices=True)
+                return put_one(old, new, start_b)
             return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice(o, n, (0, i, 0)))(
                 old, new.astype(old.dtype), start_b
             )
@@ -74,7 +71,8 @@ class DenseLayer:
 
     def grow(self, more: int) -> DenseLayer:
         """Room for `more` tokens beyond the present capacity, in the next bucket."""
-        return grow_layers(self, bucket(self.k.shape[-2] + more))
+        size = bucket(self.k.shape[-2] + more)
+        return DenseLayer(widen(self.k, size), widen(self.v, size))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Every token."""
@@ -83,6 +81,19 @@ class DenseLayer:
     def read(self, length_b: jax.Array) -> jax.Array:
         """Every token."""
         return self.held(length_b).astype(jnp.float32)
+
+
+def put_one(old_bhck: jax.Array, new_bh1k: jax.Array, at_b: jax.Array) -> jax.Array:
+    """`old` with one new vector per row and head in slot at_b; past the end nothing is written."""
+    # One scatter index per row and head: XLA then updates in place, where other forms copy.
+    rows, heads = (jnp.arange(n) for n in old_bhck.shape[:2])
+    at = old_bhck.at[rows[:, None], heads[None], at_b[:, None]]
+    return at.set(new_bh1k[:, :, 0].astype(old_bhck.dtype), mode="drop", unique_indices=True)
+
+
+def widen(x: jax.Array, slots: int) -> jax.Array:
+    """x [..., c, k] with zeros behind, for so many slots."""
+    return jnp.pad(x, [(0, slots - n if i == x.ndim - 2 else 0) for i, n in enumerate(x.shape)])
 
 
 def _attend_held(
@@ -110,26 +121,6 @@ def bucket(n: int, least: int = 16) -> int:
     while size < max(n, least):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def is_layer(node: Any) -> bool:
-    """True for a DenseLayer: the `is_leaf` of trees that hold some."""
-    return isinstance(node, DenseLayer)
-
-
-def capacity(tree: Any) -> int | None:
-    """Tokens per row for which the dense layers in `tree` have room; None where there is no such layer."""
-    layers = [x for x in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(x)]
-    return min(x.k.shape[-2] for x in layers) if layers else None
-
-
-def grow_layers(tree: Any, capacity: int) -> Any:
-    """The same memory with room for `capacity` tokens per row in its dense layers."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, capacity - n if i == x.ndim - 2 else 0) for i, n in enumerate(x.shape)])
-
-    return jax.tree.map(lambda x: jax.tree.map(pad, x) if is_layer(x) else x, tree, is_leaf=is_layer)
 
 
 def unstack_layers(tree: Any) -> tuple:

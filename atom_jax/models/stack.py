@@ -20,8 +20,10 @@ import jax.numpy as jnp
 
 from atom_jax import params
 from atom_jax.kvcache.dense import DenseLayer
+from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.window import WindowLayer
 from atom_jax.nn import relative, rope
-from atom_jax.nn.attention import Tokens, attend
+from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
 from atom_jax.nn.self_attention import self_attend
@@ -56,6 +58,10 @@ class Width:
     def head_dim(self) -> int:
         """Channels per head."""
         return self.d // self.heads
+
+    def slides(self, letter: str) -> int | None:
+        """How many positions a query of such a layer sees, its own included; None: all before it."""
+        return None if letter == "x" or self.window < 0 else self.window + 1
 
 
 @dataclasses.dataclass
@@ -127,7 +133,9 @@ def init_states(layout: str, width: Width, b: int, capacity: int, dtype: Any) ->
         if letter in "mM":
             state = MambaState.empty(b, width.d, width.ssm, dtype)
         else:
-            state = DenseLayer.empty(b, width.heads, capacity, width.head_dim, dtype)
+            sizes = (b, width.heads, capacity, width.head_dim, dtype)
+            window = width.slides(letter)
+            state = DenseLayer.empty(*sizes) if window is None else WindowLayer.empty(*sizes, window)
         out.append(jax.tree.map(lambda x, n=n: jnp.zeros((n, *x.shape), x.dtype), state))
     return tuple(out)
 
@@ -196,7 +204,6 @@ def _layer(
 def _attention(
     p: Tree, y: jax.Array, state: Any, width: Width, context: Context, tables: Any
 ) -> tuple[jax.Array, Any]:
-    t = y.shape[1]
     qkv = constrain(project(y, p["qkv"]), "batch", "length", None, "heads", None)
     q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))
     if width.qk_norm:
@@ -206,17 +213,12 @@ def _attention(
         q, k = (jnp.concatenate([rope.rotate(a[..., :r], *tables), a[..., r:]], axis=-1) for a in (q, k))
     q = q.transpose(0, 2, 1, 3)[:, :, None]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    window = None if width.window < 0 else width.window + 1
-    if state is not None:
-        state = state.write(k, v, context.length)
-    tokens = context.tokens
+    window = width.slides("t")
     if state is None:
-        out = self_attend(q, k, v, tokens, window=window)
-    elif context.fresh and t > 1:
-        out = attend(q, k, v, tokens, tokens, window=window, aligned=True)
+        out = self_attend(q, k, v, context.tokens, window=window)
     else:
-        here = Tokens(tokens.positions, jnp.ones_like(tokens.segments))
-        out = state.attend(q, here, context.length + jnp.sum(tokens.segments > 0, axis=1), window)
+        call = Call(q, k, v, context.tokens, context.length, window=window, fresh=context.fresh)
+        out, state = state.extend(call)
     out = out[:, :, 0].transpose(0, 2, 1, 3)
     return project(out, p["o"], inputs=2), state
 

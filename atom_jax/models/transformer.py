@@ -235,7 +235,7 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
       doubles the traffic on a CPU.
     """
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
-    if cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:
+    if "embed" in p and cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:
         tables["unembed"] = tables["embed"].T
     if cfg.dms is not None and cfg.dms.rank:
         attn = jax.vmap(low_rank.corrected)(p["layers"]["attn"])

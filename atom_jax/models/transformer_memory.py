@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from atom_jax.kvcache import dense
 from atom_jax.kvcache.dense import Cache, DenseLayer
 from atom_jax.kvcache.memory import Sizes, is_layer, stack_layers
+from atom_jax.kvcache.window import WindowLayer
 
 
 def init_cache(cfg: Any, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
@@ -20,7 +21,11 @@ def init_cache(cfg: Any, batch_size: int, capacity: int, dtype: Any = None) -> C
         dtype or jnp.dtype(cfg.dtype), (cfg.rope_theta, cfg.rope_scaling),
     )  # fmt: skip
     if cfg.memory is None:
-        layers = stack_layers(DenseLayer.empty(sizes.b, sizes.h, capacity, sizes.k, sizes.dtype), sizes.layers)
+        shape = (sizes.b, sizes.h, capacity, sizes.k, sizes.dtype)
+        # Stacked layers have one shape: a ring of the latest tokens takes that all of them slide.
+        slides = set(cfg.layer_types) == {"sliding"}
+        layer = WindowLayer.empty(*shape, cfg.sliding_window) if slides else DenseLayer.empty(*shape)
+        layers = stack_layers(layer, sizes.layers)
     else:
         layers = cfg.memory.init(sizes, capacity)
     return Cache(layers=layers, length=jnp.zeros(batch_size, jnp.int32), fresh=True)

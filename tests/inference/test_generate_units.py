@@ -80,12 +80,13 @@ def test_a_unit_per_byte_fits_too(monkeypatch):
     assert made == generate(LM(cfg, p, None), PROMPTS, 40).ids
 
 
-def test_inner_caches_are_sized_by_chunks():
+@pytest.mark.parametrize(("window", "slots"), [(-1, 1024), (5, 6), (2000, 1024)])
+def test_inner_caches_are_sized_by_chunks_and_sliding_ones_by_their_window(window, slots):
     cfg = dataclasses.replace(model({"rule": Fixed(8), "pool": "mean", "capacity": 0.125}), layout=("t1", "t1", "t1"))
     assert isinstance(cfg.chunking[0], Chunking)
-    cache = hnet.init_cache(cfg, 1, 1024)
+    cache = hnet.init_cache(dataclasses.replace(cfg, window=(window, -1)), 1, 1024)
     outer, inner = (state.stacks[0][0].k.shape[-2] for state in cache.layers)
-    assert outer == 1024 and inner == 192
+    assert outer == slots and inner == 192
 
 
 @pytest.mark.parametrize("name", ["hnet-2", "words-hnet"])

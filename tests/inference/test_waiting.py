@@ -133,14 +133,15 @@ def test_the_network_inside_runs_once_per_unit(monkeypatch):
 
 def test_caches_may_grow_while_rows_wait(monkeypatch):
     monkeypatch.setattr(module, "SHARED", 0)
-    expected = found("words", 0.8)
+    # Fewer units than come are expected, and bytes see all before them, so that both caches grow.
+    model = lm("words")
+    model = dataclasses.replace(model, config=dataclasses.replace(capacity(model.config, 0.25), window=(-1, -1)))
+    expected = generate(model, PROMPTS, NEW, 0.8, keys())
     monkeypatch.setattr(module, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 17)
     monkeypatch.setattr(module, "CHUNK", 11)
     waited, grow = [], hnet.grow
     monkeypatch.setattr(hnet, "grow", lambda cache: waited.append(cache.layers[0].waiting.on.any()) or grow(cache))
-    # Fewer units than come are expected, so that their cache grows too.
-    model = dataclasses.replace(lm("words"), config=capacity(lm("words").config, 0.25))
     grown = generate(model, PROMPTS, NEW, 0.8, keys())
     assert grown.ids == expected.ids
     assert grown.stats["kv_reads"] == pytest.approx(expected.stats["kv_reads"])

@@ -13,6 +13,7 @@ from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.types import Boundary, Plan, PlanState
 from atom_jax.kvcache import dense
 from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import is_layer
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.nn.embedding import SMALL_VOCAB
@@ -96,9 +97,8 @@ def full(cache: Cache) -> jax.Array:
     out = jnp.zeros(cache.length.shape, bool)
     length = cache.length
     for state in cache.layers:
-        capacity = dense.capacity(state)
-        if capacity is not None:
-            out |= length >= capacity
+        for layer in _attention(state):
+            out |= layer.full(length)
         length = state.plan.chunks if isinstance(state.plan, PlanState) else length
     return out
 
@@ -107,12 +107,17 @@ def grow(cache: Cache) -> Cache:
     """The same memory, larger where it is full."""
     layers, length = [], cache.length
     for state in cache.layers:
-        capacity = dense.capacity(state)
-        if capacity is not None and int(length.max()) >= capacity:
-            state = dense.grow_layers(state, dense.bucket(capacity + 1))
+        if any(bool(jnp.any(layer.full(length))) for layer in _attention(state)):
+            stacks = jax.tree.map(lambda x: x.grow(1) if is_layer(x) else x, state.stacks, is_leaf=is_layer)
+            state = state.replace(stacks=stacks)
         layers.append(state)
         length = state.plan.chunks if isinstance(state.plan, PlanState) else length
     return cache.replace(layers=tuple(layers))
+
+
+def _attention(state: StageState) -> list[Any]:
+    """The memories of a stage's attention layers."""
+    return [x for x in jax.tree.leaves(state.stacks, is_leaf=is_layer) if is_layer(x)]
 
 
 def unstack(cache: Cache) -> Cache:
@@ -123,15 +128,14 @@ def unstack(cache: Cache) -> Cache:
 
 def cache_use(cache: Cache, cfg: HNetConfig) -> tuple[jax.Array, jax.Array]:
     """Entries held and read by the latest position, float32 [b] each, averaged over the attention layers."""
-    held = read = jnp.zeros(cache.length.shape, jnp.float32)
-    layers, length = 0, cache.length
+    held, layers, length = jnp.zeros(cache.length.shape, jnp.float32), 0, cache.length
     for s, state in enumerate(cache.layers):
-        n = sum(k for layout in cfg.layouts(s) for letter, k in stack.parse(layout) if letter in "tTx")
-        here = length.astype(jnp.float32)
-        layers, held = layers + n, held + n * here
-        read += n * (here if cfg.window[s] < 0 else jnp.minimum(here, cfg.window[s] + 1))
+        for letter, n in (run for layout in cfg.layouts(s) for run in stack.parse(layout) if run[0] in "tTx"):
+            window = cfg.width(s).slides(letter)
+            held += n * (length if window is None else jnp.minimum(length, window)).astype(jnp.float32)
+            layers += n
         length = state.plan.chunks if isinstance(state.plan, PlanState) else length
-    return held / max(layers, 1), read / max(layers, 1)
+    return held / max(layers, 1), held / max(layers, 1)
 
 
 def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:
