@@ -74,7 +74,7 @@ def measure(variant: str, workdir: pathlib.Path, settings: list[str]) -> dict[st
     lines = [line for line in record.read(folder / "metrics.jsonl") if line["kind"] == "train"]
     rates = [line["bytes_per_second"] for line in lines if "bytes_per_second" in line]
     per_token = unit if not isinstance(lm.config, HNetConfig) and lm.tokenizer.name != "bytes" else 1.0
-    one, eight = (statistics.median(_generation(lm, rows) for _ in range(REPEATS.value)) for rows in (1, 8))
+    one, eight = _generation(lm)
     spec = registry.of(lm.config).spec(lm.config)
     return {
         "variant": variant,
@@ -103,7 +103,7 @@ def measure_large(variant: str) -> dict[str, Any]:
         cfg = dataclasses.replace(cfg, chunking=(chunking,))
     spec = registry.of(cfg).spec(cfg)
     lm = LM(cfg, params.init(jax.random.key(0), spec), ByteTokenizer())
-    one, eight = (statistics.median(_generation(lm, rows) for _ in range(REPEATS.value)) for rows in (1, 8))
+    one, eight = _generation(lm)
     made = [i in ends for row in _generate(lm, 8).ids for i in row]
     unit = len(made) / max(sum(made), 1) if variant == "words" else cfg.chunking[0].rule.stride
     return {"variant": variant, "parameters": params.count(spec), "unit": unit, "gen1": one, "gen8": eight}
@@ -126,9 +126,12 @@ def _read(lm: LM, spec: Any, unit: float) -> float:
     return 4 * (params.count(flat) - inner + head + inner / unit)
 
 
-def _generation(lm: LM, rows: int) -> float:
-    """Tokens per second, all rows together, after the prompt and without compilation."""
-    return _generate(lm, rows).stats["tokens_per_second"]
+def _generation(lm: LM) -> tuple[float, float]:
+    """Tokens per second, all rows together, after the prompt and without compilation: with one row and with eight,
+    which take turns."""
+    runs = [[_generate(lm, rows).stats["tokens_per_second"] for rows in (1, 8)] for _ in range(REPEATS.value)]
+    one, eight = (statistics.median(rates) for rates in zip(*runs))
+    return one, eight
 
 
 def _generate(lm: LM, rows: int) -> Generation:

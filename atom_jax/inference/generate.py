@@ -52,8 +52,9 @@ class Generation:
 
     stats: prompt_tokens, new_tokens; seconds in all; prefill_seconds: until the first tokens, compilation included;
     tokens_per_second: later tokens by the time that they took, without compilation; kv_entries_peak: the most cache
-    entries that unfinished rows held together; kv_reads: entries that decoding read (both averaged over layers and
-    key/value heads; sliding layers read at most their window); kv_bytes: size of the cache buffers at the end.
+    entries that unfinished rows held together (the sum of these for the parts of a batch on several cores); kv_reads:
+    entries that decoding read (both averaged over layers and key/value heads; sliding layers read at most their
+    window); kv_bytes: size of the cache buffers at the end.
     memory: what the model has read and chosen, with `keep_memory`: `generate(..., after=)` goes on from it.
     """
 
@@ -197,8 +198,9 @@ class _Run:
         self.state, token = start(
             params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
-        if isinstance(self.lm.config, TransformerConfig) and registry.of(self.lm.config).read_whole(self.lm.config):
-            self.peak = float(lengths.sum())
+        cfg = self.lm.config
+        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and registry.of(cfg).read_whole(cfg):
+            self.peak = float(lengths.sum())  # a policy takes away from what was whole
         else:
             self._count()
         self._take(np.asarray(token)[:, None])
