@@ -79,11 +79,12 @@ def next_commands(workdir: str) -> str:
     here = os.path.relpath(sys.executable)
     python = "python" if here.startswith("..") else here
     exp = _experiment(pathlib.Path(workdir))
-    units, convert = "", "a directory that transformers loads"
+    units, beside, convert = "", "", "a directory that transformers loads"
     better = "--config=configs/lm.py:base --workdir=runs/base"
     if units_lib.learned(exp.model):
         units = f'{python} -m atom_jax units --checkpoint={w} --text="It was a truth" --out={w}/units.png'
         better = f"--config=configs/units.py --workdir=runs/longer --set train.steps={4 * exp.train.steps}"
+        beside = f"{python} -m benchmarks.units    # next to models without units, bytes and BPE (half an hour)"
         convert = "H-Net's published format" if _published(exp.model) else ""
     commands = [
         units,
@@ -92,6 +93,7 @@ def next_commands(workdir: str) -> str:
         convert and f"{python} -m atom_jax convert {w} {w}/hf        # {convert}",
         f"{python} -m atom_jax info {w}",
         f"{python} train.py {better}    # longer and better",
+        beside,
     ]
     return "\n".join(["Try next", *(f"  {command}" for command in commands if command)])
 

@@ -51,6 +51,7 @@ def test_summary_of_learned_units(learned, capsys):
     assert (learned / "plots" / "boundaries.png").is_file() and (learned / "plots" / "summary.png").is_file()
     assert f"-m atom_jax units --checkpoint={learned}" in out
     assert f"--config=configs/units.py --workdir=runs/longer --set train.steps={4 * STEPS}" in out
+    assert "-m benchmarks.units" in out
     assert "H-Net's published format" in out and "configs/lm.py" not in out
 
 
