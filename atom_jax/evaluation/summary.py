@@ -84,7 +84,8 @@ def next_commands(workdir: str) -> str:
     if units_lib.learned(exp.model):
         units = f'{python} -m atom_jax units --checkpoint={w} --text="It was a truth" --out={w}/units.png'
         better = f"--config=configs/units.py --workdir=runs/longer --set train.steps={4 * exp.train.steps}"
-        beside = f"{python} -m benchmarks.units    # next to models without units, bytes and BPE (half an hour)"
+        others = "bytes,bpe,hnet,entropy_ngrams"
+        beside = f"{python} -m benchmarks.units --variants={others}    # next to models without units"
         convert = "H-Net's published format" if _published(exp.model) else ""
     commands = [
         units,

@@ -1,4 +1,7 @@
-"""The memory of a sliding layer: a ring of the latest keys and values. Follows the protocol `memory.Layer`."""
+"""The memory of a sliding layer: a ring of the latest keys and values. Follows the protocol `memory.Layer`.
+
+As the rolling buffer cache of Mistral 7B (Jiang et al., 2023, section 2).
+"""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
 
     unroll: separate layers whose query, key and value matrices, and gate and up matrices, lie side by side.
       One token through an unrolled stack reads every weight once; the scan copies each layer out first, which
-      doubles the traffic on a CPU.
+      doubles the traffic on a CPU. A small table that is also the head's gets a transposed copy "unembed".
     """
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
     if "embed" in p and cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:

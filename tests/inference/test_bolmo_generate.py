@@ -52,6 +52,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(temperature, top_p, row):
 def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     """And not whenever a patch of any row ends, where all rows wait for each other."""
     monkeypatch.setattr(module, "SHARED", 0)
+    expected = found().ids
     runs, blocks = [], waiting.transformer.blocks
 
     def counted(*args, **kwargs):
@@ -64,7 +65,7 @@ def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     lm = dataclasses.replace(model(), config=dataclasses.replace(model().config, max_length=500))
     rows = atom_jax.generate(lm, PROMPTS, NEW).ids
     jax.effects_barrier()
-    assert rows == found().ids
+    assert rows == expected
     # The prompt's last byte and all new ones but the last are read; the prompts themselves take one run.
     patches = [int(numbers()[f"{name}.gen_boundary_mask"][0, len(ids_of(name)) - 1 :][:NEW].sum()) for name in NAMES]
     assert len(runs) == 1 + max(patches) and sum(patches) > 3 * max(patches)

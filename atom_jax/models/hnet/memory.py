@@ -139,7 +139,8 @@ def cache_use(cache: Cache, cfg: HNetConfig) -> tuple[jax.Array, jax.Array]:
 
 
 def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:
-    """Parameters laid out for generation; unroll: a tuple of layers in place of every stacked run."""
+    """Parameters laid out for generation; unroll: a tuple of layers in place of every stacked run, and a transposed
+    copy "unembed" of a small table that is also the head's."""
     if not unroll:
         return p
     out = dict(p)
