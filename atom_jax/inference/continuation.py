@@ -11,9 +11,10 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.inference.reading import read
-from atom_jax.inference.score import BLOCK, check_ids
+from atom_jax.inference.score import check_ids
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import transformer
+from atom_jax.nn import scoring
 from atom_jax.typing import LM, AtomError
 
 
@@ -82,21 +83,10 @@ def _judge(
     params: Any, x_bsd: jax.Array, targets_bs: jax.Array, sizes_b: jax.Array, *, cfg: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32 [b, s] of the targets after these states, and whether each is the likeliest."""
-    b, s, d = x_bsd.shape
-    n = b * s
-    block = min(n, max(16, BLOCK // cfg.vocab_size))
-
-    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_nd, target_n = inputs
-        logits = transformer.logits(params, x_nd[None], cfg=cfg)[0]
-        chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target_n
-
-    x_nd = jnp.pad(x_bsd.reshape(n, d), ((0, -n % block), (0, 0))).reshape(-1, block, d)
-    target_n = jnp.pad(targets_bs.reshape(n), (0, -n % block)).reshape(-1, block)
-    logprobs, hits = (y.reshape(-1)[:n].reshape(b, s) for y in jax.lax.map(one, (x_nd, target_n)))
-    real = jnp.arange(s, dtype=jnp.int32)[None] < sizes_b[:, None]
-    return jnp.where(real, logprobs, 0.0), hits & real
+    head = functools.partial(transformer.logits, params, cfg=cfg)
+    found = scoring.score(head, x_bsd, targets_bs, ("nats", "hit"))
+    real = jnp.arange(x_bsd.shape[1], dtype=jnp.int32)[None] < sizes_b[:, None]
+    return jnp.where(real, -found["nats"], 0.0), found["hit"] & real
 
 
 @jax.jit

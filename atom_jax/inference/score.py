@@ -12,10 +12,8 @@ import numpy as np
 
 from atom_jax.inference import sampling
 from atom_jax.models import registry
+from atom_jax.nn import scoring
 from atom_jax.typing import LM, AtomError, Batch, Output, Suffix
-
-# Logits that `logprobs` holds at once.
-BLOCK = 2**24
 
 
 def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
@@ -107,22 +105,10 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[j
     targets_bt = jnp.roll(batch.ids, -1, axis=1)
     if model.TWINS:
         targets_bt = model.fuse(targets_bt, aux)
-    b, t, d = x_btd.shape
-    n = b * (t - 1)
-    block = min(n, max(16, BLOCK // cfg.vocab_size))
-
-    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_nd, target_n = inputs
-        logits = model.logits(params, x_nd[None], cfg=cfg)[0]
-        if model.TWINS and marginal:
-            logits = sampling.merge(logits)
-            target_n = target_n % logits.shape[-1]
-        chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    x_nd = jnp.pad(x_btd[:, :-1].reshape(n, d), ((0, -n % block), (0, 0)))
-    target_n = jnp.pad(targets_bt[:, :-1].reshape(n), (0, -n % block))
-    out = jax.lax.map(one, (x_nd.reshape(-1, block, d), target_n.reshape(-1, block)))
-    out = out.reshape(-1)[:n].reshape(b, t - 1)
+    head = functools.partial(model.logits, params, cfg=cfg)
+    if model.TWINS and marginal:
+        targets_bt = targets_bt % (cfg.vocab_size // 2)
+        head = lambda x: sampling.merge(model.logits(params, x, cfg=cfg))  # noqa: E731
+    out = -scoring.score(head, x_btd[:, :-1], targets_bt[:, :-1])["nats"]
     both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)
     return jnp.where(both, out, 0.0), aux.get("lost")

@@ -4,6 +4,7 @@ Byteifying the Next Generation of Language Models", section 4)."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.models.transformer import spec as source_spec
+from atom_jax.nn import scoring
 from atom_jax.params import Tree
 from atom_jax.training.losses import Sums, counted_bytes, next_token
 from atom_jax.transfer.byteify import Lesson, Stage1, Weights, accuracy, stage1, stage2
@@ -102,29 +104,27 @@ def objective(
 
 def _judge(params: Any, batch: Batch, cfg: BolmoConfig, lengths: np.ndarray) -> Sums:
     x_btd, _, aux = bolmo.hidden(params, batch, cfg=cfg)
-    logp_btv = jax.nn.log_softmax(bolmo.logits(params, x_btd, cfg=cfg))
+    head, plain = functools.partial(bolmo.logits, params, cfg=cfg), batch.targets % FUSED
     found, counts = aux["boundaries"][0], batch.loss_mask
+    # As a byte inside a patch and as one that ends it.
+    both_btf = [scoring.score(head, x_btd, t)["nats"] for t in (plain, plain + FUSED)]
+    fused = bolmo.fuse(batch.targets, aux) >= FUSED
 
     def total(x_bt: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(counts, x_bt, 0.0), dtype=jnp.float32)
 
-    def pick(targets_bt: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(logp_btv, targets_bt[..., None], axis=-1)[..., 0]
-
-    plain = batch.targets % FUSED
-    alone = jnp.logaddexp(pick(plain), pick(plain + FUSED))
+    nats, alone = total(jnp.where(fused, both_btf[1], both_btf[0])), -total(jnp.logaddexp(-both_btf[0], -both_btf[1]))
     decided = batch.positions > 0
     both, ours, theirs = (total(m & decided) for m in (found & batch.marks, found, batch.marks))
     size, count = counted_bytes(lengths, batch).astype(jnp.float32), jnp.sum(counts, dtype=jnp.int32)
     agree = accuracy(found, batch.marks, batch)
-    nats = -total(pick(bolmo.fuse(batch.targets, aux)))
     return Sums(
         objective=nats,
         nats=nats,
         tokens=count,
         bytes=counted_bytes(lengths, batch),
         learned={
-            "bytes_alone": jnp.stack([-total(alone) / math.log(2), size]),
+            "bytes_alone": jnp.stack([alone / math.log(2), size]),
             "boundary_accuracy": jnp.stack([agree * count, count.astype(jnp.float32)]),
             "boundary_precision": jnp.stack([both, ours]),
             "boundary_recall": jnp.stack([both, theirs]),

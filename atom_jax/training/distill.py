@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 from atom_jax.kvcache.dms import decide
 from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
-from atom_jax.training.losses import Sums, blocks, counted_bytes, gathered, positions_per_block
+from atom_jax.nn import scoring
+from atom_jax.training.losses import Sums, counted_bytes
 from atom_jax.typing import AtomError, Batch
 
 
@@ -42,6 +44,11 @@ class DistillConfig:
             raise AtomError(
                 "distill: cr_start and cr_end must be at least 1, cr_steps positive, fade_steps not negative"
             )
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The divergences whose mean is minimised."""
+        return ("reverse", "forward") if self.direction == "both" else (self.direction,)
 
     def target(self, step: Any) -> jax.Array:
         """The share of decisions that should evict at a step, f32 []."""
@@ -85,25 +92,15 @@ def self_distillation(
     )
     ends = jnp.isin(batch.ids, jnp.array(cfg.eos_ids or (-1,)))
     counts = batch.loss_mask.astype(jnp.float32)
-    block = block or positions_per_block(b, t, cfg.vocab_size)
-    parts = [
-        blocks(x, block) for x in (student, jax.lax.stop_gradient(teacher), batch.targets, counts, counts * ~ends)
-    ]
-
-    student_tables, teacher_tables = gathered(params), gathered(frozen)
-
-    def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
-        x, y, targets, counts, weights = part
-        s = jax.nn.log_softmax(transformer.logits(student_tables, x, cfg=cfg))
-        u = jax.nn.log_softmax(transformer.logits(teacher_tables, y, cfg=cfg))
-        kl = divergence(s, u, how.direction)
-        chosen = jnp.take_along_axis(s, targets[..., None], axis=-1)[..., 0]
-        agree = (jnp.argmax(s, -1) == jnp.argmax(u, -1)).astype(jnp.float32)
-        new = (jnp.sum(kl * weights), jnp.sum(weights), jnp.sum(agree * weights), -jnp.sum(chosen * counts))
-        return total + jnp.stack(new), None
-
-    zero = jnp.zeros(4, jnp.float32)
-    kl, weight, agree, nats = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, tuple(parts))[0]
+    weights = counts * ~ends
+    found = scoring.score(
+        functools.partial(transformer.logits, scoring.gathered(params), cfg=cfg),
+        student, batch.targets, ("nats", "agree", *how.directions), block=block,
+        teacher=(functools.partial(transformer.logits, scoring.gathered(frozen), cfg=cfg), teacher),
+    )  # fmt: skip
+    divergence = sum(found[name] for name in how.directions) / len(how.directions)
+    kl, agree, nats = (jnp.sum(x) for x in (divergence * weights, found["agree"] * weights, found["nats"] * counts))
+    weight = jnp.sum(weights)
     count = jnp.sum(counts > 0, dtype=jnp.int32)
     real = (batch.segments > 0)[None, :, None].astype(jnp.float32)
     share_b = jnp.sum(aux["evict_soft"] * real, (0, 2, 3)) / jnp.maximum(
@@ -125,10 +122,3 @@ def self_distillation(
             "held": jnp.stack([held * b, jnp.float32(b)]),
         },
     )
-
-
-def divergence(student: jax.Array, teacher: jax.Array, direction: str) -> jax.Array:
-    """KL divergence in nats of log-probabilities [..., v]; see DistillConfig.direction."""
-    reverse = jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
-    forward = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    return {"reverse": reverse, "forward": forward, "both": (reverse + forward) / 2}[direction]

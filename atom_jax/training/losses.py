@@ -1,7 +1,8 @@
-"""Next-token cross-entropy, as sums over targets, in memory that does not grow with the vocabulary."""
+"""Next-token cross-entropy, as sums over targets."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,11 +11,8 @@ import numpy as np
 from flax import struct
 
 from atom_jax.models import registry
-from atom_jax.sharding import constrain, length_shards
+from atom_jax.nn import scoring
 from atom_jax.typing import Batch
-
-# Logits per device above which they are computed block by block: 128 MiB in float32.
-BLOCK_LOGITS = 2**25
 
 
 @struct.dataclass
@@ -60,37 +58,23 @@ def next_token(
     Args:
       key: PRNG key for models that draw while they train; None: no noise. step: not used here.
       lengths: i32 [v], bytes per token id.
-      block: positions per block of logits; None chooses one block when [b, t, v] is small.
+      block: as in `scoring.score`.
     """
     model = registry.of(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg, key=key)
-    b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
     goals = model.fuse(batch.targets, aux) if model.TWINS else batch.targets
 
-    late, tables = aux.get("entropy_loss"), gathered(params)
-
-    def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        logits = model.logits(tables, x, cfg=cfg)
-        return _score(logits, targets, mask), None if late is None else _entropy(logits)
-
-    block = block or positions_per_block(b, t, cfg.vocab_size)
-    if block >= t:
-        (nats, z), entropy = score(x_btd, goals, mask)
-    else:
-        parts = [blocks(a, block) for a in (x_btd, goals, mask)]
-
-        def step(total: jax.Array, part: Any) -> tuple[jax.Array, jax.Array | None]:
-            sums, entropy = score(*part)
-            return total + sums, entropy
-
-        start = jnp.zeros(2, jnp.float32)
-        (nats, z), entropy = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, tuple(parts))
-        entropy = None if entropy is None else jnp.moveaxis(entropy, 0, 1).reshape(b, -1)[:, :t]
-    own = aux.get("loss", 0.0) + (0.0 if late is None else late(entropy))
+    late, tables = aux.get("entropy_loss"), scoring.gathered(params)
+    head = functools.partial(model.logits, tables, cfg=cfg)
+    want = ["nats", *["log_z"] * bool(z_loss), *["entropy"] * (late is not None)]
+    found = scoring.score(head, x_btd, goals, want, block=block)
+    nats = jnp.sum(found["nats"] * mask)
+    penalty = z_loss * jnp.sum(jnp.square(found["log_z"]) * mask) if z_loss else 0.0
+    own = aux.get("loss", 0.0) + (0.0 if late is None else late(found["entropy"]))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
     return Sums(
-        objective=nats + z_loss * z + own * count,
+        objective=nats + penalty + own * count,
         nats=nats,
         tokens=count,
         bytes=counted_bytes(lengths, batch),
@@ -101,43 +85,3 @@ def next_token(
 def counted_bytes(lengths: np.ndarray, batch: Batch) -> jax.Array:
     """UTF-8 bytes of the targets that count, i32 []; lengths: i32 [v], bytes per token id."""
     return jnp.sum(jnp.take(jnp.asarray(lengths), batch.targets, axis=0) * (batch.loss_mask > 0), dtype=jnp.int32)
-
-
-def _entropy(logits_btv: jax.Array) -> jax.Array:
-    """Entropy of the next token, float32 [b, t], in nats."""
-    logp = jax.nn.log_softmax(logits_btv, axis=-1)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-
-
-def _score(logits_btv: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """f32 [2]: sums of the cross-entropy and of log(Z)^2."""
-    log_z = jax.nn.logsumexp(logits_btv, axis=-1)
-    # A comparison instead of a gather: it stays local when the vocabulary is sharded, and so does its gradient.
-    here = jax.lax.broadcasted_iota(jnp.int32, logits_btv.shape, 2) == targets[..., None]
-    chosen = jnp.sum(jnp.where(here, logits_btv, 0.0), axis=-1)
-    return jnp.stack([jnp.sum((log_z - chosen) * mask), jnp.sum(jnp.square(log_z) * mask)])
-
-
-def positions_per_block(b: int, t: int, v: int) -> int:
-    """Positions whose logits fit the limit."""
-    devices = max(jax.sharding.get_abstract_mesh().size, 1)
-    return t if b * t * v <= BLOCK_LOGITS * devices else max(BLOCK_LOGITS * devices // (b * v), 1)
-
-
-def gathered(params: Any) -> Any:
-    """`params`, with tables of the vocabulary gathered along the width here, once for all blocks of logits."""
-    axes = {"embed": ("vocab", None), "unembed": (None, "vocab")}
-    return {k: constrain(p, *axes[k]) if k in axes else p for k, p in params.items()}
-
-
-def blocks(x: jax.Array, block: int) -> jax.Array:
-    """[b, t, ...] to [n, b, block, ...], padded with zeros. Where the positions of a row are spread over devices,
-    every block has some from each of them."""
-    b, t = x.shape[:2]
-    shards = length_shards(t)
-    block = max(block // shards, 1)
-    x = x.reshape(b, shards, t // shards, *x.shape[2:])
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block)] + [(0, 0)] * (x.ndim - 3))
-    x = jnp.moveaxis(x.reshape(b, shards, -1, block, *x.shape[3:]), 2, 0)
-    x = x.reshape(-1, b, shards * block, *x.shape[4:])
-    return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))

@@ -8,6 +8,7 @@ m patches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from atom_jax.chunking.types import Boundary, Plan, Seen
 from atom_jax.models import bolmo, transformer
 from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.bolmo.config import FUSED
+from atom_jax.nn import scoring
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.embedding import lookup
 from atom_jax.nn.norm import rms_norm
@@ -29,8 +31,6 @@ from atom_jax.typing import Batch
 
 # Symbols after which a patch is sure to have ended, for the correction that the published script makes.
 SPACES = tuple(b + SPECIALS for b in b" \t\n")
-# Logits of the source model that exist at once.
-BLOCK = 2**24
 
 
 @struct.dataclass
@@ -124,19 +124,19 @@ def stage1(
 
     patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
     x_btd, _ = forward.decode(p, patches, h_btd, plan, tokens, cfg)
-    logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
     targets = bolmo.fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
-    chosen_bt = jnp.where(batch.loss_mask, _pick(logp_btv, targets), 0.0)
+    want, head = ("nats", "among") if how.spaces else ("nats",), functools.partial(bolmo.logits, p, cfg=cfg)
+    ours = scoring.score(head, x_btd, targets, want, among=SPACES)
+    chosen_bt = jnp.where(batch.loss_mask, -ours["nats"], 0.0)
     filled = jnp.mean(batch.loss_mask.astype(jnp.float32)) if how.official_means else 1.0
     cross_entropy = -jnp.sum(chosen_bt) / jnp.sum(batch.loss_mask) / filled
 
-    source_bk, spaces_bk = _source_logprobs(source, late_btd, lesson.tokens, how.spaces, cfg)
+    theirs = scoring.score(_source_head(source, cfg), late_btd, lesson.tokens, want, among=how.spaces)
     student_bk = segment_sum(chosen_bt, lesson.owner[:, 1:], lesson.tokens.shape[1] + 1)[:, 1:-1]
-    source_bk = source_bk[:, :-1]
+    source_bk = -theirs["nats"][:, :-1]
     if how.spaces:
         ends = jnp.maximum(jnp.cumsum(lesson.lengths, axis=1)[:, 1:] - 1, 0)
-        after = jax.nn.logsumexp(logp_btv[:, :, jnp.array(SPACES)], axis=-1)
-        student_bk, source_bk = student_bk + gather(after, ends), source_bk + spaces_bk[:, 1:]
+        student_bk, source_bk = student_bk + gather(ours["among"], ends), source_bk + theirs["among"][:, 1:]
     kl_bk = binary_divergence(source_bk / how.tau - how.epsilon, student_bk / how.tau - how.epsilon)
     counts = lesson.lengths[:, 1:] > 0
     total = counts.size * filled if how.official_means else jnp.sum(counts)
@@ -157,9 +157,9 @@ def stage2(
     room for as many patches as there are subword tokens; bytes beyond read the last one.
     """
     x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg)
-    logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
-    chosen_bt = _pick(logp_btv, bolmo.fuse(batch.targets, aux))
-    loss = -jnp.sum(jnp.where(batch.loss_mask, chosen_bt, 0.0)) / jnp.sum(batch.loss_mask)
+    head = functools.partial(bolmo.logits, p, cfg=cfg)
+    nats_bt = scoring.score(head, x_btd, bolmo.fuse(batch.targets, aux))["nats"]
+    loss = jnp.sum(jnp.where(batch.loss_mask, nats_bt, 0.0)) / jnp.sum(batch.loss_mask)
     if official_means:
         loss = loss / jnp.mean(batch.loss_mask.astype(jnp.float32))
     marks = batch.marks | (batch.positions == 0)
@@ -191,10 +191,6 @@ def log1mexp(x: jax.Array) -> jax.Array:
 def _known(marks: jax.Array, batch: Batch) -> jax.Array:
     """Marks of bytes that have a next one: of the last byte of a row the predictor doesn't know."""
     return marks & batch.loss_mask
-
-
-def _pick(logp_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logp_btv, targets_bt[..., None], axis=-1)[..., 0]
 
 
 def _layers(main: Any, cfg: BolmoConfig, first: int, end: int) -> tuple[Any, transformer.TransformerConfig]:
@@ -233,23 +229,13 @@ def _encoder_loss(
     return jnp.sum(jnp.where(used, distance, 0.0)) / jnp.sum(used)
 
 
-def _source_logprobs(
-    source: Tree, late_bkd: jax.Array, tokens_bk: jax.Array, spaces: tuple[int, ...], cfg: BolmoConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities f32 [b, k] of the tokens at each position, and of one that begins with white space. Logits
-    of all positions never exist together."""
+def _source_head(source: Tree, cfg: BolmoConfig) -> scoring.Head:
+    """The source model's final norm and head."""
     source = jax.lax.stop_gradient(source)
-    head = source["unembed"] if "unembed" in source else source["embed"].T
-    (b, k, d), v = late_bkd.shape, head.shape[1]
-    block = min(b * k, max(16, BLOCK // v))
-    chosen = jnp.array(spaces or (0,))
+    table = source["unembed"] if "unembed" in source else source["embed"].T
 
-    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_nd, token_n = inputs
-        x_nd = rms_norm(x_nd, source["norm"], cfg.main.norm_eps)
-        logp_nv = jax.nn.log_softmax(jnp.dot(x_nd, head.astype(x_nd.dtype), preferred_element_type=jnp.float32))
-        return jnp.take_along_axis(logp_nv, token_n[:, None], axis=1)[:, 0], jax.nn.logsumexp(logp_nv[:, chosen], 1)
+    def head(x_bkd: jax.Array) -> jax.Array:
+        x_bkd = rms_norm(x_bkd, source["norm"], cfg.main.norm_eps)
+        return jnp.dot(x_bkd, table.astype(x_bkd.dtype), preferred_element_type=jnp.float32)
 
-    x = jnp.pad(late_bkd.reshape(b * k, d), ((0, -(b * k) % block), (0, 0))).reshape(-1, block, d)
-    token = jnp.pad(tokens_bk.reshape(-1), (0, -(b * k) % block)).reshape(-1, block)
-    return tuple(y.reshape(-1)[: b * k].reshape(b, k) for y in jax.lax.map(one, (x, token)))
+    return head

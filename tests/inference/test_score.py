@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import atom_jax
 from atom_jax.inference import score
 from atom_jax.models import transformer
+from atom_jax.nn import scoring
 from atom_jax.typing import AtomError
 
 
@@ -46,7 +47,7 @@ def test_log_probabilities_in_blocks_equal_the_softmax(case, monkeypatch):
     lm, io = case
     # A configuration of its own, because the block size is fixed when it compiles.
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=255))
-    monkeypatch.setattr(score, "BLOCK", 32 * lm.config.vocab_size)
+    monkeypatch.setattr(scoring, "LIMIT", 32 * lm.config.vocab_size)
     ids = io["input_ids"]
     everything = jax.nn.log_softmax(jnp.asarray(io["logits"]), axis=-1)
     expected = np.take_along_axis(np.asarray(everything)[:, :-1], ids[:, 1:, None], axis=2)[..., 0]

@@ -9,6 +9,7 @@ import pytest
 
 from atom_jax import params as params_lib
 from atom_jax.models import transformer
+from atom_jax.nn import scoring
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import losses
 from atom_jax.typing import Batch
@@ -56,9 +57,9 @@ def test_blocks_never_hold_all_logits(setting):
 
 
 def test_large_vocabularies_are_cut_into_blocks():
-    assert losses.positions_per_block(16, 256, 264) == 256
-    block = losses.positions_per_block(8, 4096, 151936)
-    assert 8 * block * 151936 <= losses.BLOCK_LOGITS < 8 * (block + 1) * 151936
+    assert scoring.positions_per_block(16, 256, 264) == 256
+    block = scoring.positions_per_block(8, 4096, 151936)
+    assert 8 * block * 151936 <= scoring.LIMIT < 8 * (block + 1) * 151936
 
 
 def test_special_tokens_have_no_bytes():

@@ -13,6 +13,7 @@ from atom_jax import config
 from atom_jax.chunking import bytemodel
 from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.chunking.types import END, Boundary, Seen, Tree, ids_of, last_real, previous
+from atom_jax.nn import scoring
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
 
@@ -86,15 +87,10 @@ def apply(p: Tree, seen: Seen, state: State, *, cfg: Entropy) -> tuple[Boundary,
     ids = ids_of(seen, "Entropy")
     logits_btv, model = bytemodel.apply(p, ids, seen.tokens, state.model, cfg=cfg.model)
     log_btv = jax.nn.log_softmax(logits_btv)
-    entropy_bt = jax.lax.stop_gradient(entropies(log_btv))
+    entropy_bt = jax.lax.stop_gradient(scoring.entropy(log_btv))
     mark, marks_state = marks(entropy_bt, seen.tokens, state.marks, cfg)
     loss = cfg.weight * _next_byte_loss(log_btv, ids, seen.tokens)
     return Boundary(mark, loss=loss), State(marks_state, model)
-
-
-def entropies(log_btv: jax.Array) -> jax.Array:
-    """Entropies f32 [b, t] in nats of distributions given by log probabilities [b, t, v]."""
-    return -jnp.sum(jnp.exp(log_btv) * log_btv, axis=-1)
 
 
 def marks(entropy_bt: jax.Array, tokens: Tokens, state: MarksState, cfg: Entropy) -> tuple[jax.Array, MarksState]:
