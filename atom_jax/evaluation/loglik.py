@@ -22,9 +22,9 @@ import numpy as np
 
 from atom_jax.aot.generation import Chips, Report, at
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference import sampling
-from atom_jax.inference.score import exactly, subwords
+from atom_jax.inference.score import exactly, merged, subwords
 from atom_jax.models import registry
+from atom_jax.nn import scoring
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
 
@@ -169,10 +169,6 @@ def _states(
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg: Any) -> tuple[jax.Array, jax.Array]:
     """Log-probability float32 [n] of each target after the state at its index, and whether it is the likeliest."""
-    model = registry.of(cfg)
-    logits = model.logits(params, x[index][None], cfg=cfg)[0]
-    if model.TWINS:
-        logits = sampling.merge(logits)
-        target = target % logits.shape[1]
-    chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target
+    head, target = merged(params, target, cfg)
+    found = scoring.score(head, x[index][None], target[None], ("nats", "hit"))
+    return -found["nats"][0], found["hit"][0]

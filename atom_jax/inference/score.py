@@ -106,9 +106,17 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[j
     if model.TWINS:
         targets_bt = model.fuse(targets_bt, aux)
     head = functools.partial(model.logits, params, cfg=cfg)
-    if model.TWINS and marginal:
-        targets_bt = targets_bt % (cfg.vocab_size // 2)
-        head = lambda x: sampling.merge(model.logits(params, x, cfg=cfg))  # noqa: E731
+    if marginal:
+        head, targets_bt = merged(params, targets_bt, cfg)
     out = -scoring.score(head, x_btd[:, :-1], targets_bt[:, :-1])["nats"]
     both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)
     return jnp.where(both, out, 0.0), aux.get("lost")
+
+
+def merged(params: Any, targets: jax.Array, cfg: Any) -> tuple[scoring.Head, jax.Array]:
+    """The model's head and targets without regard to the two forms that ids may have: logits of their sums."""
+    model = registry.of(cfg)
+    head = functools.partial(model.logits, params, cfg=cfg)
+    if not model.TWINS:
+        return head, targets
+    return lambda x_btd: sampling.merge(head(x_btd)), targets % (cfg.vocab_size // 2)

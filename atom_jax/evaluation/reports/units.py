@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from atom_jax.chunking import rules
-from atom_jax.chunking.rules.entropy import entropies
 from atom_jax.chunking.types import START
 from atom_jax.evaluation.encode import Item, front, windows
 from atom_jax.evaluation.loglik import bucket
 from atom_jax.inference import score
+from atom_jax.nn import scoring
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError
 
@@ -194,7 +194,7 @@ def _read(lm: LM, items: Sequence[Item]) -> tuple[list[np.ndarray], list[np.ndar
         fresh = slice(item.start if marks else 0, n)
         marks.append([np.asarray(m)[0, fresh] for m in out.aux["boundaries"]])
         probs.append([np.asarray(p)[0, fresh] for p in out.aux["boundary_probs"]])
-        surprise.append(np.asarray(entropies(jax.nn.log_softmax(out.logits[0, item.start - 1 : n - 1]))))
+        surprise.append(np.asarray(scoring.entropy(jax.nn.log_softmax(out.logits[0, item.start - 1 : n - 1]))))
     join = lambda parts: [np.concatenate(stage) for stage in zip(*parts)]  # noqa: E731
     return join(marks), join(probs), np.concatenate(surprise)
 

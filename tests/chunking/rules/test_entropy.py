@@ -11,6 +11,7 @@ from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.chunking.rules import entropy
 from atom_jax.chunking.rules.entropy import Entropy, MarksState
 from atom_jax.chunking.types import Seen
+from atom_jax.nn import scoring
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
 
