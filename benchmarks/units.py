@@ -43,7 +43,6 @@ from atom_jax.evaluation import units as units_lib
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.generate import Generation
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import record
@@ -79,7 +78,7 @@ def measure(variant: str, workdir: pathlib.Path, settings: list[str]) -> dict[st
     return {
         "variant": variant,
         "parameters": params.count(spec),
-        "flops": forward_flops(lm.config, exp.data.seq_len) / per_token / 1e6,
+        "flops": registry.of(lm.config).flops(lm.config, exp.data.seq_len) / per_token / 1e6,
         "megabytes": _read(lm, spec, unit) / per_token / 1e6,
         "bits": bits,
         "unit": unit,

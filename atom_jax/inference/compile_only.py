@@ -71,8 +71,9 @@ class Chips:
         found, self.chip = devices(topology)
         self.mesh: Mesh = sharding.make_mesh(mesh or MeshConfig(), found if mesh else found[:1])
         self.programs: dict[str, Compiled] = {}
-        self.tables = getattr(lm.tokenizer, "tables", None)
-        if getattr(cfg, "subwords", 0) and self.tables is None:
+        self.codec = registry.of(cfg).codec(cfg)
+        self.beside = self.codec.beside(lm.tokenizer)
+        if self.codec.looks and not self.beside:
             raise AtomError("--compile_only: the model looks at subwords, and their tokenizer is not there")
         spec = registry.of(cfg).spec(cfg)
         self.count = params_lib.count(spec)
@@ -93,7 +94,7 @@ class Chips:
 
     def suffix(self, rows: int, length: int) -> Suffix | None:
         """The subwords of a batch, for models that look at them."""
-        return None if self.tables is None else Suffix(self.ints(rows, length), self.ints(rows))
+        return Suffix(self.ints(rows, length), self.ints(rows)) if self.codec.looks else None
 
     def compile(self, name: str, lowered: Any) -> Compiled:
         """Compiles what `jax.jit(...).lower(...)` returned."""
@@ -122,7 +123,8 @@ def described(checkpoint: str | None, reference: str | None, adapter: str | None
         cfg, tokenizer = start.opened(checkpoint)
     else:
         exp = start.configure(reference, [])
-        cfg, tokenizer = exp.model, start.tokenizer(exp) if getattr(exp.model, "subwords", 0) else None
+        looks = registry.of(exp.model).codec(exp.model).looks
+        cfg, tokenizer = exp.model, start.tokenizer(exp) if looks else None
     lm = LM(cfg, _shapes(cfg), tokenizer)
     return lm if adapter is None else load_adapter(lm, adapter)
 
@@ -140,7 +142,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
     model, chips = registry.of(cfg), Chips(lm, topology, mesh)
     what = f"{rows} rows with prompts of {length:,} tokens"
     with jax.set_mesh(chips.mesh):
-        params = chips.params if chips.tables is None else chips.params | {"suffix": chips.whole(chips.tables)}
+        params = chips.params | chips.whole(chips.beside)
         if model.read_whole(cfg):
             padded = bucket(length)
             suffix = chips.suffix(rows, padded)
@@ -163,8 +165,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
         begun = jax.ShapeDtypeStruct((rows,), jnp.int32)
         state = decode.State(cache, *chips.whole((begun, jax.ShapeDtypeStruct((rows,), jnp.bool_), begun)))
         choice = chips.whole(jax.eval_shape(lambda: decode.Choice(
-            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32),
-            twins=model.TWINS, unused=model.UNUSED,
+            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32), chips.codec,
         )))  # fmt: skip
         chips.compile("token", decode.decode.lower(params, state, choice, np.int32(1), cfg=cfg))
     return chips.report(what)

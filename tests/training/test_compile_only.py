@@ -10,7 +10,6 @@ import pytest
 from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.sharding import MeshConfig, make_mesh
 from atom_jax.training import compile_only, topology
 from atom_jax.training.config import Group
@@ -76,7 +75,7 @@ def test_advice_for_activations(report):
 
 
 def test_operations_of_plain_training(report):
-    forward = forward_flops(report.exp.model, 32) * report.tokens
+    forward = registry.of(report.exp.model).flops(report.exp.model, 32) * report.tokens
     assert report.needed == report.executed == 3 * forward
 
 
