@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.inference import sampling
 from atom_jax.models import registry
 from atom_jax.nn import scoring
-from atom_jax.typing import LM, AtomError, Batch, Output, Suffix
+from atom_jax.typing import LM, AtomError, Batch, Output
 
 
 def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
@@ -72,17 +71,7 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     # Ids of padding may be anything, for example -1.
     clean = np.where(mask, ids, 0)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
-    return batch.replace(suffix=subwords(lm, clean, mask))
-
-
-def subwords(lm: LM, ids_bt: np.ndarray, mask_bt: np.ndarray) -> Suffix | None:
-    """The subwords that end at each position, for models that look at them; found on the host."""
-    if not getattr(lm.config, "subwords", 0) or getattr(lm.tokenizer, "tables", None) is None:
-        return None
-    states = lm.tokenizer.suffix_states(ids_bt)
-    last = np.max(np.where(mask_bt, np.arange(ids_bt.shape[1])[None], 0), axis=1)
-    state = np.take_along_axis(states, last[:, None], axis=1)[:, 0]
-    return Suffix(jnp.asarray(lm.tokenizer.tables.out[states]), jnp.asarray(state))
+    return batch.replace(suffix=registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, clean, mask))
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
@@ -101,22 +90,13 @@ def _apply(params: Any, batch: Batch, *, cfg: Any) -> tuple[Output, Any]:
 @functools.partial(jax.jit, static_argnames=("cfg", "marginal"))
 def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[jax.Array, Any]:
     model = registry.of(cfg)
+    codec = model.codec(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
-    targets_bt = jnp.roll(batch.ids, -1, axis=1)
-    if model.TWINS:
-        targets_bt = model.fuse(targets_bt, aux)
+    targets_bt = codec.fuse(jnp.roll(batch.ids, -1, axis=1), aux)
     head = functools.partial(model.logits, params, cfg=cfg)
     if marginal:
-        head, targets_bt = merged(params, targets_bt, cfg)
+        head = lambda x_btd: codec.merge(model.logits(params, x_btd, cfg=cfg))  # noqa: E731
+        targets_bt = codec.plain(targets_bt)
     out = -scoring.score(head, x_btd[:, :-1], targets_bt[:, :-1])["nats"]
     both = (batch.segments[:, 1:] > 0) & (batch.segments[:, :-1] > 0)
     return jnp.where(both, out, 0.0), aux.get("lost")
-
-
-def merged(params: Any, targets: jax.Array, cfg: Any) -> tuple[scoring.Head, jax.Array]:
-    """The model's head and targets without regard to the two forms that ids may have: logits of their sums."""
-    model = registry.of(cfg)
-    head = functools.partial(model.logits, params, cfg=cfg)
-    if not model.TWINS:
-        return head, targets
-    return lambda x_btd: sampling.merge(head(x_btd)), targets % (cfg.vocab_size // 2)

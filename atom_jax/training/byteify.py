@@ -108,7 +108,7 @@ def _judge(params: Any, batch: Batch, cfg: BolmoConfig, lengths: np.ndarray) -> 
     found, counts = aux["boundaries"][0], batch.loss_mask
     # As a byte inside a patch and as one that ends it.
     both_btf = [scoring.score(head, x_btd, t)["nats"] for t in (plain, plain + FUSED)]
-    fused = bolmo.fuse(batch.targets, aux) >= FUSED
+    fused = bolmo.codec(cfg).fuse(batch.targets, aux) >= FUSED
 
     def total(x_bt: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(counts, x_bt, 0.0), dtype=jnp.float32)

@@ -63,7 +63,7 @@ def next_token(
     model = registry.of(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg, key=key)
     mask = batch.loss_mask.astype(jnp.float32)
-    goals = model.fuse(batch.targets, aux) if model.TWINS else batch.targets
+    goals = model.codec(cfg).fuse(batch.targets, aux)
 
     late, tables = aux.get("entropy_loss"), scoring.gathered(params)
     head = functools.partial(model.logits, tables, cfg=cfg)

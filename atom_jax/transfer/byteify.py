@@ -124,7 +124,7 @@ def stage1(
 
     patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
     x_btd, _ = forward.decode(p, patches, h_btd, plan, tokens, cfg)
-    targets = bolmo.fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
+    targets = bolmo.codec(cfg).fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
     want, head = ("nats", "among") if how.spaces else ("nats",), functools.partial(bolmo.logits, p, cfg=cfg)
     ours = scoring.score(head, x_btd, targets, want, among=SPACES)
     chosen_bt = jnp.where(batch.loss_mask, -ours["nats"], 0.0)
@@ -158,7 +158,7 @@ def stage2(
     """
     x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg)
     head = functools.partial(bolmo.logits, p, cfg=cfg)
-    nats_bt = scoring.score(head, x_btd, bolmo.fuse(batch.targets, aux))["nats"]
+    nats_bt = scoring.score(head, x_btd, bolmo.codec(cfg).fuse(batch.targets, aux))["nats"]
     loss = jnp.sum(jnp.where(batch.loss_mask, nats_bt, 0.0)) / jnp.sum(batch.loss_mask)
     if official_means:
         loss = loss / jnp.mean(batch.loss_mask.astype(jnp.float32))
