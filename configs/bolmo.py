@@ -42,8 +42,8 @@ from atom_jax.data.config import DataConfig
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.sharding import MeshConfig
-from atom_jax.training.byteify import ByteifyConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
+from atom_jax.training.objectives import Byteify
 from atom_jax.transfer.byteify import Stage1
 
 
@@ -97,11 +97,11 @@ def published(
     )  # fmt: skip
     train = TrainConfig(steps=75000, eval_every=5000)
     first = Experiment(
-        model=model, tokenizer="bolmo", byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train,
+        model=model, tokenizer="bolmo", byteify=Byteify(source=source), data=data, optim=optim, train=train,
         mesh=first_mesh,
     )  # fmt: skip
     return dataclasses.replace(
-        first, first=first, byteify=ByteifyConfig(source=source, stage=2),
+        first, first=first, byteify=Byteify(source=source, stage=2),
         data=dataclasses.replace(data, batch_size=64, seed=1),
         optim=dataclasses.replace(optim, learning_rate=second_rate, warmup_steps=15000, b2=0.95, groups=HALF),
         train=dataclasses.replace(train, steps=150000), mesh=mesh,
@@ -150,10 +150,10 @@ def smollm2() -> Experiment:
         sample_tokens=100,
     )  # fmt: skip
     first = Experiment(
-        model=model, tokenizer="bolmo", byteify=ByteifyConfig(source=source), data=data, optim=optim, train=train
+        model=model, tokenizer="bolmo", byteify=Byteify(source=source), data=data, optim=optim, train=train
     )
     return dataclasses.replace(
-        first, first=first, byteify=ByteifyConfig(source=source, stage=2), data=dataclasses.replace(data, seed=1),
+        first, first=first, byteify=Byteify(source=source, stage=2), data=dataclasses.replace(data, seed=1),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=6, final_fraction=0.05, groups=HALF, clip_norm=0.5),
         train=dataclasses.replace(train, steps=45, eval_every=45, checkpoint_every=30),
     )  # fmt: skip
@@ -167,11 +167,11 @@ def tiny_byteify() -> Experiment:
         steps=6, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3, sample_prompt="It", sample_tokens=4
     )
     first = Experiment(
-        model=model, tokenizer="bolmo", byteify=ByteifyConfig(imitate=Stage1(depth=1)), data=data, train=train,
+        model=model, tokenizer="bolmo", byteify=Byteify(imitate=Stage1(depth=1)), data=data, train=train,
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=1, groups=IMITATION),
     )  # fmt: skip
     return dataclasses.replace(
-        first, first=first, byteify=ByteifyConfig(stage=2), optim=OptimConfig(learning_rate=3e-3, groups=HALF)
+        first, first=first, byteify=Byteify(stage=2), optim=OptimConfig(learning_rate=3e-3, groups=HALF)
     )
 
 

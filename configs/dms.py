@@ -19,8 +19,7 @@ from atom_jax.kvcache.dms import DMS
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.sharding import MeshConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
-from atom_jax.training.distill import DistillConfig
-from atom_jax.transfer.dms_fit import FitConfig
+from atom_jax.training.objectives import Distill, Fit
 
 
 def smollm2(entries: int = 512) -> Experiment:
@@ -32,8 +31,8 @@ def smollm2(entries: int = 512) -> Experiment:
         ),
         data=english(2048),
         tokenizer="",
-        fit=FitConfig(target="loss", windows=12, entries=entries),
-        distill=DistillConfig(direction="both", cr_start=5.0, cr_end=8.0, cr_steps=70, remat=False),
+        fit=Fit(target="loss", windows=12, entries=entries),
+        distill=Distill(direction="both", cr_start=5.0, cr_end=8.0, cr_steps=70, remat=False),
         optim=adapters_only(learning_rate=3e-3, warmup_steps=5, final_fraction=0.1),
         train=TrainConfig(steps=70, log_every=5, eval_every=0, checkpoint_every=20),
     )
@@ -50,7 +49,7 @@ def smollm2_8x() -> Experiment:
             Group(r"layers/attn/dms/._[ab]", 0.3), learning_rate=2e-3, warmup_steps=5, final_fraction=0.1
         ),
         data=dataclasses.replace(exp.data, seed=1),
-        distill=DistillConfig(direction="both", cr_start=15.0, cr_end=22.0, cr_steps=70, remat=False),
+        distill=Distill(direction="both", cr_start=15.0, cr_end=22.0, cr_steps=70, remat=False),
     )  # fmt: skip
 
 
@@ -58,7 +57,7 @@ def tiny() -> Experiment:
     exp = smollm2()
     return dataclasses.replace(
         exp, memory=dataclasses.replace(exp.memory, window=16), data=DataConfig(seq_len=256, batch_size=8),
-        fit=FitConfig(target="attention", windows=2, calibration=1, entries=64),
+        fit=Fit(target="attention", windows=2, calibration=1, entries=64),
         train=TrainConfig(steps=4, log_every=1, eval_every=4, eval_batches=1),
     )  # fmt: skip
 
@@ -70,7 +69,7 @@ def published(model: TransformerConfig, name: str, seq_len: int, batch_size: int
         init_from=name,
         tokenizer="",
         data=DataConfig(sources=("corpora/openr1_math.jsonl",), seq_len=seq_len, batch_size=batch_size),
-        distill=DistillConfig(direction="reverse", cr_start=1.0, cr_end=16.0, cr_steps=510),
+        distill=Distill(direction="reverse", cr_start=1.0, cr_end=16.0, cr_steps=510),
         optim=adapters_only(learning_rate=3e-5, schedule="constant", warmup_steps=0),
         train=TrainConfig(steps=544, eval_every=0, checkpoint_every=34, keep=16),
         seed=42,

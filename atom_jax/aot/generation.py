@@ -16,6 +16,7 @@ from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import per_chip
+from atom_jax.checkpoint import load_config
 from atom_jax.checkpoint.adapters import load_adapter
 from atom_jax.inference import decode, reading, sampling
 from atom_jax.inference.generate import LEAST, ROOM
@@ -74,7 +75,7 @@ def described(checkpoint: str | None, reference: str | None, adapter: str | None
     if (checkpoint is None) == (reference is None):
         raise AtomError("--compile_only: expected either --checkpoint or --config")
     if checkpoint is not None:
-        cfg, tokenizer = start.opened(checkpoint)
+        cfg, tokenizer = load_config(checkpoint)
     else:
         exp = start.configure(reference, [])
         looks = registry.of(exp.model).codec(exp.model).looks

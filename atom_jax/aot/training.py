@@ -10,7 +10,6 @@ import jax
 from atom_jax import params as params_lib
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import Compiled, per_chip
-from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
@@ -106,11 +105,11 @@ def check(exp: Experiment, topology: str | None) -> StepReport:
     with jax.set_mesh(chips.mesh):
         program = Program(exp, chips.mesh, _Tokenizer(exp.model.vocab_size))
         chips.compile("step", program.step.lower(program.state, program.abstract_batch()))
-    needed, executed = operations(exp, program)
+    needed, again = program.operations()
     state, what = program.state, f"{exp.data.batch_size} rows of {exp.data.seq_len:,} tokens"
     return chips.report(
         params_lib.count(program.spec), per_chip(state.params), what, StepReport, exp=exp,
-        mesh=dict(chips.mesh.shape), moments=per_chip((state.opt, state.ema)), needed=needed, executed=executed,
+        mesh=dict(chips.mesh.shape), moments=per_chip((state.opt, state.ema)), needed=needed, executed=needed + again,
     )  # fmt: skip
 
 
@@ -124,40 +123,13 @@ class _Tokenizer:
     eos_ids: tuple[int, ...] = ()
     document_id: int = 0
 
+    @property
+    def subwords(self) -> _Tokenizer:
+        return self
+
+    @property
+    def pieces(self) -> dict[int, bytes]:
+        return {0: b" "}
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"x" * (1 + ids[0] % 7)
-
-
-def operations(exp: Experiment, program: Program) -> tuple[float, float]:
-    """Operations of a step that training needs, and those with what is computed a second time to save memory; both
-    counted as `Family.flops` does."""
-    tokens = exp.data.batch_size * exp.data.seq_len
-    if exp.byteify is not None and exp.byteify.stage == 1:
-        needed, again = _imitation(exp)
-        return needed * tokens, (needed + again) * tokens
-    forward = registry.of(exp.model).flops(exp.model, exp.data.seq_len)
-    needed = 3 * forward
-    if isinstance(exp.model, TransformerConfig):
-        # Matrices that do not learn need no gradients of their own.
-        flat = params_lib.flatten(program.spec)
-        frozen = [s for k, s in flat.items() if not program.optimizer.factors[k] and "vocab" not in s.axes]
-        needed -= 2 * sum(math.prod(s.shape) for s in frozen if len(s.axes) > 2)
-        table = "embed" if exp.model.tie_embeddings else "unembed"
-        if not program.optimizer.factors[table]:
-            needed -= 2 * math.prod(flat[table].shape)
-    if exp.distill is not None:
-        needed += forward
-    again = forward if exp.model.remat or exp.distill is not None else 0.0
-    return needed * tokens, (needed + again) * tokens
-
-
-def _imitation(exp: Experiment) -> tuple[float, float]:
-    """Operations per byte of the first stage of a Bolmo, and those done a second time: three passes through what
-    learns, one through the source model, and two through those of its layers that gradients go through."""
-    model, share = exp.model, exp.data.tokens / exp.data.seq_len
-    exact = dataclasses.replace(model, capacity=share)
-    source = registry.of(model.main).flops(model.main, exp.data.tokens)
-    layers = source - 2 * model.main.d_model * model.main.vocab_size
-    local = registry.of(exact).flops(exact, exp.data.seq_len) - layers * share
-    passed = layers * exp.byteify.imitate.depth / model.main.n_layers * share
-    return 3 * local + source * share + 2 * passed, local + passed if model.remat else 0.0

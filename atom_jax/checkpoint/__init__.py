@@ -65,7 +65,7 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
 
         lm = LM(*store.load_params(path, dtype, shardings))
     else:
-        cfg, tokenizer = load_config(path)
+        cfg, tokenizer = _hf_config(path)
         source = SafetensorsSource(path)
         lm = LM(cfg, families.load(source, cfg, dtype, shardings), tokenizer)
     if lm.tokenizer is not None and lm.tokenizer.vocab_size > lm.config.vocab_size:
@@ -78,8 +78,24 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
 
 
-def load_config(path: Path) -> tuple[Any, Any]:
-    """(configuration, tokenizer or None) of a Hugging Face directory, without its weights."""
+def load_config(path: str | os.PathLike) -> tuple[Any, Any]:
+    """(configuration, tokenizer or None) of any checkpoint that `load` reads, without its parameters."""
+    path = find(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        from atom_jax.checkpoint.gguf_import import GGUFSource
+
+        source = GGUFSource(path)
+        return hf_config.from_hf(source.hf_config, str(path)), source.tokenizer()
+    if kind == "orbax":
+        from atom_jax.checkpoint import store
+
+        return store.load_config(path)
+    return _hf_config(path)
+
+
+def _hf_config(path: Path) -> tuple[Any, Any]:
+    """`load_config` of a Hugging Face directory."""
     data = read_json(path / CONFIG)
     if (path / GENERATION).is_file():
         # As transformers does: generation_config.json has the last word on which tokens end a text.

@@ -1,7 +1,7 @@
 """Checkpoints of training runs and parameter directories, through Orbax. The only file that knows Orbax.
 
-A run:          WORKDIR/checkpoints/STEP/{params,ema,opt,source,data,config}; `ema` only when it keeps an average,
-                `source` only in the first stage of byteification
+A run:          WORKDIR/checkpoints/STEP/{params,ema,opt,data,config}; `ema` only when it keeps an average. Parameters
+                of its objective that are not the model's lie beside them under their own names
 A model alone:  DIR/{params,model.json,tokenizer.json}
 """
 
@@ -26,18 +26,23 @@ from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
 
 MODEL_FILE = "model.json"
-TREES, NOTES = ("params", "ema", "opt", "source"), ("data", "config")
+TREES, NOTES = ("params", "ema", "opt"), ("data", "config")
 
 
 class Store:
-    """The checkpoints of one run. Saving goes on in the background; unfinished ones are never listed."""
+    """The checkpoints of one run. Saving goes on in the background; unfinished ones are never listed.
 
-    def __init__(self, directory: pathlib.Path, keep: int):
+    extra: names of trees besides TREES. Raises AtomError for a name that is taken.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int, extra: tuple[str, ...] = ()):
+        if taken := sorted({*TREES, *NOTES} & {*extra}):
+            raise AtomError(f"{directory}: parameters cannot be called {taken[0]} in a checkpoint")
         # Orbax refuses relative paths, in a background thread.
         self.directory = directory.absolute()
         self._unchecked = False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*TREES, *extra)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in NOTES}
         with _sentence(f"{self.directory} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -48,7 +53,7 @@ class Store:
         return _latest(self.directory)
 
     def save(self, step: int, trees: dict[str, Tree], notes: dict[str, Any]) -> None:
-        """Starts to save TREES of arrays and JSON-able NOTES; the arrays may be given up when this returns.
+        """Starts to save trees of arrays and JSON-able NOTES; the arrays may be given up when this returns.
 
         Raises AtomError when this save or the one before fails; earlier checkpoints stay as they are.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from atom_jax.data.config import DataConfig
 from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.units import unit_ends
@@ -65,6 +66,16 @@ def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Ba
         "loss_mask": np.zeros(shape, bool),
     }
     return batch | {"marks": np.zeros(shape, bool)} if marks else batch
+
+
+def described(cfg: DataConfig) -> Batch:
+    """Returns a batch of zeros as the iterator of a configuration has them, which takes no memory: for its shapes."""
+    shape = cfg.batch_size, cfg.seq_len
+    one = {k: np.broadcast_to(x, shape) for k, x in empty_batch(1, 1, 0, marks=bool(cfg.marks)).items()}
+    if not cfg.tokens:
+        return one
+    more = {"suffix": shape, "state": shape[:1], "tokens": (shape[0], cfg.tokens), "lengths": (shape[0], cfg.tokens)}
+    return one | {k: np.broadcast_to(np.int32(0), size) for k, size in more.items()}
 
 
 def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, known: int = 0) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import re
 from typing import Any
 
 from atom_jax import config
 from atom_jax.data.config import DataConfig
 from atom_jax.sharding import MeshConfig
-from atom_jax.training.byteify import ByteifyConfig
-from atom_jax.training.distill import DistillConfig
-from atom_jax.transfer.dms_fit import FitConfig
+from atom_jax.training.objectives import OBJECTIVES, Byteify, Distill, Fit, NextToken, Objective
 from atom_jax.typing import AtomError
 
 
@@ -50,7 +50,9 @@ class OptimConfig:
     ema: float = 0.0
     # Weight of the squared log-partition function in the loss.
     z_loss: float = 0.0
-    # Parts into which a batch is cut, one after the other, to save memory; the result is the same.
+    # Parts into which a batch is cut, one after the other, to save memory. The result is the same but for what is
+    # drawn, for the models' own losses (those of rules that find units, which are means over the rows that they see
+    # together, and count by a part's targets), and for byteify.official_means.
     accumulate: int = 1
     # The first group that matches a parameter counts.
     groups: tuple[Group, ...] = ()
@@ -114,19 +116,46 @@ class Experiment:
     tokenizer: str = "bytes"
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""
-    # Fits the model's evictors in closed form before the first step; None: they start as they are.
-    fit: FitConfig | None = None
-    # Trains the model with eviction towards itself without, instead of on the text; None: on the text.
-    distill: DistillConfig | None = None
-    # Makes a Bolmo of a subword model; data.tokens must be set. None: nothing of the kind.
-    byteify: ByteifyConfig | None = None
+    # What the run pursues: at most one objective with a loss, and others beside it; without one, the next token of
+    # the text. Fits the model's evictors in closed form before the first step; None: they start as they are.
+    fit: Fit | None = None
+    # Trains the model with eviction towards itself without, instead of on the text.
+    distill: Distill | None = None
+    # Makes a Bolmo of a subword model; data.tokens must be set.
+    byteify: Byteify | None = None
+    # Any other objective that is registered (`training.objectives`).
+    objective: Objective | None = None
     # An experiment that is run before this one, in WORKDIR/first, and whose result is this one's init_from.
     first: Any = None
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("fit", "distill", "byteify", "objective"):
+            held = getattr(self, name)
+            known = [OBJECTIVES[name]] if name in OBJECTIVES else list(OBJECTIVES.values())
+            if held is not None and type(held) not in known:
+                names = " or ".join(cls.__name__ for cls in known)
+                raise AtomError(f"{name}: expected {names} (objectives are registered), got {held!r}")
+        if len(losses := [o.name for o in self.objectives if o.trains]) > 1:
+            raise AtomError(f"{' and '.join(losses)}: a run has one loss; give the others runs of their own (first)")
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the run pursues; the last one has the loss."""
+        held = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        found = sorted((o for o in held if isinstance(o, Objective)), key=lambda o: o.trains)
+        return tuple(found) if found and found[-1].trains else (*found, NextToken())
+
+    def stages(self, workdir: pathlib.Path) -> list[tuple[Experiment, pathlib.Path]]:
+        """The experiments that `first` chains, each with its directory, in the order in which they are run."""
+        if self.first is None:
+            return [(self, workdir)]
+        before = self.first.stages(workdir / "first")
+        return [*before, (dataclasses.replace(self, init_from=str(before[-1][1])), workdir)]
+
 
 # Differences with which a run may be resumed; all others would silently make it another run.
-RESUMABLE = ("train.", "mesh.", "model.remat", "init_from", "first.train.", "first.mesh.", "first.model.remat")
+RESUMABLE = re.compile(r"(first\.)*(train\.|mesh\.|model\.remat|init_from)")
 
 
 def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:
@@ -135,7 +164,7 @@ def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:
     Raises AtomError that lists the others.
     """
     lines = config.diff(old, new)
-    refused = [line for line in lines if not line.startswith(RESUMABLE)]
+    refused = [line for line in lines if not RESUMABLE.match(line)]
     if refused:
         raise AtomError(
             f"{where} belongs to a run with another configuration ({'; '.join(refused)}): "

@@ -24,7 +24,7 @@ from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
 from atom_jax.training.program import Program
 from atom_jax.training.record import Recorder
-from atom_jax.training.state import State, shardings
+from atom_jax.training.state import State, from_trees, to_trees
 from atom_jax.training.watch import Watch
 from atom_jax.typing import LM, AtomError
 
@@ -46,15 +46,20 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
     does not fit the model, the devices, the data or the checkpoint, for a full disk while a checkpoint is saved, and
     when gradients stay not finite.
     """
-    workdir = pathlib.Path(workdir)
+    stages = exp.stages(pathlib.Path(workdir))
+    begun = [i for i, (_, place) in enumerate(stages) if has_begun(place)]
+    for stage, place in stages[max(begun, default=0) :]:
+        result = _stage(stage, place)
+        if result.signal:
+            break
+    return result
+
+
+def _stage(exp: Experiment, workdir: pathlib.Path) -> Result:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise AtomError(f"--workdir={workdir}: {e.strerror}") from None
-    if exp.first is not None:
-        if not has_begun(workdir) and (result := fit(exp.first, workdir / "first")).signal:
-            return result
-        exp = dataclasses.replace(exp, init_from=str(workdir / "first"))
     mesh = sharding.make_mesh(exp.mesh)
     with jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
         run = _Run(exp, workdir, Program(exp, mesh, start.tokenizer(exp)), opened)
@@ -66,7 +71,7 @@ class _Run:
 
     def __init__(self, exp: Experiment, workdir: pathlib.Path, program: Program, opened: contextlib.ExitStack):
         self.exp, self.workdir, self.program, self.opened = exp, workdir, program, opened
-        self.store = opened.enter_context(Store(workdir / "checkpoints", exp.train.keep))
+        self.store = opened.enter_context(Store(workdir / "checkpoints", exp.train.keep, program.extra))
         self.data = self._read("train")
         self.held_out = self._read("validation") if exp.train.eval_every else None
         self.held_out_start = self.held_out.get_state() if self.held_out else None
@@ -74,20 +79,20 @@ class _Run:
         self.saved = self.at
         first = jax.process_index() == 0
         if first:
-            program.tokenizer.save(workdir)
+            program.setting.tokenizer.save(workdir)
             (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
         cfg = exp.train
         self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
         opened.callback(self._finish)
         self.watch = Watch(cfg.max_bad_steps)
         self.validation: dict[str, float] = {}
-        self.reference: dict[str, float] = {}
+        self.reference: dict[str, float] | None = None
         for line in notes:
             self.recorder.say(line)
 
     def train(self, interrupts: Interrupts) -> Result:
         """Steps until the end or an interruption, then saves."""
-        cfg, agreement = self.exp.train, Agreement(self.program.mesh, self.exp.train.checkpoint_minutes)
+        cfg, agreement = self.exp.train, Agreement(self.program.setting.mesh, self.exp.train.checkpoint_minutes)
         # Metrics are read one step late, when they have long been there: the device never waits for Python.
         behind: tuple[int, Any] | None = None
         wish = GO
@@ -105,9 +110,8 @@ class _Run:
             if judge or save:
                 self._note(*behind)
                 behind = None
-            if last and self.exp.fit is not None:
-                params = start.calibrated(self.exp, self.state.params, self.data)
-                self.state = self.state.replace(params=params)
+            if last:
+                self.state = self.program.finished(self.state, self.data)
             if judge:
                 self._validate()
             if save:
@@ -122,23 +126,19 @@ class _Run:
         """The newest checkpoint's state, with the data where it was; else the first state."""
         step = self.store.latest()
         if step is None:
-            params, notes = None, []
-            if self.exp.init_from or (self.exp.byteify is not None and self.exp.byteify.stage == 1):
-                params, notes = start.parameters(self.exp, shardings(self.program.state).params)
-            if self.exp.fit is not None:
-                params = start.fitted(self.exp, params, self.data)
+            params, notes = start.begin(self.program, self.data)
             flops = registry.of(self.exp.model).flops(self.exp.model, self.exp.data.seq_len)
-            size = f"{params_lib.count(_own(self.program.spec)):,} parameters on {self.program.mesh.size} devices, "
+            own = {k: spec for k, spec in self.program.spec.items() if k not in self.program.extra}
+            size = f"{params_lib.count(own):,} parameters on {self.program.setting.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"
             return self.program.initial(params), 0, [size, *notes]
         saved, data = self.store.notes(step, "config", "data")
         where = str(self.store.directory / str(step))
         changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
-        trees = self.store.restore(step, _trees(self.program.state))
-        params = trees["params"] | ({"source": trees["source"]} if "source" in trees else {})
-        state = State(params=params, ema=trees.get("ema"), **trees["opt"])
+        trees = self.store.restore(step, to_trees(self.program.state, self.program.extra))
         self.data.set_state(data)
-        return state, step, [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
+        notes = [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
+        return from_trees(trees, self.program.extra), step, notes
 
     def _read(self, split: str) -> Any:
         cfg = self.exp.data
@@ -146,7 +146,8 @@ class _Run:
             # With the same seed, so that runs on other parts of the text are judged alike.
             rows = cfg.batch_size // self.exp.optim.accumulate
             cfg = dataclasses.replace(cfg, split=split, batch_size=rows, seed=0)
-        data = make_iterator(cfg, self.program.tokenizer, *sharding.row_share(self.program.mesh, jax.process_index()))
+        setting = self.program.setting
+        data = make_iterator(cfg, setting.tokenizer, *sharding.row_share(setting.mesh, jax.process_index()))
         self.opened.callback(data.close)
         return data
 
@@ -164,7 +165,7 @@ class _Run:
         # Processes with the same rows have the same state.
         states = {s["first_row"]: s for s in _from_all(self.data.get_state())}
         notes = {"data": merge_states(list(states.values())), "config": config.to_json(self.exp)}
-        self.store.save(self.at, _trees(self.state), notes)
+        self.store.save(self.at, to_trees(self.state, self.program.extra), notes)
         self.saved = self.at
         self.recorder.restart_clock()
 
@@ -173,7 +174,7 @@ class _Run:
         try:
             self.recorder.close()
             if jax.process_index() == 0:
-                plots.draw(self.workdir)
+                plots.draw(self.workdir, self.program.pages)
         except OSError as e:
             print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
 
@@ -184,34 +185,20 @@ class _Run:
 
     def _validate(self) -> None:
         """Judges the model on the same batches every time, and lets it write a sample."""
-        if self.exp.byteify is not None and not self.reference:
-            bits = start.source_bits(self.exp, self.program, self._judged())
-            self.reference = {"source_bits_per_byte": bits}
+        if self.reference is None:
+            self.reference = self.program.reference(self._judged)
         self.validation = self.program.validate(self.state, self._judged()) | self.reference
         self.recorder.validation(self.at, self.validation)
         cfg = self.exp.train
         if cfg.sample_prompt and jax.process_count() == 1:
             from atom_jax.inference.generate import generate
 
-            lm = LM(self.exp.model, _own(self.program.averaged(self.state)), self.program.tokenizer)
+            lm = LM(self.exp.model, self.program.model(self.state), self.program.setting.tokenizer)
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)
             )
             self.recorder.sample(self.at, cfg.sample_prompt + sample.text[0])
         self.recorder.restart_clock()
-
-
-def _trees(state: State) -> dict[str, Any]:
-    """The parts of a state that a checkpoint keeps apart, so that parameters can be read alone."""
-    opt = {"opt": state.opt, "step": state.step, "bad": state.bad}
-    more = {"ema": state.ema} if state.ema is not None else {}
-    more |= {k: v for k, v in state.params.items() if k == "source"}
-    return {"params": _own(state.params), "opt": opt} | more
-
-
-def _own(tree: Any) -> Any:
-    """Parameters without those of a model that is imitated."""
-    return {k: v for k, v in tree.items() if k != "source"}
 
 
 def _from_all(value: Any) -> list[Any]:

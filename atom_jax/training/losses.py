@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,6 +34,16 @@ class Sums:
     learned: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
+def summary(sums: Sums) -> dict[str, jax.Array]:
+    """The loss in nats per token and in bits per byte, and what the model reports about itself."""
+    learned = {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
+    return {
+        "loss": sums.nats / jnp.maximum(sums.tokens, 1),
+        "bits_per_byte": sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1)),
+        **learned,
+    }
+
+
 def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     """i32 [vocab_size]: UTF-8 bytes of each token id; 0 for specials and for ids past the tokenizer's own."""
     known = min(tokenizer.vocab_size, vocab_size)
@@ -45,7 +56,6 @@ def next_token(
     params: Any,
     batch: Batch,
     key: jax.Array | None = None,
-    step: jax.Array | None = None,
     *,
     cfg: Any,
     lengths: np.ndarray,
@@ -53,10 +63,10 @@ def next_token(
     block: int | None = None,
 ) -> Sums:
     """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 and the model's own losses
-    (`aux["loss"]`, a mean) per target.
+    (`aux["loss"]`, a mean over the batch) per target.
 
     Args:
-      key: PRNG key for models that draw while they train; None: no noise. step: not used here.
+      key: PRNG key for models that draw while they train; None: no noise.
       lengths: i32 [v], bytes per token id.
       block: as in `scoring.score`.
     """

@@ -6,18 +6,19 @@ import pathlib
 
 from atom_jax.training import record
 
-# Of a model that is made of another one.
-_SOURCE = {"source_bits_per_byte": "source"}
 # File name -> label of a panel -> metrics drawn in it, each with its meaning where there are several.
-_PAGES: dict[str, dict[str, dict[str, str]]] = {
-    "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": "", **_SOURCE}},
+Pages = dict[str, dict[str, dict[str, str]]]
+_PAGES: Pages = {
+    "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": ""}},
     "optimizer": {"learning rate": {"learning_rate": ""}, "gradient norm": {"grad_norm": ""}},
     "throughput": {"bytes per second": {"bytes_per_second": ""}, "tokens per second": {"tokens_per_second": ""}},
 }
+_BITS = "_bits_per_byte"
 
 
-def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Draws WORKDIR/metrics.jsonl into WORKDIR/plots and returns the files; none when nothing was logged."""
+def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]:
+    """Draws WORKDIR/metrics.jsonl into WORKDIR/plots and returns the files; none when nothing was logged. more: pages
+    of what an objective reports."""
     lines = record.read(workdir / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
@@ -41,15 +42,11 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
         if len(ax.lines) > 1:
             ax.legend()
 
-    pages = dict(_PAGES)
     stages = sum(name.startswith("bytes_per_unit_") for name in train[-1])
-    if stages:
-        pages["units"] = _units_page(stages)
-    if "boundary" in train[-1]:
-        pages["byteify"] = {
-            "parts of the loss": {k: k for k in ("encoder", "decoder", "boundary")},
-            "boundaries": {f"boundary_{k}": k for k in ("accuracy", "precision", "recall")},
-        }
+    pages = _PAGES | ({"units": _units_page(stages)} if stages else {}) | (more or {})
+    # Of the models that this one is compared with.
+    others = {n: n.removesuffix(_BITS) for line in validation[-1:] for n in line if n.endswith(_BITS)}
+    pages["loss"] = pages["loss"] | {"bits per byte": {"bits_per_byte": "", **others}}
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax import sharding
+from atom_jax.data.packing import described
 from atom_jax.models import registry
-from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.training import byteify, distill, losses, optim
+from atom_jax.training import optim
 from atom_jax.training import state as state_lib
 from atom_jax.training.config import Experiment
-from atom_jax.training.losses import Sums
+from atom_jax.training.losses import Sums, summary
+from atom_jax.training.objectives import Setting
+from atom_jax.training.objectives.base import Rows
 from atom_jax.training.state import State
-from atom_jax.training.step import make_step, summary
-from atom_jax.transfer.byteify import Lesson
-from atom_jax.transfer.lessons import assemble
-from atom_jax.typing import AtomError, Batch
-
-FIELDS = ("ids", "positions", "segments", "targets", "loss_mask")
+from atom_jax.training.step import make_step
+from atom_jax.typing import AtomError
 
 
 class Program:
@@ -34,78 +32,81 @@ class Program:
 
     step:     (state, batch) -> (state, metrics); the state passed in is given up.
     evaluate: (state, batch) -> Sums, with the averaged parameters when the run keeps them.
+    extra:    names of parameters that are the objectives' and not the model's.
+    pages:    curves of what the objectives report (see `plots`).
     """
 
     def __init__(self, exp: Experiment, mesh: Mesh, tokenizer: Any):
         _check(exp, mesh, tokenizer)
-        self.exp, self.mesh, self.tokenizer = exp, mesh, tokenizer
-        self.spec = registry.of(exp.model).spec(exp.model)
-        if exp.byteify is not None and exp.byteify.stage == 1:
-            self.spec = self.spec | {"source": byteify.tables(exp.model.main)}
+        self.setting, self.objective = Setting(exp, mesh, tokenizer), exp.objectives[-1]
+        self.spec, self.extra = _spec(exp)
+        self.pages = {name: page for objective in exp.objectives for name, page in objective.pages.items()}
         self.optimizer = optim.make(exp.optim, self.spec, exp.train.steps)
         self.state = state_lib.abstract(self.spec, self.optimizer, exp.optim.ema > 0, mesh)
         self.rows = sharding.batch_sharding(mesh)
         whole, places = NamedSharding(mesh, P()), state_lib.shardings(self.state)
-        loss = functools.partial(
-            losses.next_token, cfg=exp.model, lengths=losses.byte_lengths(tokenizer, exp.model.vocab_size)
-        )
-        if exp.distill is not None:
-            loss = functools.partial(distill.self_distillation, **loss.keywords, how=exp.distill)
-        elif exp.byteify is not None:
-            how = byteify.with_spaces(exp.byteify, tokenizer)
-            loss = functools.partial(byteify.objective, **loss.keywords, how=how, eos=tokenizer.document_id)
-        elif exp.optim.z_loss:
-            loss = functools.partial(loss, z_loss=exp.optim.z_loss)
         self.step = jax.jit(
-            make_step(loss, self.optimizer, exp.optim.accumulate, exp.optim.ema, exp.seed, places.params),
+            make_step(self.objective, self.setting, self.optimizer, places.params),
             in_shardings=(places, self.rows),
             out_shardings=(places, whole),
             donate_argnums=0,
         )
         self.evaluate = jax.jit(
-            lambda state, batch: loss(self.averaged(state), batch),
+            lambda state, batch: self.objective.judge(self.averaged(state), batch, setting=self.setting),
             in_shardings=(places, self.rows),
             out_shardings=whole,
         )
 
     def initial(self, params: Any = None) -> State:
         """The first state: random parameters from the experiment's seed, or those given (already in place)."""
-        places = state_lib.shardings(self.state)
+        places, exp = state_lib.shardings(self.state), self.setting.exp
 
         def begin(source: Any) -> State:
             values = params_lib.init(source, self.spec) if params is None else source
-            return state_lib.fresh(values, self.optimizer, self.exp.optim.ema > 0)
+            return state_lib.fresh(values, self.optimizer, exp.optim.ema > 0)
 
         start = jax.jit(begin, out_shardings=places, donate_argnums=() if params is None else 0)
-        return start(jax.random.key(self.exp.seed) if params is None else params)
+        return start(jax.random.key(exp.seed) if params is None else params)
 
     def averaged(self, state: State) -> Any:
         """The parameters to judge and to use: the moving average where there is one."""
         return state.params if state.ema is None else optim.merge(state.ema, self.optimizer.split(state.params)[1])
 
-    def put(self, rows: dict[str, np.ndarray]) -> Batch | Lesson:
+    def model(self, state: State) -> Any:
+        """`averaged`, without what is not the model's."""
+        return {k: v for k, v in self.averaged(state).items() if k not in self.extra}
+
+    def finished(self, state: State, data: Iterator[Rows]) -> State:
+        """The state after what the objectives do when the last step is done. data: the rows of the run."""
+        params = self.averaged(state)
+        for objective in self.setting.exp.objectives:
+            params = objective.finish(self.setting, params, data)
+        if state.ema is None:
+            return state.replace(params=params)
+        learn, frozen = self.optimizer.split(params)
+        return state.replace(params=optim.merge(self.optimizer.split(state.params)[0], frozen), ema=learn)
+
+    def reference(self, batches: Callable[[], Iterator[Rows]]) -> dict[str, float]:
+        """What stands beside every validation, whose batches these are."""
+        return self.objective.reference(self.setting, lambda: map(self.put, batches()))
+
+    def operations(self) -> tuple[float, float]:
+        """Operations of a step that training needs, and those done a second time to save memory."""
+        return self.objective.operations(self.setting, self.optimizer.factors)
+
+    def put(self, rows: Rows) -> Any:
         """Places this process's rows of a batch on its devices."""
-        batch = assemble(rows) if "lengths" in rows else Batch(**{k: rows[k] for k in _fields("marks" in rows)})
+        batch = self.objective.batch(rows)
         if jax.process_count() > 1:
             return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self.rows), batch)
         return jax.device_put(batch, self.rows)
 
-    def abstract_batch(self) -> Batch | Lesson:
+    def abstract_batch(self) -> Any:
         """The shape of a batch, for compiling without data."""
-        shape = (self.exp.data.batch_size, self.exp.data.seq_len)
-        if self.exp.byteify is not None:
-            made = {k: np.broadcast_to(np.int32(0), shape) for k in (*FIELDS, "suffix")}
-            made["loss_mask"], made["state"] = made["loss_mask"] > 0, made["ids"][:, 0]
-            made |= dict.fromkeys(
-                ("tokens", "lengths"), np.broadcast_to(np.int32(0), (shape[0], self.exp.data.tokens))
-            )
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), assemble(made))
-        kinds = {
-            k: jnp.bool_ if k in ("loss_mask", "marks") else jnp.int32 for k in _fields(bool(self.exp.data.marks))
-        }
-        return Batch(**{k: jax.ShapeDtypeStruct(shape, t, sharding=self.rows) for k, t in kinds.items()})
+        batch = self.objective.batch(described(self.setting.exp.data))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), batch)
 
-    def validate(self, state: State, batches: Any) -> dict[str, float]:
+    def validate(self, state: State, batches: Iterator[Rows]) -> dict[str, float]:
         """Loss (nats per token) and bits per byte over all of `batches`."""
         total: Sums | None = None
         for batch in batches:
@@ -114,25 +115,29 @@ class Program:
         return {k: float(v) for k, v in jax.device_get(summary(total)).items()}
 
 
-def _fields(marks: bool) -> tuple[str, ...]:
-    return (*FIELDS, "marks") if marks else FIELDS
+def _spec(exp: Experiment) -> tuple[params_lib.Tree, tuple[str, ...]]:
+    """Specs of all parameters, and the names of those that are not the model's."""
+    spec = dict(registry.of(exp.model).spec(exp.model))
+    own = tuple(spec)
+    for objective in exp.objectives:
+        more = objective.extra_spec(exp.model)
+        if taken := sorted(set(more) & set(spec)):
+            raise AtomError(f"{objective.name}: there are parameters {taken[0]} already")
+        spec |= more
+    return spec, tuple(name for name in spec if name not in own)
 
 
 def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
     """Refuses sizes that do not fit together, before anything is compiled."""
-    if exp.distill is not None and getattr(exp.model, "dms", None) is None:
-        raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
-    if (exp.byteify is not None) != (exp.data.tokens > 0):
-        raise AtomError("byteify and data.tokens need each other")
-    if exp.byteify is not None and exp.tokenizer != "bolmo":
-        raise AtomError(f"byteify: tokenizer must be bolmo, not {exp.tokenizer!r}")
-    if exp.byteify is not None and not isinstance(exp.model, BolmoConfig):
-        raise AtomError(f"byteify: model must be a BolmoConfig, not a {type(exp.model).__name__}")
-    how = exp.byteify
-    if how is not None and how.stage == 1 and how.imitate.depth > exp.model.main.n_layers:
-        raise AtomError(f"byteify.imitate.depth: the source has {exp.model.main.n_layers} layers")
-    if exp.distill is not None and exp.optim.z_loss:
-        raise AtomError("optim.z_loss does not go with distill")
+    for objective in exp.objectives:
+        objective.check(exp)
+    name = exp.objectives[-1].name
+    if exp.objectives[-1].spelled and not exp.data.tokens:
+        raise AtomError(f"{name} and data.tokens need each other")
+    if exp.data.tokens and not exp.objectives[-1].spelled:
+        raise AtomError(f"data.tokens is {exp.data.tokens}, but {name} does not read rows of subwords")
+    if exp.optim.z_loss and not exp.objectives[-1].z_loss:
+        raise AtomError(f"optim.z_loss does not go with {name}")
     if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):
         raise AtomError(f"mesh.context spreads rows of transformers only, the model is a {type(exp.model).__name__}")
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], exp.optim.accumulate

@@ -57,6 +57,21 @@ def shardings(state: State) -> State:
     return jax.tree.map(lambda s: s.sharding, state)
 
 
+def to_trees(state: State, extra: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of a state that a checkpoint keeps apart, so that the model's parameters can be read alone; extra:
+    names of the others."""
+    trees = {"params": {k: v for k, v in state.params.items() if k not in extra}}
+    trees |= {"opt": {"opt": state.opt, "step": state.step, "bad": state.bad}}
+    trees |= {"ema": state.ema} if state.ema is not None else {}
+    return trees | {name: state.params[name] for name in extra}
+
+
+def from_trees(trees: dict[str, Any], extra: tuple[str, ...]) -> State:
+    """The inverse of `to_trees`."""
+    params = trees["params"] | {name: trees[name] for name in extra}
+    return State(params=params, ema=trees.get("ema"), **trees["opt"])
+
+
 def _places(state: State, params: Tree, mesh: Mesh) -> State:
     """A sharding for every leaf: that of the parameter whose path ends its own and whose shape it has, else none."""
     known = params_lib.flatten(params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,42 +10,39 @@ import jax.numpy as jnp
 import optax
 
 from atom_jax.params import Tree
-from atom_jax.training.losses import Sums
+from atom_jax.training.losses import Sums, summary
+from atom_jax.training.objectives.base import Objective, Setting
 from atom_jax.training.optim import Optimizer, merge
 from atom_jax.training.state import State
-from atom_jax.typing import Batch
 
-Loss = Callable[[Tree, Batch, jax.Array, jax.Array], Sums]
 Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    loss: Loss,
-    optimizer: Optimizer,
-    accumulate: int = 1,
-    ema: float = 0.0,
-    seed: int = 0,
-    places: Tree | None = None,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    objective: Objective, setting: Setting, optimizer: Optimizer, places: Tree
+) -> Callable[[State, Any], tuple[State, Metrics]]:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    places: shardings of the parameters, which their gradients get too; None: as the compiler likes.
-    seed: of the noise that the loss may draw; it depends on the step, so a resumed run draws the same.
-    The gradient is that of the mean over all targets of the batch, however it is cut into `accumulate` parts. A step
-    whose loss or gradient is not finite leaves everything but the counters as it was.
+    places: shardings of the parameters, which their gradients get too.
+    The gradient is that of the mean over all targets of the batch, however it is cut into `optim.accumulate` parts
+    (with the exceptions named there). Noise depends on the step, so a resumed run draws the same. A step whose loss
+    or gradient is not finite leaves everything but the counters as it was.
     """
+    exp = setting.exp
+    parts, ema = exp.optim.accumulate, exp.optim.ema
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any) -> tuple[State, Metrics]:
         learn, frozen = optimizer.split(state.params)
         # Known before the forward pass, so every part is divided by the number of targets in the whole batch.
         scale = 1.0 / jnp.maximum(jnp.sum(batch.loss_mask > 0, dtype=jnp.float32), 1.0)
+        counts = objective.counts(batch, setting)
 
-        def objective(learn: Tree, part: Batch, number: jax.Array) -> tuple[jax.Array, Sums]:
-            key = jax.random.fold_in(jax.random.key(seed), state.step * accumulate + number)
-            sums = loss(merge(learn, frozen), part, key, state.step)
+        def loss(learn: Tree, part: Any, number: jax.Array) -> tuple[jax.Array, Sums]:
+            key = jax.random.fold_in(jax.random.key(exp.seed), state.step * parts + number)
+            sums = objective.loss(merge(learn, frozen), part, key, state.step, setting=setting, counts=counts)
             return sums.objective * scale, sums
 
-        grads, sums = _gradient(objective, learn, batch, accumulate, places and optimizer.split(places)[0])
+        grads, sums = _gradient(loss, learn, batch, parts, optimizer.split(places)[0])
         norm = optax.global_norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, opt = optimizer.update(grads, state.opt, learn, state.step)
@@ -70,27 +66,17 @@ def make_step(
     return step
 
 
-def summary(sums: Sums) -> Metrics:
-    """The loss in nats per token and in bits per byte, and what the model reports about itself."""
-    learned = {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
-    return {
-        "loss": sums.nats / jnp.maximum(sums.tokens, 1),
-        "bits_per_byte": sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1)),
-        **learned,
-    }
-
-
-def _gradient(objective: Callable, learn: Tree, batch: Batch, parts: int, places: Tree | None) -> tuple[Tree, Sums]:
+def _gradient(loss: Callable, learn: Tree, batch: Any, parts: int, places: Tree) -> tuple[Tree, Sums]:
     def gradient(*args: Any) -> tuple[Tree, Sums]:
-        grads, sums = jax.grad(objective, has_aux=True)(*args)
-        return grads if places is None else jax.lax.with_sharding_constraint(grads, places), sums
+        grads, sums = jax.grad(loss, has_aux=True)(*args)
+        return jax.lax.with_sharding_constraint(grads, places), sums
 
     if parts == 1:
         return gradient(learn, batch, jnp.int32(0))
     # Part i takes rows i, i + parts, ...: every device finds rows of every part among its own.
     cut = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
 
-    def add(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(learn, *inputs)), None
 
     pieces = jax.tree.map(cut, batch)

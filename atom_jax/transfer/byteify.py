@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.segments import gather, segment_sum
 from atom_jax.chunking.types import Boundary, Plan, Seen
@@ -165,6 +166,16 @@ def stage2(
     marks = batch.marks | (batch.positions == 0)
     boundary = lookahead.cross_entropy(aux["boundary_probs"][0], marks, batch.loss_mask)
     return loss + cfg.rule.weight * boundary, {"cross_entropy": loss, "boundary": boundary}
+
+
+def counts(lesson: Lesson, cfg: BolmoConfig) -> dict[str, jax.Array]:
+    """What the losses of both stages are means over, f32 [] by name: bytes that have a next one, source tokens, and
+    patches for which there is room."""
+    room = slots_for(lesson.bytes.ids.shape[1], cfg.capacity)
+    patches = jnp.sum(jnp.minimum(jnp.sum(lesson.marks, axis=1), room), dtype=jnp.float32)
+    sized = jnp.sum(lesson.lengths[:, 1:] > 0, dtype=jnp.float32)
+    targets = jnp.sum(lesson.loss_mask, dtype=jnp.float32)
+    return {"encoder": patches, "cross_entropy": targets, "decoder": sized, "boundary": targets}
 
 
 def accuracy(mark_bt: jax.Array, marks_bt: jax.Array, batch: Batch) -> jax.Array:

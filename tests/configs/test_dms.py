@@ -1,6 +1,5 @@
 """Retrofits with learned evictors: the recipes are complete, and the smallest one runs from fit to adapter."""
 
-import dataclasses
 import json
 
 import jax
@@ -64,6 +63,5 @@ def test_a_retrofit_from_fit_to_adapter(tmp_path):
 
 
 def test_evictors_need_a_model_that_has_learned_something():
-    exp = dataclasses.replace(dms.tiny(), init_from="")
     with pytest.raises(atom_jax.AtomError, match="init_from"):
-        start.fitted(exp, None, iter([]))
+        dms.tiny().fit.begin(None, None, None, iter([]))

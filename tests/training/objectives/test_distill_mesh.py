@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from atom_jax.kvcache.dms import DMS
-from atom_jax.training.distill import DistillConfig
+from atom_jax.training.objectives import Distill
 from configs.dms import adapters_only
 from tests.training.tiny import batches, make, mesh, program
 
@@ -16,7 +16,7 @@ def retrofit(*settings: str):
     exp = make(*settings)
     memory = DMS(form="adapter", window=4, scale=1.0, offset=0.0, tau=1.0)
     model = dataclasses.replace(exp.model, layer_types=(), memory=memory)
-    distill = DistillConfig(direction="reverse", cr_start=4.0, cr_end=8.0, cr_steps=10)
+    distill = Distill(direction="reverse", cr_start=4.0, cr_end=8.0, cr_steps=10)
     exp = dataclasses.replace(exp, model=model, distill=distill, optim=adapters_only(learning_rate=0.1))
     with jax.set_mesh(mesh(exp.mesh)):
         p, out = program(exp), []

@@ -10,7 +10,7 @@ import pytest
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import families
 from atom_jax.kvcache.dms import decide
-from atom_jax.training import distill
+from atom_jax.training.objectives import distill
 from atom_jax.typing import AtomError
 from tests.kvcache.dms import tiny
 
@@ -26,7 +26,7 @@ def sums(case, params, monkeypatch, tau, key=True, **how):
     batch = tiny.batch(io["input_ids"])
     batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
     monkeypatch.setattr(decide, "logistic", lambda key, shape: jnp.asarray(io["train_noise"]))
-    settings = distill.DistillConfig(**{"cr_start": 8.0, "cr_end": 8.0, **how})
+    settings = distill.Distill(**{"cr_start": 8.0, "cr_end": 8.0, **how})
     lengths = np.ones(cfg.vocab_size, np.int32)
     drawn = jax.random.key(0) if key else None
     return distill.self_distillation(
@@ -76,7 +76,7 @@ def test_no_divergence_before_the_borrowed_channel_fades(golden, monkeypatch):
 
 
 def test_the_target_rises_with_the_ratio():
-    how = distill.DistillConfig(cr_start=1.0, cr_end=16.0, cr_steps=510)
+    how = distill.Distill(cr_start=1.0, cr_end=16.0, cr_steps=510)
     np.testing.assert_allclose(how.target(238), 1 - 1 / 8)
     assert how.target(0) == 0 and how.target(5000) == how.target(510)
 
@@ -84,7 +84,7 @@ def test_the_target_rises_with_the_ratio():
 @pytest.mark.parametrize("field,value", [("direction", "up"), ("cr_end", 0.5), ("cr_steps", 0), ("fade_steps", -1)])
 def test_senseless_settings_are_refused(field, value):
     with pytest.raises(AtomError, match="distill"):
-        distill.DistillConfig(**{field: value})
+        distill.Distill(**{field: value})
 
 
 def test_only_the_evictors_get_gradients_when_the_rest_is_frozen(golden):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
 from atom_jax.nn import scoring
 from atom_jax.training.losses import Sums, counted_bytes
+from atom_jax.training.objectives.base import Objective, Setting, forward_flops, register, training_flops
+from atom_jax.training.plots import Pages
 from atom_jax.typing import AtomError, Batch
 
 
+@register
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class Distill(Objective):
     """direction: "reverse", KL(student || teacher), as in the released code; "forward", KL(teacher || student); or
         "both", their mean.
     cr_start, cr_end, cr_steps: the compression ratio CR rises linearly over so many steps; a share 1 - 1/CR of all
@@ -36,6 +40,15 @@ class DistillConfig:
     weight: float = 1.0
     fade_steps: int = 0
     remat: bool = True
+
+    name: ClassVar[str] = "distill"
+    pages: ClassVar[Pages] = {
+        "distill": {
+            "KL in nats per token": {"kl": ""},
+            "share of tokens or decisions": {"agreement": "equally likeliest", "evicted": "evicting"},
+            "entries held": {"held": ""},
+        }
+    }
 
     def __post_init__(self):
         if self.direction not in ("reverse", "forward", "both"):
@@ -55,6 +68,39 @@ class DistillConfig:
         progress = jnp.clip((step - self.fade_steps) / self.cr_steps, 0.0, 1.0)
         return 1.0 - 1.0 / (self.cr_start + (self.cr_end - self.cr_start) * progress)
 
+    def check(self, exp: Any) -> None:
+        """The model must have something to learn."""
+        if getattr(exp.model, "dms", None) is None:
+            raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
+
+    def counts(self, batch: Batch, setting: Setting) -> dict[str, jax.Array]:
+        """See `counts`."""
+        return counts(batch, setting.exp.model)
+
+    def loss(
+        self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
+    ) -> Sums:
+        """See `self_distillation`."""
+        cfg, lengths = setting.exp.model, setting.lengths
+        return self_distillation(params, batch, key, step, cfg=cfg, lengths=lengths, how=self, whole=counts)
+
+    def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
+        """With hard decisions."""
+        return self.loss(params, batch, None, None, setting=setting)
+
+    def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
+        """With the teacher's pass; the student's layers are those that may be computed again."""
+        data, forward = setting.exp.data, forward_flops(setting.exp)
+        tokens, again = data.batch_size * data.seq_len, forward if self.remat else 0.0
+        return (training_flops(setting.exp, factors) + forward) * tokens, again * tokens
+
+
+def counts(batch: Batch, cfg: transformer.TransformerConfig) -> dict[str, jax.Array]:
+    """f32 []: targets, those of them in the divergence, and rows."""
+    compared = jnp.sum(_compared(batch, cfg), dtype=jnp.float32)
+    targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+    return {"targets": targets, "compared": compared, "rows": jnp.float32(batch.ids.shape[0])}
+
 
 def self_distillation(
     params: Any,
@@ -64,15 +110,16 @@ def self_distillation(
     *,
     cfg: transformer.TransformerConfig,
     lengths: np.ndarray,
-    how: DistillConfig,
+    how: Distill,
+    whole: dict[str, jax.Array] | None = None,
     block: int | None = None,
 ) -> Sums:
     """Divergence from the same weights without eviction, plus the missing share of evictions.
 
     With a key, decisions are relaxed and drawn; without (validation), they are hard, and no share is demanded. The
-    rest as for `losses.next_token`; positions whose input ends a text do not count in the divergence. `learned`: kl
-    (nats per token), agreement (share of tokens where both think the same token likeliest), evicted (share of
-    decisions), held (entries per head at the end of a row).
+    rest as for `losses.next_token`; positions whose input ends a text do not count in the divergence. whole: `counts`
+    of the batch that this one is a part of. `learned`: kl (nats per token), agreement (share of tokens where both
+    think the same token likeliest), evicted (share of decisions), held (entries per head at the end of a row).
     """
     b, t = batch.ids.shape
     fade, before = None, 0.0
@@ -90,35 +137,38 @@ def self_distillation(
     student, _, aux = transformer.hidden(
         params, batch, cfg=dataclasses.replace(cfg, remat=how.remat), mode=student_mode
     )
-    ends = jnp.isin(batch.ids, jnp.array(cfg.eos_ids or (-1,)))
-    counts = batch.loss_mask.astype(jnp.float32)
-    weights = counts * ~ends
     found = scoring.score(
         functools.partial(transformer.logits, scoring.gathered(params), cfg=cfg),
         student, batch.targets, ("nats", "agree", *how.directions), block=block,
         teacher=(functools.partial(transformer.logits, scoring.gathered(frozen), cfg=cfg), teacher),
     )  # fmt: skip
     divergence = sum(found[name] for name in how.directions) / len(how.directions)
-    kl, agree, nats = (jnp.sum(x) for x in (divergence * weights, found["agree"] * weights, found["nats"] * counts))
-    weight = jnp.sum(weights)
-    count = jnp.sum(counts > 0, dtype=jnp.int32)
+    compared, own = _compared(batch, cfg), counts(batch, cfg)
+    kl, agree = jnp.sum(divergence * compared), jnp.sum(found["agree"] * compared)
     real = (batch.segments > 0)[None, :, None].astype(jnp.float32)
     share_b = jnp.sum(aux["evict_soft"] * real, (0, 2, 3)) / jnp.maximum(
         jnp.sum(real, (0, 2, 3)) * cfg.n_layers * cfg.n_kv_heads, 1.0
     )
-    missing = 0.0
+    missing = jnp.float32(0)
     if key is not None and step is not None:
-        missing = how.weight * jnp.mean(jnp.maximum(how.target(step) - share_b, 0.0))
+        missing = how.weight * jnp.sum(jnp.maximum(how.target(step) - share_b, 0.0))
+    whole = own if whole is None else whole
+    loss = kl / jnp.maximum(whole["compared"], 1.0) + missing / whole["rows"]
     held = jnp.mean(aux["occupancy"].astype(jnp.float32))
     return Sums(
-        objective=(kl / jnp.maximum(weight, 1.0) + missing) * count,
-        nats=nats,
-        tokens=count,
+        objective=loss * whole["targets"],
+        nats=jnp.sum(found["nats"] * batch.loss_mask),
+        tokens=jnp.sum(batch.loss_mask, dtype=jnp.int32),
         bytes=counted_bytes(lengths, batch),
         learned={
-            "kl": jnp.stack([kl, weight]),
-            "agreement": jnp.stack([agree, weight]),
-            "evicted": jnp.stack([jnp.sum(share_b), jnp.float32(b)]),
-            "held": jnp.stack([held * b, jnp.float32(b)]),
+            "kl": jnp.stack([kl, own["compared"]]),
+            "agreement": jnp.stack([agree, own["compared"]]),
+            "evicted": jnp.stack([jnp.sum(share_b), own["rows"]]),
+            "held": jnp.stack([held * b, own["rows"]]),
         },
     )
+
+
+def _compared(batch: Batch, cfg: transformer.TransformerConfig) -> jax.Array:
+    """bool [b, t]: targets that count and whose input does not end a text."""
+    return batch.loss_mask & ~jnp.isin(batch.ids, jnp.array(cfg.eos_ids or (-1,)))

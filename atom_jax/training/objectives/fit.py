@@ -1,0 +1,51 @@
+"""Evictors found in closed form before the first step, beside whatever is trained (`transfer.dms_fit`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from atom_jax.params import Tree
+from atom_jax.training.objectives.base import Objective, Rows, Setting, register
+from atom_jax.transfer import dms_fit
+from atom_jax.transfer.dms_fit import FitConfig
+from atom_jax.typing import AtomError
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Fit(FitConfig, Objective):
+    __doc__ = FitConfig.__doc__
+
+    name: ClassVar[str] = "fit"
+    trains: ClassVar[bool] = False
+
+    def begin(self, setting: Setting, params: Any, places: Tree, data: Iterator[Rows]) -> tuple[Any, list[str]]:
+        """Fits the evictors. Raises AtomError for parameters that are not there yet."""
+        if params is None:
+            raise AtomError("fit: set init_from; evictors are fitted to a model that has learned something")
+        with tqdm(total=self.windows + 3 * self.calibration, desc="fit", unit="row", mininterval=1) as bar:
+            rows = _whole_rows(data, bar)
+            return dms_fit.fit(params, setting.exp.model, rows, self, bar.set_postfix_str), []
+
+    def finish(self, setting: Setting, params: Any, data: Iterator[Rows]) -> Any:
+        """Moves the threshold to where `entries` keys stay."""
+        with tqdm(total=3 * self.calibration, desc="threshold", unit="row", mininterval=1) as bar:
+            rows = _whole_rows(data, bar)
+            return dms_fit.calibrate(params, setting.exp.model, rows, self, bar.set_postfix_str)
+
+
+def _whole_rows(data: Iterator[Rows], bar: Any) -> Iterator[np.ndarray]:
+    """Ids i32 [1, t] of the rows of `data` that hold a single document."""
+    for batches in range(10**9):
+        if batches > 1000 and not bar.n:
+            raise AtomError("fit: no row of the data holds a single document; data.seq_len is too long for them")
+        batch = next(data)
+        for ids, segments in zip(batch["ids"], batch["segments"]):
+            if (segments == 1).all():
+                bar.update()
+                yield ids[None]

@@ -1,0 +1,33 @@
+"""The text itself: the next token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from atom_jax.training import losses
+from atom_jax.training.losses import Sums
+from atom_jax.training.objectives.base import Objective, Setting, register
+from atom_jax.typing import Batch
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class NextToken(Objective):
+    """Cross-entropy of the next token, with the model's own losses (`losses.next_token`)."""
+
+    name: ClassVar[str] = "next_token"
+    z_loss: ClassVar[bool] = True
+
+    def loss(
+        self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
+    ) -> Sums:
+        """The model's own losses are means over a part, which count by its targets."""
+        z_loss = setting.exp.optim.z_loss
+        return losses.next_token(params, batch, key, cfg=setting.exp.model, lengths=setting.lengths, z_loss=z_loss)
+
+    def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
+        """The same without noise."""
+        return self.loss(params, batch, None, None, setting=setting)
