@@ -77,7 +77,7 @@ def begin(program: Program, data: Iterator[Rows]) -> tuple[Any, list[str]]:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and what is to be said of them.
 
-    Learned evictors (`adapters.PART`) that are absent there take the initial values of the experiment's seed.
+    What a memory learns (`adapters.PART`) takes the initial values of the experiment's seed where it is absent there.
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     there, _ = _given(exp, "model")
