@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atom_jax import checkpoint
 from atom_jax import params as params_lib
-from atom_jax.checkpoint import checksums, lock, store
+from atom_jax.checkpoint import checksums, cli, lock, store
 from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
@@ -210,3 +211,14 @@ with lock.locked(pathlib.Path({str(tmp_path)!r})):
     other.wait()
     with lock.locked(tmp_path):
         pass
+
+
+def test_a_changed_tensor_is_named(model, tmp_path):
+    checkpoint.save_hf(model[1], tmp_path / "hf")
+    assert "are what was written" in cli.info(str(tmp_path / "hf"), verify=True)
+    assert "are what was written" in cli.info(str(model[0]), verify=True)
+    flip(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(Damaged, match=r"tensor 'model.* is not what was written"):
+        checkpoint.load(tmp_path / "hf")
+    with pytest.raises(Damaged):
+        cli.info(str(tmp_path / "hf"), verify=True)
