@@ -4,8 +4,8 @@
     python -m benchmarks.units            # trains some of them side by side and prints a table
 
 The small variants read the same amount of the same text, and none with units spends more floating-point operations
-per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one over
-a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
+per byte (`models.family.Family.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one
+over a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
 validation text.
 
 quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.821.
@@ -18,6 +18,12 @@ hnet_ngrams, entropy_ngrams   with hashed embeddings of n-grams as BLT has them;
 blt       units end where a small byte model is unsure, pooled by maxima, read through cross-attention.
 words     units end at white space; spacebyte: at SpaceByte's places; hat: at emitted word ends, attention pooling.
 megabyte  units of four bytes, side by side, spread by a matrix for each place.
+
+blt, hat and megabyte share these parts with the papers that they are named after, and differ otherwise: byte layers see
+a sliding window that crosses units (MegaByte's and HAT's see their own unit alone; MegaByte's has no layers before the
+units), and the decoder gets every byte's encoder state besides what it reads of the units. BLT's small byte model is
+trained before the other one, here next to it.
+
 hnet_1stage_xl, hnet_2stage_xl   the released sizes, for an accelerator. Compile-time figures of hnet_1stage_xl on 64
           chips of a v5p:4x4x4 with mesh.fsdp=64 (`--compile_only`, libtpu 0.0.42.1), 256 rows of 8,192 bytes: per
           chip 0.225 GiB of state and batch, temporaries 8.429, in all 8.654 of 95 (91% free); 15.2 GiB sent per
@@ -30,7 +36,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.rules.entropy import Entropy
@@ -39,7 +44,7 @@ from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.data.config import DataConfig
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet import HNetConfig, chunking
 from atom_jax.models.hnet.config import lr_factors
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.ssd import Mamba2Config
