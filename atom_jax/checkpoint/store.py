@@ -10,14 +10,12 @@ Both hold checksums of their files, which are verified when they are read.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import itertools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -33,6 +31,7 @@ from atom_jax.checkpoint import checksums
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.checkpoint.fields import read_json
+from atom_jax.checkpoint.steps import Newest, complete, steps
 from atom_jax.models import registry
 from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
@@ -127,7 +126,7 @@ class Store:
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            create=True, enable_async_checkpointing=True, preservation_policy=_Newest(self._keep, self.directory),
+            create=True, enable_async_checkpointing=True, preservation_policy=Newest(self._keep, self.directory),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )  # fmt: skip
         handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
@@ -181,47 +180,6 @@ class Store:
     def _saving(self, what: str) -> Iterator[None]:
         with _sentence(f"{self.directory}: {what}", f"; step {self.latest()} is the newest that can be used"):
             yield
-
-
-@dataclasses.dataclass(frozen=True)
-class _Newest:
-    """Orbax's question which steps stay: the newest `keep`, and the newest that is not suspect."""
-
-    keep: int
-    directory: pathlib.Path
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """True for those that stay. checkpoints: from the oldest to the newest."""
-        found = [c.step for c in checkpoints]
-        # The last one is being saved.
-        good = [step for step in found[:-1] if not is_suspect(self.directory / str(step))]
-        kept = {*found[-self.keep :], *good[-1:]} if not set(good) & set(found[-self.keep :]) else found[-self.keep :]
-        return [step in kept for step in found]
-
-
-def steps(directory: pathlib.Path) -> list[int]:
-    """Numbers of the steps saved in a directory, the newest first; what is not complete has another name."""
-    if not directory.is_dir():
-        return []
-    names = [p.name for p in directory.iterdir() if p.is_dir() and re.fullmatch(r"0|[1-9][0-9]{0,17}", p.name)]
-    return sorted(map(int, names), reverse=True)
-
-
-def complete(path: pathlib.Path, parts: Sequence[str]) -> int:
-    """Raises Damaged where `parts` of a checkpoint are absent or not what was written; returns the bytes verified."""
-    for name in parts:
-        if not (path / name).is_dir():
-            raise Damaged(f"{path} has no {name}")
-    return checksums.verify(path, parts)
-
-
-def is_suspect(path: pathlib.Path) -> bool:
-    """Whether a step was saved while steps went wrong."""
-    try:
-        said = json.loads((path / "_CHECKPOINT_METADATA").read_text("utf-8"))
-        return bool(said["custom_metadata"]["suspect"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def save_model(directory: str | pathlib.Path, lm: LM) -> None:

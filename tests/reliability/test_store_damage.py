@@ -16,6 +16,7 @@ from atom_jax import checkpoint
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import checksums, cli, lock, store
 from atom_jax.checkpoint.checksums import Damaged
+from atom_jax.checkpoint.steps import steps
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
@@ -96,7 +97,7 @@ def test_the_newest_intact_step_is_used(mine, damage):
         chex.assert_trees_all_equal(got, trees(2))
         assert (mine / "3.damaged").is_dir() and (mine / "1").is_dir()
         s.save(3, trees(3), NOTES)
-    assert store.steps(mine) == [3, 2]
+    assert steps(mine) == [3, 2]
     assert (mine / "3.damaged").is_dir()
 
 
@@ -113,7 +114,7 @@ def test_nothing_is_renamed_where_all_are_damaged(mine):
         flip(largest(mine / step / "params"))
     with store.Store(mine, keep=1) as s, pytest.raises(AtomError, match="step 3 is not intact, nor are the 2 before"):
         s.resume(lambda step: read(s, step))
-    assert store.steps(mine) == [3, 2, 1]
+    assert steps(mine) == [3, 2, 1]
 
 
 def test_strays_are_no_steps(mine):
@@ -125,18 +126,18 @@ def test_strays_are_no_steps(mine):
         (step, _), said = s.resume(lambda step: read(s, step))
         assert step == 3 and len(said) == 1 and "999" in said[0]
         s.save(4, trees(4), NOTES)
-    assert store.steps(mine) == [4, 3, 2]
+    assert steps(mine) == [4, 3, 2]
 
 
 def test_steps_of_a_bad_streak_do_not_displace_the_last_good_one(tmp_path):
     with store.Store(tmp_path / "c", keep=2) as s:
         for step in range(1, 6):
             s.save(step, trees(step), NOTES, suspect=step > 2)
-    assert store.steps(tmp_path / "c") == [5, 4, 2]
+    assert steps(tmp_path / "c") == [5, 4, 2]
     with store.Store(tmp_path / "c", keep=2) as s:
         s.save(6, trees(6), NOTES)
         s.save(7, trees(7), NOTES)
-    assert store.steps(tmp_path / "c") == [7, 6]
+    assert steps(tmp_path / "c") == [7, 6]
 
 
 @pytest.fixture(scope="module")
