@@ -20,8 +20,8 @@ words     units end at white space; spacebyte: at SpaceByte's places; hat: at em
 megabyte  units of four bytes, side by side, spread by a matrix for each place.
 
 blt, hat and megabyte share these parts with the papers that they are named after, and differ otherwise: byte layers
-see a sliding window that crosses units (MegaByte's and HAT's see their own unit alone; MegaByte's has no layers before
-the units), and the decoder gets every byte's encoder state besides what it reads of the units. BLT's small byte model
+see a sliding window that crosses units (MegaByte's and HAT's see their own unit alone; MegaByte has no layers before
+its units), and the decoder gets each byte's encoder state besides what it reads of the units. BLT's small byte model
 is trained before the other one, here next to it.
 
 hnet_1stage_xl, hnet_2stage_xl   the released sizes, for an accelerator. Compile-time figures of hnet_1stage_xl on 64
