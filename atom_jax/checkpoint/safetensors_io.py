@@ -231,8 +231,22 @@ def write_file(arrays: dict[str, np.ndarray], file: Path) -> None:
     try:
         # transformers refuses files without the format.
         save_file(arrays, file, metadata={"format": "pt", "crc32": json.dumps(crcs)})
+        _order(file)
     except SafetensorError as e:
         raise OSError(f"{file.name}: {e}") from None
+
+
+def _order(file: Path) -> None:
+    """Orders the metadata of a file, which the package writes in random order: equal tensors make equal files."""
+    with open(file, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise OSError(f"{file.name}: the header does not fit its place")
+        f.seek(8)
+        f.write(text.ljust(length))
 
 
 def is_weight_file(name: str) -> bool:
