@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference import sampling
 from atom_jax.inference.compile_only import Chips, Report, at
-from atom_jax.inference.score import exactly, subwords
+from atom_jax.inference.score import subwords
 from atom_jax.models import registry
+from atom_jax.session import sampling
+from atom_jax.session.reading import exactly
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
 
