@@ -35,8 +35,9 @@ class Loaded(Chips):
 
     def __init__(self, lm: LM, topology: str | None, mesh: MeshConfig | None = None):
         super().__init__(topology, mesh)
-        self.tables = getattr(lm.tokenizer, "tables", None)
-        if getattr(lm.config, "subwords", 0) and self.tables is None:
+        self.codec = registry.of(lm.config).codec(lm.config)
+        self.beside = self.codec.beside(lm.tokenizer)
+        if self.codec.looks and not self.beside:
             raise AtomError("--compile_only: the model looks at subwords, and their tokenizer is not there")
         self.spec = registry.of(lm.config).spec(lm.config)
         self.params = at(_shapes(lm.config), sharding.shardings(self.spec, self.mesh))
@@ -55,7 +56,7 @@ class Loaded(Chips):
 
     def suffix(self, rows: int, length: int) -> Suffix | None:
         """The subwords of a batch, for models that look at them."""
-        return None if self.tables is None else Suffix(self.ints(rows, length), self.ints(rows))
+        return Suffix(self.ints(rows, length), self.ints(rows)) if self.codec.looks else None
 
     def done(self, what: str) -> Report:
         """All programs so far. what: they compute."""
@@ -76,7 +77,8 @@ def described(checkpoint: str | None, reference: str | None, adapter: str | None
         cfg, tokenizer = start.opened(checkpoint)
     else:
         exp = start.configure(reference, [])
-        cfg, tokenizer = exp.model, start.tokenizer(exp) if getattr(exp.model, "subwords", 0) else None
+        looks = registry.of(exp.model).codec(exp.model).looks
+        cfg, tokenizer = exp.model, start.tokenizer(exp) if looks else None
     lm = LM(cfg, _shapes(cfg), tokenizer)
     return lm if adapter is None else load_adapter(lm, adapter)
 
@@ -94,7 +96,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
     model, chips = registry.of(cfg), Loaded(lm, topology, mesh)
     what = f"{rows} rows with prompts of {length:,} tokens"
     with jax.set_mesh(chips.mesh):
-        params = chips.params if chips.tables is None else chips.params | {"suffix": chips.whole(chips.tables)}
+        params = chips.params | chips.whole(chips.beside)
         if model.read_whole(cfg):
             padded = bucket(length)
             suffix = chips.suffix(rows, padded)
@@ -117,8 +119,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
         begun = jax.ShapeDtypeStruct((rows,), jnp.int32)
         state = decode.State(cache, *chips.whole((begun, jax.ShapeDtypeStruct((rows,), jnp.bool_), begun)))
         choice = chips.whole(jax.eval_shape(lambda: decode.Choice(
-            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32),
-            twins=model.TWINS, unused=model.UNUSED,
+            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32), chips.codec,
         )))  # fmt: skip
         chips.compile("token", decode.decode.lower(params, state, choice, np.int32(1), cfg=cfg))
     return chips.done(what)

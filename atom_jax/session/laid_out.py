@@ -16,9 +16,9 @@ def of(lm: LM) -> Any:
     leaves = jax.tree.leaves(lm.params)
     known, laid_out = lm.kept.get("laid_out", ([], None))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
-        laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=unrolls(lm))
-        if (tables := getattr(lm.tokenizer, "tables", None)) is not None:
-            laid_out = laid_out | {"suffix": jax.tree.map(jnp.asarray, tables)}
+        model = registry.of(lm.config)
+        laid_out = model.decode_params(lm.params, lm.config, unroll=unrolls(lm))
+        laid_out |= jax.tree.map(jnp.asarray, model.codec(lm.config).beside(lm.tokenizer))
         lm.kept["laid_out"] = leaves, laid_out
     return laid_out
 
