@@ -17,7 +17,7 @@ from atom_jax import sharding
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache.dense import bucket
-from atom_jax.models import transformer
+from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import decode, laid_out
 from atom_jax.session.sampling import row_keys
@@ -48,8 +48,10 @@ def byte_lm():
 @pytest.fixture
 def traced(monkeypatch):
     """A list that grows whenever the model is traced."""
-    calls, hidden = [], transformer.hidden
-    monkeypatch.setattr(transformer, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls, hidden, family = [], transformer.hidden, registry.FAMILIES["olmo3"]
+    counted = lambda *a, **k: calls.append(1) or hidden(*a, **k)  # noqa: E731
+    monkeypatch.setattr(transformer, "hidden", counted)
+    monkeypatch.setitem(registry.FAMILIES, "olmo3", dataclasses.replace(family, hidden=counted))
     return calls
 
 
