@@ -154,8 +154,12 @@ class Experiment:
         return [*before, (dataclasses.replace(self, init_from=str(before[-1][1])), workdir)]
 
 
-# Differences with which a run may be resumed; all others would silently make it another run.
-RESUMABLE = re.compile(r"(first\.)*(train\.|mesh\.|model\.remat|init_from)")
+# Differences with which a run may be resumed; all others would silently make it another run. Whether data.sources
+# are the same is seen by their text (`data.pipeline`).
+RESUMABLE = re.compile(
+    r"(first\.)*(train\.|mesh\.|model\.remat|data\.sources|init_from"
+    r"|optim\.(learning_rate|schedule|warmup_steps|decay_fraction|final_fraction|clip_norm))"
+)
 
 
 def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:
