@@ -1,4 +1,4 @@
-"""The attention block of every model: projections, norms, RoPE, what the memory does on the way, output projection."""
+"""The attention block of every model: projections, norms, RoPE, what its memory does on the way."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import params
-from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache import policies
+from atom_jax.kvcache.memory import Call, Sizes, Stack
 from atom_jax.kvcache.policy import Heads, Mode, Policy
-from atom_jax.kvcache.window import WindowLayer
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
@@ -48,15 +47,10 @@ class Attention:
     eps: float
     policy: Policy | None
 
-    def init(self, ranks: list[tuple[int, int]], b: int, capacity: int, dtype: Any) -> Layer:
-        """Empty memories of layers with these `ranks`, on a leading axis, with room for `capacity` positions of b
-        rows."""
-        if self.policy is not None:
-            sizes = Sizes(ranks[0][0], b, self.h, self.n // self.h, self.k, dtype, self.rope)
-            return self.policy.init(sizes, capacity, tuple(number for _, number in ranks))
-        shape = (b, self.h, capacity, self.k, dtype)
-        layer = DenseLayer.empty(*shape) if self.window is None else WindowLayer.empty(*shape, self.window)
-        return stack_layers(layer, len(ranks))
+    def empty(self, ranks: list[tuple[int, int]], b: int, capacity: int, dtype: Any) -> Stack:
+        """Empty memories of layers with these `ranks`, with room for `capacity` positions of b rows."""
+        sizes = Sizes(ranks[0][0], b, self.h, self.n // self.h, self.k, dtype, self.rope)
+        return policies.empty(self.policy, sizes, capacity, tuple(number for _, number in ranks), self.window)
 
 
 @dataclasses.dataclass
@@ -92,10 +86,10 @@ class Context:
         attentions = [kind for kind in kinds if isinstance(kind, Attention)]
         turns = dict.fromkeys((a.rotary, a.rope) for a in attentions if a.rotary)
         tables = {(r, of): rope.tables(self.tokens.positions, r, *of) for r, of in turns}
-        modes, size = {}, self.tokens.positions.shape
+        modes, (b, t) = {}, self.tokens.positions.shape
         for policy, h in {a.policy: a.h for a in attentions if a.policy is not None}.items():
-            mode = self.mode or (Mode() if self.key is None else policy.mode(self.key, len(kinds), size[0], h, size[1]))
-            modes[policy] = mode
+            drawn = Mode() if self.key is None else policy.mode(self.key, len(kinds), b, h, t)
+            modes[policy] = drawn if self.mode is None else self.mode
         noise = {policy: mode.noise for policy, mode in modes.items()}
         others = first + jnp.arange(len(kinds), dtype=jnp.int32), noise
         return dataclasses.replace(self, tables=tables, modes=modes), others
@@ -141,7 +135,9 @@ def attention(
         report |= seen.aux
         if context.probe is not None:
             report["probe"] = context.probe(p, x_btd, call)
-        out = self_attend(q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.window)
+        out = self_attend(
+            q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window
+        )
     elif context.tentative:
         out, state = state.attend(call), call
     else:

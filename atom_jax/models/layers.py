@@ -1,7 +1,7 @@
 """Stacks of layers with parameters of one form, taken apart into runs that are scanned.
 
-Parameters lie stacked over all layers of a stack (as in checkpoints), or as `laid_out` puts them: a tuple of runs, each
-a tuple over the layers of its period, each a `Stack` of parameters or a tuple of them. Memory has the latter form.
+Parameters lie stacked over all layers of a stack (as in checkpoints), or as `laid_out` puts them: a tuple of runs,
+each a tuple over the places in its period, each a `Stack` of parameters or a tuple of them. So does memory.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _repeats(kinds: tuple[Hashable, ...], period: int) -> int:
     return same // period
 
 
-def states(kinds: tuple[Hashable, ...], init: Callable[[Any, tuple[int, ...]], Any]) -> tuple:
-    """The memory of a stack: `init` (kind, numbers of the layers) gives that of equal layers, on a leading axis."""
-    return tuple(tuple(Stack(init(kinds[run.first + i], run.numbers(i))) for i in range(run.period)) for run in runs(kinds))
+def states(kinds: tuple[Hashable, ...], empty: Callable[[Any, tuple[int, ...]], Stack]) -> tuple:
+    """The memory of a stack: `empty` (kind, numbers of the layers) gives that of equal layers."""
+    return tuple(tuple(empty(kinds[run.first + i], run.numbers(i)) for i in range(run.period)) for run in runs(kinds))
 
 
 def run_layers(
@@ -191,8 +191,8 @@ def laid_out(
                 # One small program, run for every layer: slicing all of them in one program compiles for seconds.
                 places.append(tuple(_lay(layers, n, kind, lay, dtype) for n in numbers))
             else:
-                whole = len(numbers) == len(kinds)
-                mine = layers if whole else jax.tree.map(lambda a, of=numbers: a[of[0] : of[-1] + 1 : run.period], layers)
+                cut = slice(numbers[0], numbers[-1] + 1, run.period)
+                mine = layers if len(numbers) == len(kinds) else jax.tree.map(lambda a, cut=cut: a[cut], layers)
                 places.append(Stack(jax.vmap(lambda p, kind=kind: lay(kind, p, False))(_cast(mine, dtype))))
         out.append(tuple(places))
     return tuple(out)

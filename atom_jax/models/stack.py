@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import params
-from atom_jax.kvcache.memory import stack_layers
+from atom_jax.kvcache.memory import Stack, stack_layers
 from atom_jax.kvcache.policy import policy_of
 from atom_jax.models import attention, layers
 from atom_jax.models.attention import Attention, Context
@@ -106,12 +106,12 @@ def init_states(stacks: tuple[tuple[Part, ...], ...], width: Width, b: int, capa
     def of(run: Part) -> tuple:
         mine = [next(ranks) for _ in run.kinds]
 
-        def init(kind: Any, numbers: tuple[int, ...]) -> Any:
+        def empty(kind: Any, numbers: tuple[int, ...]) -> Stack:
             if isinstance(kind, Attention):
-                return kind.init([mine[n] for n in numbers], b, capacity, dtype)
-            return stack_layers(run.mixer.empty(width, b, capacity, dtype), len(numbers))
+                return kind.empty([mine[n] for n in numbers], b, capacity, dtype)
+            return Stack(stack_layers(run.mixer.empty(width, b, capacity, dtype), len(numbers)))
 
-        return layers.states(run.kinds, init)
+        return layers.states(run.kinds, empty)
 
     return tuple(tuple(map(of, runs)) for runs in stacks)
 
@@ -140,8 +140,9 @@ def apply_stack(
 
 
 def _layer(
-    mixer: Mixer, width: Width, context: Context, dtype: Any, kind: Any, p: Tree, x: jax.Array, state: Any, others: Any
-) -> tuple[jax.Array, Any, dict[str, Any]]:
+    mixer: Mixer, width: Width, context: Context, dtype: Any,
+    kind: Any, p: Tree, x: jax.Array, state: Any, others: tuple,
+) -> tuple[jax.Array, Any, dict[str, Any]]:  # fmt: skip
     p = p if mixer.exact else params.cast(p, dtype)
     if mixer.whole:
         return mixer.apply(p, x, x, state, kind, width, context, others)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from atom_jax import config, params
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.memory import Layer, Memory
+from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.kvcache.policy import Mode, policy_of
 from atom_jax.models import attention, layers
 from atom_jax.models.attention import Attention, Context, Probe
@@ -134,10 +134,10 @@ def init_cache(cfg: TransformerConfig, batch_size: int, capacity: int, dtype: An
     layers a ring of the latest tokens."""
     ranks, dtype = attention.ranks(cfg.attentions), dtype or jnp.dtype(cfg.dtype)
 
-    def init(kind: Attention, numbers: tuple[int, ...]) -> Layer:
-        return kind.init([ranks[n] for n in numbers], batch_size, capacity, dtype)
+    def empty(kind: Attention, numbers: tuple[int, ...]) -> Stack:
+        return kind.empty([ranks[n] for n in numbers], batch_size, capacity, dtype)
 
-    return Memory(layers.states(cfg.attentions, init), jnp.zeros(batch_size, jnp.int32), fresh=True)
+    return Memory(layers.states(cfg.attentions, empty), jnp.zeros(batch_size, jnp.int32), fresh=True)
 
 
 def apply(
@@ -206,10 +206,13 @@ def blocks(
 def commit(cache: Memory, pending: Any, count_b: jax.Array) -> Memory:
     """The cache after the first count_b, i32 [b], of the tokens that `hidden` has read tentatively, as if only these
     had been read; of the others there is no trace."""
-    return cache.replace(layers=layers.store(cache.layers, pending, count_b), length=cache.length + count_b, fresh=False)
+    states = layers.store(cache.layers, pending, count_b)
+    return cache.replace(layers=states, length=cache.length + count_b, fresh=False)
 
 
-def step(p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Memory) -> tuple[jax.Array, Memory, jax.Array]:
+def step(
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Memory
+) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next token of every row (segment 0: of none): its states [b, 1, d], the cache after it, and the rows
     that have been read to the end, bool [b] (in models with learned units some wait for others: `models.hnet`)."""
     x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)

@@ -11,7 +11,7 @@ from flax import struct
 from atom_jax import params
 from atom_jax.chunking.config import slots_for
 from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import Memory, stack_layers
+from atom_jax.kvcache.memory import Memory, Stack, stack_layers
 from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import BolmoConfig
 from atom_jax.nn.mlstm import MLSTMState
@@ -39,7 +39,8 @@ def init_cache(cfg: BolmoConfig, batch_size: int, capacity: int, dtype: Any = No
     encoder and of the decoder."""
     b, d, dtype = batch_size, cfg.main.d_model, dtype or jnp.dtype(cfg.dtype)
     one = MLSTMState.empty(b, d, cfg.local_heads)
-    local = tuple(layers.states(kinds, lambda _, numbers: stack_layers(one, len(numbers))) for kinds in cfg.local)
+    empty = lambda kind, numbers: Stack(stack_layers(one, len(numbers)))  # noqa: E731
+    local = tuple(layers.states(kinds, empty) for kinds in cfg.local)
     main = transformer.init_cache(cfg.blocks, b, bucket(slots_for(capacity, cfg.capacity) + 1), dtype)
     nothing, no = jnp.zeros((b, 1, d), jnp.dtype(cfg.dtype)), jnp.zeros(b, jnp.int32)
     return Memory(local, no, Patches(main, nothing, nothing, no > 0, no), fresh=True)

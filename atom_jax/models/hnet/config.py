@@ -57,8 +57,8 @@ class HNetConfig:
     dtype: str = "float32"
     # Recompute each layer in the backward pass instead of storing its activations.
     remat: bool = False
-    # What layers t and T whose queries see all keep: a policy of `kvcache.policies`, or None for everything. Layers are
-    # counted over all layers t and T, in the order in which they are computed.
+    # What layers t and T whose queries see all keep: a policy of `kvcache.policies`, or None for everything. Where it
+    # names layers by their number, t and T are counted, in the order in which they are computed.
     memory: Any = None
     # Parity with the released code: unused chunk slots hold other positions, and ratio losses average over padding.
     official_padding: bool = False

@@ -17,9 +17,9 @@ from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.types import END, Boundary, Plan, Seen
 from atom_jax.kvcache.memory import Memory, each
 from atom_jax.models import stack
+from atom_jax.models.attention import Context
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.models.hnet.memory import Units, begin
-from atom_jax.models.attention import Context
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
@@ -94,7 +94,8 @@ class Call:
     cache: Memory | None
 
     def context(self, s: int, tokens: Tokens, memory: Memory | None) -> Context:
-        """Of the layers of stage s with this memory. Policies draw apart from rules, which have the stages' numbers."""
+        """Of the layers of stage s with this memory. Policies draw apart from rules, whose keys have the stages'
+        numbers."""
         ids = self.batch.ids if s == 0 else None
         context = Context(tokens, ids=ids, shared=self.p.get("relative"), remat=self.cfg.remat and memory is None)
         if memory is not None:
@@ -196,7 +197,8 @@ def find(s: int, seen: Seen, units: Units, documents: int, call: Call) -> tuple[
         # Room for the chunk that holds nothing, which every row begins with.
         m += documents
     plan, layout = make_plan(boundary, seen.tokens, m, units.plan, official=cfg.official_padding, null="null" in p)
-    u_bmkd, pool = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), seen.h, boundary, plan, units.pool, cfg=chunking)
+    pool_units = pooling.POOLS[chunking.pool].apply
+    u_bmkd, pool = pool_units(p.get("pool", {}), seen.h, boundary, plan, units.pool, cfg=chunking)
     return boundary, plan, u_bmkd, units.replace(rule=rule, plan=layout, pool=pool)
 
 

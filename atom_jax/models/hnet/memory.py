@@ -21,10 +21,10 @@ from atom_jax.params import Tree
 
 @struct.dataclass
 class Units:
-    """What a stage keeps besides the memory of its stacks: the states of its rule, plan and pool, the vectors [b, k, d]
-    of the newest chunk as they came back, and the memory of the stage inside, whose length counts the chunks that it
-    has read. The innermost stage has none of these. Of stage 0 also `ids`, the latest of every row, for the n-grams,
-    and `waiting`, its rows that wait, see `waiting.step`."""
+    """What a stage keeps besides the memory of its stacks: the states of its rule, plan and pool, the vectors
+    [b, k, d] of the newest chunk as they came back, and the memory of the stage inside, whose length counts chunks
+    that it has read. The innermost stage has none of these. Of stage 0 also `ids`, the latest of every row, for the
+    n-grams, and `waiting`, its rows that wait, see `waiting.step`."""
 
     rule: Any = ()
     plan: Any = ()
