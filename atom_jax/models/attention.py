@@ -25,8 +25,8 @@ from atom_jax.typing import AtomError
 # What a layer without a policy has in its place.
 PLAIN = Policy()
 
-# (parameters of the layer's attention, its input x [b, t, d], its Call) -> a pytree of arrays.
-Probe = Callable[[Tree, jax.Array, Call], Any]
+# (parameters of the layer's attention, what it knows before RoPE, its Call) -> a pytree of arrays.
+Probe = Callable[[Tree, Heads, Call], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def attention(
         seen = policy.train(call)
         report |= seen.aux
         if context.probe is not None:
-            report["probe"] = context.probe(p, x_btd, call)
+            report["probe"] = context.probe(p, heads, call)
         out = self_attend(
             q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window
         )
