@@ -24,9 +24,6 @@ from atom_jax.params import ParamSpec, normal, ones
 from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
-# See `registry`.
-PENDING, TWINS, UNUSED = False, False, ()
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:

@@ -10,11 +10,11 @@ pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 """
 
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
+from atom_jax.models.hnet.family import FAMILY
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import decode_params, init_cache
-from atom_jax.models.hnet.waiting import PENDING, TWINS, UNUSED, step
+from atom_jax.models.hnet.waiting import step
 
 __all__ = [
-    "PENDING", "TWINS", "UNUSED", "HNetConfig", "apply", "decode_params", "hidden", "init_cache", "logits", "roomier",
-    "spec", "step",
+    "FAMILY", "HNetConfig", "apply", "decode_params", "hidden", "init_cache", "logits", "roomier", "spec", "step",
 ]  # fmt: skip
