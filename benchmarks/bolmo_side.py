@@ -24,7 +24,7 @@ from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
-from atom_jax.models.bolmo.waiting import enough
+from atom_jax.models.bolmo.forward import enough
 from atom_jax.models.flops import forward_flops
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
@@ -158,10 +158,14 @@ class Side:
         named = policy if policy == "none" else f"{policy}:budget={math.ceil(share * self.units)}"
         lm = with_memory(self.lm, parse(named))
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
-        main = cache.layers.main.layers if self.is_bolmo else cache.layers
+        main = cache.parts.inside.layers if self.is_bolmo else cache.layers
         entries = float(registry.of(lm.config).cache_use(cache, lm.config)[0][0])
         buffers = params.nbytes(main)
-        found = {"held": entries * self._entry(), "buffers": buffers, "states": params.nbytes(cache.layers) - buffers}
+        found = {
+            "held": entries * self._entry(),
+            "buffers": buffers,
+            "states": params.nbytes((cache.layers, cache.parts)) - buffers,
+        }
         return {name: value / self.bytes for name, value in found.items()}
 
     def state(self, form: str, keep: bool = True) -> State:
@@ -222,8 +226,7 @@ class Side:
             sizes["unembed"] = FLOAT * cfg.d_model * cfg.vocab_size
             return (sum(sizes.values()) + self.units * self._entry()) / unit
         inner = sum(n for k, n in sizes.items() if k.startswith(("main/", "pool/")))
-        state = registry.of(cfg).init_cache(cfg, 1, 1).layers
-        states = 2 * params.nbytes((state.encoder, state.decoder))
+        states = 2 * params.nbytes(registry.of(cfg).init_cache(cfg, 1, 1).layers)
         return sum(sizes.values()) - inner + states + (inner + self.units * self._entry()) / unit
 
 
@@ -236,8 +239,7 @@ def read(
     given = {} if ends is None else {"ends": ends}
     cache = model.init_cache(cfg, batch.ids.shape[0], capacity)
     x_btd, cache, aux = model.hidden(p, batch, cfg=cfg, cache=cache, **given)
-    at = x_btd.shape[1] - 1 - model.PENDING
-    return model.logits(p, x_btd[:, at : at + 1], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
+    return model.logits(p, x_btd[:, -1:], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
 
 
 def schedule(ends: list[np.ndarray], quorum: int) -> dict[str, int]:

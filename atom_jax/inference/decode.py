@@ -150,7 +150,7 @@ def read_prompt(
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
     x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
-    last = jnp.maximum(length_b - 1 - model.PENDING, 0)
+    last = jnp.maximum(length_b - 1, 0)
     last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 

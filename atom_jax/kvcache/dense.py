@@ -112,6 +112,7 @@ class Cache:
 
     layers: Any
     length: jax.Array
+    parts: Any = None
     fresh: bool = struct.field(pytree_node=False, default=False)
 
 

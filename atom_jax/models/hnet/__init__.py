@@ -10,9 +10,11 @@ pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 """
 
 from atom_jax.models.hnet.config import HNetConfig, read_whole, roomier, spec
-from atom_jax.models.hnet.forward import apply, hidden, logits
+from atom_jax.models.hnet.forward import apply, hidden, logits, step
 from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, init_cache, unstack
-from atom_jax.models.hnet.waiting import PENDING, TWINS, UNUSED, step
+
+# See `models.registry`.
+PENDING, TWINS, UNUSED = False, False, ()
 
 __all__ = [
     "PENDING", "TWINS", "UNUSED", "HNetConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden",
