@@ -158,15 +158,15 @@ def _generate(argv: list[str]) -> int | None:
 def _compile(values: flags.FlagValues) -> int:
     """Prints what generation needs; 1 where it does not fit."""
     from atom_jax import config
-    from atom_jax.inference import compile_only
+    from atom_jax.aot.generation import described, generation
     from atom_jax.kvcache import policies
     from atom_jax.sharding import MeshConfig
 
-    lm = compile_only.described(values.checkpoint, values.config, values.adapter)
+    lm = described(values.checkpoint, values.config, values.adapter)
     if values.memory is not None:
         lm = policies.with_memory(lm, policies.parse(values.memory))
     mesh = config.build(MeshConfig, values.mesh, "--mesh") if values.mesh else None
-    report = compile_only.generation(lm, values.rows, values.length, values.topology, mesh)
+    report = generation(lm, values.rows, values.length, values.topology, mesh)
     print(report)
     return 0 if report.fits else 1
 
@@ -228,7 +228,7 @@ def _summary(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
-    from atom_jax.evaluation import summary
+    from atom_jax.evaluation.reports import summary
 
     result = summary.summarize(workdir, values.prompt, values.sample_tokens)
     print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
@@ -248,7 +248,8 @@ def _fairness(argv: list[str]) -> None:
 
     import pathlib
 
-    from atom_jax.evaluation import cache, fairness
+    from atom_jax.evaluation import cache
+    from atom_jax.evaluation.reports import fairness
 
     if values.scripts:
         rates = fairness.priors(values.source, values.scripts, values.prior)
@@ -275,8 +276,9 @@ def _units(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import run, unit_strip
-    from atom_jax.evaluation import units as lib
+    from atom_jax.evaluation import run
+    from atom_jax.evaluation.reports import unit_strip
+    from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
@@ -308,7 +310,7 @@ def _memory(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import memory_picture, unit_strip
+    from atom_jax.evaluation.reports import memory_picture, unit_strip
 
     if values.out is not None:
         unit_strip.check_name(values.out)

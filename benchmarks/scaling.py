@@ -47,19 +47,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def grown(exp, topology: str, rows: int, fsdp: int):
-    """The report (`compile_only.Report`) of an experiment on all chips of a topology, with so many rows on each."""
+    """The report (`StepReport`) of an experiment on all chips of a topology, with so many rows on each."""
+    from atom_jax.aot.topology import devices
+    from atom_jax.aot.training import check
     from atom_jax.sharding import MeshConfig
-    from atom_jax.training import compile_only
-    from atom_jax.training.topology import devices
     from atom_jax.typing import AtomError
 
     chips = len(devices(topology)[0])
     data = dataclasses.replace(exp.data, batch_size=chips * rows)
     optim = dataclasses.replace(exp.optim, accumulate=1)
     exp = dataclasses.replace(exp, data=data, optim=optim, mesh=MeshConfig(data=-1, fsdp=min(fsdp, chips)))
-    report = compile_only.check(exp, topology)
+    report = check(exp, topology)
     if report.step.traffic is None:
-        raise AtomError(f"{topology}: the step needs {report.total:.1f} GiB per chip, {compile_only.advice(report)}")
+        raise AtomError(f"{topology}: the step needs {report.total:.1f} GiB per chip, {report.advice()}")
     return report
 
 

@@ -11,10 +11,11 @@ import pytest
 
 import atom_jax
 from atom_jax import config, params
+from atom_jax.aot.training import check
 from atom_jax.data import vocabulary
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import transformer
-from atom_jax.training import compile_only, interrupt, loop, start
+from atom_jax.training import interrupt, loop, start
 from atom_jax.training.record import read
 from atom_jax.typing import LM, AtomError
 from configs import bolmo
@@ -128,7 +129,7 @@ def test_the_result_in_the_published_layout(source, whole, tmp_path):
 @pytest.mark.parametrize("variant", ["tiny_byteify", "tiny_byteify_first"])
 def test_the_steps_compile_without_a_source(variant):
     exp = bolmo.tiny_byteify()
-    report = compile_only.check(exp.first if variant.endswith("first") else exp, "cpu:8")
+    report = check(exp.first if variant.endswith("first") else exp, "cpu:8")
     assert report.fits and report.needed > 0
 
 

@@ -93,14 +93,6 @@ def enough(p: Tree, cfg: BolmoConfig, cache: Cache) -> int:
     return waiting.enough(outer, p["main"], cache, cfg.capacity)
 
 
-def fuse(targets_bt: jax.Array, aux: dict[str, Any]) -> jax.Array:
-    """Targets (each the next position's id) with what the predictor says of the position that each stands at: ids
-    from 260 on where it ends a patch there."""
-    mark = aux["boundaries"][0]
-    after = jnp.pad(mark[:, 1:], ((0, 0), (0, 1)))
-    return targets_bt % FUSED + FUSED * after
-
-
 def encode(p: Tree, batch: Batch, cfg: BolmoConfig) -> jax.Array:
     """Encoder states [b, t, d] of a batch."""
     tokens = Tokens(batch.positions, batch.segments)
