@@ -9,7 +9,7 @@ wait for each other (`waiting.step`).
 
 from atom_jax.units.memory import Latest, Parts
 from atom_jax.units.report import late_loss, report
-from atom_jax.units.stage import Place, Stage, find, run, spread
+from atom_jax.units.stage import Notes, Place, Stage, find, run, spread
 from atom_jax.units.waiting import step
 
-__all__ = ["Latest", "Parts", "Place", "Stage", "find", "late_loss", "report", "run", "spread", "step"]
+__all__ = ["Latest", "Notes", "Parts", "Place", "Stage", "find", "late_loss", "report", "run", "spread", "step"]

@@ -11,6 +11,7 @@ from flax import struct
 from atom_jax.chunking import pooling, rules
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.types import Boundary, Plan, PlanState
+from atom_jax.kvcache.memory import Memory
 
 
 @struct.dataclass
@@ -56,7 +57,7 @@ class Parts:
     plan: PlanState | None = None
     pool: Any = None
     newest: jax.Array | None = None
-    inside: Any = None
+    inside: Memory | None = None
     latest: Latest | None = None
     port: Any = None
 

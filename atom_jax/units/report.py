@@ -11,21 +11,23 @@ from atom_jax.chunking import rules
 from atom_jax.chunking.config import Chunking
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import Batch
-from atom_jax.units.stage import Note
+from atom_jax.units.stage import Note, Notes
 
 
-def report(notes: tuple[Note, ...], batch: Batch, chunking: tuple[Chunking, ...]) -> dict[str, Any]:
-    """aux of a model: boundaries (bool [b, t] per stage, outermost first: where units end or start), boundary_probs
-    (float32 [b, t] per stage; 0 where the stage decides nothing), loss (float32 [], the rules' own), lost (i32 [],
-    marks for which there was no slot), metrics (name -> float32 [2], a sum and what it is to be divided by), and,
-    for rules whose loss needs the model's output, late (for `late_loss`). Nothing without stages."""
-    if not notes:
-        return {}
+def report(notes: Notes, batch: Batch, chunking: tuple[Chunking, ...]) -> dict[str, Any]:
+    """aux of a model: memory (`Notes.memory`), where there is any; and with units boundaries (bool [b, t] per stage,
+    outermost first: where units end or start), boundary_probs (float32 [b, t] per stage; 0 where the stage decides
+    nothing), loss (float32 [], the rules' own), lost (i32 [], marks for which there was no slot), metrics (name ->
+    float32 [2], a sum and what it is to be divided by), and, for a rule whose loss needs the model's output, late
+    (for `late_loss`)."""
+    memory = {"memory": notes.memory} if any(notes.memory) else {}
+    if not notes.units:
+        return memory
     shape, real = batch.ids.shape, batch.segments > 0
     boundaries, probs, metrics = [], [], {}
     loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)
-    for s, note in enumerate(notes):
-        mark, p = _outside(notes[:s], note)
+    for s, note in enumerate(notes.units):
+        mark, p = _outside(notes.units[:s], note)
         boundaries.append(mark.reshape(shape) & real)
         probs.append(jnp.where(real, p.reshape(shape), 0.0))
         count = jnp.sum(boundaries[-1], dtype=jnp.float32)
@@ -36,8 +38,8 @@ def report(notes: tuple[Note, ...], batch: Batch, chunking: tuple[Chunking, ...]
     found = {"boundaries": tuple(boundaries), "boundary_probs": tuple(probs), "loss": loss, "lost": lost}
     if rules.late(chunking[0].rule):
         # Rows may have been packed side by side.
-        found["late"] = jax.tree.map(lambda a: a.reshape(shape), notes[0].boundary.replace(loss=None))
-    return found | {"metrics": metrics}
+        found["late"] = jax.tree.map(lambda a: a.reshape(shape), notes.units[0].boundary.replace(loss=None))
+    return found | {"metrics": metrics} | memory
 
 
 def late_loss(aux: dict[str, Any], entropy_bt: jax.Array, batch: Batch, chunking: tuple[Chunking, ...]) -> jax.Array:

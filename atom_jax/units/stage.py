@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from atom_jax.chunking import pooling, rules, upsampling
 from atom_jax.chunking.config import Chunking, slots_for
 from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.types import Boundary, Plan, Seen, last_real
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import Memory, each
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
 from atom_jax.sharding import batch_shards, constrain
@@ -22,12 +22,20 @@ from atom_jax.units.memory import Latest, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the positions of a call stand: tokens; length: i32 [b] positions of every row in earlier calls, None
-    without a memory; fresh: there were none."""
+    """Where the positions of a call stand: tokens; and length (None without a memory), fresh and reading of the
+    memory that they go to."""
 
     tokens: Tokens
     length: jax.Array | None = None
     fresh: bool = False
+    reading: int = 0
+
+    @classmethod
+    def after(cls, memory: Memory | None, tokens: Tokens, behind: jax.Array | int = 0) -> Place:
+        """After what a memory holds, but for the latest `behind` i32 [b] positions of every row."""
+        if memory is None:
+            return cls(tokens)
+        return cls(tokens, memory.length - behind, memory.fresh, memory.reading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,14 @@ class Note:
 jax.tree_util.register_dataclass(Note)
 
 
+class Notes(NamedTuple):
+    """Of a stage and all inside it, the outermost first: what was decided about units, and what policies of the
+    layers' memories report, by name, of every run of layers that does."""
+
+    units: tuple[Note, ...] = ()
+    memory: tuple[dict[str, tuple], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """The parts of a stage, as a model supplies them.
@@ -49,9 +65,10 @@ class Stage:
     "null" in it, every document begins with a unit that holds nothing (the chunk's own vector is the model's).
     d: width of states, dtype: of what they are pooled to. official: as `make_plan` has it.
 
-    encode, decode: (x [b, t, d], state or None, Place) -> (states [b, t, d], state).
+    encode, decode: (x [b, t, d], layers of the memory or None, Place) -> (states [b, t, d], these layers, and what
+        they report, as `Notes.memory` has it).
     inside: (units [b, m, k, d], Boundary, Plan, newest unit [b, k, d], memory or None) -> (units as they come back
-        [b, m, k, d], memory, notes of the stages inside).
+        [b, m, k, d], memory, `Notes`).
     combine: (encoder states [b, t, d], what the positions read [b, t, d], Boundary) -> decoder inputs [b, t, d].
     """
 
@@ -59,16 +76,16 @@ class Stage:
     p: Tree
     d: int
     dtype: Any
-    encode: Callable[..., tuple[jax.Array, Any]]
-    inside: Callable[..., tuple[jax.Array, Any, tuple[Note, ...]]]
+    encode: Callable[..., tuple[jax.Array, Any, dict[str, tuple]]]
+    inside: Callable[..., tuple[jax.Array, Memory | None, Notes]]
     combine: Callable[[jax.Array, jax.Array, Boundary], jax.Array]
-    decode: Callable[..., tuple[jax.Array, Any]]
+    decode: Callable[..., tuple[jax.Array, Any, dict[str, tuple]]]
     official: bool = False
 
 
 def run(
-    stage: Stage, seen: Seen, memory: Cache | None = None, ends_bt: jax.Array | None = None
-) -> tuple[jax.Array, Cache | None, tuple[Note, ...]]:
+    stage: Stage, seen: Seen, memory: Memory | None = None, ends_bt: jax.Array | None = None
+) -> tuple[jax.Array, Memory | None, Notes]:
     """States [b, t, d] of all positions, the memory after them, and what the stages decided, outermost first.
 
     With a memory, a rule that looks ahead leaves the last position of every row undecided. Only the encoder has seen
@@ -80,13 +97,10 @@ def run(
         the end (`step`); padding comes last then.
       ends_bt: bool [b, t], marks in place of those that the rule finds; None: the rule's own.
     """
-    tokens, encoder, decoder = seen.tokens, None, None
-    place, parts = Place(tokens), None
-    if memory is not None:
-        (encoder, decoder), parts = memory.layers, memory.parts
-        place = Place(tokens, memory.length, memory.fresh)
+    tokens, place = seen.tokens, Place.after(memory, seen.tokens)
+    encoder, decoder, parts = (None, None, None) if memory is None else (*memory.layers, memory.parts)
     with jax.named_scope("encoder"):
-        h_btd, encoder = stage.encode(seen.h, encoder, place)
+        h_btd, encoder, said = stage.encode(seen.h, encoder, place)
     seen = seen.replace(h=h_btd)
     with jax.named_scope("units"):
         if parts is None:
@@ -96,16 +110,18 @@ def run(
         y_btd, parts, notes = _units(stage, seen, boundary, parts, place, tokens.segments.shape[0])
     ahead = None if memory is None or not rules.looks_ahead(stage.chunking.rule) else memory.parts.latest
     if ahead is not None:
-        place = Place(seen.tokens, memory.length - ahead.behind, memory.fresh)
+        place = Place.after(memory, seen.tokens, ahead.behind)
     with jax.named_scope("decoder"):
-        x_btd, decoder = stage.decode(y_btd.reshape(h_btd.shape), decoder, place)
+        x_btd, decoder, more = stage.decode(y_btd.reshape(h_btd.shape), decoder, place)
+    said = {name: (*said.get(name, ()), *more.get(name, ())) for name in said | more}
+    notes = notes._replace(memory=(said, *notes.memory))
     if memory is None:
         return x_btd, None, notes
     if ahead is not None:
         x_btd, latest = _behind(x_btd, h_btd, tokens, place, ahead)
         parts = parts.replace(latest=latest)
     length = memory.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
-    return x_btd, Cache((encoder, decoder), length, parts=parts), notes
+    return x_btd, memory.replace(layers=(encoder, decoder), length=length, parts=parts, fresh=False), notes
 
 
 def _decide(
@@ -164,14 +180,14 @@ def _where(rows_b: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _units(
     stage: Stage, seen: Seen, boundary: Boundary, parts: Parts, place: Place, rows: int
-) -> tuple[jax.Array, Parts, tuple[Note, ...]]:
+) -> tuple[jax.Array, Parts, Notes]:
     """From encoder states to decoder inputs, through the units and what is inside. rows: of the call, which may lie
     side by side here."""
     # Room for the unit that holds nothing, which every document begins with.
     begin = rows // seen.h.shape[0] if place.length is None or place.fresh else 0
     plan, u_bmkd, parts = find(stage, seen, boundary, parts, begin)
 
-    def inside(memory: Cache | None) -> tuple[jax.Array, Cache | None, tuple[Note, ...]]:
+    def inside(memory: Memory | None) -> tuple[jax.Array, Memory | None, Notes]:
         return stage.inside(u_bmkd, boundary, plan, parts.newest, memory)
 
     # One position: where no row begins or ends a unit, nothing inside has to run.
@@ -180,7 +196,8 @@ def _units(
     else:
         v_bmkd, memory, notes = inside(parts.inside)
     y_btd, newest = spread(stage, v_bmkd, seen.h, boundary, plan, parts.newest)
-    return y_btd, parts.replace(newest=newest, inside=memory), (Note(boundary, plan), *notes)
+    notes = notes._replace(units=(Note(boundary, plan), *notes.units))
+    return y_btd, parts.replace(newest=newest, inside=memory), notes
 
 
 def find(
@@ -197,10 +214,11 @@ def find(
 
 
 def only_if(
-    needed: jax.Array, run: Callable[..., tuple[jax.Array, Any, tuple[Note, ...]]], memory: Cache | None
-) -> tuple[jax.Array, Any, tuple[Note, ...]]:
+    needed: jax.Array, run: Callable[..., tuple[jax.Array, Any, Notes]], memory: Memory | None
+) -> tuple[jax.Array, Memory | None, Notes]:
     """run(memory), which gives (values, the memory after it, notes); or zeros and `memory` where it isn't needed."""
-    memory = None if memory is None else memory.replace(fresh=False)
+    if memory is not None:
+        memory = each(lambda node: node.replace(fresh=False), memory)
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, memory))
     return jax.lax.cond(needed, run, lambda memory: (nothing[0], memory, nothing[2]), memory)
 

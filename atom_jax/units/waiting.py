@@ -9,21 +9,21 @@ import jax.numpy as jnp
 
 from atom_jax.chunking import rules
 from atom_jax.chunking.types import Boundary, Seen
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import Memory
 from atom_jax.nn.attention import Tokens
 from atom_jax.units import quorum
 from atom_jax.units.memory import Latest, Parts
 from atom_jax.units.stage import Place, Stage, find, only_if, spread
 
 
-def new_rows(memory: Cache, live_b: jax.Array) -> jax.Array:
+def new_rows(memory: Memory, live_b: jax.Array) -> jax.Array:
     """bool [b]: the live rows whose position `step` is to give to the encoder; the others have been there."""
     return live_b & (memory.parts.latest.behind == 0)
 
 
 def step(
-    stage: Stage, seen: Seen, memory: Cache, live_b: jax.Array, least: int, ends_b: jax.Array | None = None
-) -> tuple[jax.Array, Cache, jax.Array]:
+    stage: Stage, seen: Seen, memory: Memory, live_b: jax.Array, least: int, ends_b: jax.Array | None = None
+) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next position of every row; rows whose position begins or ends a unit wait until enough others do.
 
     Args:
@@ -37,7 +37,7 @@ def step(
     (encoder, decoder), parts, latest = memory.layers, memory.parts, memory.parts.latest
     behind, tokens = latest.behind, seen.tokens
     with jax.named_scope("encoder"):
-        h_b1d, encoder = stage.encode(seen.h, encoder, Place(tokens, memory.length))
+        h_b1d, encoder, _ = stage.encode(seen.h, encoder, Place.after(memory, tokens))
     with jax.named_scope("units"):
         boundary, parts, seen = _decide(stage, seen.replace(h=h_b1d), memory, live_b, ends_b)
         plan, u_b1kd, parts = find(stage, seen, boundary, parts)
@@ -46,19 +46,20 @@ def step(
         ready = live_b & (run | ~waiting.on)
         y_b1d, parts = _units(stage, waiting, waiting.on & ready, run, parts)
     # The decoder has not seen the positions of rows that have waited.
-    length = memory.length - behind
-    here = Tokens(length[:, None], ready[:, None].astype(jnp.int32))
+    here = Tokens((memory.length - behind)[:, None], ready[:, None].astype(jnp.int32))
     with jax.named_scope("decoder"):
-        x_b1d, decoder = stage.decode(y_b1d, decoder, Place(here, length))
+        x_b1d, decoder, _ = stage.decode(y_b1d, decoder, Place.after(memory, here, behind))
     waiting = waiting.replace(on=waiting.on & ~ready)
     if latest.undecided is not None:
         x = jnp.where(ready[:, None, None], x_b1d, latest.x)
         waiting = waiting.replace(undecided=latest.undecided & ~live_b, x=x)
-    memory = Cache((encoder, decoder), memory.length + tokens.segments[:, 0], parts=parts.replace(latest=waiting))
+    memory = memory.replace(
+        layers=(encoder, decoder), length=memory.length + tokens.segments[:, 0], parts=parts.replace(latest=waiting)
+    )
     return x_b1d, memory, ready
 
 
-def enough(outer: Any, inner: Any, memory: Cache, capacity: float) -> int:
+def enough(outer: Any, inner: Any, memory: Memory, capacity: float) -> int:
     """How many rows should wait, by what is read on both sides (weights, as trees, and memory) and the share of
     positions that there is room for."""
     outer, inner = (
@@ -68,7 +69,7 @@ def enough(outer: Any, inner: Any, memory: Cache, capacity: float) -> int:
 
 
 def _decide(
-    stage: Stage, seen: Seen, memory: Cache, live_b: jax.Array, ends_b: jax.Array | None
+    stage: Stage, seen: Seen, memory: Memory, live_b: jax.Array, ends_b: jax.Array | None
 ) -> tuple[Boundary, Parts, Seen]:
     """The marks of positions that are decided in this step, and these positions."""
     cfg, parts = stage.chunking.rule, memory.parts
@@ -100,7 +101,7 @@ def _units(stage: Stage, waiting: Latest, now: jax.Array, run: jax.Array, parts:
     units = Tokens(plan.tokens.positions, jnp.where(now[:, None], plan.tokens.segments, 0))
     plan = plan.replace(tokens=units, count=jnp.where(now, plan.count, 0))
 
-    def inside(memory: Cache) -> tuple[jax.Array, Cache, Any]:
+    def inside(memory: Memory) -> tuple[jax.Array, Memory, Any]:
         return stage.inside(waiting.u, waiting.boundary, plan, newest, memory)
 
     v_b1kd, memory, _ = only_if(run, inside, parts.inside)

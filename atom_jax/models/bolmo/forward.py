@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from atom_jax import units
 from atom_jax.chunking.types import Boundary, Plan, Seen
-from atom_jax.kvcache.dense import Cache
-from atom_jax.models import stack, transformer
+from atom_jax.kvcache.memory import Memory
+from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import FUSED, BolmoConfig
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.embedding import lookup
@@ -22,10 +22,10 @@ from atom_jax.params import Tree
 from atom_jax.sharding import constrain
 from atom_jax.tokenizers.suffix import advance
 from atom_jax.typing import AtomError, Batch, Output, Suffix
-from atom_jax.units import Place, Stage, waiting
+from atom_jax.units import Notes, Place, Stage, waiting
 
 
-def apply(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+def apply(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, 520] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
     return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
@@ -38,9 +38,9 @@ def logits(p: Tree, x_btd: jax.Array, *, cfg: BolmoConfig) -> jax.Array:
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache | None = None, key: jax.Array | None = None,
+    p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory | None = None, key: jax.Array | None = None,
     ends: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:  # fmt: skip
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:  # fmt: skip
     """Final normalised states [b, t, d], the cache after these bytes, and what was learned.
 
     Ids at the ends of patches count as what they are without them: where patches end the boundary predictor says,
@@ -51,13 +51,13 @@ def hidden(
         Its `marks` are what the predictor is to learn.
       cache: whose rows have been read to the end (`step`). It is not decided then whether the last byte of a row ends
         a patch, and the states are those of the bytes before the ones given (`units.run`).
-      key: not used.
+      key: noise of the policies of the layers over patches while training; None = none.
     aux: as `units.report` has it; with marks also boundary_accuracy among the metrics.
     """
     tokens = Tokens(batch.positions, batch.segments)
     x_btd, found = inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
     seen = Seen(x_btd, tokens, batch.ids, batch.marks)
-    x_btd, cache, notes = units.run(stage(p, cfg), seen, cache, ends)
+    x_btd, cache, notes = units.run(stage(p, cfg, key), seen, cache, ends)
     if cache is not None and found is not None:
         cache = cache.replace(parts=cache.parts.replace(port=found.state))
     aux = units.report(notes, batch, cfg.chunking)
@@ -69,7 +69,7 @@ def hidden(
     return x_btd, cache, aux
 
 
-def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
+def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next byte of every row; rows whose byte ends a patch wait until enough others do.
 
     Args:
@@ -87,7 +87,7 @@ def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.
     return units.step(stage(p, cfg), seen, cache, live, enough(p, cfg, cache), ends_b)
 
 
-def enough(p: Tree, cfg: BolmoConfig, cache: Cache) -> int:
+def enough(p: Tree, cfg: BolmoConfig, cache: Memory) -> int:
     """How many rows should wait in `step`."""
     outer = [p[name] for name in ("encoder", "decoder", "unembed")]
     return waiting.enough(outer, p["main"], cache, cfg.capacity)
@@ -126,27 +126,29 @@ def _subwords(tables: Any, ids_bt: jax.Array, tokens: Tokens, state_b: jax.Array
     return Suffix(tables.out[states.T], state_b)
 
 
-def stage(p: Tree, cfg: BolmoConfig) -> Stage:
-    """The parts of the only stage: bytes outside, patches inside."""
+def stage(p: Tree, cfg: BolmoConfig, key: jax.Array | None = None) -> Stage:
+    """The parts of the only stage: bytes outside, patches inside. key: see `hidden`."""
 
-    def encode(x_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any]:
-        x_btd, states = local(p["encoder"], x_btd, place.tokens, states, cfg)
-        return rms_norm(x_btd, p["encoder_norm"], cfg.edge_eps), states
+    def encode(x_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        x_btd, states = local(p, "encoder", x_btd, place.tokens, states, cfg)
+        return rms_norm(x_btd, p["encoder_norm"], cfg.edge_eps), states, {}
 
     def inside(
-        u_bm1d: jax.Array, boundary: Boundary, plan: Plan, newest_b1d: jax.Array, memory: Cache | None
-    ) -> tuple[jax.Array, Cache | None, tuple[()]]:
+        u_bm1d: jax.Array, boundary: Boundary, plan: Plan, newest_b1d: jax.Array, memory: Memory | None
+    ) -> tuple[jax.Array, Memory | None, Notes]:
         u_bmd = linear(p["pool"], u_bm1d[:, :, 0])
         with jax.named_scope("main"):
-            v_bmd, memory, _ = transformer.blocks(p["main"], u_bmd, plan.tokens, cfg=cfg.blocks, cache=memory)
-        return rms_norm(v_bmd, p["patch_norm"], cfg.edge_eps)[:, :, None], memory, ()
+            v_bmd, memory, said = transformer.blocks(
+                p["main"], u_bmd, plan.tokens, cfg=cfg.blocks, cache=memory, key=key
+            )
+        return rms_norm(v_bmd, p["patch_norm"], cfg.edge_eps)[:, :, None], memory, Notes(memory=(said,))
 
     def combine(h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary) -> jax.Array:
         return w_btd + linear(p["residual"], h_btd)
 
-    def decode(y_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any]:
-        x_btd, states = local(p["decoder"], y_btd, place.tokens, states, cfg)
-        return rms_norm(x_btd, p["norm"], cfg.main.norm_eps), states
+    def decode(y_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        x_btd, states = local(p, "decoder", y_btd, place.tokens, states, cfg)
+        return rms_norm(x_btd, p["norm"], cfg.main.norm_eps), states, {}
 
     mine, dtype = {"rule": p["rule"]}, jnp.dtype(cfg.dtype)
     return Stage(cfg.chunking[0], mine, cfg.main.d_model, dtype, encode, inside, combine, decode)
@@ -158,15 +160,16 @@ def linear(p: Tree, x: jax.Array) -> jax.Array:
     return y + jnp.broadcast_to(p["b"].astype(y.dtype), y.shape)
 
 
-def local(layers: Any, x_btd: jax.Array, tokens: Tokens, states: Any, cfg: BolmoConfig) -> tuple[jax.Array, Any]:
-    """The layers of the encoder or of the decoder: mLSTM and SwiGLU, pre-norm, no norm after the last."""
-    eps = cfg.main.norm_eps
+def local(
+    p: Tree, name: str, x_btd: jax.Array, tokens: Tokens, states: tuple | None, cfg: BolmoConfig
+) -> tuple[jax.Array, tuple | None]:
+    """The layers of the "encoder" or of the "decoder": mLSTM and SwiGLU, pre-norm, no norm after the last."""
+    eps, kinds = cfg.main.norm_eps, cfg.local[("encoder", "decoder").index(name)]
 
-    def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        p, state = inputs
+    def layer(kind: None, p: Tree, x: jax.Array, state: Any, others: None) -> tuple[jax.Array, Any, dict]:
         y, state = mlstm(p["mixer"], rms_norm(x, p["norm1"], eps), tokens, state, cfg.chunk)
         x = x + y
         x = x + swiglu(p["mlp"], rms_norm(x, p["norm2"], eps))
-        return constrain(x, "batch", None, None), state
+        return constrain(x, "batch", None, None), state, {}
 
-    return stack.run_layers(layer, layers, x_btd, states, cfg.remat and states is None)
+    return layers.run_layers(layer, kinds, p[name], x_btd, states, remat=cfg.remat and states is None)[:2]

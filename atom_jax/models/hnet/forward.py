@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,21 +12,20 @@ from atom_jax import units
 from atom_jax.chunking import mixing, rules
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.types import Boundary, Plan, Seen
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
+from atom_jax.models.attention import Context
 from atom_jax.models.hnet import port
 from atom_jax.models.hnet.config import HNetConfig
-from atom_jax.models.stack import Context
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import layer_norm
 from atom_jax.params import Tree
 from atom_jax.typing import Batch, Output
-from atom_jax.units import Place, Stage, waiting
-from atom_jax.units.stage import Note
+from atom_jax.units import Notes, Place, Stage, waiting
 
 
-def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, v] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
     return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
@@ -37,8 +37,8 @@ def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None, key: jax.Array | None = None
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:
     """Final states [b, t, d], the cache after these bytes, and what was learned (`units.report`; also at_word_edge
     and at_character_edge among the metrics).
 
@@ -47,16 +47,16 @@ def hidden(
     tokens = Tokens(batch.positions, batch.segments)
     x_btd, latest = port.inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
     seen = Seen(x_btd, tokens, batch.ids, batch.marks)
-    x_btd, cache, notes = _run(0, seen, cache, p, cfg, key)
+    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, batch.ids, key))
     if cache is not None:
         cache = cache.replace(parts=cache.parts.replace(port=latest))
     aux = units.report(notes, batch, cfg.chunking)
-    if aux:
+    if cfg.chunking:
         aux["metrics"] |= port.edges(aux["boundaries"][0], batch.ids, rules.of(cfg.chunking[0].rule).KIND)
     return x_btd, cache, aux
 
 
-def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
+def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until enough others do.
 
     Args:
@@ -72,74 +72,89 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
     tokens = Tokens(cache.length[:, None], waiting.new_rows(cache, live)[:, None].astype(jnp.int32))
     x_b1d, latest = port.inlet(p, batch, tokens, cache.parts.port, cfg)
     cache = cache.replace(parts=cache.parts.replace(port=latest))
-    return units.step(stage(0, p, cfg), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache))
+    return units.step(
+        stage(0, Call(p, cfg, batch.ids)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache)
+    )
 
 
-def enough(p: Tree, cfg: HNetConfig, cache: Cache) -> int:
+def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
     """How many rows should wait in `step`."""
     head = p["unembed"] if "unembed" in p else p["embed"]
     inner = [p[f"stage{s}"] for s in range(1, cfg.stages)]
     return waiting.enough((p["stage0"], head), inner, cache, cfg.chunking[0].capacity)
 
 
-def stage(s: int, p: Tree, cfg: HNetConfig, key: jax.Array | None = None) -> Stage:
-    """The parts of stage s, which is not the innermost one."""
-    mine, chunking = p[f"stage{s}"], cfg.chunking[s]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What all stages of one call share. ids: of stage 0. key: noise, or None."""
 
-    def encode(x_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any]:
-        return _stack("encoder", s, _lifted(x_btd, mine), states, place, p, cfg)
+    p: Tree
+    cfg: HNetConfig
+    ids: jax.Array
+    key: jax.Array | None = None
+
+
+def stage(s: int, call: Call) -> Stage:
+    """The parts of stage s, which is not the innermost one."""
+    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
+
+    def encode(x_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        return _stack("encoder", s, _lifted(x_btd, p), states, place, call)
 
     def inside(
-        u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest_bkd: jax.Array, memory: Cache | None
-    ) -> tuple[jax.Array, Cache | None, tuple[Note, ...]]:
+        u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest_bkd: jax.Array, memory: Memory | None
+    ) -> tuple[jax.Array, Memory | None, Notes]:
         b, m, k, d = u_bmkd.shape
-        seen = Seen(*_joined(u_bmkd, plan, mine, cfg))
-        v, memory, notes = _run(s + 1, seen, memory, p, cfg, key)
-        v = (project(v, mine["part"]) if "part" in mine else v).astype(jnp.float32)
+        v, memory, notes = _run(s + 1, Seen(*_joined(u_bmkd, plan, p, cfg)), memory, call)
+        v = (project(v, p["part"]) if "part" in p else v).astype(jnp.float32)
         if chunking.mix == "ema":
             p_bm = jnp.take_along_axis(boundary.p, plan.at, axis=1)
             segments = plan.tokens.segments
             v = mixing.ema(v, p_bm, segments > 0, segments, newest_bkd.reshape(b, k * d))
         return v.reshape(b, m, k, d), memory, notes
 
-    def decode(y_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any]:
-        y_btd, states = _stack("decoder", s, y_btd, states, place, p, cfg)
-        return _narrow(y_btd, mine), states
+    def combine(h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary) -> jax.Array:
+        return _combined(p, h_btd, w_btd, boundary, chunking)
 
-    return Stage(
-        chunking, mine, cfg.d_model[s], jnp.dtype(cfg.dtype), encode, inside,
-        lambda h, w, boundary: _combined(mine, h, w, boundary, chunking), decode, official=cfg.official_padding,
-    )  # fmt: skip
+    def decode(y_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        y_btd, states, said = _stack("decoder", s, y_btd, states, place, call)
+        return _narrow(y_btd, p), states, said
+
+    dtype = jnp.dtype(cfg.dtype)
+    return Stage(chunking, p, cfg.d_model[s], dtype, encode, inside, combine, decode, cfg.official_padding)
 
 
-def _run(
-    s: int, seen: Seen, memory: Cache | None, p: Tree, cfg: HNetConfig, key: jax.Array | None
-) -> tuple[jax.Array, Cache | None, tuple[Note, ...]]:
+def _run(s: int, seen: Seen, memory: Memory | None, call: Call) -> tuple[jax.Array, Memory | None, Notes]:
     """Stage s and all inside it: `seen.h` [b, t, d] of the stage outside to the same shape."""
+    cfg, p, tokens = call.cfg, call.p[f"stage{s}"], seen.tokens
     if s < cfg.stages - 1:
-        seen = seen.replace(key=None if key is None else jax.random.fold_in(key, s))
-        return units.run(stage(s, p, cfg, key), seen, memory)
-    mine, tokens, place, states = p[f"stage{s}"], seen.tokens, Place(seen.tokens), None
-    if memory is not None:
-        place, (states,) = Place(tokens, memory.length, memory.fresh), memory.layers
+        key = None if call.key is None else jax.random.fold_in(call.key, s)
+        return units.run(stage(s, call), seen.replace(key=key), memory)
+    states, place = None if memory is None else memory.layers[0], Place.after(memory, tokens)
     with jax.named_scope("main"):
-        y_btd, states = _stack("main", s, _lifted(seen.h, mine), states, place, p, cfg)
+        y_btd, states, said = _stack("main", s, _lifted(seen.h, p), states, place, call)
     if memory is not None:
         length = memory.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
-        memory = Cache((states,), length, parts=memory.parts)
-    return _narrow(y_btd, mine), memory, ()
+        memory = memory.replace(layers=(states,), length=length, fresh=False)
+    return _narrow(y_btd, p), memory, Notes(memory=(said,))
 
 
 def _stack(
-    name: str, s: int, x_btd: jax.Array, states: Any, place: Place, p: Tree, cfg: HNetConfig
-) -> tuple[jax.Array, Any]:
+    name: str, s: int, x_btd: jax.Array, states: Any, place: Place, call: Call
+) -> tuple[jax.Array, Any, dict[str, tuple]]:
     """The encoder, the decoder or the main stack of stage s."""
-    tokens, layout = place.tokens, cfg.layouts(s)[name == "decoder"]
+    cfg, tokens = call.cfg, place.tokens
     if cfg.official_padding:
         positions = jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2])
         tokens = Tokens(positions, jnp.ones_like(tokens.segments))
-    context = Context(tokens, place.length, place.fresh, p.get("relative"), cfg.remat and states is None)
-    return stack.apply_stack(p[f"stage{s}"][name], layout, cfg.width(s), x_btd, states, context)
+    # Policies draw apart from rules, whose keys have the stages' numbers.
+    key = None if call.key is None or states is not None else jax.random.fold_in(call.key, cfg.stages)
+    context = Context(
+        tokens, place.length, place.fresh, place.reading, ids=None if s else call.ids, key=key,
+        shared=call.p.get("relative"), remat=cfg.remat and states is None,
+    )  # fmt: skip
+    runs = cfg.stacks(s)[name == "decoder"]
+    return stack.apply_stack(call.p[f"stage{s}"][name], runs, cfg.width(s), x_btd, states, context)
 
 
 def _lifted(x_btd: jax.Array, p: Tree) -> jax.Array:
