@@ -160,12 +160,8 @@ class Side:
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
         main = cache.parts.inside.layers if self.is_bolmo else cache.layers
         entries = float(memory.use(cache)[0][0])
-        buffers = params.nbytes(main)
-        found = {
-            "held": entries * self._entry(),
-            "buffers": buffers,
-            "states": params.nbytes((cache.layers, cache.parts)) - buffers,
-        }
+        buffers, everything = params.nbytes(main), params.nbytes((cache.layers, cache.parts))
+        found = {"held": entries * self._entry(), "buffers": buffers, "states": everything - buffers}
         return {name: value / self.bytes for name, value in found.items()}
 
     def state(self, form: str, keep: bool = True) -> State:

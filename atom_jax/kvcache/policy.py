@@ -69,13 +69,15 @@ class Policy:
 
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
-    after the time before. stepwise: reading several tokens in one call is not reading them one after another.
+    after the time before. stepwise: reading several tokens in one call is not reading them one after another. slides:
+    it also serves layers whose queries see a window only.
     """
 
     name: ClassVar[str] = ""
     part: ClassVar[int | None] = None
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
+    slides: ClassVar[bool] = False
 
     def spec(self, projections: Tree) -> Tree:
         """ParamSpecs of what one layer learns, whose projections are "q" [d, n, k], "k" [d, h, k] and so on."""
@@ -154,8 +156,11 @@ class PerLayer:
 
 def policy_of(memory: Any, layer: int, kind: str = "full") -> Policy | None:
     """The policy of layer number `layer` of a model whose configuration has this `memory`; None: everything is kept,
-    or, in a layer of kind "sliding", what its window shows."""
+    or, in a layer of kind "sliding", what its window shows. Raises AtomError for a policy that does not slide there.
+    """
     if isinstance(memory, PerLayer) and (named := dict(memory.at).get(layer)) is not None:
+        if kind == "sliding" and not named.slides:
+            raise AtomError(f"memory: layer {layer} sees a window only, which {named.name} does not serve")
         return named
     if kind == "sliding":
         return None
