@@ -23,7 +23,7 @@ from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
-from atom_jax.models.bolmo.waiting import enough
+from atom_jax.models.bolmo.forward import enough
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import laid_out, sampling
 from atom_jax.session.decode import CHUNK, Choice, State, decode
@@ -158,7 +158,7 @@ class Side:
         named = policy if policy == "none" else f"{policy}:budget={math.ceil(share * self.units)}"
         lm = with_memory(self.lm, parse(named))
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
-        main = cache.parts.main.layers if self.is_bolmo else cache.layers
+        main = cache.parts.inside.layers if self.is_bolmo else cache.layers
         entries = float(memory.use(cache)[0][0])
         buffers, everything = params.nbytes(main), params.nbytes((cache.layers, cache.parts))
         found = {"held": entries * self._entry(), "buffers": buffers, "states": everything - buffers}
@@ -235,8 +235,7 @@ def read(
     given = {} if ends is None else {"ends": ends}
     cache = model.init_cache(cfg, batch.ids.shape[0], capacity)
     x_btd, cache, aux = model.hidden(p, batch, cfg=cfg, cache=cache, **given)
-    at = x_btd.shape[1] - 1 - model.codec(cfg).pending
-    return model.logits(p, x_btd[:, at : at + 1], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
+    return model.logits(p, x_btd[:, -1:], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
 
 
 def schedule(ends: list[np.ndarray], quorum: int) -> dict[str, int]:

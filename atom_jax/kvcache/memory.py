@@ -234,7 +234,7 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
         return take(x)
 
     def of(node: Memory) -> Memory:
-        parts = jax.tree.map(lambda x: x if _is_memory(x) else take(x), node.parts, is_leaf=_is_memory)
+        parts = jax.tree.map(lambda x: x if _is_memory(x) else state(x), node.parts, is_leaf=_is_part)
         layers = jax.tree.map(state, node.layers, is_leaf=_is_state)
         return node.replace(layers=layers, length=take(node.length), parts=parts)
 
@@ -317,6 +317,10 @@ def _is_memory(x: Any) -> bool:
 
 def _is_state(x: Any) -> bool:
     return isinstance(x, Stack | Layer)
+
+
+def _is_part(x: Any) -> bool:
+    return _is_memory(x) or _is_state(x)
 
 
 def _layer(x: Any) -> Layer | None:

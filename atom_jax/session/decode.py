@@ -128,7 +128,7 @@ def read_prompt(
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
     x_btd, cache, aux = reading.prompt(params, batch, cfg=cfg, capacity=capacity)
-    last = jnp.maximum(length_b - 1 - model.codec(cfg).pending, 0)
+    last = jnp.maximum(length_b - 1, 0)
     last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 

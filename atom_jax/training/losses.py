@@ -12,6 +12,7 @@ from flax import struct
 from atom_jax.models import registry
 from atom_jax.sharding import constrain, length_shards
 from atom_jax.typing import Batch
+from atom_jax.units import late_loss
 
 # Logits per device above which they are computed block by block: 128 MiB in float32.
 BLOCK_LOGITS = 2**25
@@ -68,7 +69,7 @@ def next_token(
     mask = batch.loss_mask.astype(jnp.float32)
     goals = model.codec(cfg).fuse(batch.targets, aux)
 
-    late, tables = aux.get("entropy_loss"), gathered(params)
+    late, tables = aux.get("late"), gathered(params)
 
     def score(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         logits = model.logits(tables, x, cfg=cfg)
@@ -87,7 +88,7 @@ def next_token(
         start = jnp.zeros(2, jnp.float32)
         (nats, z), entropy = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, tuple(parts))
         entropy = None if entropy is None else jnp.moveaxis(entropy, 0, 1).reshape(b, -1)[:, :t]
-    own = aux.get("loss", 0.0) + (0.0 if late is None else late(entropy))
+    own = aux.get("loss", 0.0) + (0.0 if late is None else late_loss(aux, entropy, batch, cfg.chunking))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
     return Sums(
         objective=nats + z_loss * z + own * count,

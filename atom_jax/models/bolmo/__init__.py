@@ -9,10 +9,9 @@ Ids 260 to 519 are ids 0 to 259 where they end a patch: the decoder writes the n
 
 from atom_jax.models.bolmo.config import BolmoConfig, roomier, spec
 from atom_jax.models.bolmo.family import FAMILY
-from atom_jax.models.bolmo.forward import apply, hidden, logits
+from atom_jax.models.bolmo.forward import apply, hidden, logits, step
 from atom_jax.models.bolmo.ids import codec
 from atom_jax.models.bolmo.memory import decode_params, init_cache
-from atom_jax.models.bolmo.waiting import step
 
 __all__ = [
     "FAMILY", "BolmoConfig", "apply", "codec", "decode_params", "hidden", "init_cache", "logits", "roomier", "spec",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from atom_jax import config, params
+from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.rules.lookahead import Lookahead
 from atom_jax.models import transformer
@@ -63,6 +64,11 @@ class BolmoConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         mlstm_spec(self.main.d_model, self.local_heads)
+
+    @property
+    def chunking(self) -> tuple[Chunking]:
+        """How patches are found, pooled and spread."""
+        return (Chunking(self.rule, pool="last", capacity=self.capacity),)
 
     @property
     def blocks(self) -> TransformerConfig:

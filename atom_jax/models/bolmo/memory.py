@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import struct
 
 from atom_jax import params
 from atom_jax.chunking.config import slots_for
@@ -16,22 +14,7 @@ from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import BolmoConfig
 from atom_jax.nn.mlstm import MLSTMState
 from atom_jax.params import Tree
-
-
-@struct.dataclass
-class Patches:
-    """What is kept of b rows besides the states of encoder and decoder.
-
-    main: memory of the layers over patches, whose length counts patches. newest: [b, 1, d] the latest patch as the
-    decoder reads it. h: [b, 1, d] the encoder state of the latest byte, and read: bool [b], rows in which only the
-    encoder has seen that byte. suffix: i32 [b], states of the automaton that finds subwords.
-    """
-
-    main: Memory
-    newest: jax.Array
-    h: jax.Array
-    read: jax.Array
-    suffix: jax.Array
+from atom_jax.units import Latest, Parts
 
 
 def init_cache(cfg: BolmoConfig, batch_size: int, capacity: int, dtype: Any = None) -> Memory:
@@ -41,9 +24,10 @@ def init_cache(cfg: BolmoConfig, batch_size: int, capacity: int, dtype: Any = No
     one = MLSTMState.empty(b, d, cfg.local_heads)
     empty = lambda kind, numbers: Stack(stack_layers(one, len(numbers)))  # noqa: E731
     local = tuple(layers.states(kinds, empty) for kinds in cfg.local)
-    main = transformer.init_cache(cfg.blocks, b, bucket(slots_for(capacity, cfg.capacity) + 1), dtype)
-    nothing, no = jnp.zeros((b, 1, d), jnp.dtype(cfg.dtype)), jnp.zeros(b, jnp.int32)
-    return Memory(local, no, Patches(main, nothing, nothing, no > 0, no), fresh=True)
+    inside = transformer.init_cache(cfg.blocks, b, bucket(slots_for(capacity, cfg.capacity) + 1), dtype)
+    (chunking,), own, no = cfg.chunking, jnp.dtype(cfg.dtype), jnp.zeros(b, jnp.int32)
+    latest = Latest.none(chunking, d, b, own)
+    return Memory(local, no, Parts.empty(chunking, d, b, own, inside=inside, latest=latest, port=no), fresh=True)
 
 
 def decode_params(p: Tree, cfg: BolmoConfig, unroll: bool) -> Tree:

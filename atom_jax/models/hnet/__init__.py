@@ -11,9 +11,8 @@ pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 
 from atom_jax.models.hnet.config import HNetConfig, chunking, roomier, spec
 from atom_jax.models.hnet.family import FAMILY
-from atom_jax.models.hnet.forward import apply, hidden, logits
+from atom_jax.models.hnet.forward import apply, hidden, logits, step
 from atom_jax.models.hnet.memory import decode_params, init_cache
-from atom_jax.models.hnet.waiting import step
 
 __all__ = [
     "FAMILY", "HNetConfig", "apply", "chunking", "decode_params", "hidden", "init_cache", "logits", "roomier", "spec",

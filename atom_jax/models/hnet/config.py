@@ -13,6 +13,7 @@ from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.types import END
 from atom_jax.kvcache import policies
 from atom_jax.models import stack
+from atom_jax.models.hnet import port
 from atom_jax.models.stack import Part, Width
 from atom_jax.nn import relative
 from atom_jax.nn.ssd import Mamba2Config
@@ -82,10 +83,8 @@ class HNetConfig:
         for chunking in self.chunking:
             _check_chunking(chunking)
         for chunking in self.chunking[1:]:
-            if getattr(chunking.rule, "supervision", None) == "entropy":
-                raise AtomError(
-                    "supervision: 'entropy' is about the next byte, so it can only cut the outermost stage"
-                )
+            if option := rules.late(chunking.rule):
+                raise AtomError(f"{option} is about the next byte, so it can only cut the outermost stage")
         policies.check(self.memory)
         for s in range(self.stages):
             self._check_layers(s, "".join(self.layouts(s)))
@@ -130,6 +129,8 @@ class HNetConfig:
 def _check_chunking(c: Chunking) -> None:
     """Refuses parts that do not go together."""
     rule = rules.of(c.rule)
+    if rules.looks_ahead(c.rule):
+        raise AtomError(f"rule: {type(c.rule).__name__} looks ahead, which needs ids that say where units end")
     pooling.check(rule.KIND, c.pool)
     if c.upsample not in upsampling.UPSAMPLERS:
         raise AtomError(f"upsample: unknown {c.upsample!r}; known: {', '.join(upsampling.UPSAMPLERS)}")
@@ -142,17 +143,7 @@ def _check_chunking(c: Chunking) -> None:
 
 def spec(cfg: HNetConfig) -> Tree:
     """ParamSpec tree: embed, unembed, and per stage encoder, rule, pool, residual, upsample, decoder (or main)."""
-    d = cfg.d_model[0]
-    tree: Tree = {
-        "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(1.0 if not cfg.tie_embeddings else 0.02))
-    }
-    if not cfg.tie_embeddings:
-        tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), normal(0.02))
-    if cfg.ngrams:
-        shape = (len(cfg.ngrams), cfg.ngram_rows, d)
-        tree["ngrams"] = ParamSpec(shape, (None, "vocab", "embed"), normal(0.02))
-    if cfg.head_bias:
-        tree["unembed_bias"] = ParamSpec((cfg.vocab_size,), ("vocab",), zeros)
+    tree = port.spec(cfg)
     if (size := cfg._relative_size()) is not None:
         tree["relative"] = relative.biases_spec(*size)
     heights = 0

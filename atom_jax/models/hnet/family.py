@@ -9,9 +9,8 @@ from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
-from atom_jax.models.hnet.forward import apply, hidden, logits
+from atom_jax.models.hnet.forward import apply, hidden, logits, step
 from atom_jax.models.hnet.memory import decode_params, init_cache
-from atom_jax.models.hnet.waiting import step
 
 
 def flops(cfg: HNetConfig, length: int) -> float:
