@@ -14,6 +14,7 @@ from flax import struct
 
 from atom_jax import config, params
 from atom_jax.chunking.types import last_index
+from atom_jax.kvcache.memory import Stack
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attend, attention_spec
 from atom_jax.nn.linear import project
@@ -46,11 +47,11 @@ class ByteModel:
 
 @struct.dataclass
 class Window:
-    """The last w bytes of every row. keys, values: f32 [l, b, h, w, k]; positions i32 [b, w];
+    """The last w bytes of every row. keys, values: f32 [b, h, w, k] of all layers; positions i32 [b, w];
     same: bool [b, w], in the document of the latest byte."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Stack
+    values: Stack
     positions: jax.Array
     same: jax.Array
 
@@ -75,7 +76,7 @@ def spec(cfg: ByteModel) -> params.Tree:
 def init_state(cfg: ByteModel, b: int) -> Window:
     """What is remembered of b rows before their first byte."""
     w, shape = cfg.window, (cfg.n_layers, b, cfg.n_heads, cfg.window, cfg.d_model // cfg.n_heads)
-    return Window(*(jnp.zeros(shape) for _ in range(2)), jnp.zeros((b, w), jnp.int32), jnp.zeros((b, w), bool))
+    return Window(*(Stack(jnp.zeros(shape)) for _ in range(2)), jnp.zeros((b, w), jnp.int32), jnp.zeros((b, w), bool))
 
 
 def apply(
@@ -107,10 +108,10 @@ def apply(
     # Entropies are compared with thresholds: the same bytes must give them whatever the shapes of the call.
     with jax.default_matmul_precision("highest"):
         x_btd = jnp.take(p["embed"], ids_bt, axis=0).astype(jnp.float32)
-        x_btd, (keys, values) = jax.lax.scan(layer, x_btd, (p["layers"], state.keys, state.values))
+        x_btd, (keys, values) = jax.lax.scan(layer, x_btd, (p["layers"], state.keys.states, state.values.states))
         x_btd = rms_norm(x_btd, p["norm"], 1e-5)
         logits = project(x_btd, p["embed"].T.astype(jnp.float32))
-    return logits, Window(keys, values, *_places(state, keys_at, tokens, carried, cfg.window))
+    return logits, Window(Stack(keys), Stack(values), *_places(state, keys_at, tokens, carried, cfg.window))
 
 
 def windowed(q_bhtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, q: Tokens, k: Tokens, window: int) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,15 @@ class H2O(Budget):
         """Half of the limit."""
         return limit_bh // 2
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """Nothing yet: the token attends to itself in the same call."""
         return jnp.zeros(call.k.shape[:3])
 
     def observe(self, entries: Entries, call: Call) -> jax.Array:
         """Adds the attention of all new queries."""
-        return entries.score + observe.received(call.q, call.tokens, entries.k, entries.pos, call.fresh).sum(2)
+        bias = None if call.fresh else entries.bias
+        got = observe.received(call.q, call.tokens, entries.k, entries.pos, call.fresh, bias, call.window)
+        return entries.score + got.sum(2)
 
     def step(self, layer: BudgetLayer, weights_bhgc: jax.Array) -> jax.Array:
         """Adds the attention of this step."""

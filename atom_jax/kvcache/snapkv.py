@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,13 @@ class SnapKV(Budget):
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise AtomError(f"memory {self.name}: expected window of at least 1 and an odd pool")
 
-    def prompt(self, entries: Entries, call: Call, extra: Any) -> jax.Array:
+    def prompt(self, entries: Entries, call: Call) -> jax.Array:
         """Pooled attention of the window; +inf inside it."""
         t = entries.pos.shape[2]
         q, at = observe.last_queries(call, min(self.window, t))
         first = call.after[:, None, None] - self.window
         before = jnp.broadcast_to(jnp.arange(t)[None, None] < first, entries.pos.shape)
-        score = observe.weights(q, at, entries.k, entries.pos).mean((2, 3))
+        score = observe.weights(q, at, entries.k, entries.pos, None, call.window).mean((2, 3))
         score = jnp.pad(jnp.where(before, score, 0.0), ((0, 0), (0, 0), (self.pool // 2, self.pool // 2)))
         pooled = sum(score[..., i : i + t] for i in range(self.pool)) / self.pool
         return jnp.where(before, pooled, jnp.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,15 @@ class TOVA(Budget):
         """The latest token."""
         return jnp.ones_like(limit_bh)
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """Nothing yet: the token attends to itself in the same call."""
         return jnp.zeros(call.k.shape[:3])
 
     def observe(self, entries: Entries, call: Call) -> jax.Array:
         """Attention of the last query."""
-        weights = observe.weights(*observe.last_queries(call, 1), entries.k, entries.pos)[..., 0, :]
-        return _over_heads(weights)
+        q, at = observe.last_queries(call, 1)
+        weights = observe.weights(q, at, entries.k, entries.pos, entries.bias, call.window)
+        return _over_heads(weights[..., 0, :])
 
     def step(self, layer: BudgetLayer, weights_bhgc: jax.Array) -> jax.Array:
         """Attention of the query of this step."""

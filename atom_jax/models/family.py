@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.kvcache.memory import Memory
 from atom_jax.params import Tree
 from atom_jax.typing import Suffix
 
@@ -92,8 +93,7 @@ class Family:
     spec(cfg): ParamSpec tree.
     apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
-    init_cache(cfg, batch_size, capacity, dtype=None), full(cache), grow(cache, more=1), unstack(cache),
-        cache_use(cache, cfg): the memory of generation. read_whole(cfg): whether prompts are read in one call.
+    init_cache(cfg, batch_size, capacity, dtype=None): the empty memory of generation (`kvcache.memory.Memory`).
     step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
     decode_params(p, cfg, unroll): parameters laid out for generation.
     roomier(cfg): the same model with room for more units, or None where it loses none.
@@ -112,12 +112,7 @@ class Family:
     apply: Callable[..., Any]
     hidden: Callable[..., Any]
     logits: Callable[..., jax.Array]
-    init_cache: Callable[..., Any]
-    full: Callable[[Any], jax.Array]
-    grow: Callable[..., Any]
-    unstack: Callable[[Any], Any]
-    cache_use: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
-    read_whole: Callable[[Any], bool]
+    init_cache: Callable[..., Memory]
     step: Callable[..., Any]
     decode_params: Callable[[Tree, Any, bool], Tree]
     roomier: Callable[[Any], Any]

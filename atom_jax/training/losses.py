@@ -14,6 +14,7 @@ from flax import struct
 from atom_jax.models import registry
 from atom_jax.nn import scoring
 from atom_jax.typing import Batch
+from atom_jax.units import late_loss
 
 
 @struct.dataclass
@@ -75,13 +76,13 @@ def next_token(
     mask = batch.loss_mask.astype(jnp.float32)
     goals = model.codec(cfg).fuse(batch.targets, aux)
 
-    late, tables = aux.get("entropy_loss"), scoring.gathered(params)
+    late, tables = aux.get("late"), scoring.gathered(params)
     head = functools.partial(model.logits, tables, cfg=cfg)
     want = ["nats", *["log_z"] * bool(z_loss), *["entropy"] * (late is not None)]
     found = scoring.score(head, x_btd, goals, want, block=block)
     nats = jnp.sum(found["nats"] * mask)
     penalty = z_loss * jnp.sum(jnp.square(found["log_z"]) * mask) if z_loss else 0.0
-    own = aux.get("loss", 0.0) + (0.0 if late is None else late(found["entropy"]))
+    own = aux.get("loss", 0.0) + (0.0 if late is None else late_loss(aux, found["entropy"], batch, cfg.chunking))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
     return Sums(
         objective=nats + penalty + own * count,

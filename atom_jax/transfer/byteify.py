@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from atom_jax import units
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.segments import gather, segment_sum
@@ -29,6 +30,7 @@ from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
 from atom_jax.tokenizers.suffix import SPECIALS
 from atom_jax.typing import Batch
+from atom_jax.units import Parts, Place
 
 # Symbols after which a patch is sure to have ended, for the correction that the published script makes.
 SPACES = tuple(b + SPECIALS for b in b" \t\n")
@@ -116,15 +118,19 @@ def stage1(
     main = jax.lax.stop_gradient(p["main"])
     early_btd, late_btd = _source_states(main, source, lesson.tokens, eos, cfg, how.depth)
 
-    h_btd, _ = forward.encode(p, batch, cfg)
+    stage, h_btd = forward.stage(p, cfg), forward.encode(p, batch, cfg)
     marks, owner = lesson.marks, lesson.owner[:, :-1]
-    boundary = lookahead.apply(p["rule"], Seen(h_btd, tokens, batch.ids, marks), cfg=lookahead.Lookahead(weight=1.0))
-    plan = forward.layout(Boundary(marks), tokens, cfg)
+    seen, given = Seen(h_btd, tokens, batch.ids, marks), Boundary(marks)
+    boundary, _ = lookahead.apply(p["rule"], seen, (), cfg=lookahead.Lookahead(weight=1.0))
+    parts = Parts.empty(stage.chunking, stage.d, len(marks), stage.dtype)
+    plan, u_bm1d, _ = units.find(stage, seen, given, parts)
     at_bm = jnp.minimum(gather(owner, plan.at), lesson.tokens.shape[1] - 1)
-    encoder = _encoder_loss(main, forward.pool(p, h_btd, plan), gather(early_btd, at_bm), plan, cfg, how.depth)
+    pooled_bmd = forward.linear(p["pool"], u_bm1d[:, :, 0])
+    encoder = _encoder_loss(main, pooled_bmd, gather(early_btd, at_bm), plan, cfg, how.depth)
 
     patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
-    x_btd, _ = forward.decode(p, patches, h_btd, plan, tokens, cfg)
+    y_btd, _ = units.spread(stage, patches[:, :, None], h_btd, given, plan, parts.newest)
+    x_btd, _ = stage.decode(y_btd, None, Place(tokens))
     targets = bolmo.codec(cfg).fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
     want, head = ("nats", "among") if how.spaces else ("nats",), functools.partial(bolmo.logits, p, cfg=cfg)
     ours = scoring.score(head, x_btd, targets, want, among=SPACES)

@@ -71,7 +71,7 @@ def _fitted_pool(key: jax.Array, p: Tree, mean: jax.Array, deviation: jax.Array,
     found = None
     if cfg.subwords:
         found = Suffix(jax.random.randint(jax.random.fold_in(key, 1), _SAMPLE, 0, cfg.subwords), jnp.zeros(1))
-    h_btd, _ = forward.encode(p, Batch(ids, places, jnp.ones_like(ids), suffix=found), cfg)
+    h_btd = forward.encode(p, Batch(ids, places, jnp.ones_like(ids), suffix=found), cfg)
     u = (h_btd @ p["pool"]["w"]).reshape(-1, mean.shape[0])
     scale = deviation / jnp.maximum(jnp.std(u, axis=0), 1e-9)
     return {"w": p["pool"]["w"] * scale[None], "b": mean - jnp.mean(u, axis=0) * scale}

@@ -16,7 +16,7 @@ from atom_jax.inference import generate as module
 from atom_jax.inference import score
 from atom_jax.kvcache.policies import parse
 from atom_jax.models import bolmo
-from atom_jax.models.bolmo import waiting
+from atom_jax.models.bolmo import forward
 from atom_jax.session import sampling
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import AtomError
@@ -55,14 +55,14 @@ def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     """And not whenever a patch of any row ends, where all rows wait for each other."""
     monkeypatch.setattr(module, "SHARED", 0)
     expected = found().ids
-    runs, blocks = [], waiting.transformer.blocks
+    runs, blocks = [], forward.transformer.blocks
 
     def counted(*args, **kwargs):
         jax.debug.callback(lambda: runs.append(1))
         return blocks(*args, **kwargs)
 
-    monkeypatch.setattr(waiting.transformer, "blocks", counted)
-    monkeypatch.setattr(waiting, "enough", lambda p, cfg, cache: len(cache.length))
+    monkeypatch.setattr(forward.transformer, "blocks", counted)
+    monkeypatch.setattr(forward, "enough", lambda p, cfg, cache: len(cache.length))
     # A configuration that nothing has compiled for.
     lm = dataclasses.replace(model(), config=dataclasses.replace(model().config, max_length=500))
     rows = atom_jax.generate(lm, PROMPTS, NEW).ids

@@ -11,10 +11,11 @@ import atom_jax
 from atom_jax import params
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
-from atom_jax.models import hnet, quorum
-from atom_jax.models.hnet import waiting
+from atom_jax.models import hnet
+from atom_jax.models.hnet import forward
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
+from atom_jax.units import quorum, waiting
 from tests.models.tiny_units import MODELS, capacity, stream, weights
 
 PROMPTS = [stream(n, start).tolist() for n, start in ((9, 0), (1, 30), (14, 11), (6, 3))]
@@ -26,7 +27,7 @@ ROWS = {LENGTH + 1: 1, LENGTH + 2: 2, LENGTH + 3: 3}
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    monkeypatch.setattr(waiting, "enough", lambda p, cfg, cache: ROWS.get(cfg.max_length, len(cache.length)))
+    monkeypatch.setattr(forward, "enough", lambda p, cfg, cache: ROWS.get(cfg.max_length, len(cache.length)))
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def test_more_rows_wait_where_more_weights_are_inside(monkeypatch, inner, rows, 
     cfg = capacity(cfg, 0.25)
     shapes = jax.eval_shape(lambda key: params.init(key, hnet.spec(cfg)), jax.random.key(0))
     cache = jax.eval_shape(lambda: hnet.init_cache(cfg, rows, 64))
-    assert least <= waiting.enough(shapes, cfg, cache) <= most
+    assert least <= forward.enough(shapes, cfg, cache) <= most
 
 
 @pytest.mark.parametrize("weights", [(1.0, 8.0), (1.0, 0.5), (1.0, 100.0)])
@@ -113,13 +114,16 @@ def test_greedy_tokens_are_those_of_the_whole_forward_pass(name):
 def test_the_network_inside_runs_once_per_unit(monkeypatch):
     """And not whenever a unit of any row begins or ends."""
     monkeypatch.setattr(module, "SHARED", 0)
-    runs, inside = [], waiting.inside
+    runs, only_if = [], waiting.only_if
 
-    def counted(*args):
-        jax.debug.callback(lambda: runs.append(1))
-        return inside(*args)
+    def counted(needed, run, memory):
+        def inside(memory):
+            jax.debug.callback(lambda: runs.append(1))
+            return run(memory)
 
-    monkeypatch.setattr(waiting, "inside", counted)
+        return only_if(needed, inside, memory)
+
+    monkeypatch.setattr(waiting, "only_if", counted)
     # A configuration that nothing has compiled for.
     model = lm("megabyte", LENGTH - 1)
     for rows in (slice(None), slice(0, 1)):
@@ -140,8 +144,8 @@ def test_caches_may_grow_while_rows_wait(monkeypatch):
     monkeypatch.setattr(module, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 17)
     monkeypatch.setattr(module, "CHUNK", 11)
-    waited, grow = [], hnet.grow
-    monkeypatch.setattr(hnet, "grow", lambda cache: waited.append(cache.layers[0].waiting.on.any()) or grow(cache))
+    waited, grow = [], module.grow
+    monkeypatch.setattr(module, "grow", lambda cache: waited.append(cache.parts.latest.on.any()) or grow(cache))
     grown = generate(model, PROMPTS, NEW, 0.8, keys())
     assert grown.ids == expected.ids
     assert grown.stats["kv_reads"] == pytest.approx(expected.stats["kv_reads"])

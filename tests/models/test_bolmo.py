@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax import params
+from atom_jax import params, units
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.types import Seen
+from atom_jax.kvcache import memory
 from atom_jax.models import bolmo, transformer
 from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.transformer import TransformerConfig
@@ -35,10 +36,11 @@ def run(p, batch, cache=None, ends=None, *, cfg):
 def parts(p, batch, *, cfg):
     """Encoder states, boundary, inputs and outputs of the layers over patches, and their number."""
     tokens = Tokens(batch.positions, batch.segments)
-    h, _ = forward.encode(p, batch, cfg)
-    boundary = lookahead.apply(p["rule"], Seen(h, tokens), cfg=cfg.rule)
-    plan = forward.layout(boundary, tokens, cfg)
-    pooled = forward.pool(p, h, plan)
+    stage, h = forward.stage(p, cfg), forward.encode(p, batch, cfg)
+    boundary, _ = lookahead.apply(p["rule"], Seen(h, tokens), (), cfg=cfg.rule)
+    parts = units.Parts.empty(stage.chunking, stage.d, len(h), stage.dtype)
+    plan, u, _ = units.find(stage, Seen(h, tokens), boundary, parts)
+    pooled = forward.linear(p["pool"], u[:, :, 0])
     patches, _, _ = transformer.blocks(p["main"], pooled, plan.tokens, cfg=cfg.blocks)
     return h, boundary, pooled, patches, plan.count
 
@@ -140,13 +142,13 @@ def test_prompts_and_steps_equal_the_official_ones(unroll):
     lengths = np.array([len(r) for r in rows])
     given = [numbers()[f"{n}.gen_ids"][0] + 260 * numbers()[f"{n}.gen_boundary_mask"][0] for n in NAMES]
     out, cache, _ = run(lm.params, batch(rows), bolmo.init_cache(roomy(), 6, 256), cfg=roomy())
-    # The decision on the last byte of the prompt: the step before it allows for its two forms only.
+    # The decision on the last byte of the prompt, from the state before it: it allows for two forms only.
     for row, n, name in zip(np.asarray(out), lengths, NAMES):
         official = numbers()[f"{name}.gen_step_logits_noreset"][0]
         free = official > -1e4
         assert free.sum() == 2
-        np.testing.assert_allclose(row[n - 2][free], official[free], atol=1e-3)
-    p, cache = with_tables(lm, unroll), bolmo.unstack(cache) if unroll else cache
+        np.testing.assert_allclose(row[n - 1][free], official[free], atol=1e-3)
+    p, cache = with_tables(lm, unroll), memory.unstack(cache) if unroll else cache
     done, found = np.zeros(6, int), np.zeros((6, 32, 520), np.float32)
     while (live := done < 32).any():
         ids = np.array([g[n - 1 + min(k, 31)] for g, n, k in zip(given, lengths, done)], np.int32)[:, None]

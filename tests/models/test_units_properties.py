@@ -11,7 +11,7 @@ from atom_jax.chunking import rules
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.types import END
 from atom_jax.models import hnet
-from atom_jax.models.hnet import forward
+from atom_jax.units import stage
 from tests.models.tiny_units import MODELS, rows, stream, weights
 
 T = 24
@@ -124,7 +124,7 @@ def test_a_prompt_in_pieces_equals_the_whole(cfg):
 
 def test_units_beyond_the_capacity_are_counted(cfg, monkeypatch):
     """And nothing before the first of them changes."""
-    monkeypatch.setattr(forward, "slots_for", lambda t, share, multiple=1: slots_for(t, share, 1))
+    monkeypatch.setattr(stage, "slots_for", lambda t, share, multiple=1: slots_for(t, share, 1))
     first, *inside = cfg.chunking
     tight = dataclasses.replace(cfg, chunking=(dataclasses.replace(first, capacity=0.04), *inside))
     out, _ = run(weights(cfg), rows([[d] for d in DOCUMENTS], T), cfg=tight)

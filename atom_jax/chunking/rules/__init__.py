@@ -1,32 +1,57 @@
 """Boundary rules: where a unit ends.
 
-Every module here has a registered configuration class, the KIND of its marks ("start" or "end"), HAS_P = True where
-its `Boundary.p` is set, and three functions:
+A rule is a registered configuration class and a module, or anything else that has what a module here has: the KIND of
+its marks ("start" or "end"), HAS_P = True where its `Boundary.p` is set, and three functions:
 `spec(cfg, d)` describes its parameters for states of width d, `init_state(cfg, d, b)` is what it remembers of b
 rows before their first position, `apply(p, seen, state, *, cfg)` marks t more positions of every row.
+
+LOOKS_AHEAD = True: a position is decided with a look at the state of the next one. Such a rule remembers nothing; of
+the last position of a call it says that no unit ends there, and who reads further has it decide on that one again.
+Generation can't wait for the next position, so ids have to say where units end (`models.bolmo`).
+
+`late(cfg)`: the option because of which the rule has a loss that needs the model's own output, "" without one; then
+`late_loss(boundary, entropy_bt, tokens, *, cfg)` is that loss, f32 [], from what `apply` found (but its loss) and the
+entropies f32 [b, t], in nats, of the model's distribution of the token after each position.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
-from atom_jax.chunking.rules import cosine, entropy, fixed, predictor, spaces, symbol
+from atom_jax.chunking.rules import cosine, entropy, fixed, lookahead, predictor, spaces, symbol
 from atom_jax.typing import AtomError
 
-RULES: dict[type, ModuleType] = {
+# From the class of a configuration to the rule.
+RULES: dict[type, Any] = {
     cosine.Cosine: cosine,
     predictor.Predictor: predictor,
     spaces.Spaces: spaces,
     entropy.Entropy: entropy,
     fixed.Fixed: fixed,
     symbol.Symbol: symbol,
+    lookahead.Lookahead: lookahead,
 }
 
 
-def of(cfg: Any) -> ModuleType:
-    """The module (spec, init_state, apply) of a rule's configuration. Raises AtomError for anything else."""
+def register(cfg: type, rule: Any) -> None:
+    """Makes a rule of one's own known under its (registered) configuration class."""
+    RULES[cfg] = rule
+
+
+def of(cfg: Any) -> Any:
+    """The rule (spec, init_state, apply) of a configuration. Raises AtomError for anything else."""
     if type(cfg) not in RULES:
         known = ", ".join(c.__name__ for c in RULES)
         raise AtomError(f"rule: expected one of {known}, got {cfg!r}")
     return RULES[type(cfg)]
+
+
+def looks_ahead(cfg: Any) -> bool:
+    """Whether a rule decides on a position with a look at the next one."""
+    return getattr(of(cfg), "LOOKS_AHEAD", False)
+
+
+def late(cfg: Any) -> str:
+    """The option because of which a rule's loss needs the model's own output, "" without one."""
+    found = getattr(of(cfg), "late", None)
+    return "" if found is None else found(cfg)

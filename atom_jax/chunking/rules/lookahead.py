@@ -1,8 +1,7 @@
 """Bolmo's boundary predictor, which sees one position more than it decides on (Minixhofer et al., 2025, "Bolmo:
 Byteifying the Next Generation of Language Models", section 3).
 
-It can't be among `rules.RULES`: those decide from what was read so far. A model that uses it reads prompts with it,
-and where units end in what it generates its decoder has to say.
+A model that uses it reads prompts with it, and where units end in what it generates its decoder has to say.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from atom_jax.nn.linear import project
 
 KIND = END
 HAS_P = True
+LOOKS_AHEAD = True
 # The least probability of a mark.
 LEAST = 5e-4
 
@@ -37,7 +37,12 @@ def spec(cfg: Lookahead, d: int) -> Tree:
     return cosine.spec(cosine.Cosine(), d)
 
 
-def apply(p: Tree, seen: Seen, *, cfg: Lookahead) -> Boundary:
+def init_state(cfg: Lookahead, d: int, b: int) -> tuple[()]:
+    """Nothing to remember."""
+    return ()
+
+
+def apply(p: Tree, seen: Seen, state: tuple[()], *, cfg: Lookahead) -> tuple[Boundary, tuple[()]]:
     """END marks where p > 1/2, everything in float32. The first position of a document has p = 1, its last one in
     this call p = 0, unless it is also the first. `loss` is the weighted cross-entropy with `seen.marks` (0 without).
     """
@@ -52,7 +57,7 @@ def apply(p: Tree, seen: Seen, *, cfg: Lookahead) -> Boundary:
     # A mark is chance at p = 1/2: the comparison is with the cosine, which has no rounding in between.
     mark = real & (first | (~last & (near < 0)))
     loss = 0.0 if seen.marks is None else cfg.weight * cross_entropy(prob, seen.marks | first, real & ~last)
-    return Boundary(mark, p=prob, loss=jnp.float32(loss), kind=END)
+    return Boundary(mark, p=prob, loss=jnp.float32(loss), kind=END), state
 
 
 def last_of_document(seen: Seen) -> jax.Array:

@@ -32,7 +32,7 @@ class Predictor:
     trains. (The official code draws whenever it is called.)"""
 
     # What it learns from: "gumbel" (the model's loss and a prior on the rate of marks), "marks" (`Seen.marks`) or
-    # "entropy" (`entropy_loss`, once the model's entropies are known).
+    # "entropy" (`late_loss`, once the model's entropies are known).
     supervision: str = "gumbel"
     # Marks per position that the prior expects ("gumbel").
     prior: float = 0.2
@@ -184,7 +184,12 @@ def spikes(entropy_bt: jax.Array, tokens: Tokens) -> jax.Array:
     return spike
 
 
-def entropy_loss(boundary: Boundary, entropy_bt: jax.Array, tokens: Tokens, cfg: Predictor) -> jax.Array:
+def late(cfg: Predictor) -> str:
+    """Supervision "entropy" waits for the model's output."""
+    return "supervision: 'entropy'" if cfg.supervision == "entropy" else ""
+
+
+def late_loss(boundary: Boundary, entropy_bt: jax.Array, tokens: Tokens, *, cfg: Predictor) -> jax.Array:
     """The weighted loss f32 [] of supervision "entropy": `entropy_bt` are the entropies of the model's own next-token
     distributions after each position, whose spikes the predictor is to find. No gradient reaches them."""
     return _supervised(boundary, spikes(entropy_bt, tokens), tokens.segments > 0, cfg)

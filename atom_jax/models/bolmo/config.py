@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from atom_jax import config, params
+from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.rules.lookahead import Lookahead
 from atom_jax.models import transformer
@@ -65,9 +66,19 @@ class BolmoConfig:
         mlstm_spec(self.main.d_model, self.local_heads)
 
     @property
+    def chunking(self) -> tuple[Chunking]:
+        """How patches are found, pooled and spread."""
+        return (Chunking(self.rule, pool="last", capacity=self.capacity),)
+
+    @property
     def blocks(self) -> TransformerConfig:
         """The layers over patches as they are computed here."""
         return dataclasses.replace(self.main, dtype=self.dtype, remat=self.remat)
+
+    @property
+    def local(self) -> tuple[tuple[None, ...], tuple[None, ...]]:
+        """The kinds (see `models.layers`) of the layers of encoder and decoder: all are alike."""
+        return (None,) * self.encoder_layers, (None,) * self.decoder_layers
 
 
 def spec(cfg: BolmoConfig) -> Tree:
@@ -103,11 +114,6 @@ def spec(cfg: BolmoConfig) -> Tree:
     if cfg.subwords:
         tree["subwords"] = ParamSpec((cfg.subwords, d), ("vocab", "embed"), normal(0.02))
     return tree
-
-
-def read_whole(cfg: BolmoConfig) -> bool:
-    """Whether prompts are read in one call, however long."""
-    return True
 
 
 def roomier(cfg: BolmoConfig) -> BolmoConfig | None:

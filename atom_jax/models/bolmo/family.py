@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from atom_jax.chunking.config import slots_for
 from atom_jax.models import transformer_family
-from atom_jax.models.bolmo.config import BolmoConfig, read_whole, roomier, spec
-from atom_jax.models.bolmo.forward import apply, hidden, logits
+from atom_jax.models.bolmo.config import BolmoConfig, roomier, spec
+from atom_jax.models.bolmo.forward import apply, hidden, logits, step
 from atom_jax.models.bolmo.ids import codec
-from atom_jax.models.bolmo.memory import cache_use, decode_params, full, grow, init_cache, unstack
-from atom_jax.models.bolmo.waiting import step
+from atom_jax.models.bolmo.memory import decode_params, init_cache
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
 from atom_jax.nn import mlstm
@@ -56,11 +55,6 @@ FAMILY = Family(
     hidden=hidden,
     logits=logits,
     init_cache=init_cache,
-    full=full,
-    grow=grow,
-    unstack=unstack,
-    cache_use=cache_use,
-    read_whole=read_whole,
     step=step,
     decode_params=decode_params,
     roomier=roomier,

@@ -1,235 +1,191 @@
-"""The forward pass: training, prompts and single bytes are one code path."""
+"""The forward pass: the stages of `config.HNetConfig` as parts of the units machine (`atom_jax.units`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from atom_jax.chunking import hashing, mixing, pooling, rules, upsampling
-from atom_jax.chunking.config import slots_for
-from atom_jax.chunking.plan import make_plan
-from atom_jax.chunking.rules import predictor
-from atom_jax.chunking.rules.predictor import Predictor
-from atom_jax.chunking.types import END, Boundary, Plan, Seen
-from atom_jax.kvcache.dense import Cache
+from atom_jax import units
+from atom_jax.chunking import mixing, rules
+from atom_jax.chunking.config import Chunking
+from atom_jax.chunking.types import Boundary, Plan, Seen
+from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
+from atom_jax.models.attention import Context
+from atom_jax.models.hnet import port
 from atom_jax.models.hnet.config import HNetConfig
-from atom_jax.models.hnet.memory import StageState, begin
-from atom_jax.models.stack import Context
 from atom_jax.nn.attention import Tokens
-from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import layer_norm
 from atom_jax.params import Tree
-from atom_jax.sharding import batch_shards, constrain
 from atom_jax.typing import Batch, Output
+from atom_jax.units import Notes, Place, Stage, waiting
 
 
-def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, v] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
-    # A function: nothing that a compiled caller could return.
-    aux.pop("entropy_loss", None)
     return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
 
 
 def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
     """Logits float32 [b, t, v] of final states."""
-    table = p["unembed"] if "unembed" in p else p["embed"].T
-    out = jnp.einsum("btd,dv->btv", x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
-    if cfg.head_bias:
-        out += jnp.broadcast_to(p["unembed_bias"].astype(jnp.float32), out.shape)
-    return constrain(out, "batch", None, "vocab")
+    return port.outlet(p, x_btd, cfg)
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None, key: jax.Array | None = None
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
-    """Final states [b, t, d], the cache after these bytes, and what was learned.
+    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:
+    """Final states [b, t, d], the cache after these bytes, and what was learned (`units.report`; also at_word_edge
+    and at_character_edge among the metrics).
 
     key: noise of the boundary rules while training; None = none.
-    aux: boundaries (bool [b, t] per stage, outermost first, in bytes: where units end or start) and boundary_probs
-    (float32 [b, t] per stage; 0 where the stage decides nothing), loss (float32 [], the rules' own), lost (i32 [],
-    marks for which there was no slot) and metrics (name -> float32 [2], a sum and what it is to be divided by);
-    for predictors supervised by "entropy" also entropy_loss, a function from the entropies float32 [b, t], in nats,
-    of the model's next-token distributions to the predictor's loss float32 [], which is to be added to `loss`.
     """
     tokens = Tokens(batch.positions, batch.segments)
-    x_btd = embed(p, batch.ids, tokens, None if cache is None else cache.layers[0].ids, cfg)
-    call = Call(cfg, p, batch, key, cache)
-    x_btd, states, notes = _stage(0, x_btd, tokens, None if cache is None else cache.layers, call)
+    x_btd, latest = port.inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
+    seen = Seen(x_btd, tokens, batch.ids, batch.marks)
+    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, batch.ids, key))
     if cache is not None:
-        length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
-        latest = hashing.remember(batch.ids, tokens, cache.layers[0].ids)
-        outer = states[0].replace(ids=latest, waiting=cache.layers[0].waiting)
-        cache = Cache(layers=(outer, *states[1:]), length=length)
-    aux, late = _aux(notes, batch), _entropy_loss(notes, batch, cfg)
-    return x_btd, cache, aux if late is None else aux | {"entropy_loss": late}
+        cache = cache.replace(parts=cache.parts.replace(port=latest))
+    aux = units.report(notes, batch, cfg.chunking)
+    if cfg.chunking:
+        aux["metrics"] |= port.edges(aux["boundaries"][0], batch.ids, rules.of(cfg.chunking[0].rule).KIND)
+    return x_btd, cache, aux
 
 
-def embed(p: Tree, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig) -> jax.Array:
-    """Embeddings [b, t, d] of bytes and of the n-grams that end at them. before: the latest ids of earlier calls."""
-    x_btd = constrain(lookup(p["embed"], ids_bt, cfg.dtype), "batch", None, None)
-    return x_btd + _ngrams(p["ngrams"], ids_bt, tokens, before, cfg) if cfg.ngrams else x_btd
+def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.Array, Memory, jax.Array]:
+    """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until enough others do.
 
-
-def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig):
-    """The sum of the embeddings of the n-grams that end at each position: [b, t, d]."""
-    rows = [hashing.device(ids_bt, tokens, n, 0, cfg.ngram_rows, before) for n in cfg.ngrams]
-    flat = table_nvd.reshape(-1, table_nvd.shape[-1]).astype(cfg.dtype)
-    index_btn = jnp.stack([i * cfg.ngram_rows + r for i, r in enumerate(rows)], axis=-1)
-    return jnp.sum(jnp.take(flat, index_btn, axis=0), axis=2)
-
-
-@dataclasses.dataclass
-class Call:
-    """What all stages of one call share."""
-
-    cfg: HNetConfig
-    p: Tree
-    batch: Batch
-    key: jax.Array | None
-    cache: Cache | None
-
-    def context(self, tokens: Tokens, length: jax.Array | None) -> Context:
-        fresh = self.cache is not None and self.cache.fresh
-        return Context(tokens, length, fresh, self.p.get("relative"), self.cfg.remat and self.cache is None)
-
-
-@dataclasses.dataclass
-class _Note:
-    """What one stage decided: its boundary and plan, over the rows of the stage (packed or not)."""
-
-    boundary: Boundary
-    plan: Plan
-
-
-jax.tree_util.register_dataclass(_Note)
-
-
-def _stage(
-    s: int, x_btd: jax.Array, tokens: Tokens, states: tuple | None, call: Call, length: jax.Array | None = None
-) -> tuple[jax.Array, tuple | None, tuple]:
-    """Stage s and all inside it: [b, t, d] of the stage outside to the same shape."""
-    cfg, p, mine = call.cfg, call.p[f"stage{s}"], None if states is None else states[0]
-    if mine is not None and length is None:
-        length = call.cache.length
-    narrow = x_btd.shape[-1]
-    if "lift" in p:
-        lift = jnp.broadcast_to(p["lift"].astype(x_btd.dtype), (*x_btd.shape[:2], p["lift"].shape[0]))
-        x_btd = jnp.concatenate([x_btd, lift], axis=-1)
-    real, width = tokens, cfg.width(s)
-    if cfg.official_padding:
-        tokens = Tokens(
-            jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2]), jnp.ones_like(tokens.segments)
-        )
-    context, layouts = call.context(tokens, length), cfg.layouts(s)
-    if s == cfg.stages - 1:
-        with jax.named_scope("main"):
-            y, new = stack.apply_stack(p["main"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
-        return y[..., :narrow], None if mine is None else (StageState((new,)),), ()
-    with jax.named_scope(f"encoder{s}"):
-        h, encoder = stack.apply_stack(p["encoder"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
-    with jax.named_scope(f"units{s}"):
-        h, inner, notes, memory = _units(s, h, real, mine, states, call)
-    with jax.named_scope(f"decoder{s}"):
-        y, decoder = stack.apply_stack(p["decoder"], layouts[1], width, h, mine and mine.stacks[1], context)
-    if mine is None:
-        return y[..., :narrow], None, notes
-    return y[..., :narrow], (StageState((encoder, decoder), *memory), *inner), notes
-
-
-def _units(
-    s: int, h_btd: jax.Array, tokens: Tokens, mine: StageState | None, states: tuple | None, call: Call
-) -> tuple[jax.Array, tuple | None, tuple, tuple]:
-    """From encoder states to decoder inputs, through the units and the stages inside."""
-    cfg, chunking = call.cfg, call.cfg.chunking[s]
-    shape, batch = h_btd.shape, call.batch
-    ids, marks = (batch.ids, batch.marks) if s == 0 else (None, None)
-    if chunking.pack and call.cache is None:
-        h_btd, tokens, ids, marks = _pack(h_btd, tokens, ids, marks)
-    b, t, _ = h_btd.shape
-    *before, newest = begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
-    key = None if call.key is None else jax.random.fold_in(call.key, s)
-    boundary, plan, u_bmkd, after = find(s, Seen(h_btd, tokens, ids, marks, key), tuple(before), shape[0] // b, call)
-
-    def run(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
-        return inside(s, u_bmkd, boundary, plan, newest, inner, call, before[1].chunks)
-
-    inner = None if states is None else states[1:]
-    # One position: where no row begins or ends a unit, nothing inside has to run.
-    v_bmkd, inner, notes = only_if(jnp.any(plan.tokens.segments > 0), run, inner) if t == 1 else run(inner)
-    h_btd, newest = spread(s, v_bmkd, h_btd, boundary, plan, newest, call)
-    return h_btd.reshape(shape), inner, (_Note(boundary, plan), *notes), (*after, newest)
-
-
-def find(s: int, seen: Seen, states: tuple, documents: int, call: Call) -> tuple[Boundary, Plan, jax.Array, tuple]:
-    """Where the units of stage s begin or end in this call, their layout, their vectors [b, m, k, d], and the states
-    of rule, plan and pool after it. `documents`: at most so many begin in a row of a first call."""
-    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
-    rule, layout, pool = states
-    boundary, rule = rules.of(chunking.rule).apply(p.get("rule", {}), seen, rule, cfg=chunking.rule)
-    m = slots_for(seen.h.shape[1], chunking.capacity, 1 if cfg.official_padding else 8)
-    if "null" in p and (call.cache is None or call.cache.fresh):
-        # Room for the chunk that holds nothing, which every row begins with.
-        m += documents
-    plan, layout = make_plan(boundary, seen.tokens, m, layout, official=cfg.official_padding, null="null" in p)
-    u_bmkd, pool = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), seen.h, boundary, plan, pool, cfg=chunking)
-    return boundary, plan, u_bmkd, (rule, layout, pool)
-
-
-def only_if(
-    needed: jax.Array, run: Callable[[tuple], tuple[jax.Array, tuple, tuple]], inner: tuple
-) -> tuple[jax.Array, tuple, tuple]:
-    """run(inner), which gives (values, the states after it, notes); or zeros and `inner` where it isn't needed."""
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, inner))
-    return jax.lax.cond(needed, run, lambda inner: (nothing[0], inner, nothing[2]), inner)
-
-
-def spread(
-    s: int, v_bmkd: jax.Array, h_btd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, call: Call
-) -> tuple[jax.Array, jax.Array]:
-    """Decoder inputs [b, t, d] from the units' outputs, and the newest unit's output after this call."""
-    p, chunking = call.p[f"stage{s}"], call.cfg.chunking[s]
-    w = upsampling.UPSAMPLERS[chunking.upsample].apply(
-        p.get("upsample", {}), v_bmkd.astype(h_btd.dtype), h_btd, plan, newest.astype(h_btd.dtype), cfg=chunking
+    Args:
+      batch: [b, 1]. Segment 1 in rows that go on, those that wait included (of these the byte was read before, and
+        its id plays no part), 0 in rows that don't.
+      cache: of an earlier call. While any row waits, it is for this function only.
+    Returns: states [b, 1, d], the cache, and ready bool [b], as `units.step` has them.
+    """
+    live = batch.segments[:, 0] > 0
+    if not cfg.chunking:
+        x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
+        return x_b1d, cache, live
+    tokens = Tokens(cache.length[:, None], waiting.new_rows(cache, live)[:, None].astype(jnp.int32))
+    x_b1d, latest = port.inlet(p, batch, tokens, cache.parts.port, cfg)
+    cache = cache.replace(parts=cache.parts.replace(port=latest))
+    return units.step(
+        stage(0, Call(p, cfg, batch.ids)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache)
     )
-    return _combine(p, h_btd, w, boundary, chunking), upsampling.carry(v_bmkd, plan, newest)
 
 
-def inside(
-    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: tuple | None, call: Call,
-    before: jax.Array,
-) -> tuple[jax.Array, tuple | None, tuple]:  # fmt: skip
-    """The next stage over the units, and the mixing of what it returns: float32 [b, m, k, d]."""
-    p, chunking = call.p[f"stage{s}"], call.cfg.chunking[s]
-    b, m, k, d = u_bmkd.shape
+def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
+    """How many rows should wait in `step`."""
+    head = p["unembed"] if "unembed" in p else p["embed"]
+    inner = [p[f"stage{s}"] for s in range(1, cfg.stages)]
+    return waiting.enough((p["stage0"], head), inner, cache, cfg.chunking[0].capacity)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What all stages of one call share. ids: of stage 0. key: noise, or None."""
+
+    p: Tree
+    cfg: HNetConfig
+    ids: jax.Array
+    key: jax.Array | None = None
+
+
+def stage(s: int, call: Call) -> Stage:
+    """The parts of stage s, which is not the innermost one."""
+    cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
+
+    def encode(x_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        return _stack("encoder", s, _lifted(x_btd, p), states, place, call)
+
+    def inside(
+        u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest_bkd: jax.Array, memory: Memory | None
+    ) -> tuple[jax.Array, Memory | None, Notes]:
+        b, m, k, d = u_bmkd.shape
+        v, memory, notes = _run(s + 1, Seen(*_joined(u_bmkd, plan, p, cfg)), memory, call)
+        v = (project(v, p["part"]) if "part" in p else v).astype(jnp.float32)
+        if chunking.mix == "ema":
+            p_bm = jnp.take_along_axis(boundary.p, plan.at, axis=1)
+            segments = plan.tokens.segments
+            v = mixing.ema(v, p_bm, segments > 0, segments, newest_bkd.reshape(b, k * d))
+        return v.reshape(b, m, k, d), memory, notes
+
+    def combine(h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary) -> jax.Array:
+        return _combined(p, h_btd, w_btd, boundary, chunking)
+
+    def decode(y_btd: jax.Array, states: Any, place: Place) -> tuple[jax.Array, Any, dict[str, tuple]]:
+        y_btd, states, said = _stack("decoder", s, y_btd, states, place, call)
+        return _narrow(y_btd, p), states, said
+
+    dtype = jnp.dtype(cfg.dtype)
+    return Stage(chunking, p, cfg.d_model[s], dtype, encode, inside, combine, decode, cfg.official_padding)
+
+
+def _run(s: int, seen: Seen, memory: Memory | None, call: Call) -> tuple[jax.Array, Memory | None, Notes]:
+    """Stage s and all inside it: `seen.h` [b, t, d] of the stage outside to the same shape."""
+    cfg, p, tokens = call.cfg, call.p[f"stage{s}"], seen.tokens
+    if s < cfg.stages - 1:
+        key = None if call.key is None else jax.random.fold_in(call.key, s)
+        return units.run(stage(s, call), seen.replace(key=key), memory)
+    states, place = None if memory is None else memory.layers[0], Place.after(memory, tokens)
+    with jax.named_scope("main"):
+        y_btd, states, said = _stack("main", s, _lifted(seen.h, p), states, place, call)
+    if memory is not None:
+        length = memory.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
+        memory = memory.replace(layers=(states,), length=length, fresh=False)
+    return _narrow(y_btd, p), memory, Notes(memory=(said,))
+
+
+def _stack(
+    name: str, s: int, x_btd: jax.Array, states: Any, place: Place, call: Call
+) -> tuple[jax.Array, Any, dict[str, tuple]]:
+    """The encoder, the decoder or the main stack of stage s."""
+    cfg, tokens = call.cfg, place.tokens
+    if cfg.official_padding:
+        positions = jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2])
+        tokens = Tokens(positions, jnp.ones_like(tokens.segments))
+    # Policies draw apart from rules, whose keys have the stages' numbers.
+    key = None if call.key is None or states is not None else jax.random.fold_in(call.key, cfg.stages)
+    context = Context(
+        tokens, place.length, place.fresh, place.reading, ids=None if s else call.ids, key=key,
+        shared=call.p.get("relative"), remat=cfg.remat and states is None,
+    )  # fmt: skip
+    runs = cfg.stacks(s)[name == "decoder"]
+    return stack.apply_stack(call.p[f"stage{s}"][name], runs, cfg.width(s), x_btd, states, context)
+
+
+def _lifted(x_btd: jax.Array, p: Tree) -> jax.Array:
+    """States of the stage outside, with the channels that this one has more."""
+    if "lift" not in p:
+        return x_btd
+    lift = jnp.broadcast_to(p["lift"].astype(x_btd.dtype), (*x_btd.shape[:2], p["lift"].shape[0]))
+    return jnp.concatenate([x_btd, lift], axis=-1)
+
+
+def _narrow(y_btd: jax.Array, p: Tree) -> jax.Array:
+    """States without the channels that the stage outside lacks."""
+    return y_btd[..., : -p["lift"].shape[0]] if "lift" in p else y_btd
+
+
+def _joined(u_bmkd: jax.Array, plan: Plan, p: Tree, cfg: HNetConfig) -> tuple[jax.Array, Tokens]:
+    """One vector of each unit, [b, m, d] for the next stage, and where the units stand there."""
     if "null" in p:
         null = jnp.broadcast_to(p["null"].astype(u_bmkd.dtype), u_bmkd.shape)
         u_bmkd = jnp.where(plan.null[..., None, None], null, u_bmkd)
     if "norm" in p:
-        u_bmkd = layer_norm(u_bmkd, p["norm"]["w"], p["norm"]["b"], call.cfg.norm_eps)
-    u = u_bmkd.reshape(b, m, k * d)
-    u = project(u, p["join"]) if "join" in p else u
-    tokens = plan.tokens
-    if call.cfg.official_padding:
+        u_bmkd = layer_norm(u_bmkd, p["norm"]["w"], p["norm"]["b"], cfg.norm_eps)
+    b, m, k, d = u_bmkd.shape
+    u, tokens = u_bmkd.reshape(b, m, k * d), plan.tokens
+    if cfg.official_padding:
         used = jnp.arange(m)[None] < plan.count[:, None]
         tokens = Tokens(tokens.positions, jnp.where(used, tokens.segments, 0))
-    v, inner, notes = _stage(s + 1, u, tokens, inner, call, before)
-    v = project(v, p["part"]) if "part" in p else v
-    v = v.astype(jnp.float32)
-    if chunking.mix == "ema":
-        p_bm = jnp.take_along_axis(boundary.p, plan.at, axis=1)
-        segments = plan.tokens.segments
-        v = mixing.ema(v, p_bm, segments > 0, segments, newest.reshape(b, k * d))
-    return v.reshape(b, m, k, d), inner, notes
+    return project(u, p["join"]) if "join" in p else u, tokens
 
 
-def _combine(p: Tree, h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary, chunking: Any) -> jax.Array:
+def _combined(p: Tree, h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary, chunking: Chunking) -> jax.Array:
     """What a position read, and what it adds to it."""
     w = w_btd.astype(jnp.float32)
     if chunking.confidence:
@@ -241,77 +197,3 @@ def _combine(p: Tree, h_btd: jax.Array, w_btd: jax.Array, boundary: Boundary, ch
     elif chunking.residual == "identity":
         w = w + h_btd.astype(jnp.float32)
     return w.astype(h_btd.dtype)
-
-
-def _pack(h_btd: jax.Array, tokens: Tokens, ids: Any, marks: Any) -> tuple:
-    """The rows of every device side by side in one row, as further documents."""
-    b, t, _ = h_btd.shape
-    rows = batch_shards(b)
-    number = jnp.arange(b, dtype=jnp.int32)[:, None] * (t + 1)
-    segments = jnp.where(tokens.segments > 0, tokens.segments + number, 0)
-
-    def flat(a: jax.Array | None) -> jax.Array | None:
-        return None if a is None else constrain(a.reshape(rows, -1, *a.shape[2:]), "batch", *[None] * (a.ndim - 1))
-
-    return flat(h_btd), Tokens(flat(tokens.positions), flat(segments)), flat(ids), flat(marks)
-
-
-def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
-    """What the stages decided, in terms of bytes; nothing where there is only one stage."""
-    if not notes:
-        return {}
-    shape, real = batch.ids.shape, batch.segments > 0
-    boundaries, probs, metrics = [], [], {}
-    loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)
-    inside: list[_Note] = []
-    for s, note in enumerate(notes):
-        mark, p = note.boundary.mark, note.boundary.p
-        p = mark.astype(jnp.float32) if p is None else p
-        for outer in reversed(inside):
-            # A unit of an inner stage begins or ends where the chunk that it marks was marked in the stage outside.
-            chunk = jnp.minimum(outer.plan.slot, outer.plan.at.shape[1] - 1)
-            ours = outer.boundary.mark & outer.plan.member
-            take = lambda a, chunk=chunk: jnp.take_along_axis(a.reshape(chunk.shape[0], -1), chunk, axis=1)  # noqa: E731
-            # Marks beyond the capacity made no chunk.
-            ours &= take(outer.plan.at) == jnp.arange(chunk.shape[1])[None]
-            mark, p = take(mark) & ours, jnp.where(ours, take(p), 0.0)
-        inside.append(note)
-        boundaries.append(mark.reshape(shape) & real)
-        probs.append(p.reshape(shape))
-        count = jnp.sum(boundaries[-1], dtype=jnp.float32)
-        metrics[f"bytes_per_unit_{s}"] = jnp.stack([jnp.sum(real, dtype=jnp.float32), count])
-        missed = jnp.sum(note.plan.lost)
-        metrics[f"lost_{s}"] = jnp.stack([missed.astype(jnp.float32), jnp.maximum(units, 1.0)])
-        units, loss, lost = count, loss + note.boundary.loss, lost + missed
-    first = boundaries[0]
-    for name, edge in zip(("at_word_edge", "at_character_edge"), _edges(batch.ids, notes[0].boundary.kind)):
-        hits = jnp.sum(first & edge, dtype=jnp.float32)
-        metrics[name] = jnp.stack([hits, jnp.sum(first, dtype=jnp.float32)])
-    return {
-        "boundaries": tuple(boundaries),
-        "boundary_probs": tuple(probs),
-        "loss": loss,
-        "lost": lost,
-        "metrics": metrics,
-    }
-
-
-def _entropy_loss(notes: tuple[_Note, ...], batch: Batch, cfg: HNetConfig) -> Callable[..., jax.Array] | None:
-    rule = cfg.chunking[0].rule if cfg.chunking else None
-    if not isinstance(rule, Predictor) or rule.supervision != "entropy":
-        return None
-    # Rows may have been packed side by side.
-    boundary = jax.tree.map(lambda a: a.reshape(batch.ids.shape), notes[0].boundary.replace(loss=None))
-    tokens = Tokens(batch.positions, batch.segments)
-    return lambda entropy_bt: predictor.entropy_loss(boundary, entropy_bt, tokens, rule)
-
-
-def _edges(ids_bt: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """bool [b, t]: whether the unit that begins at the mark ("start") or after it ("end") would begin at the edge of
-    a word, which is at or after white space, and whether it would begin with a whole UTF-8 character."""
-    space = (ids_bt == 0x20) | ((ids_bt >= 0x09) & (ids_bt <= 0x0D))
-    inside = (ids_bt >= 0x80) & (ids_bt < 0xC0)
-    if kind == END:
-        following = lambda a: jnp.roll(a, -1, axis=1)  # noqa: E731
-        return space | following(space), ~following(inside)
-    return space | jnp.roll(space, 1, axis=1), ~inside

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.dms import decide
-from atom_jax.kvcache.dms.decide import Mode
+from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.nn import scoring
 from atom_jax.training.losses import Sums, counted_bytes
@@ -130,8 +129,8 @@ def self_distillation(
     if fade is not None:
         teacher_mode = Mode("off", fade=jnp.where(step < how.fade_steps, 1.0, 0.0))
     if key is not None:
-        noise = decide.logistic(key, (cfg.n_layers, b, cfg.n_kv_heads, t)) + before
-        student_mode = Mode("relaxed", noise, fade)
+        relaxed = cfg.memory.mode(key, cfg.n_layers, b, cfg.n_kv_heads, t)
+        student_mode = relaxed.replace(noise=relaxed.noise + before, fade=fade)
     frozen = jax.lax.stop_gradient(params)
     teacher, _, _ = transformer.hidden(frozen, batch, cfg=cfg, mode=teacher_mode)
     student, _, aux = transformer.hidden(

@@ -139,7 +139,7 @@ def test_supervised_by_entropy_spikes(official, weights, states):
     assert out.loss == 0
     entropy, tokens = official["entropy.entropy"].T, whole(*states.shape[:2])
     np.testing.assert_array_equal(predictor.spikes(entropy, tokens), official["entropy.spikes"].T)
-    loss = predictor.entropy_loss(out, entropy, tokens, cfg)
+    loss = predictor.late_loss(out, entropy, tokens, cfg=cfg)
     np.testing.assert_allclose(loss, official["entropy.loss_boundaries"], rtol=1e-5)
 
 

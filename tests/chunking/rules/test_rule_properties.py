@@ -20,6 +20,7 @@ from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.chunking.types import END, START, Boundary, Seen
+from atom_jax.kvcache.memory import Stack
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
 
@@ -141,7 +142,9 @@ def visible(state):
     if window is None:
         return state
     keep = window.same[None, :, None, :, None]
-    keys, values = (jnp.where(jnp.broadcast_to(keep, x.shape), x, 0) for x in (window.keys, window.values))
+    keys, values = (
+        Stack(jnp.where(jnp.broadcast_to(keep, x.states.shape), x.states, 0)) for x in (window.keys, window.values)
+    )
     positions = jnp.where(window.same, window.positions, 0)
     return state.replace(model=window.replace(keys=keys, values=values, positions=positions))
 
