@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.models.published import Published
 from atom_jax.params import Tree
 from atom_jax.typing import Suffix
 
@@ -104,6 +105,7 @@ class Family:
     describe(cfg): (label, text) of sizes, positions and memory, for `info`.
     codec(cfg): what its ids mean.
     examples(): small configurations by name, which together take every path; for tests.
+    published: its config.json and tensor names; None where it has none.
     """
 
     name: str
@@ -125,3 +127,4 @@ class Family:
     describe: Callable[[Any], list[tuple[str, str]]]
     examples: Callable[[], Mapping[str, Any]]
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
+    published: Published | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from atom_jax.models import bolmo, hnet, transformer_family
 from atom_jax.models.family import Family
+from atom_jax.models.published import Published
 from atom_jax.typing import AtomError
 
 FAMILIES: dict[str, Family] = {}
@@ -18,6 +19,15 @@ def register(family: Family) -> None:
 
 for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY):
     register(_family)
+
+
+def recognise(data: dict[str, Any], where: str) -> Published:
+    """How the model with these fields of a config.json, the file `where`, is published. AtomError for unknown ones."""
+    for family in FAMILIES.values():
+        if family.published is not None and family.published.recognises(data):
+            return family.published
+    kind = str(data.get("model_type"))[:60]
+    raise AtomError(f"{where}: model_type {kind!r} is not supported (known: {', '.join(FAMILIES)})")
 
 
 def of(cfg: Any) -> Family:

@@ -17,6 +17,7 @@ from atom_jax.kvcache.dms import DMS, decide, low_rank
 from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.kvcache.memory import Call
 from atom_jax.models.transformer_memory import cache_use, full, grow, init_cache, read_whole, unstack
+from atom_jax.models.transformer_variants import FAMILIES
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attention_spec
 from atom_jax.nn.embedding import SMALL_VOCAB, lookup
@@ -29,27 +30,9 @@ from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
-    "FAMILIES", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params", "full", "grow", "hidden",
+    "TransformerConfig", "apply", "blocks", "cache_use", "decode_params", "full", "grow", "hidden",
     "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What distinguishes one published family from another."""
-
-    # Where queries and keys are normalised: "none", "head" (per head) or "full" (all heads together).
-    qk_norm: str = "none"
-    # Whether norms act on the output of attention and MLP instead of on their input.
-    post_norm: bool = False
-
-
-FAMILIES = {
-    "llama": Family(),
-    "qwen3": Family(qk_norm="head"),
-    "olmo2": Family(qk_norm="full", post_norm=True),
-    "olmo3": Family(qk_norm="full", post_norm=True),
-}
 
 
 @config.register

@@ -8,6 +8,7 @@ from atom_jax.models.bolmo.config import BolmoConfig, read_whole, roomier, spec
 from atom_jax.models.bolmo.forward import apply, hidden, logits
 from atom_jax.models.bolmo.ids import codec
 from atom_jax.models.bolmo.memory import cache_use, decode_params, full, grow, init_cache, unstack
+from atom_jax.models.bolmo.published import PUBLISHED
 from atom_jax.models.bolmo.waiting import step
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
@@ -67,5 +68,6 @@ FAMILY = Family(
     flops=flops,
     describe=describe,
     examples=examples,
+    published=PUBLISHED,
     codec=codec,
 )

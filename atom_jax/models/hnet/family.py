@@ -10,6 +10,7 @@ from atom_jax.models.hnet.config import HNetConfig, read_whole, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, init_cache, unstack
+from atom_jax.models.hnet.published import PUBLISHED
 from atom_jax.models.hnet.waiting import step
 from atom_jax.models.stack import Width
 
@@ -95,4 +96,5 @@ FAMILY = Family(
     flops=flops,
     describe=describe,
     examples=examples,
+    published=PUBLISHED,
 )

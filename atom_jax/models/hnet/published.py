@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.checkpoint.families import Rule
-from atom_jax.checkpoint.fields import Fields
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
+from atom_jax.fields import Fields
 from atom_jax.models import stack
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet.config import HNetConfig
+from atom_jax.models.published import Published, named_tokenizer
+from atom_jax.naming import Rule
 from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.typing import AtomError
 
@@ -23,15 +24,9 @@ def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chu
                     confidence=True, capacity=capacity, **changes)  # fmt: skip
 
 
-def is_hnet(data: dict[str, Any]) -> bool:
-    """Whether a config.json is one of H-Net's."""
-    return "arch_layout" in data
-
-
 def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
-    """HNetConfig of an H-Net config.json (arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg,
-    tie_embeddings), and eos_token_id where there is one. Raises AtomError, naming the field, for missing or
-    senseless values."""
+    """See `Published`: arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg, tie_embeddings, and
+    eos_token_id where there is one."""
     layout = _flatten(data["arch_layout"], where)
     stages = (len(layout) + 1) // 2
     attention, ssm = (_table(data, name, where) for name in ("attn_cfg", "ssm_cfg"))
@@ -63,11 +58,8 @@ def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
         raise AtomError(e if str(e).startswith(where) else f"{where}: {e}") from None
 
 
-def to_hf(cfg: HNetConfig) -> dict[str, Any]:
-    """The config.json of an H-Net, which does not say how it was trained (targets, capacities).
-
-    Raises AtomError where the published code has no such option.
-    """
+def to_hf(cfg: HNetConfig, dtype: str) -> dict[str, Any]:
+    """See `Published`. The format does not say how a model was trained (targets, capacities), nor the dtype."""
     theirs = chunking()
     for c in cfg.chunking:
         if type(c.rule) is not Cosine or (c.pool, c.mix, c.upsample, c.residual, c.confidence, c.norm) != (
@@ -119,7 +111,7 @@ _MLP = (
 
 
 def rules(cfg: HNetConfig) -> list[Rule]:
-    """Published names of all tensors with our paths; in runs of layers {i} counts from the run's first layer."""
+    """See `Published`; in runs of layers {i} counts from the run's first layer."""
     out = [Rule("embeddings.weight", "embed"), Rule("lm_head.weight", "unembed", 1)]
     prefix = "backbone."
     for s in range(cfg.stages):
@@ -145,9 +137,7 @@ def _stack(hf: str, ours: str, layout: str) -> list[Rule]:
     out, first = [Rule(hf + "rmsnorm.weight", ours + "norm")], 0
     for run, (letter, n) in enumerate(stack.parse(layout)):
         kinds = (Rule("norm1.weight", "norm1"), *_MIXERS[letter.lower()], *(_MLP if letter.isupper() else ()))
-        for r in kinds:
-            name = f"{hf}layers.{{i}}.{r.hf}"
-            out.append(Rule(name, f"{ours}{run}/{r.path}", r.inputs, r.unit_axis, first))
+        out += [rule.inside(f"{hf}layers.{{i}}.", f"{ours}{run}/", first) for rule in kinds]
         first += n
     return out
 
@@ -172,3 +162,14 @@ def _numbers(data: dict[str, Any], name: str, n: int, where: str, least: int = 1
     if not good:
         raise AtomError(f"{where}: {name} must be {n} integers of at least {least}, got {str(values)[:60]}")
     return tuple(values)
+
+
+PUBLISHED = Published(
+    recognises=lambda data: "arch_layout" in data,
+    from_hf=from_hf,
+    to_hf=to_hf,
+    rules=rules,
+    tokenizer=lambda cfg, data, path, find: named_tokenizer(
+        data.get("atom_tokenizer", "hnet_bytes"), ("bytes", "hnet_bytes"), path
+    ),
+)
