@@ -110,3 +110,13 @@ def unflatten(leaves: dict[str, Any] | Iterable[tuple[str, Any]]) -> Tree:
 def cast(tree: Tree, dtype: Any) -> Tree:
     """Casts the floating-point leaves."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def unstack(tree: Tree) -> tuple:
+    """A tuple of trees, one for each entry of the leading axis that all arrays of `tree` share."""
+    return tuple(_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0]))
+
+
+@jax.jit
+def _pick(tree: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda x: x[i], tree)

@@ -20,7 +20,7 @@ from atom_jax import params
 from atom_jax.inference import sampling
 from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, unrolls
 from atom_jax.inference.score import to_batch
-from atom_jax.kvcache.policies import parse, with_memory
+from atom_jax.kvcache.policies import parse
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
@@ -155,7 +155,7 @@ class Side:
         """Reads the prompt under a cache policy that may keep a share of its tokens or patches; bytes, per byte of
         text, of the entries `held`, of the `buffers` that they are in, and of all other `states`."""
         named = policy if policy == "none" else f"{policy}:budget={math.ceil(share * self.units)}"
-        lm = with_memory(self.lm, parse(named))
+        lm = registry.with_memory(self.lm, parse(named))
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
         main = cache.layers.main.layers if self.is_bolmo else cache.layers
         entries = float(registry.of(lm.config).cache_use(cache, lm.config)[0][0])

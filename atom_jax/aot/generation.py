@@ -3,7 +3,6 @@ executed."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -87,17 +86,17 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
     """What reading prompts and making tokens needs.
 
     lm: its parameters are not looked at. rows, length: of the batch; a prompt's length in tokens. topology: as in
-    `topology.devices`. Learned evictors are taken to keep one in `memory.cr` of the keys, besides those in their
-    window. Errors: as of `Loaded`.
+    `topology.devices`. Memory that is compacted while it reads is taken to keep what its policy expects. Errors: as
+    of `Loaded`.
     """
     cfg = lm.config
     if min(rows, length) < 1 or length + 1 > cfg.max_length:
         raise AtomError(f"expected at least one row of 1 to {cfg.max_length - 1} tokens, got {rows} of {length}")
-    model, chips = registry.of(cfg), Loaded(lm, topology, mesh)
+    chips = Loaded(lm, topology, mesh)
     what = f"{rows} rows with prompts of {length:,} tokens"
     with jax.set_mesh(chips.mesh):
         params = chips.params | chips.whole(chips.beside)
-        if model.read_whole(cfg):
+        if (size := reading.plan(cfg).part) is None:
             padded = bucket(length)
             suffix = chips.suffix(rows, padded)
             prompt = decode.read_prompt.lower(
@@ -108,13 +107,13 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
             places = chips.compile("prompt", prompt).places
             cache = chips.whole(cache) if places is None else at(cache, places[0][1])
         else:
-            kept = min(length, math.ceil(length / cfg.dms.cr) + cfg.dms.window)
+            kept = max(length if a.policy is None else a.policy.expected(length) for a in cfg.attentions)
             what += f", of which every head keeps {kept:,}"
-            before = _cache(chips, cfg, rows, kept + reading.PART)
+            before = _cache(chips, cfg, rows, kept + size)
             last_bd = chips.whole(jax.ShapeDtypeStruct((rows, cfg.d_model), jnp.dtype(cfg.dtype)))
-            part = chips.ints(rows, reading.PART)
+            part = chips.ints(rows, size)
             prompt = reading.part_in_place.lower(params, part, chips.ints(rows), last_bd, before, cfg=cfg)
-            chips.compile(f"{reading.PART} of a prompt", prompt)
+            chips.compile(f"{size} of a prompt", prompt)
             cache = _cache(chips, cfg, rows, kept + ROOM)
         begun = jax.ShapeDtypeStruct((rows,), jnp.int32)
         state = decode.State(cache, *chips.whole((begun, jax.ShapeDtypeStruct((rows,), jnp.bool_), begun)))

@@ -94,7 +94,7 @@ def _gguf(path: Path) -> tuple[Any, Any, list[_Row]]:
     from atom_jax.checkpoint.gguf_import import GGUFSource
 
     source = GGUFSource(path)
-    cfg = checkpoint.hf_config.from_hf(source.hf_config, str(path))
+    cfg = registry.recognise(source.hf_config, str(path)).from_hf(source.hf_config, str(path))
     return cfg, source.tokenizer(), source.stored()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.inference.reading import read
 from atom_jax.inference.score import BLOCK, check_ids
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache import memory
+from atom_jax.kvcache.memory import Memory
 from atom_jax.models import transformer
 from atom_jax.typing import LM, AtomError
 
@@ -51,7 +52,7 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     if len(contexts) != len(continuations):
         raise AtomError(f"there are {len(contexts)} contexts, but {len(continuations)} continuations")
     x_bd, cache, _ = read(lm.params, contexts, lengths, cfg=lm.config)
-    cache = transformer.grow(cache, 0)
+    cache = memory.grow(cache, 0)
     held, nbytes = _held(cache), params_lib.nbytes(cache.layers)
     states = [x_bd[:, None]]
     if continuations.shape[1] > 1:
@@ -100,6 +101,6 @@ def _judge(
 
 
 @jax.jit
-def _held(cache: Cache) -> jax.Array:
+def _held(cache: Memory) -> jax.Array:
     """Entries stored, i32 [l, b, h]."""
-    return jax.vmap(lambda layer: layer.held(cache.length))(cache.layers)
+    return memory.held(cache)

@@ -12,6 +12,7 @@ from flax import struct
 
 from atom_jax.inference import reading, sampling
 from atom_jax.inference.score import exactly
+from atom_jax.kvcache import memory
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
 from atom_jax.typing import LM, Batch
@@ -101,18 +102,18 @@ def start(
     instead of a stacked one. suffix: as in Batch. Returns the state and the tokens i32 [b], -1 where a stop id was
     chosen, and everywhere where the form of the prompt's last token is to be chosen first (`Codec.pending`).
     """
-    model = registry.of(cfg)
-    if model.read_whole(cfg):
+    how = reading.plan(cfg)
+    if how.part is None:
         whole = functools.partial(read_prompt, params, ids_bt, length_b, suffix, capacity=capacity)
         logits_bv, cache = exactly(lambda cfg: whole(cfg=cfg), cfg)
     else:
-        parts = -(-int(length_b.max()) // reading.PART)
-        last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)
+        parts = -(-int(length_b.max()) // how.part)
+        last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * how.part], length_b, cfg=cfg)
         logits_bv = _logits(params, last_bd, cfg=cfg)
-    cache = model.unstack(cache) if unroll else cache
+    cache = memory.unstack(cache) if unroll else cache
     if choice.codec.pending:
         token, done, made = _last(choice, logits_bv, ids_bt, length_b)
-        return State(cache, token, done, made), jnp.full_like(token, -1)
+        return State(_trimmed(cache, cfg), token, done, made), jnp.full_like(token, -1)
     return _begin(cache, logits_bv, choice, cfg)
 
 
@@ -129,10 +130,12 @@ def go_on(
 
 def _begin(cache: Any, logits_bv: jax.Array, choice: Choice, cfg: Any) -> tuple[State, jax.Array]:
     token, done, made = _first(choice, logits_bv)
-    if not registry.of(cfg).read_whole(cfg):
-        # No larger than what is retained: of every layer alone where they are apart.
-        cache = registry.of(cfg).grow(cache)
-    return State(cache, token, done, made), jnp.where(done, -1, token)
+    return State(_trimmed(cache, cfg), token, done, made), jnp.where(done, -1, token)
+
+
+def _trimmed(cache: Any, cfg: Any) -> Any:
+    """The memory no larger than what is retained: of every layer alone where they are apart."""
+    return memory.grow(cache) if reading.plan(cfg).shrinks else cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -150,7 +153,7 @@ def read_prompt(
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
-    x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
+    x_btd, cache, aux = reading.prompt(params, batch, cfg=cfg, capacity=capacity)
     last = jnp.maximum(length_b - 1 - model.codec(cfg).pending, 0)
     last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
@@ -188,13 +191,13 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
 
     def going(loop: tuple[State, Made]) -> jax.Array:
         live_b = live(loop[0])
-        return jnp.any(live_b) & ~jnp.any(model.full(loop[0].cache) & live_b)
+        return jnp.any(live_b) & ~jnp.any(memory.full(loop[0].cache) & live_b)
 
     def step(loop: tuple[State, Made]) -> tuple[State, Made]:
         state, made = loop
         batch = Batch(state.token[:, None], state.cache.length[:, None], live(state)[:, None].astype(jnp.int32))
         x_b1d, cache, ready = model.step(params, batch, cfg=cfg, cache=state.cache)
-        held_b, read_b = model.cache_use(cache, cfg)
+        held_b, read_b = memory.use(cache)
         token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
         # Past the end, where nothing is written, in rows without a new token.
         at = jnp.where(ready, state.made - before, CHUNK)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
-from atom_jax.inference import sampling
+from atom_jax.inference import reading, sampling
 from atom_jax.inference.decode import (
     CHUNK,
     Choice,
@@ -31,6 +31,7 @@ from atom_jax.inference.decode import (
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import full, grow, use
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
 from atom_jax.models.transformer import TransformerConfig
@@ -201,7 +202,7 @@ class _Run:
             params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
         cfg = self.lm.config
-        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and registry.of(cfg).read_whole(cfg):
+        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and reading.plan(cfg).part is None:
             self.peak = float(lengths.sum())  # a policy takes away from what was whole
         else:
             self._count()
@@ -218,15 +219,15 @@ class _Run:
 
     def _count(self) -> None:
         """Takes what is held now into the peak."""
-        held_b, _ = registry.of(self.lm.config).cache_use(self.state.cache, self.lm.config)
+        held_b, _ = use(self.state.cache)
         self.peak = max(self.peak, float(held_b.sum()))
 
     def prepare(self, until: int) -> None:
         """Gets ready to make `until` tokens in every unfinished row, or fewer where the cache ends, which is made
         larger first."""
-        model, self.until = registry.of(self.lm.config), until
-        if bool(jnp.any(model.full(self.state.cache) & ~self.state.done & (self.state.made < until))):
-            self.state = self.state.replace(cache=model.grow(self.state.cache))
+        self.until = until
+        if bool(jnp.any(full(self.state.cache) & ~self.state.done & (self.state.made < until))):
+            self.state = self.state.replace(cache=grow(self.state.cache))
         shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
         if shapes != self.compiled:
             # No step is taken: rates are to count decoding, not compiling.

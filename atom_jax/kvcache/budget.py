@@ -24,7 +24,8 @@ from flax import struct
 
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import Call, Policy, Sizes, stack_layers
+from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache.policy import Policy
 from atom_jax.nn.attention import attend
 from atom_jax.typing import AtomError
 
@@ -40,6 +41,7 @@ class Budget(Policy):
     least one. sinks: positions at the start of a text that are never evicted.
     """
 
+    stepwise: ClassVar[bool] = True
     budget: int = 0
     ratio: float = 0.0
     sinks: int = 0
@@ -54,9 +56,13 @@ class Budget(Policy):
             given = "neither is given" if not self.budget else f"got budget {self.budget} and ratio {self.ratio}"
             raise AtomError(f"memory {self.name}: expected budget=ENTRIES or ratio=SHARE, {given}")
 
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """Empty buffers of all layers; see `memory.Policy`."""
-        return stack_layers(BudgetLayer.empty(self, sizes, self.slots(sizes, capacity)), sizes.layers)
+    def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> BudgetLayer:
+        """Empty buffers; see `policy.Policy`."""
+        return stack_layers(BudgetLayer.empty(self, sizes, self.slots(sizes, capacity)), len(numbers))
+
+    def expected(self, length: int) -> int:
+        """The limit, or less of a shorter text."""
+        return min(length, self.budget or max(1, math.floor(length * self.ratio)))
 
     def slots(self, sizes: Sizes, capacity: int) -> int:
         """Length of the buffers."""
@@ -77,11 +83,11 @@ class Budget(Policy):
         """i32 [b, h]: how many of the newest entries are not to be evicted."""
         return jnp.zeros_like(limit_bh)
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """float32 [b, h, t]: what new tokens start with."""
         return jnp.full(call.k.shape[:3], jnp.inf)
 
-    def prompt(self, entries: Entries, call: Call, extra: Any) -> jax.Array:
+    def prompt(self, entries: Entries, call: Call) -> jax.Array:
         """float32 [b, h, t]: scores of a prompt's keys."""
         return self.observe(entries, call)
 
@@ -133,15 +139,14 @@ def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Ar
 
 
 @struct.dataclass
-class BudgetLayer:
+class BudgetLayer(Layer):
     """The memory of one layer, c slots per row and head.
 
     k, v: [b, h, c, k]. pos: i32 [b, h, c], position of the entry, -1 in empty slots. score: float32 [b, h, c].
-    n: i32 [b, h], entries held. limit: i32 [b, h], entries that single tokens leave. extra: what the policy needs to
-    know about the layer. policy: static.
+    n: i32 [b, h], entries held. limit: i32 [b, h], entries that single tokens leave. extra: what else the policy
+    keeps, arrays [b, ...]. policy: static.
     """
 
-    RANK: ClassVar[int] = 4
     k: jax.Array
     v: jax.Array
     pos: jax.Array
@@ -171,10 +176,10 @@ class BudgetLayer:
         t = call.k.shape[2]
         pos = jnp.where(call.real, call.tokens.positions, -1)
         pos = jnp.broadcast_to(pos[:, None], call.k.shape[:3])
-        new = Entries(call.k, call.v, pos, self.policy.token_score(call, self.extra))
+        new = Entries(call.k, call.v, pos, self.policy.token_score(call))
         if call.fresh:
             out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
-            new = new.replace(score=self.policy.prompt(new, call, self.extra))
+            new = new.replace(score=self.policy.prompt(new, call))
             keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call.after, t))
             return out, self._put(new, keep).replace(limit=limit)
         new = self.entries.join(new)
@@ -217,7 +222,7 @@ class BudgetLayer:
             k=put(self.k, call.k[:, :, 0]),
             v=put(self.v, call.v[:, :, 0]),
             pos=put(pos, jnp.full((b, h), -1), dropped),
-            score=put(self.score, self.policy.token_score(call, self.extra)[:, :, 0]),
+            score=put(self.score, self.policy.token_score(call)[:, :, 0]),
             n=self.n + jnp.where(fits & real, 1, 0) - over.astype(jnp.int32),
         )
         out, weights = observe.attend_one(call.q[..., 0, :], new.k, new.v, new.pos)
@@ -238,7 +243,7 @@ class BudgetLayer:
         """Rows where a head may hold more, but has no slot for it; at its limit it uses slots again."""
         return jnp.any((self.n < self.limit) & (self.n >= self.k.shape[-2]), axis=-1)
 
-    def grow(self, more: int) -> BudgetLayer:
+    def grow(self, length_b: np.ndarray, more: int) -> BudgetLayer:
         """Room for `more` further tokens in one call; for 1: for single tokens, of which full heads need none."""
         n, limit = np.asarray(self.n), np.asarray(self.limit)
         slots = self.k.shape[-2]
@@ -247,7 +252,9 @@ class BudgetLayer:
         else:
             need = int(n.max()) + more
             most = bucket(need)
-        size = slots if need <= slots else min(bucket(need), most)
+        if need <= slots:
+            return self
+        size = min(bucket(need), most)
 
         def pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
             widths = [(0, size - slots if i == x.ndim + axis else 0) for i in range(x.ndim)]
@@ -260,7 +267,3 @@ class BudgetLayer:
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries stored: at most the limit, after single tokens."""
         return self.n
-
-    def read(self, length_b: jax.Array) -> jax.Array:
-        """Every entry stored."""
-        return self.n.astype(jnp.float32)

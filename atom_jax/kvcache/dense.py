@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.memory import Call, Layer
 from atom_jax.nn.attention import Tokens, attend
 from atom_jax.sharding import split
 from pallas_kernels.cache_attention.api import cache_attention, fits, in_pages
@@ -20,10 +21,9 @@ PAGES = (128, 64, 32, 16)
 
 
 @struct.dataclass
-class DenseLayer:
+class DenseLayer(Layer):
     """Keys and values of one layer: k, v [b, h, c, k], where slot c holds the token at position c of its row."""
 
-    RANK: ClassVar[int] = 4
     k: jax.Array
     v: jax.Array
 
@@ -69,18 +69,16 @@ class DenseLayer:
         """Rows whose next token does not fit."""
         return length_b >= self.k.shape[-2]
 
-    def grow(self, more: int) -> DenseLayer:
-        """Room for `more` tokens beyond the present capacity, in the next bucket."""
-        size = bucket(self.k.shape[-2] + more)
-        return DenseLayer(widen(self.k, size), widen(self.v, size))
+    def grow(self, length_b: np.ndarray, more: int) -> DenseLayer:
+        """Room for `more` tokens after the longest row, in the next bucket."""
+        need = int(length_b.max()) + more
+        if need <= self.k.shape[-2]:
+            return self
+        return DenseLayer(widen(self.k, bucket(need)), widen(self.v, bucket(need)))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Every token."""
         return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
-
-    def read(self, length_b: jax.Array) -> jax.Array:
-        """Every token."""
-        return self.held(length_b).astype(jnp.float32)
 
 
 def put_one(old_bhck: jax.Array, new_bh1k: jax.Array, at_b: jax.Array) -> jax.Array:
@@ -105,29 +103,9 @@ def _attend_held(
     return cache_attention(q_bhgk, k_pck, v_pck, lengths_bh, table)[0][..., None, :].astype(q_bhg1k.dtype)
 
 
-@struct.dataclass
-class Cache:
-    """Memory of a whole model: `layers` (whatever the model keeps) and the number of tokens seen per row, i32 [b].
-    `fresh` (static) promises that nothing is stored yet."""
-
-    layers: Any
-    length: jax.Array
-    fresh: bool = struct.field(pytree_node=False, default=False)
-
-
 def bucket(n: int, least: int = 16) -> int:
     """The first of 16, 24, 32, 48, 64, 96, ... that is at least `n` and `least`."""
     size = 16
     while size < max(n, least):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def unstack_layers(tree: Any) -> tuple:
-    """A tuple of trees, one for each entry of the leading axis that all arrays of `tree` share."""
-    return tuple(_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0]))
-
-
-@jax.jit
-def _pick(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], tree)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class ExpectedAttention(Budget):
         if self.future < 1 or self.eps < 0:
             raise AtomError(f"memory {self.name}: expected future of at least 1 and eps of at least 0")
 
-    def prompt(self, entries: Entries, call: Call, extra: Any) -> jax.Array:
+    def prompt(self, entries: Entries, call: Call) -> jax.Array:
         """Expected attention to every key, softmax over all but the sinks, mean over the group."""
         size, k = call.k.shape[-1], call.k.astype(jnp.float32)
         mean, cov = self.queries(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class H2O(Budget):
         """Half of the limit."""
         return limit_bh // 2
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """Nothing yet: the token attends to itself in the same call."""
         return jnp.zeros(call.k.shape[:3])
 

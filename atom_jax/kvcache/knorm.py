@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,6 @@ class KNorm(Budget):
 
     name: ClassVar[str] = "knorm"
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """Minus the norm."""
         return -jnp.linalg.norm(call.k.astype(jnp.float32), axis=-1)

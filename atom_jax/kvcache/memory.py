@@ -1,25 +1,31 @@
-"""What every cache policy offers: the one protocol between models and their memory.
+"""The one protocol between models and their memory: policies, the layers that they make, and the tree of a model.
 
-A policy is a frozen, registered configuration (`Policy`); `TransformerConfig.memory` holds one, or None for the dense
-cache. Its `init` makes the state of all layers, stacked over a leading axis; the state of one layer is a pytree with
-the methods of `Layer`. Adding a policy is one file with both and one line in `kvcache/policies.py`.
+A policy is a frozen, registered configuration (`policy.Policy`) whose `init` makes `Layer`s: the memory of one
+attention layer, or of several equal ones stacked on a leading axis inside a `Stack`. A model's memory is one tree of
+`Memory` nodes, which hold layers (and the states of recurrent ones), and whatever else the model keeps of every row;
+what is asked of all of it is written here once. Adding a policy is one file and one line in `kvcache/policies.py`.
+
+States are immutable: the memory of before is a fork, where it is not donated.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar, NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from atom_jax import params
 from atom_jax.nn.attention import Tokens
 
 
 class Sizes(NamedTuple):
-    """Of a model and a batch: layers, rows, key/value heads, query heads per key/value head, head size; the dtype of
-    keys and values; and RoPE's (theta, scaling) in full-attention layers."""
+    """Of a model and a batch: layers that have the policy, rows, key/value heads, query heads per key/value head,
+    head size; the dtype of keys and values; and RoPE's (theta, scaling) in full-attention layers."""
 
     layers: int
     b: int
@@ -35,9 +41,13 @@ class Call:
     """t new tokens of every row, for one layer.
 
     q: [b, h, g, t, k], k, v: [b, h, t, k], turned by RoPE. tokens: where they stand; padding (segment 0) comes last.
-    length: i32 [b], tokens that the row had before. z: f32 [b, h, t], decision logits of learned evictors, or None;
-    learned: their parameters.
-    window: of a sliding layer, else None. fresh: nothing is stored yet. rope: as in Sizes. All three are static.
+    length: i32 [b], tokens that the row had before.
+    k_plain: [b, h, t, k], keys before RoPE. ids: i32 [b, t] or None. said: what the policy's `prepare` says of every
+    token, a pytree of arrays [b, h, t, ...], or None. learned: the policy's parameters of this layer, or None.
+    derived: what its `derive` made of the layer, or None. layer: i32 [], number of the layer in the model. mode: how
+    decisions are made where there is no memory (`policy.Mode`).
+    window: of a sliding layer, else None. fresh: nothing is stored yet. reading: how often the tokens were read
+    before. rope: as in Sizes. All four are static.
     """
 
     q: jax.Array
@@ -45,10 +55,16 @@ class Call:
     v: jax.Array
     tokens: Tokens
     length: jax.Array
-    z: Any = None
+    k_plain: Any = None
+    ids: Any = None
+    said: Any = None
     learned: Any = None
+    derived: Any = None
+    layer: Any = 0
+    mode: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
     fresh: bool = struct.field(pytree_node=False, default=False)
+    reading: int = struct.field(pytree_node=False, default=0)
     rope: tuple = struct.field(pytree_node=False, default=(10000.0, None))
 
     @property
@@ -61,50 +77,105 @@ class Call:
         """i32 [b]: tokens of every row once these are read."""
         return self.length + jnp.sum(self.real, axis=1, dtype=jnp.int32)
 
+    def first(self, count_b: jax.Array) -> Call:
+        """The same call in which only the first `count_b` tokens of every row are real."""
+        offsets = jnp.arange(self.q.shape[3])[None]
+        segments = jnp.where(offsets < count_b[:, None], self.tokens.segments, 0)
+        return self.replace(tokens=self.tokens.replace(segments=segments))
 
-class Layer(Protocol):
-    """The memory of one layer: a pytree of arrays without a layer axis, `k` and `v` among them. RANK: axes of k."""
+    def one(self, i: jax.Array) -> Call:
+        """The call with token i of every row alone, those before it being read."""
+        cut = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)  # noqa: E731
+        tokens, ids = jax.tree.map(cut(1), (self.tokens, self.ids))
+        k, v, k_plain, said = jax.tree.map(cut(2), (self.k, self.v, self.k_plain, self.said))
+        length = jnp.minimum(self.length + i, self.after)
+        return self.replace(
+            q=cut(3)(self.q), k=k, v=v, k_plain=k_plain, said=said, tokens=tokens, ids=ids, length=length, fresh=False
+        )
 
-    RANK: ClassVar[int]
+
+class Layer:
+    """The memory of one attention layer: a pytree of arrays with rows in front, `k` [b, h, ...] among them.
+
+    Methods that run on the host (`grow`, `rows`) take stacked layers, too; the others are for `jax.vmap`.
+    """
+
+    # The configuration that made it; None for the dense cache and the ring.
+    policy: ClassVar[Any] = None
     k: jax.Array
 
     def extend(self, call: Call) -> tuple[jax.Array, Layer]:
         """Attention [b, h, g, t, k] of the new tokens to what is stored and to each other (no future ones), and the
         memory afterwards. A padded token changes nothing; its output is meaningless."""
-        ...
+        raise NotImplementedError
+
+    def attend(self, call: Call) -> jax.Array:
+        """The outputs of reading the new tokens one after another; nothing changes."""
+        return self._in_order(call)[0]
+
+    def store(self, call: Call) -> Layer:
+        """The memory after reading the new tokens one after another: `attend`, then this with the tokens that were
+        accepted (`Call.first`), verifies drafts."""
+        return self._in_order(call)[1]
+
+    def _in_order(self, call: Call) -> tuple[jax.Array, Layer]:
+        stepwise = self.policy is not None and self.policy.stepwise
+        return self.one_by_one(call) if stepwise else self.extend(call)
+
+    def one_by_one(self, call: Call) -> tuple[jax.Array, Layer]:
+        """As `extend`, in as many calls as there are tokens."""
+
+        def step(layer: Layer, i: jax.Array) -> tuple[Layer, jax.Array]:
+            out, layer = layer.extend(call.one(i))
+            return layer, out[..., 0, :]
+
+        layer, out = jax.lax.scan(step, self, jnp.arange(call.q.shape[3]))
+        return jnp.moveaxis(out, 0, 3), layer
 
     def full(self, length_b: jax.Array) -> jax.Array:
-        """bool [b]: rows whose next single token might not fit."""
-        ...
+        """bool [b]: rows of these lengths whose next single token might not fit."""
+        raise NotImplementedError
 
-    def grow(self, more: int) -> Layer:
-        """The same memory with room for at least `more` further tokens per row, and as small as that allows. Runs on
-        the host; arrays may change their shapes."""
-        ...
+    def grow(self, length_b: np.ndarray, more: int) -> Layer:
+        """The same memory with room for at least `more` further tokens per row: itself where there is room, unless
+        the policy can make it smaller. Runs on the host; arrays may change their shapes."""
+        raise NotImplementedError
+
+    def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
+        """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
+        return jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """i32 [b, h]: entries stored."""
-        ...
+        raise NotImplementedError
 
     def read(self, length_b: jax.Array) -> jax.Array:
         """f32 [b, h]: entries that a query reads now (page statistics count as the entries they cost)."""
-        ...
+        return self.held(length_b).astype(jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Base of all policies' configurations."""
+@struct.dataclass
+class Stack:
+    """States of several equal layers (attention's or recurrent ones), stacked on a leading axis."""
 
-    name: ClassVar[str] = ""
+    states: Any
 
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """The empty memory of all layers, stacked [layers, ...], to which a prompt of up to `capacity` tokens per row
-        can be given in one call."""
-        raise NotImplementedError
 
-    def describe(self) -> str:
-        """The policy in a line of `info`."""
-        return self.name
+@struct.dataclass
+class Memory:
+    """A node of a model's memory.
+
+    layers: any pytree whose leaves are Stacks, Layers or states of recurrent layers (arrays [b, ...]). length: i32
+    [b], tokens (or units) that every row has seen here. parts: whatever else is kept of every row, arrays [b, ...]
+    and further nodes. fresh: nothing is stored yet. reading: how often the tokens that come were read before, which a
+    policy with several `passes` asks for. Both are static.
+    """
+
+    layers: Any
+    length: jax.Array
+    parts: Any = ()
+    fresh: bool = struct.field(pytree_node=False, default=False)
+    reading: int = struct.field(pytree_node=False, default=0)
 
 
 def stack_layers(layer: Any, n: int) -> Any:
@@ -112,6 +183,162 @@ def stack_layers(layer: Any, n: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x[None], n, axis=0), layer)
 
 
-def is_layer(node: Any) -> bool:
-    """True for the state of a layer (or of stacked layers): the `is_leaf` of trees that hold some."""
-    return hasattr(node, "extend")
+def nodes(memory: Memory) -> list[Memory]:
+    """This node and all inside it."""
+    inside = [x for x in jax.tree.leaves(memory.parts, is_leaf=_is_memory) if _is_memory(x)]
+    return [memory, *(node for x in inside for node in nodes(x))]
+
+
+def each(fn: Callable[..., Memory], memory: Memory, *rest: Memory) -> Memory:
+    """The tree with `fn` of every node (and of the same node of `rest`) in its place, the innermost first."""
+    deep = lambda x, *others: each(fn, x, *others) if _is_memory(x) else x  # noqa: E731
+    parts = jax.tree.map(deep, memory.parts, *(x.parts for x in rest), is_leaf=_is_memory)
+    return fn(memory.replace(parts=parts), *rest)
+
+
+def full(memory: Memory) -> jax.Array:
+    """bool [b]: rows whose next token might not fit somewhere."""
+    found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full")]
+    return functools.reduce(jnp.logical_or, found, jnp.zeros(memory.length.shape, bool))
+
+
+def grow(memory: Memory, more: int = 1) -> Memory:
+    """The same memory with room for `more` further tokens per row in every node: larger only where that is needed,
+    and smaller where a policy can make it so. Runs on the host."""
+
+    def larger(node: Memory) -> Memory:
+        length = np.asarray(node.length)
+
+        def one(x: Any) -> Any:
+            if (layer := _layer(x)) is None:
+                return x
+            layer = layer.grow(length, more)
+            return Stack(layer) if isinstance(x, Stack) else layer
+
+        return node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state))
+
+    return each(larger, memory)
+
+
+def rows(memory: Memory, index_b: jax.Array) -> Memory:
+    """The memory of these rows, i32 [n], some perhaps repeatedly. Runs on the host."""
+
+    def take(x: Any, axis: int = 0) -> Any:
+        return jax.tree.map(lambda a: jnp.take(a, index_b, axis=axis), x)
+
+    def state(x: Any) -> Any:
+        if isinstance(x, Layer):
+            return x.rows(index_b)
+        if isinstance(x, Stack):
+            return Stack(x.states.rows(index_b, 1) if isinstance(x.states, Layer) else take(x.states, 1))
+        return take(x)
+
+    def of(node: Memory) -> Memory:
+        parts = jax.tree.map(lambda x: x if _is_memory(x) else take(x), node.parts, is_leaf=_is_memory)
+        layers = jax.tree.map(state, node.layers, is_leaf=_is_state)
+        return node.replace(layers=layers, length=take(node.length), parts=parts)
+
+    return each(of, memory)
+
+
+def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
+    """Entries that each row holds, and that its latest token read: float32 [b] each, averaged over all attention
+    layers and their key/value heads; 0 without such layers."""
+    out = []
+    for what in ("held", "read"):
+        found = [x.astype(jnp.float32).mean(-1) for node in nodes(memory) for x in _ask(node, what)]
+        nothing = jnp.zeros((1, *memory.length.shape), jnp.float32)
+        out.append(jnp.concatenate(found or [nothing]).mean(0))
+    return out[0], out[1]
+
+
+def unstack(memory: Memory) -> Memory:
+    """The same memory with a tuple of states in place of every Stack."""
+
+    def apart(x: Any) -> Any:
+        return params.unstack(x.states) if isinstance(x, Stack) else x
+
+    return each(lambda node: node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=_is_state)), memory)
+
+
+def part(memory: Memory) -> int | None:
+    """Prompts are read in parts of at most so many tokens; None: whole."""
+    return min((p.part for p in _policies(memory) if p.part is not None), default=None)
+
+
+def passes(memory: Memory) -> int:
+    """How often a prompt is read."""
+    return max((p.passes for p in _policies(memory)), default=1)
+
+
+def once_more(memory: Memory) -> Memory:
+    """The memory that reads its prompt another time, at the positions after it."""
+    return each(lambda node: node.replace(reading=node.reading + 1), memory)
+
+
+def settle(memory: Memory, reread: Memory | None = None) -> Memory:
+    """The memory once a prompt is read: each policy may decide about all its layers of a node together.
+
+    reread: the memory after further passes, of which only the layers of policies that asked for them are taken.
+    """
+
+    def of(node: Memory, again: Memory) -> Memory:
+        def newest(x: Any, y: Any) -> Any:
+            return y if (policy := _policy(x)) is not None and policy.passes > 1 else x
+
+        layers = jax.tree.map(newest, node.layers, again.layers, is_leaf=_is_state)
+        leaves, shape = jax.tree.flatten(layers, is_leaf=_is_state)
+        for policy in dict.fromkeys(filter(None, map(_policy, leaves))):
+            mine = [i for i, x in enumerate(leaves) if _policy(x) == policy]
+            for i, x in zip(mine, _settled(policy, [leaves[i] for i in mine], node.length)):
+                leaves[i] = x
+        return node.replace(layers=jax.tree.unflatten(shape, leaves))
+
+    return each(of, memory, memory if reread is None else reread)
+
+
+def _settled(policy: Any, states: list[Any], length_b: jax.Array) -> list[Any]:
+    """Stacks and layers of one policy after its `settle`."""
+    stacked = [x.states if isinstance(x, Stack) else stack_layers(x, 1) for x in states]
+    counts = [x.k.shape[0] for x in stacked]
+    whole = stacked[0] if len(stacked) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *stacked)
+    whole = policy.settle(whole, length_b)
+    ends = np.cumsum(counts)
+    pieces = [jax.tree.map(lambda a, n=n, end=end: a[end - n : end], whole) for n, end in zip(counts, ends)]
+    return [
+        Stack(new) if isinstance(old, Stack) else jax.tree.map(lambda a: a[0], new)
+        for old, new in zip(states, pieces)
+    ]
+
+
+def _is_memory(x: Any) -> bool:
+    return isinstance(x, Memory)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, Stack | Layer)
+
+
+def _layer(x: Any) -> Layer | None:
+    """The layer, or stacked layers, that a leaf of `Memory.layers` is; None for recurrent states."""
+    x = x.states if isinstance(x, Stack) else x
+    return x if isinstance(x, Layer) else None
+
+
+def _policy(x: Any) -> Any:
+    return None if (layer := _layer(x)) is None else layer.policy
+
+
+def _policies(memory: Memory) -> Iterator[Any]:
+    for node in nodes(memory):
+        yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
+
+
+def _ask(node: Memory, what: str) -> list[jax.Array]:
+    """What every attention layer of a node answers, [layers, b, ...] for each leaf."""
+    out = []
+    for x in jax.tree.leaves(node.layers, is_leaf=_is_state):
+        if (layer := _layer(x)) is not None:
+            ask = lambda one: getattr(one, what)(node.length)  # noqa: E731
+            out.append(jax.vmap(ask)(layer) if isinstance(x, Stack) else ask(layer)[None])
+    return out

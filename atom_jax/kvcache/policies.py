@@ -1,26 +1,31 @@
-"""The table of cache policies by name, and how they are written on a command line: "snapkv:budget=512,window=32"."""
+"""The table of cache policies by name, and how they are written on a command line: "snapkv:budget=512,window=32", or
+"quest:budget=512;0=none;1=none" with others for some layers."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from atom_jax import config
+from atom_jax.fields import Fields
 from atom_jax.kvcache.adakv import AdaKV
-from atom_jax.kvcache.dms.config import DMS
+from atom_jax.kvcache.dense import DenseLayer
+from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
-from atom_jax.kvcache.memory import Policy
+from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
 from atom_jax.kvcache.observed_attention import ObservedAttention
+from atom_jax.kvcache.policy import PerLayer, Policy, policies_of
 from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
-from atom_jax.typing import LM, AtomError
+from atom_jax.kvcache.window import WindowLayer
+from atom_jax.naming import Rule
+from atom_jax.typing import AtomError
 
 POLICIES: dict[str, type[Policy]] = {
     p.name: p
@@ -42,12 +47,26 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def parse(text: str) -> Policy | None:
-    """The policy that a text such as "tova:budget=512" names; None for "none".
+def parse(text: str) -> Policy | PerLayer | None:
+    """The policy that a text such as "tova:budget=512" names; None for "none". After it, ";LAYER=POLICY" names other
+    ones for single layers.
 
     Raises AtomError for an unknown name, an unknown field or an unreadable value.
     """
-    name, _, fields = text.partition(":")
+    first, *others = text.split(";")
+    if not others:
+        return _parse(first)
+    at = []
+    for other in others:
+        layer, _, one = other.partition("=")
+        if not layer.strip().isdecimal():
+            raise AtomError(f"memory {other!r}: expected LAYER=POLICY")
+        at.append((int(layer), _parse(one)))
+    return PerLayer(_parse(first), tuple(at))
+
+
+def _parse(text: str) -> Policy | None:
+    name, _, fields = text.strip().partition(":")
     if name == "none":
         return None
     if name not in POLICIES:
@@ -55,30 +74,43 @@ def parse(text: str) -> Policy | None:
     return config.build(POLICIES[name], [f for f in fields.split(",") if f], f"memory {name}:")
 
 
-def check(policy: Any) -> None:
-    """Raises AtomError for what is neither None nor a known policy."""
-    if policy is not None and type(policy) not in POLICIES.values():
-        raise AtomError(f"memory: expected none or one of {', '.join(POLICIES)}, got {policy!r}")
+def check(memory: Any) -> None:
+    """Raises AtomError for what is neither None nor a known policy, or a choice among these."""
+    for policy in policies_of(memory):
+        if type(policy) not in POLICIES.values():
+            raise AtomError(f"memory: expected none or one of {', '.join(POLICIES)}, got {policy!r}")
 
 
-def with_memory(lm: LM, policy: Policy | None) -> LM:
-    """The same model with another cache policy, or, for None, with the dense cache.
+def empty(policy: Policy | None, sizes: Sizes, capacity: int, numbers: tuple[int, ...], window: int | None) -> Stack:
+    """The empty memory of a run of equal layers, with room for `capacity` tokens per row; see `Policy.init`.
 
-    Learned evictors stay only under a DMS policy. Raises AtomError for models without a choice of memory, and for a
-    DMS policy whose evictors the model does not have.
+    window: of sliding layers, which keep a ring where there is no policy, else None.
     """
-    check(policy)
-    if hasattr(lm.config, "main"):
-        # A Bolmo: its memory is that of its layers over patches.
-        inside = with_memory(LM(lm.config.main, {"layers": lm.params["main"]}, None), policy)
-        cfg = dataclasses.replace(lm.config, main=inside.config)
-        return dataclasses.replace(lm, config=cfg, params={**lm.params, "main": inside.params["layers"]})
-    if not any(f.name == "memory" for f in dataclasses.fields(lm.config)):
-        raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
-    params = lm.params
-    if not isinstance(policy, DMS):
-        attn = {name: x for name, x in params["layers"]["attn"].items() if name != "dms"}
-        params = {**params, "layers": {**params["layers"], "attn": attn}}
-    elif policy.form != "borrowed" and "dms" not in params["layers"]["attn"]:
-        raise AtomError(f"memory: this model has no trained evictors for dms:form={policy.form}")
-    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=policy), params=params)
+    if policy is not None:
+        return Stack(policy.init(sizes, capacity, numbers))
+    shape = (sizes.b, sizes.h, capacity, sizes.k, sizes.dtype)
+    layer = DenseLayer.empty(*shape) if window is None else WindowLayer.empty(*shape, window)
+    return Stack(stack_layers(layer, len(numbers)))
+
+
+def known_fields() -> frozenset[str]:
+    """Fields of config.json that policies know."""
+    return frozenset().union(*(policy.fields for policy in POLICIES.values()))
+
+
+def from_hf(fields: Fields) -> Policy | None:
+    """The policy that a config.json describes; None where it names none."""
+    return next((p for policy in POLICIES.values() if (p := policy.from_hf(fields)) is not None), None)
+
+
+def to_hf(memory: Any, family: str) -> dict[str, Any]:
+    """Fields of the config.json of a model of this family with this `memory`. AtomError where they can't say it."""
+    found = [fields for policy in policies_of(memory) if (fields := policy.to_hf(family))]
+    if found and isinstance(memory, PerLayer):
+        raise AtomError("memory: config.json has no fields for learned policies that differ between layers")
+    return found[0] if found else {}
+
+
+def rules(memory: Any) -> list[Rule]:
+    """Published names, within a layer's attention, of what the policies of a `memory` learn."""
+    return [rule.inside("", f"{policy.name}/") for policy in policies_of(memory) for rule in policy.rules()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,15 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise AtomError(f"memory {self.name}: expected beta of at least 1, got {self.beta}")
 
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """Limits of all layers; extra: each layer's place from 1 (first) to 0 (last)."""
+    def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> BudgetLayer:
+        """Limits of all layers; extra: each layer's place from 1 (first) to 0 (last), f32 [b, 1]."""
         place = np.linspace(1.0, 0.0, sizes.layers) if sizes.layers > 1 else np.full(1, 0.5)
-        state = super().init(sizes, capacity).replace(extra=jnp.asarray(place, jnp.float32))
+        place = jnp.asarray(place[list(numbers)], jnp.float32)[:, None, None]
+        state = super().init(sizes, capacity, numbers)
+        state = state.replace(extra=jnp.broadcast_to(place, (len(numbers), sizes.b, 1)))
         if not self.budget:
             return state
-        limit = jnp.asarray(self.budgets(sizes.layers), jnp.int32)
+        limit = jnp.asarray(self.budgets(sizes.layers), jnp.int32)[jnp.array(numbers)]
         return state.replace(limit=jnp.broadcast_to(limit[:, None, None], state.limit.shape))
 
     def budgets(self, layers: int) -> list[int]:
@@ -64,5 +66,5 @@ class PyramidKV(SnapKV):
         past = jnp.maximum(mean - self.window, 0).astype(jnp.float32)
         high = jnp.minimum(past * (2 - 1 / self.beta), (length_b - self.window).astype(jnp.float32))
         low = 2 * past - high
-        own = self.window + jnp.round(low + (high - low) * layer.extra).astype(jnp.int32)
+        own = self.window + jnp.round(low + (high - low) * layer.extra[:, 0]).astype(jnp.int32)
         return jnp.broadcast_to(jnp.where(past > 0, own, mean)[:, None], layer.limit.shape)

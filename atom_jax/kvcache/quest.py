@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget
 from atom_jax.kvcache.dense import DenseLayer, bucket
-from atom_jax.kvcache.memory import Call, Sizes, stack_layers
+from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
 from atom_jax.typing import AtomError
 
 
@@ -37,14 +38,18 @@ class Quest(Budget):
         if self.page < 1:
             raise AtomError(f"memory {self.name}: expected page of at least 1, got {self.page}")
 
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """Empty buffers of all layers, as long as the dense ones, and page statistics."""
+    def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> QuestLayer:
+        """Empty buffers, as long as the dense ones, and page statistics."""
         most = self.budget or math.ceil(capacity * self.ratio)
-        return stack_layers(QuestLayer.empty(self, sizes, capacity, max(1, -(-most // self.page))), sizes.layers)
+        return stack_layers(QuestLayer.empty(self, sizes, capacity, max(1, -(-most // self.page))), len(numbers))
+
+    def expected(self, length: int) -> int:
+        """Everything, and the two vectors of a page as one entry."""
+        return length + -(-length // self.page)
 
 
 @struct.dataclass
-class QuestLayer:
+class QuestLayer(Layer):
     """The memory of one layer.
 
     k, v: [b, h, c, k], slot i for position i; c is a multiple of the page. low, high: [b, h, c / page, k], least and
@@ -52,7 +57,6 @@ class QuestLayer:
     no limit is larger. policy: static.
     """
 
-    RANK: ClassVar[int] = 4
     k: jax.Array
     v: jax.Array
     low: jax.Array
@@ -137,10 +141,12 @@ class QuestLayer:
         """Rows whose next token does not fit."""
         return length_b >= self.k.shape[-2]
 
-    def grow(self, more: int) -> QuestLayer:
-        """Room for `more` tokens beyond the present capacity."""
-        pages = self.low.shape[-2]
-        add = -(-bucket(self.k.shape[-2] + more) // self.policy.page) - pages
+    def grow(self, length_b: np.ndarray, more: int) -> QuestLayer:
+        """Room for `more` tokens after the longest row."""
+        need = int(length_b.max()) + more
+        if need <= self.k.shape[-2]:
+            return self
+        add = -(-bucket(need) // self.policy.page) - self.low.shape[-2]
 
         def pad(x: jax.Array, n: int, fill: float) -> jax.Array:
             return jnp.pad(x, [(0, n if i == x.ndim - 2 else 0) for i in range(x.ndim)], constant_values=fill)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from atom_jax import config
 from atom_jax.kvcache.budget import Budget
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.memory import Call
 
 
 @config.register
@@ -21,13 +20,9 @@ class RandomPolicy(Budget):
     name: ClassVar[str] = "random"
     seed: int = 0
 
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """Every layer knows its number."""
-        return super().init(sizes, capacity).replace(extra=jnp.arange(sizes.layers))
-
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """A draw for every token and head."""
-        key = jax.random.fold_in(jax.random.key(self.seed), extra)
+        key = jax.random.fold_in(jax.random.key(self.seed), call.layer)
         positions, (_, h, _) = call.tokens.positions, call.k.shape[:3]
         draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (h,)))
         return draw(positions.reshape(-1)).reshape(*positions.shape, h).transpose(0, 2, 1)

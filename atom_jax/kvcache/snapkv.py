@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class SnapKV(Budget):
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise AtomError(f"memory {self.name}: expected window of at least 1 and an odd pool")
 
-    def prompt(self, entries: Entries, call: Call, extra: Any) -> jax.Array:
+    def prompt(self, entries: Entries, call: Call) -> jax.Array:
         """Pooled attention of the window; +inf inside it."""
         t = entries.pos.shape[2]
         q, at = observe.last_queries(call, min(self.window, t))

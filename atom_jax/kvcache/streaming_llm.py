@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class StreamingLLM(Budget):
     name: ClassVar[str] = "streaming_llm"
     sinks: int = 4
 
-    def token_score(self, call: Call, extra: Any) -> jax.Array:
+    def token_score(self, call: Call) -> jax.Array:
         """The position."""
         position = call.tokens.positions.astype(jnp.float32)
         return jnp.broadcast_to(position[:, None], call.k.shape[:3])

@@ -5,26 +5,26 @@ As the rolling buffer cache of Mistral 7B (Jiang et al., 2023, section 2).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import bucket, put_one, widen
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.memory import Call, Layer
 from atom_jax.nn.attention import Tokens, attend
 
 
 @struct.dataclass
-class WindowLayer:
+class WindowLayer(Layer):
     """Keys and values of one layer whose queries see `window` tokens, their own included.
 
     k, v: [b, h, c, k], where slot p mod c holds the token at position p of its row. c grows with the text up to
     `window`; from there on every token takes the place of one that no query sees any more.
     """
 
-    RANK: ClassVar[int] = 4
     k: jax.Array
     v: jax.Array
     window: int = struct.field(pytree_node=False)
@@ -86,15 +86,14 @@ class WindowLayer:
         capacity = self.k.shape[-2]
         return (length_b >= capacity) & (capacity < self.window)
 
-    def grow(self, more: int) -> WindowLayer:
-        """Room for `more` tokens beyond the present capacity, in the next bucket, up to the window."""
-        size = min(bucket(self.k.shape[-2] + more), self.window)
+    def grow(self, length_b: np.ndarray, more: int) -> WindowLayer:
+        """Room for `more` tokens after the longest row, in the next bucket, up to the window."""
+        need, slots = int(length_b.max()) + more, self.k.shape[-2]
+        if need <= slots or slots == self.window:
+            return self
+        size = min(bucket(need), self.window)
         return self.replace(k=widen(self.k, size), v=widen(self.v, size))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """The latest tokens."""
         return jnp.broadcast_to(jnp.minimum(length_b, self.window)[:, None], self.k.shape[:2])
-
-    def read(self, length_b: jax.Array) -> jax.Array:
-        """What is held."""
-        return self.held(length_b).astype(jnp.float32)

@@ -14,8 +14,8 @@ from atom_jax.typing import AtomError
 
 
 def own_tokenizer(cfg: Any, data: dict[str, Any], path: Path, find: Callable[[str], Path]) -> Any:
-    """The one in a directory with the config.json `data`: the bytes that its "atom_tokenizer" names, a tokenizer.json,
-    or None. find: not used."""
+    """That of a directory with the config.json `data`: bytes where "atom_tokenizer" says so, or a tokenizer.json, or
+    None. find: not used."""
     if (name := data.get("atom_tokenizer")) is None:
         return JsonTokenizer(path) if (path / MAIN).is_file() else None
     return named_tokenizer(name, ("bytes",), path)

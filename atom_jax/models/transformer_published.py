@@ -52,7 +52,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
             raise AtomError(f"{where}: {name} is {str(data[name])[:60]}; only {json.dumps(value)} is supported")
-    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - policies.FIELDS)
+    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - policies.known_fields())
     if unknown:
         logging.warning("%s: ignored unknown fields: %s", where, ", ".join(unknown))
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")

@@ -35,20 +35,13 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
     later = [s for s in settings if s.startswith("model.")]
     exp = config.override(exp, [s for s in settings if s not in later])
     if exp.model is None:
-        exp = dataclasses.replace(exp, model=_with_memory(_given(exp, "model")[0], exp))
+        model = _given(exp, "model")[0]
+        if exp.memory is not None:
+            model = registry.of(model).with_memory(model, exp.memory)
+        exp = dataclasses.replace(exp, model=model)
     elif exp.memory is not None:
         raise AtomError("memory is for the model of init_from: where `model` is given, set model.memory")
     return config.override(exp, later)
-
-
-def _with_memory(model: Any, exp: Experiment) -> Any:
-    if exp.memory is None:
-        return model
-    if not hasattr(model, "memory"):
-        raise AtomError(
-            f"memory: the model of init_from {exp.init_from}, a {type(model).__name__}, has no such field"
-        )
-    return dataclasses.replace(model, memory=exp.memory)
 
 
 def tokenizer(exp: Experiment) -> Any:
@@ -70,17 +63,17 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters to start from, float32, read straight to where they belong, and what is to be said of them: those of
     `init_from`, or, for the first stage of a Bolmo, those that its source gives it.
 
-    Learned evictors (attn/dms) that are absent there take the initial values of the experiment's seed.
+    What cache policies learn and is absent there takes the initial values of the experiment's seed.
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     from atom_jax import checkpoint
-    from atom_jax.checkpoint import adapters
 
     if exp.byteify is not None and exp.byteify.stage == 1:
         return _byteified(exp, shardings), [f"a Bolmo made of {exp.byteify.source}"]
     there, _ = _given(exp, "model")
     ours, theirs = (params_lib.flatten(registry.of(c).spec(c)) for c in (exp.model, there))
-    new = {name: spec for name, spec in ours.items() if adapters.PART in name and name not in theirs}
+    learned = registry.learned(exp.model)
+    new = {name: spec for name, spec in ours.items() if name in learned and name not in theirs}
     for name in sorted((set(ours) | set(theirs)) - set(new)):
         shapes = [list(spec[name].shape) if name in spec else "absent" for spec in (theirs, ours)]
         if shapes[0] != shapes[1]:

@@ -9,7 +9,8 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Policy, stack_layers
+from atom_jax.kvcache.memory import stack_layers
+from atom_jax.kvcache.policy import Policy
 from atom_jax.nn.attention import Tokens, attend
 
 
@@ -34,8 +35,9 @@ class ToyLayer(DenseLayer):
         seen = jnp.concatenate([jnp.zeros_like(recent[:, :1]), jnp.where(recent > 0, recent, -1)], axis=1)
         return out, self.replace(k=dense.k, v=dense.v, seen=seen)
 
-    def grow(self, more: int):
-        pad = [(0, 0)] * (self.k.ndim - 2) + [(0, more), (0, 0)]
+    def grow(self, length_b, more: int):
+        add = max(int(length_b.max()) + more - self.k.shape[-2], 0)
+        pad = [(0, 0)] * (self.k.ndim - 2) + [(0, add), (0, 0)]
         return self.replace(k=jnp.pad(self.k, pad), v=jnp.pad(self.v, pad))
 
     def held(self, length_b: jax.Array):
@@ -50,7 +52,7 @@ class Toy(Policy):
     budget: int = 512
     spare: int = 0
 
-    def init(self, sizes, capacity):
+    def init(self, sizes, capacity, numbers):
         dense = DenseLayer.empty(sizes.b, sizes.h, capacity, sizes.k, sizes.dtype)
         seen = jnp.full((sizes.b, self.budget), -1, jnp.int32)
-        return stack_layers(ToyLayer(dense.k, dense.v, seen, self.budget), sizes.layers)
+        return stack_layers(ToyLayer(dense.k, dense.v, seen, self.budget), len(numbers))

@@ -77,7 +77,7 @@ def row_of(row, length):
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "random"])
 def test_a_prompt_leaves_what_the_definition_keeps(name, budget):
     p = policy(name, budget)
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     for row, length in enumerate(LENGTHS):
         n = p.budget or max(int(length * p.ratio), 1)
         method = "snapkv" if name in ("pyramidkv", "adakv") else name
@@ -94,7 +94,7 @@ def test_a_prompt_leaves_what_the_definition_keeps(name, budget):
 @pytest.mark.parametrize("name", [*NAMES, "quest"])
 def test_room_for_everything_is_the_dense_cache(name):
     budget = "budget=400" if name == "pyramidkv" else "budget=64"
-    state, dense = layer(policy(name, budget).init(SIZES, 64)), DenseLayer.empty(3, 2, 64, 8, jnp.float32)
+    state, dense = layer(policy(name, budget).init(SIZES, 64, (0, 1, 2))), DenseLayer.empty(3, 2, 64, 8, jnp.float32)
     out, state = extend(state, prompt())
     want, dense = extend(dense, prompt())
     np.testing.assert_array_equal(out, want)
@@ -111,11 +111,11 @@ def test_room_for_everything_is_the_dense_cache(name):
 @pytest.mark.parametrize("name", [*NAMES, "quest"])
 def test_a_row_gets_what_it_gets_alone(name, budget):
     p = policy(name, budget)
-    out, state = extend(layer(p.init(SIZES, 48)), prompt())
+    out, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     # For a few: in buffers of its own width. Else: in other company, which is compiled already.
     own = name in ("h2o", "snapkv") and budget == "budget=12"
     rows, t = ([1], 23) if own else ([1, 1, 2], 40)
-    alone, one = extend(layer(p.init(SIZES._replace(b=len(rows)), 48)), prompt(t=t, rows=rows))
+    alone, one = extend(layer(p.init(SIZES._replace(b=len(rows)), 48, (0, 1, 2))), prompt(t=t, rows=rows))
     np.testing.assert_allclose(out[1, :, :, :23], alone[0, :, :, :23], atol=2e-6)
     done = LENGTHS.copy()
     for real in ([1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 1, 0]):
@@ -131,7 +131,7 @@ def test_a_row_gets_what_it_gets_alone(name, budget):
 @pytest.mark.parametrize("name", ONLINE)
 def test_single_tokens_evict_as_a_replay_on_the_whole_text_does(name):
     p = policy(name)
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     sizes = []
     replays = [naive.Replay(p, *row_of(r, n), 12) for r, n in enumerate(LENGTHS)]
     for i in range(14):
@@ -150,7 +150,7 @@ def test_single_tokens_evict_as_a_replay_on_the_whole_text_does(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_limit_holds_and_the_newest_token_is_stored(name):
     p = policy(name)
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     for i in range(16):
         _, state = extend(state, later(LENGTHS + i))
         np.testing.assert_array_equal(jnp.max(state.pos, axis=-1), np.repeat((LENGTHS + i)[:, None], 2, 1))
@@ -163,7 +163,7 @@ def test_the_limit_holds_and_the_newest_token_is_stored(name):
 
 def test_tokens_after_the_prompt_replace_its_least_keys_first_then_the_oldest():
     p = policy("snapkv")
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     score = naive.snapkv(p, *row_of(0, 40))
     held = naive.kept(p, score, 12)
     for i in range(10):
@@ -179,9 +179,9 @@ def test_tokens_after_the_prompt_replace_its_least_keys_first_then_the_oldest():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_later_turn_is_stored_whole_and_leaves_token_by_token(name):
     p = policy(name)
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     limit, before = state.limit, state
-    state = state.grow(7)
+    state = state.grow(LENGTHS, 7)
     assert int((state.n + 7).max()) <= state.k.shape[2]
     real = np.array([7, 0, 4])
     call = later(LENGTHS, 7, real)
@@ -207,25 +207,25 @@ def test_a_later_turn_is_stored_whole_and_leaves_token_by_token(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "quest"])
 def test_nothing_changes_where_there_is_no_token(name):
-    _, state = extend(layer(policy(name).init(SIZES, 48)), prompt())
+    _, state = extend(layer(policy(name).init(SIZES, 48, (0, 1, 2))), prompt())
     _, after = extend(state, later(LENGTHS, real=[0, 0, 0]))
     jax.tree.map(np.testing.assert_array_equal, state, after)
 
 
 def test_buffers_grow_up_to_the_limit():
-    state = policy("knorm", "budget=50").init(SIZES, 40)
+    state = policy("knorm", "budget=50").init(SIZES, 40, (0, 1, 2))
     assert state.k.shape == (3, 3, 2, 40, 8)
     _, one = extend(layer(state), prompt())
     np.testing.assert_array_equal(one.full(LENGTHS), [True, False, False])
-    one = one.grow(1)
+    one = one.grow(LENGTHS, 1)
     assert one.k.shape[2] == 48 and not bool(jnp.any(one.full(LENGTHS)))
-    assert one.grow(5).k.shape[2] == 48 and one.grow(30).k.shape[2] == 96
+    assert one.grow(LENGTHS, 5).k.shape[2] == 48 and one.grow(LENGTHS, 30).k.shape[2] == 96
     for i in range(8):
         _, one = extend(one, later(LENGTHS + i))
-    assert one.grow(1).k.shape[2] == 50
-    full = policy("knorm", "budget=12").init(SIZES, 40)
+    assert one.grow(LENGTHS + 8, 1).k.shape[2] == 50
+    full = policy("knorm", "budget=12").init(SIZES, 40, (0, 1, 2))
     _, full = extend(layer(full), prompt())
-    assert full.grow(1).k.shape[2] == 12
+    assert full.grow(LENGTHS, 1).k.shape[2] == 12
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -246,14 +246,14 @@ def test_a_pyramid_has_the_mean_of_its_budget_and_falls():
     assert p.budgets(4) == [48, 36, 24, 12] and np.mean(p.budgets(4)) == 30
     assert policies.parse("pyramidkv:budget=5").budgets(3) == [5, 5, 5]
     p = policies.parse("pyramidkv:ratio=0.5,window=6,beta=4")
-    state = p.init(SIZES, 48)
+    state = p.init(SIZES, 48, (0, 1, 2))
     limits = [np.asarray(extend(layer(state, i), prompt())[1].limit[:, 0]) for i in range(3)]
     np.testing.assert_array_equal(np.array(limits).T, [[30, 20, 10], [15, 11, 7], [4, 4, 4]])
 
 
 def test_random_draws_differ_between_layers_and_seeds():
-    states = [extend(layer(policies.parse(f"random:budget=12,seed={s}").init(SIZES, 48), i), prompt())[1]
-              for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))]  # fmt: skip
+    seeds = {s: layer(policies.parse(f"random:budget=12,seed={s}").init(SIZES, 48, (0, 1, 2))) for s in (0, 1)}
+    states = [extend(seeds[s], prompt().replace(layer=i))[1] for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))]
     first = sets(states[0], 0)
     assert first == sets(states[3], 0)
     assert len({frozenset(x) for x in (*first, sets(states[1], 0)[0], sets(states[2], 0)[0])}) == 4

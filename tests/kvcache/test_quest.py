@@ -23,7 +23,7 @@ def chosen(row, a, at, pages, page=4):
 
 
 def test_a_token_reads_the_pages_with_the_largest_bounds():
-    state = layer(policies.parse("quest:budget=12,page=4").init(SIZES, 60))
+    state = layer(policies.parse("quest:budget=12,page=4").init(SIZES, 60, (0, 1, 2)))
     _, state = extend(state, prompt())
     for i in range(12):
         call = later(LENGTHS + i)
@@ -38,11 +38,11 @@ def test_a_token_reads_the_pages_with_the_largest_bounds():
 
 def test_statistics_after_single_tokens_are_those_of_a_prompt():
     p = policies.parse("quest:ratio=0.5,page=4")
-    _, state = extend(layer(p.init(SIZES, 48)), prompt())
+    _, state = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
     np.testing.assert_array_equal(state.limit[:, 0], [5, 2, 1])
     for i in range(5):
         _, state = extend(state, later(LENGTHS + i))
-    _, whole = extend(layer(p.init(SIZES, 48)), prompt(LENGTHS + 5, 48))
+    _, whole = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt(LENGTHS + 5, 48))
     np.testing.assert_array_equal(state.low, whole.low)
     np.testing.assert_array_equal(state.high, whole.high)
     np.testing.assert_array_equal(state.held(jnp.array([45, 28, 14])), np.repeat([[57], [35], [18]], 2, 1))
@@ -50,10 +50,12 @@ def test_statistics_after_single_tokens_are_those_of_a_prompt():
 
 def test_it_grows_by_pages_and_reads_sinks():
     p = policies.parse("quest:budget=4,page=4,sinks=1")
-    state = p.init(SIZES, 45)
-    assert state.k.shape[-2] == 48 and state.grow(1).k.shape[-2] == 64 and state.grow(1).low.shape[-2] == 16
+    state = p.init(SIZES, 45, (0, 1, 2))
+    assert state.k.shape[-2] == 48
     _, one = extend(layer(state), prompt())
-    one = one.grow(1)
+    assert one.grow(LENGTHS, 8) is one
+    one = one.grow(LENGTHS, 9)
+    assert one.k.shape[-2] == 64 and one.low.shape[-2] == 16
     index, used = jax.jit(type(one)._choose)(one, later(LENGTHS).q[..., 0, :], jnp.asarray(LENGTHS))
     np.testing.assert_array_equal(index[..., 0], 0)
     assert bool(jnp.all(used))

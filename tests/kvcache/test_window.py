@@ -54,7 +54,7 @@ def test_a_ring_grows_up_to_the_window():
     for i in range(30):
         one = call(i, length, (1, 1, 1)).replace(window=window)
         if ring.full(length).any():
-            ring = ring.grow(1)
+            ring = ring.grow(length, 1)
         sizes.append(ring.k.shape[2])
         (got, ring), (expected, whole) = ring.extend(one), whole.extend(one)
         np.testing.assert_allclose(got, expected, atol=1e-6)

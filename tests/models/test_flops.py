@@ -7,8 +7,8 @@ import pytest
 from jax import numpy as jnp
 
 from atom_jax import params
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.models import hnet, registry, transformer
+from atom_jax.models.hnet import chunking
 from atom_jax.typing import Batch
 
 TRANSFORMER = transformer.TransformerConfig(d_model=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=128)

@@ -1,13 +1,12 @@
-"""The configuration of Dynamic Memory Sparsification and its parameters."""
+"""The settings of Dynamic Memory Sparsification and its parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from atom_jax import config
 from atom_jax.kvcache.dms import low_rank
-from atom_jax.kvcache.memory import Policy, Sizes
+from atom_jax.kvcache.policy import Policy
 from atom_jax.params import ParamSpec, Tree, ones, zeros
 from atom_jax.typing import AtomError
 
@@ -16,9 +15,8 @@ FORMS = ("borrowed", "adapter", "observed")
 FEATURES = 3
 
 
-@config.register
 @dataclasses.dataclass(frozen=True)
-class DMS(Policy):
+class Settings(Policy):
     """How a model decides which keys leave its memory (Łańcucki et al., 2025, "Inference-time hyper-scaling").
 
     The decision about the key of token i is the sign of a logit computed at token i + 1; a key with a positive one is
@@ -82,13 +80,3 @@ class DMS(Policy):
         if self.rank:
             spec |= low_rank.spec(projections, self.rank)
         return spec
-
-    def describe(self) -> str:
-        """See `Policy`."""
-        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"
-
-    def init(self, sizes: Sizes, capacity: int) -> Any:
-        """An empty paged cache of all layers."""
-        from atom_jax.kvcache.dms import serve
-
-        return serve.init(self, sizes, capacity)

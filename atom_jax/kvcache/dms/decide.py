@@ -8,27 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax.kvcache.dms.config import DMS
+from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.dms.observed import observe
+from atom_jax.kvcache.policy import Mode
 from atom_jax.nn.attention import NEGATIVE, Tokens
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
 from atom_jax.sharding import constrain
-
-
-@struct.dataclass
-class Mode:
-    """How decisions are made in a pass without a cache.
-
-    kind: "hard": by the sign of the logit; "relaxed": with noise and a gradient; "off": nothing is evicted;
-        "given": `noise` is added to the scores of keys beyond the window.
-    noise: logistic noise of "relaxed", f32 [l, b, h, t] (of one layer [b, h, t]), or None for none.
-    fade: f32 [], what is left of the borrowed channel inside attention: 1 at the start of a retrofit, 0 in the end.
-    """
-
-    kind: str = struct.field(pytree_node=False, default="hard")
-    noise: Any = None
-    fade: Any = None
 
 
 @struct.dataclass
@@ -52,7 +38,7 @@ def logistic(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return constrain(jax.random.logistic(key, shape, jnp.float32), None, "batch", "kv_heads", "length")
 
 
-def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: DMS, h: int, eps: float) -> jax.Array:
+def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: Settings, h: int, eps: float) -> jax.Array:
     """Decision logits of every token, float32 [b, h, t]: they speak of the token before. Of the observed form, the
     part that does not depend on attention.
 
@@ -82,13 +68,13 @@ def shift(x_bht: jax.Array, last: float) -> jax.Array:
     return jnp.concatenate([x_bht[..., 1:], jnp.full_like(x_bht[..., :1], last)], axis=-1)
 
 
-def from_observed(p: Tree, seen_bhtf: jax.Array, cfg: DMS) -> jax.Array:
+def from_observed(p: Tree, seen_bhtf: jax.Array, cfg: Settings) -> jax.Array:
     """The part of the logits that attention contributes, float32 [b, h, t]; seen_bhtf: features of `observed`."""
     return jnp.einsum("bhtf,fh->bht", seen_bhtf, p["observed"].astype(jnp.float32)) * cfg.scale
 
 
 def decide(
-    p: Tree, z_bht: jax.Array, q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, cfg: DMS, mode: Mode
+    p: Tree, z_bht: jax.Array, q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, cfg: Settings, mode: Mode
 ) -> Decisions:
     """Decisions about all keys of a pass without a cache.
 
@@ -118,7 +104,7 @@ def decide(
     return Decisions(keep, evict, soft + jax.lax.stop_gradient(hard - soft), z)
 
 
-def _per(x_bht: jax.Array, cfg: DMS) -> jax.Array:
+def _per(x_bht: jax.Array, cfg: Settings) -> jax.Array:
     """The first head's values for all heads where the layer decides as one."""
     return jnp.broadcast_to(x_bht[:, :1], x_bht.shape) if cfg.per == "layer" else x_bht
 

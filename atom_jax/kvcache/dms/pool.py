@@ -235,6 +235,34 @@ class Pool:
         ranks = jnp.cumsum(ordered) - ordered - passed[self.row_of[order]]
         return of_row, jnp.zeros_like(ranks).at[order].set(ranks, unique_indices=True)
 
+    def rows_of(self, index_b: jax.Array, slot_bhr: jax.Array, pages: int) -> tuple[Pool, jax.Array]:
+        """A pool of so many pages with copies of the rows `index_b` of the batch, i32 [n], and where the entries
+        `slot_bhr` (flat indices, of the new rows) lie in it. The pages must suffice."""
+        page, h = self.k.shape[-2], self.n.shape[-1]
+        start, rank = self._places()
+        n = self.n[index_b]
+        source = (index_b[:, None] * h + jnp.arange(h)[None]).reshape(-1)
+        need = -(-n.reshape(-1) // page)
+        last = jnp.cumsum(need, dtype=jnp.int32)
+        first = last - need
+        ids = jnp.arange(pages, dtype=jnp.int32)
+        owner = jnp.searchsorted(last, ids, side="right").astype(jnp.int32)
+        row = jnp.minimum(owner, len(source) - 1)
+        order = jnp.argsort(self.owner, stable=True).astype(jnp.int32)
+        old = order[jnp.clip(start[source[row]] + ids - first[row], 0, len(order) - 1)]
+        tail = jnp.where(n % page == 0, -1, (last * page).reshape(n.shape) - page + n % page)
+        filled = jnp.where(owner < len(source), self.filled[old], 0)
+        new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1])
+        return new, (first.reshape(n.shape)[..., None] + rank[slot_bhr // page]) * page + slot_bhr % page
+
+    def _places(self) -> tuple[jax.Array, jax.Array]:
+        """Of every row its first place, i32 [r], where pages are ordered by their rows; of every page its number
+        within its row, i32 [p] (meaningless for a free one)."""
+        need = -(-self.n.reshape(-1) // self.k.shape[-2])
+        start = jnp.cumsum(need, dtype=jnp.int32) - need
+        place = jnp.argsort(jnp.argsort(self.owner, stable=True)).astype(jnp.int32)
+        return start, place - start[self.row_of]
+
     def resized(self, pages: int) -> Pool:
         """The same entries in that many pages, of one layer or of stacked ones."""
 

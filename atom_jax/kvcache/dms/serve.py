@@ -8,16 +8,18 @@ Model-Optimizer in other words). Any number of tokens may follow at any time.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dms import decide, observed
-from atom_jax.kvcache.dms.config import DMS, FEATURES
+from atom_jax.kvcache.dms.config import FEATURES, Settings
 from atom_jax.kvcache.dms.pool import NEGATIVE, NEVER, Pool, coarse, fine
-from atom_jax.kvcache.memory import Call, Sizes, stack_layers
+from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
 from atom_jax.nn.attention import Tokens, attend, block_size
 from atom_jax.nn.blockwise import blockwise_lse
 
@@ -46,13 +48,12 @@ class Ring:
 
 
 @struct.dataclass
-class DMSLayer:
-    """The memory of one layer. cfg: its policy, static."""
+class DMSLayer(Layer):
+    """The memory of one layer. policy: static."""
 
-    RANK: ClassVar[int] = 3
     pool: Pool
     ring: Ring
-    cfg: DMS = struct.field(pytree_node=False)
+    policy: Settings = struct.field(pytree_node=False)
 
     @property
     def k(self) -> jax.Array:
@@ -73,7 +74,7 @@ class DMSLayer:
         short = jnp.sum(self.pool.tail < 0) > self.k.shape[0] - self.pool.used
         return jnp.broadcast_to(short, length_b.shape)
 
-    def grow(self, more: int) -> DMSLayer:
+    def grow(self, length_b: np.ndarray, more: int) -> DMSLayer:
         """Room for `more` tokens per row, whatever is evicted.
 
         For single tokens (at most AHEAD) in closely spaced sizes, and smaller ones where that is enough; for a prompt
@@ -88,21 +89,24 @@ class DMSLayer:
         """Entries of every head."""
         return self.pool.n
 
-    def read(self, length_b: jax.Array) -> jax.Array:
-        """A query reads what is held."""
-        return self.pool.n.astype(jnp.float32)
+    def rows(self, index_b: jax.Array, axis: int = 0) -> DMSLayer:
+        """Copies of the rows' pages; pages nobody refers to are not there any more."""
+        pool, index = self.pool, jnp.asarray(index_b)
+        pages = fine(pool.replace(n=jnp.take(pool.n, index, axis=axis)).pages_for(AHEAD))
+        of = functools.partial(_rows, pages=pages)
+        return (jax.vmap(of, in_axes=(0, None)) if axis else of)(self, index)
 
     def _evicted(self, ring: Ring, positions_br: jax.Array, learned: Any) -> jax.Array:
         """bool [b, h, R]: what is decided about the ring's tokens."""
         return self._decided(ring.z, ring.stats, positions_br, learned)
 
     def _decided(self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any) -> jax.Array:
-        if self.cfg.form == "observed":
+        if self.policy.form == "observed":
             seen = observed.features(*(stats_bhtf[..., i] for i in range(FEATURES)))
-            z_bht = z_bht + decide.from_observed(learned, seen, self.cfg)
-        if self.cfg.per == "layer":
+            z_bht = z_bht + decide.from_observed(learned, seen, self.policy)
+        if self.policy.per == "layer":
             z_bht = jnp.broadcast_to(z_bht[:, :1], z_bht.shape)
-        return (z_bht > 0) & (positions_bt >= self.cfg.sinks)[:, None]
+        return (z_bht > 0) & (positions_bt >= self.policy.sinks)[:, None]
 
     def _one(self, call: Call) -> tuple[jax.Array, DMSLayer]:
         """One token of every row."""
@@ -133,7 +137,7 @@ class DMSLayer:
 
     def _observe(self, ring: Ring, scores_pgc: jax.Array, call: Call) -> jax.Array:
         """The ring's statistics after one more query: `observed.received` for the newest token's."""
-        page, window = scores_pgc.shape[2], self.cfg.window
+        page, window = scores_pgc.shape[2], self.policy.window
         positions = ring.positions(call.length + 1)
         scores = scores_pgc[ring.slot // page, :, ring.slot % page]
         there = jnp.broadcast_to((positions >= 0)[:, None, :, None], scores.shape)
@@ -146,7 +150,7 @@ class DMSLayer:
 
     def _many(self, call: Call) -> tuple[jax.Array, DMSLayer]:
         """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
-        window, real = self.cfg.window, call.real
+        window, real = self.policy.window, call.real
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
         ring = self.ring.replace(z=_say(self.ring, call))
         known = ring.positions(call.length)
@@ -188,7 +192,7 @@ class DMSLayer:
             places = Tokens(*(jnp.concatenate(x, axis=1) for x in (
                 (before, tokens.positions), (segments, tokens.segments)
             )))  # fmt: skip
-        stats = jnp.stack(observed.received(call.q, keys, tokens, places, self.cfg.window), axis=-1)
+        stats = jnp.stack(observed.received(call.q, keys, tokens, places, self.policy.window), axis=-1)
         if call.fresh:
             return ring, stats
         back = (jnp.arange(size)[None] - call.length[:, None]) % size
@@ -249,8 +253,14 @@ def _merged(pool: Pool, call: Call, tokens: Tokens, keep: jax.Array, window: int
     return mixed / (w_own + w_pool * total)[..., None]
 
 
-def init(cfg: DMS, sizes: Sizes, capacity: int) -> DMSLayer:
-    """Empty memories of all layers, stacked; see `memory.Policy.init`."""
+def _rows(layer: DMSLayer, index_b: jax.Array, pages: int) -> DMSLayer:
+    pool, slot = layer.pool.rows_of(index_b, layer.ring.slot[index_b], pages)
+    ring = jax.tree.map(lambda x: x[index_b], layer.ring)
+    return layer.replace(pool=pool, ring=ring.replace(slot=slot))
+
+
+def init(cfg: Settings, sizes: Sizes, capacity: int, n: int) -> DMSLayer:
+    """Empty memories of n layers, stacked; see `policy.Policy.init`."""
     b, h, ring = sizes.b, sizes.h, cfg.window + 1
     pages = coarse(b * h * -(-capacity // cfg.page))
     layer = DMSLayer(
@@ -262,4 +272,4 @@ def init(cfg: DMS, sizes: Sizes, capacity: int) -> DMSLayer:
         ),
         cfg,
     )
-    return stack_layers(layer, sizes.layers)
+    return stack_layers(layer, n)

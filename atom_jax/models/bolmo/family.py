@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from atom_jax.chunking.config import slots_for
 from atom_jax.models import transformer_family
-from atom_jax.models.bolmo.config import BolmoConfig, read_whole, roomier, spec
+from atom_jax.models.bolmo.config import BolmoConfig, roomier, spec
 from atom_jax.models.bolmo.forward import apply, hidden, logits
 from atom_jax.models.bolmo.ids import codec
-from atom_jax.models.bolmo.memory import cache_use, decode_params, full, grow, init_cache, unstack
+from atom_jax.models.bolmo.memory import decode_params, init_cache
 from atom_jax.models.bolmo.published import PUBLISHED
 from atom_jax.models.bolmo.waiting import step
 from atom_jax.models.family import Family
@@ -41,12 +44,14 @@ def describe(cfg: BolmoConfig) -> list[tuple[str, str]]:
 
 def examples() -> dict[str, BolmoConfig]:
     """See `Family`; the layers inside are those of any family of transformers."""
-    found = {}
-    for family in transformer_family.FAMILIES:
-        for name, main in family.examples().items():
-            sizes = dict(subwords=0, encoder_layers=1, decoder_layers=2, local_heads=2, local_d_ff=48, capacity=1.0)
-            found[f"{family.name}-{name}"] = BolmoConfig(main=main, chunk=16, max_length=512, **sizes)
-    return found
+    sizes = dict(subwords=0, decoder_layers=2, local_heads=2, local_d_ff=48, capacity=1.0, chunk=16, max_length=512)
+    inside = {f"{f.name}-{name}": cfg for f in transformer_family.FAMILIES for name, cfg in f.examples().items()}
+    return {name: BolmoConfig(main=cfg, **sizes) for name, cfg in inside.items() if cfg.tie_embeddings}
+
+
+def _with_memory(cfg: BolmoConfig, memory: Any) -> BolmoConfig:
+    """That of the layers over patches."""
+    return dataclasses.replace(cfg, main=dataclasses.replace(cfg.main, memory=memory))
 
 
 FAMILY = Family(
@@ -57,11 +62,6 @@ FAMILY = Family(
     hidden=hidden,
     logits=logits,
     init_cache=init_cache,
-    full=full,
-    grow=grow,
-    unstack=unstack,
-    cache_use=cache_use,
-    read_whole=read_whole,
     step=step,
     decode_params=decode_params,
     roomier=roomier,
@@ -69,5 +69,7 @@ FAMILY = Family(
     describe=describe,
     examples=examples,
     published=PUBLISHED,
+    memory=lambda cfg: cfg.main.memory,
+    with_memory=_with_memory,
     codec=codec,
 )

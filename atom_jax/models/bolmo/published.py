@@ -36,9 +36,8 @@ _BLOCKS = {
 
 
 def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
-    """See `Published`. Layers over patches are OLMo's unless `block_type`, `use_qk_norm` and `use_head_qk_norm` say otherwise, as they do
-    in files of later releases, of which none could be tried.
-    """
+    """See `Published`. Layers over patches are OLMo's unless `block_type`, `use_qk_norm` and `use_head_qk_norm` say
+    otherwise, as they do in files of later releases, of which none could be tried."""
     fields = Fields(data, where)
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
@@ -48,7 +47,9 @@ def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 65536}
     given = {name: data[name] for name in _MAIN if data.get(name) is not None}
     vocab = fields.size("vocab_size", 2 * FUSED)
-    main = transformer_published.from_hf({**defaults, **given, "model_type": _family(fields), "vocab_size": vocab}, where)
+    main = transformer_published.from_hf(
+        {**defaults, **given, "model_type": _family(fields), "vocab_size": vocab}, where
+    )
     eos = fields.ids("eos_token_id", FUSED)
     original = fields.table("tokenizer_config").data.get("original_identifier", BolmoConfig.subword_tokenizer)
     if not isinstance(original, str):

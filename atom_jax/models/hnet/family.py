@@ -6,10 +6,10 @@ from atom_jax.chunking.config import Chunking, slots_for
 from atom_jax.models import stack
 from atom_jax.models.family import Family
 from atom_jax.models.flops import keys, matrices
-from atom_jax.models.hnet.config import HNetConfig, read_whole, roomier, spec
+from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits
-from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, init_cache, unstack
+from atom_jax.models.hnet.memory import decode_params, init_cache
 from atom_jax.models.hnet.published import PUBLISHED
 from atom_jax.models.hnet.waiting import step
 from atom_jax.models.stack import Width
@@ -85,11 +85,6 @@ FAMILY = Family(
     hidden=hidden,
     logits=logits,
     init_cache=init_cache,
-    full=full,
-    grow=grow,
-    unstack=unstack,
-    cache_use=cache_use,
-    read_whole=read_whole,
     step=step,
     decode_params=decode_params,
     roomier=roomier,

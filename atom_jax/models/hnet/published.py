@@ -7,6 +7,7 @@ from typing import Any
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.fields import Fields
+from atom_jax.kvcache import policies
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.models.published import Published, named_tokenizer
@@ -66,6 +67,8 @@ def to_hf(cfg: HNetConfig, dtype: str) -> dict[str, Any]:
             theirs.pool, theirs.mix, theirs.upsample, theirs.residual, theirs.confidence, theirs.norm,
         ):  # fmt: skip
             raise AtomError("this model finds its units in a way that H-Net's published format cannot say")
+    if policies.to_hf(cfg.memory, cfg.family):
+        raise AtomError("H-Net's published format has no learned memory")
     if cfg.norm_eps != 1e-5:
         raise AtomError(f"H-Net's published format knows the norm_eps 0.00001 only, this model has {cfg.norm_eps}")
     if cfg.head_bias or cfg.ngrams or cfg.qk_norm or any("x" in layout for layout in cfg.layout):
@@ -119,10 +122,10 @@ def rules(cfg: HNetConfig) -> list[Rule]:
         out.append(Rule(prefix + "pad_dimension", ours + "lift"))
         if s == cfg.stages - 1:
             # The innermost stage is an isotropic stack itself.
-            out += _stack(prefix + "main_network.", ours + "main/", cfg.layout[s])
+            out += _stack(prefix + "main_network.", ours + "main/", cfg.layout[s], cfg.memory)
             break
         for name, layout in zip(("encoder", "decoder"), cfg.layouts(s)):
-            out += _stack(f"{prefix}{name}.", f"{ours}{name}/", layout)
+            out += _stack(f"{prefix}{name}.", f"{ours}{name}/", layout, cfg.memory)
         for name in "qk":
             out.append(Rule(f"{prefix}routing_module.{name}_proj_layer.weight", f"{ours}rule/{name}", 1))
         out += [
@@ -133,10 +136,16 @@ def rules(cfg: HNetConfig) -> list[Rule]:
     return out
 
 
-def _stack(hf: str, ours: str, layout: str) -> list[Rule]:
+def _stack(hf: str, ours: str, layout: str, memory: Any) -> list[Rule]:
     out, first = [Rule(hf + "rmsnorm.weight", ours + "norm")], 0
+    learned = [rule.inside("mixer.", "mixer/") for rule in policies.rules(memory)]
     for run, (letter, n) in enumerate(stack.parse(layout)):
-        kinds = (Rule("norm1.weight", "norm1"), *_MIXERS[letter.lower()], *(_MLP if letter.isupper() else ()))
+        kinds = (
+            Rule("norm1.weight", "norm1"),
+            *_MIXERS.get(letter.lower(), ()),
+            *learned,
+            *(_MLP if letter.isupper() else ()),
+        )
         out += [rule.inside(f"{hf}layers.{{i}}.", f"{ours}{run}/", first) for rule in kinds]
         first += n
     return out

@@ -115,7 +115,9 @@ def test_official_decoding(official, monkeypatch):
 
 def projected_keys(params, batch, cfg):
     """Keys [l, b, h, t, k] of the pass without a cache."""
-    run = jax.jit(lambda params: transformer.hidden(params, batch, cfg=cfg, probe=lambda *a: a[3])[2]["probe"])
+    run = jax.jit(
+        lambda params: transformer.hidden(params, batch, cfg=cfg, probe=lambda p, heads, call: call.k)[2]["probe"]
+    )
     return np.asarray(run(params))
 
 

@@ -1,0 +1,91 @@
+"""Dynamic Memory Sparsification as a model meets it: the hooks of `kvcache.policy.Policy`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+
+from atom_jax import config
+from atom_jax.fields import Fields
+from atom_jax.kvcache.dms import decide, low_rank, published, serve
+from atom_jax.kvcache.dms.config import Settings
+from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.policy import Heads, Mode, Seen
+from atom_jax.naming import Rule
+from atom_jax.params import Tree
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class DMS(Settings):
+    __doc__ = Settings.__doc__
+
+    # The memory is compacted between the parts of a prompt.
+    part: ClassVar[int] = 1024
+    fields: ClassVar[frozenset[str]] = published.FIELDS
+
+    def projections(self, p: Tree, mode: Mode) -> Tree:
+        """Corrected wherever keys may be evicted."""
+        return low_rank.corrected(p) if self.rank and mode.kind in ("hard", "relaxed") else p
+
+    def laid_out(self, p: Tree) -> Tree:
+        """Corrected once."""
+        return super().laid_out(low_rank.corrected(p) if self.rank else p)
+
+    def prepare(
+        self, heads: Heads, learned: Tree, rotate: Callable[[jax.Array], jax.Array], mode: Mode
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        """As in `Policy`, with decision logits f32 [b, h, t]; the borrowed channel leaves the queries."""
+        q, h = heads.q_btnk, heads.k_bthk.shape[2]
+        z = decide.logits(learned, heads.x_btd, q, self, h, heads.eps)
+        if self.form == "borrowed":
+            q = decide.lend(rotate(decide.lend(q, h, mode.fade)), h, mode.fade)
+        else:
+            q = rotate(q)
+        return q, rotate(heads.k_bthk), heads.v_bthk, z
+
+    def mode(self, key: jax.Array, layers: int, b: int, h: int, t: int) -> Mode:
+        """Relaxed, with logistic noise."""
+        return Mode("relaxed", decide.logistic(key, (layers, b, h, t)))
+
+    def train(self, call: Call) -> Seen:
+        """Reports `evict`, bool [b, h, t] (by the key), `evict_soft`, f32 of that shape (`Decisions.soft`),
+        `evict_logits` and `occupancy`, i32 [b, h]."""
+        chosen = decide.decide(call.learned, call.said, call.q, call.k, call.tokens, self, call.mode)
+        aux = {
+            "evict": chosen.evict,
+            "evict_soft": chosen.soft,
+            "evict_logits": chosen.z,
+            "occupancy": decide.occupancy(chosen.evict, call.tokens, self.window),
+        }
+        return Seen(call.k, call.v, chosen.keep, self.window, aux)
+
+    def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> serve.DMSLayer:
+        """An empty paged cache."""
+        return serve.init(self, sizes, capacity, len(numbers))
+
+    def expected(self, length: int) -> int:
+        """One key in `cr`, besides those in the window."""
+        return min(length, math.ceil(length / self.cr) + self.window)
+
+    def describe(self) -> str:
+        """What was learned, and for what."""
+        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Those of the published evictors, and our own."""
+        return published.RULES
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        """Learned evictors are part of a model."""
+        return published.to_hf(family, self)
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> DMS | None:
+        """See `published.from_hf`."""
+        found = published.from_hf(fields)
+        return None if found is None else cls(**found)
