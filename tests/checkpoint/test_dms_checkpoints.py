@@ -154,7 +154,6 @@ def test_defaults_and_fields_that_change_nothing(monkeypatch):
             "dms_window_size is missing, which dms_separate_alpha",
         ),
         ({"dms_window_size": None, "architectures": ["Qwen3ForCausalLMDMS"]}, "dms_window_size is missing"),
-        ({"use_sliding_window": True, "max_window_layers": 1}, "config.json: memory: policies are for models"),
     ],
 )
 def test_what_is_refused(fields, message):
