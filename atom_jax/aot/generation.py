@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from atom_jax import checkpoint, sharding
 from atom_jax import params as params_lib
-from atom_jax import sharding
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import per_chip
 from atom_jax.checkpoint.adapters import load_adapter
@@ -67,13 +67,13 @@ def at(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def described(checkpoint: str | None, reference: str | None, adapter: str | None = None) -> LM:
+def described(path: str | None, reference: str | None, adapter: str | None = None) -> LM:
     """The model of a checkpoint, or of a configuration file (FILE.py:variant), with shapes for its parameters; with
     the evictors of an adapter."""
-    if (checkpoint is None) == (reference is None):
+    if (path is None) == (reference is None):
         raise AtomError("--compile_only: expected either --checkpoint or --config")
-    if checkpoint is not None:
-        cfg, tokenizer = start.opened(checkpoint)
+    if path is not None:
+        cfg, tokenizer = checkpoint.load_config(path)
     else:
         exp = start.configure(reference, [])
         looks = registry.of(exp.model).codec(exp.model).looks

@@ -45,9 +45,7 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
     """
     learned, memory = registry.learned(lm.config), registry.of(lm.config).memory(lm.config)
     if not learned:
-        raise AtomError(
-            f"the model has no learned evictors of its own ({_named(memory)}): there is no adapter to save"
-        )
+        raise AtomError(f"the model has no learned evictors of its own ({_named(memory)}), so it has no adapter")
     source = families.ExportSource(lm.config, lm.params, learned)
     base = {"family": lm.family, **_sizes(lm.config), "name": name}
     table = {"format": FORMAT, "base": base, "memory": config.to_json(memory)}

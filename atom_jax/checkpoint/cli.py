@@ -10,6 +10,7 @@ import numpy as np
 
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
+from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.models import registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
@@ -91,11 +92,8 @@ def _hf(path: Path) -> tuple[Any, Any, list[_Row]]:
 
 
 def _gguf(path: Path) -> tuple[Any, Any, list[_Row]]:
-    from atom_jax.checkpoint.gguf_import import GGUFSource
-
     source = GGUFSource(path)
-    cfg = registry.recognise(source.hf_config, str(path)).from_hf(source.hf_config, str(path))
-    return cfg, source.tokenizer(), source.stored()
+    return *source.described(), source.stored()
 
 
 def _orbax(path: Path) -> tuple[Any, Any, list[_Row]]:

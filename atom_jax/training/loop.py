@@ -18,6 +18,7 @@ from atom_jax import config, sharding
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.store import Store, has_begun
 from atom_jax.data.pipeline import make_iterator, merge_states
+from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training import plots, start
 from atom_jax.training.config import Experiment, check_resumable
@@ -191,8 +192,6 @@ class _Run:
         self.recorder.validation(self.at, self.validation)
         cfg = self.exp.train
         if cfg.sample_prompt and jax.process_count() == 1:
-            from atom_jax.inference.generate import generate
-
             lm = LM(self.exp.model, _own(self.program.averaged(self.state)), self.program.tokenizer)
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)

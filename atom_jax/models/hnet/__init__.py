@@ -9,11 +9,10 @@ With the cosine router, pool "first" and EMA mixing this is H-Net as released; o
 pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 """
 
-from atom_jax.models.hnet.config import HNetConfig, roomier, spec
+from atom_jax.models.hnet.config import HNetConfig, chunking, roomier, spec
 from atom_jax.models.hnet.family import FAMILY
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import decode_params, init_cache
-from atom_jax.models.hnet.published import chunking
 from atom_jax.models.hnet.waiting import step
 
 __all__ = [

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.fields import Fields
 from atom_jax.kvcache import policies
 from atom_jax.models import stack
-from atom_jax.models.hnet.config import HNetConfig
+from atom_jax.models.hnet.config import HNetConfig, chunking
 from atom_jax.models.published import Published, named_tokenizer
 from atom_jax.naming import Rule
 from atom_jax.nn.ssd import Mamba2Config
@@ -17,12 +16,6 @@ from atom_jax.typing import AtomError
 
 # Bytes per unit that the released models were trained towards, by number of chunking stages.
 _TARGETS = {1: 6.0, 2: 3.0}
-
-
-def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chunking:
-    """H-Net's own way to find, pool, smooth and spread its units."""
-    return Chunking(rule=Cosine(target=target), pool="first", mix="ema", upsample="repeat", residual="linear",
-                    confidence=True, capacity=capacity, **changes)  # fmt: skip
 
 
 def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
