@@ -174,7 +174,7 @@ def _most(params: Any) -> str:
     sizes: collections.Counter[str] = collections.Counter()
     for x in jax.tree.leaves(params):
         sizes[x.dtype.name] += x.size
-    return sizes.most_common(1)[0][0]
+    return max(sizes, key=sizes.get, default="float32")
 
 
 def _is_model_file(name: str) -> bool:

@@ -126,7 +126,7 @@ def _sizes(cfg: Any) -> dict[str, Any]:
 
 
 def _named(memory: Any) -> str:
-    return "; ".join(policy.describe() for policy in policies.policies_of(memory)) or "it keeps everything"
+    return "it keeps everything" if memory is None else memory.describe()
 
 
 def _places(paths: frozenset[str], given: dict[str, Any]) -> params_lib.Tree:

@@ -165,7 +165,7 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
         "tokens_per_second": max(new - len(streams), 0) / busy if busy else 0.0,
         "kv_entries_peak": sum(run.peak for run in runs),
         "kv_reads": sum(run.reads for run in runs),
-        "kv_bytes": sum(params_lib.nbytes(run.state.cache.layers) for run in runs),
+        "kv_bytes": sum(params_lib.nbytes((run.state.cache.layers, run.state.cache.parts)) for run in runs),
     }
     text = None if lm.tokenizer is None else [s.text for s in streams]
     return Generation([s.ids for s in streams], text, stats, runs[0].state if keep_memory else None)

@@ -6,6 +6,7 @@ What a policy decides is the score of every entry; entries with the largest are 
   score. Each row gets what it gets alone.
 * A later call with several tokens (a further turn, or a continuation to be scored) attends to what is stored and to
   its own tokens, and stores all of these, so that more than `limit` entries may be held; `grow` makes room for them.
+* A further reading of a prompt (`Policy.passes`) attends to it and to itself, and only changes the prompt's scores.
 * A call with one token per row stores it in a new slot while fewer than `limit` entries are held, else in the slot of
   the entry with the least score, chosen before the token attends: a query reads its own entry and `limit - 1` others.
   Where more than `limit` are held, the call also drops the entry with the next score, until `limit` are left.
@@ -39,9 +40,12 @@ class Budget(Policy):
 
     budget: entries per row and key/value head. ratio: entries as a share of the row's prompt, rounded down, at
     least one. sinks: positions at the start of a text that are never evicted.
+    biased: entries may stand for several tokens, see `absorb`.
     """
 
     stepwise: ClassVar[bool] = True
+    slides: ClassVar[bool] = True
+    biased: ClassVar[bool] = False
     budget: int = 0
     ratio: float = 0.0
     sinks: int = 0
@@ -99,6 +103,19 @@ class Budget(Policy):
         """float32 [b, h, c]: scores after one new token, already stored, which gave the entries these weights."""
         return layer.score
 
+    def reread(self, entries: Entries, call: Call) -> jax.Array:
+        """float32 [b, h, c]: scores of a prompt's entries when it is read again; the last t are the call's own."""
+        return entries.score[..., : -call.k.shape[2]]
+
+    def gather(self, entries: Entries, keep: jax.Array) -> Entries:
+        """A prompt's entries, of which those `keep`, bool [b, h, t], are about to stay: they may take up what the
+        others held."""
+        return entries
+
+    def absorb(self, layer: BudgetLayer, slot_bh: jax.Array, live_bh: jax.Array) -> BudgetLayer:
+        """The layer before the entry in a slot leaves it, where `live`: others may take up what it held."""
+        return layer
+
     def choose(self, entries: Entries, length_b: jax.Array, limit_bh: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Entries of a prompt to keep, bool [b, h, t], and the limit i32 [b, h] from then on."""
         return keep_largest(
@@ -109,7 +126,7 @@ class Budget(Policy):
         """Scores, +inf for sinks and recent entries; -inf for empty slots. last: i32 [b], the newest position."""
         guard = entries.pos < self.sinks
         guard |= entries.pos > last_b[:, None, None] - self.recent(limit_bh)[:, :, None]
-        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, entries.score))
+        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, steady(entries.score)))
 
     def order(self, pos: jax.Array) -> jax.Array:
         """What decides between equal scores, larger is better: sinks first, then the newest."""
@@ -118,16 +135,24 @@ class Budget(Policy):
 
 @struct.dataclass
 class Entries:
-    """Keys and values k, v [b, h, s, k], positions i32 [b, h, s] (-1: empty) and scores float32 [b, h, s]."""
+    """Keys and values k, v [b, h, s, k], positions i32 [b, h, s] (-1: empty), scores float32 [b, h, s], and the
+    bias on their scores in attention, float32 [b, h, s], or None."""
 
     k: jax.Array
     v: jax.Array
     pos: jax.Array
     score: jax.Array
+    bias: Any = None
 
     def join(self, other: Entries) -> Entries:
         """These entries and then those."""
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2), self, other)
+
+
+def steady(score: jax.Array) -> jax.Array:
+    """Scores to 16 bits: those that differ by rounding alone, as they do in other company, are equal, so that their
+    order decides."""
+    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=15)
 
 
 def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Array:
@@ -142,7 +167,8 @@ def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Ar
 class BudgetLayer(Layer):
     """The memory of one layer, c slots per row and head.
 
-    k, v: [b, h, c, k]. pos: i32 [b, h, c], position of the entry, -1 in empty slots. score: float32 [b, h, c].
+    k, v: [b, h, c, k]. pos: i32 [b, h, c], position of the entry, -1 in empty slots. score: float32 [b, h, c]. bias:
+    float32 [b, h, c], added to the entry's score in attention, or None.
     n: i32 [b, h], entries held. limit: i32 [b, h], entries that single tokens leave. extra: what else the policy
     keeps, arrays [b, ...]. policy: static.
     """
@@ -153,6 +179,7 @@ class BudgetLayer(Layer):
     score: jax.Array
     n: jax.Array
     limit: jax.Array
+    bias: Any = None
     extra: Any = None
     policy: Budget = struct.field(pytree_node=False, default=None)
 
@@ -162,12 +189,13 @@ class BudgetLayer(Layer):
         shape = (sizes.b, sizes.h, slots)
         k, v = (jnp.zeros((*shape, sizes.k), sizes.dtype) for _ in range(2))
         n = jnp.zeros(shape[:2], jnp.int32)
-        return cls(k, v, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), n, n + policy.budget, None, policy)
+        bias = jnp.zeros(shape) if policy.biased else None
+        return cls(k, v, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), n, n + policy.budget, bias, None, policy)
 
     @property
     def entries(self) -> Entries:
         """What is stored."""
-        return Entries(self.k, self.v, self.pos, self.score)
+        return Entries(self.k, self.v, self.pos, self.score, self.bias)
 
     def extend(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
         """Attends, stores and evicts as the module says; see `memory.Layer`."""
@@ -176,14 +204,17 @@ class BudgetLayer(Layer):
         t = call.k.shape[2]
         pos = jnp.where(call.real, call.tokens.positions, -1)
         pos = jnp.broadcast_to(pos[:, None], call.k.shape[:3])
-        new = Entries(call.k, call.v, pos, self.policy.token_score(call))
+        bias = None if self.bias is None else jnp.zeros(pos.shape)
+        new = Entries(call.k, call.v, pos, self.policy.token_score(call), bias)
         if call.fresh:
             out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
             new = new.replace(score=self.policy.prompt(new, call))
             keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call.after, t))
-            return out, self._put(new, keep).replace(limit=limit)
+            return out, self._put(self.policy.gather(new, keep), keep).replace(limit=limit)
         new = self.entries.join(new)
-        out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos)
+        out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos, new.bias, call.window)
+        if call.reading:
+            return out, self.replace(score=self.policy.reread(new, call))
         changed = jnp.broadcast_to(call.real[:, :1, None], new.pos.shape)
         new = new.replace(score=jnp.where(changed, self.policy.observe(new, call), new.score))
         return out, self._put(new, new.pos >= 0)
@@ -201,7 +232,7 @@ class BudgetLayer(Layer):
 
         one = jax.tree.map(take, new, self.entries)
         held = jnp.arange(c)[None, None] < n[..., None]
-        return self.replace(k=one.k, v=one.v, pos=jnp.where(held, one.pos, -1), score=one.score, n=n)
+        return self.replace(k=one.k, v=one.v, pos=jnp.where(held, one.pos, -1), score=one.score, bias=one.bias, n=n)
 
     def _step(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
         b, h, c, _ = self.k.shape
@@ -211,21 +242,26 @@ class BudgetLayer(Layer):
         slot = jnp.where(real, slot, c)
         rest = jnp.where(jnp.arange(c)[None, None] == slot[..., None], -1, self.pos)
         dropped = jnp.where(over, self._victim(rest, call), c)
+        old = self.policy.absorb(self, slot, real & ~fits)
+        old = self.policy.absorb(old, dropped, over)
 
         def put(old: jax.Array, new: jax.Array, where: jax.Array = slot) -> jax.Array:
             # One scatter index per row and head: XLA then updates in place.
             place = old.at[jnp.arange(b)[:, None], jnp.arange(h)[None], where]
             return place.set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-        pos = put(self.pos, jnp.broadcast_to(at, (b, h)))
-        new = self.replace(
-            k=put(self.k, call.k[:, :, 0]),
-            v=put(self.v, call.v[:, :, 0]),
+        pos = put(old.pos, jnp.broadcast_to(at, (b, h)))
+        new = old.replace(
+            k=put(old.k, call.k[:, :, 0]),
+            v=put(old.v, call.v[:, :, 0]),
             pos=put(pos, jnp.full((b, h), -1), dropped),
-            score=put(self.score, self.policy.token_score(call)[:, :, 0]),
+            score=put(old.score, self.policy.token_score(call)[:, :, 0]),
+            bias=None if old.bias is None else put(old.bias, jnp.zeros((b, h))),
             n=self.n + jnp.where(fits & real, 1, 0) - over.astype(jnp.int32),
         )
-        out, weights = observe.attend_one(call.q[..., 0, :], new.k, new.v, new.pos)
+        seen = new.pos >= 0
+        seen = seen if call.window is None else seen & (at[..., None] - new.pos < call.window)
+        out, weights = observe.attend_one(call.q[..., 0, :], new.k, new.v, seen, new.bias)
         score = jnp.where(
             jnp.broadcast_to(real[..., None], new.score.shape), self.policy.step(new, weights), new.score
         )
@@ -261,8 +297,9 @@ class BudgetLayer(Layer):
             return jnp.pad(x, widths, constant_values=fill)
 
         return self.replace(
-            k=pad(self.k, -2), v=pad(self.v, -2), pos=pad(self.pos, -1, -1), score=pad(self.score, -1)
-        )
+            k=pad(self.k, -2), v=pad(self.v, -2), pos=pad(self.pos, -1, -1), score=pad(self.score, -1),
+            bias=None if self.bias is None else pad(self.bias, -1),
+        )  # fmt: skip
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries stored: at most the limit, after single tokens."""

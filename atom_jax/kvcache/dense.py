@@ -44,7 +44,7 @@ class DenseLayer(Layer):
 
         return DenseLayer(put(self.k, k_bhtk), put(self.v, v_bhtk))
 
-    def attend(self, q_bhgtk: jax.Array, q: Tokens, length_b: jax.Array, window: int | None) -> jax.Array:
+    def _attend(self, q_bhgtk: jax.Array, q: Tokens, length_b: jax.Array, window: int | None) -> jax.Array:
         """Attention of t queries per row to the `length_b` tokens stored (those of this call included)."""
         b, h, capacity, _ = self.k.shape
         page = next((n for n in PAGES if capacity % n == 0 and fits(n, self.k.dtype)), None)
@@ -63,7 +63,7 @@ class DenseLayer(Layer):
         if call.fresh and call.q.shape[3] > 1:
             return attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True), state
         here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
-        return state.attend(call.q, here, call.after, call.window), state
+        return state._attend(call.q, here, call.after, call.window), state
 
     def full(self, length_b: jax.Array) -> jax.Array:
         """Rows whose next token does not fit."""

@@ -32,7 +32,9 @@ class H2O(Budget):
 
     def observe(self, entries: Entries, call: Call) -> jax.Array:
         """Adds the attention of all new queries."""
-        return entries.score + observe.received(call.q, call.tokens, entries.k, entries.pos, call.fresh).sum(2)
+        bias = None if call.fresh else entries.bias
+        got = observe.received(call.q, call.tokens, entries.k, entries.pos, call.fresh, bias, call.window)
+        return entries.score + got.sum(2)
 
     def step(self, layer: BudgetLayer, weights_bhgc: jax.Array) -> jax.Array:
         """Adds the attention of this step."""

@@ -1,6 +1,8 @@
 """Attention to stored entries, whose positions differ from head to head, and what these entries receive of it.
 
-pos: i32 [b, h, s], positions of the entries, -1 where there is none.
+pos: i32 [b, h, s], positions of the entries, -1 where there is none. bias: f32 [b, h, s], added to the scores of the
+entries (the logarithm of how many tokens each stands for), or None. window: of a sliding layer, whose queries see the
+entries fewer than so many positions back, or None.
 """
 
 from __future__ import annotations
@@ -17,21 +19,26 @@ ROWS = 64
 
 
 def attend_entries(
-    q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bhs: jax.Array
-) -> jax.Array:
+    q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bhs: jax.Array,
+    bias_bhs: jax.Array | None = None, window: int | None = None,
+) -> jax.Array:  # fmt: skip
     """Attention [b, h, g, t, k] of new tokens to the entries that are not after them."""
     h = k_bhsk.shape[1]
-    out = attend(_fold(q_bhgtk), _fold(k_bhsk), _fold(v_bhsk), _queries(q, h), _entries(pos_bhs))
+    bias = None if bias_bhs is None else _fold(bias_bhs)
+    # A window of -1: the bias is for all queries.
+    options = {"window": window, "keep_bhs": bias, "keep_window": -1}
+    out = attend(_fold(q_bhgtk), _fold(k_bhsk), _fold(v_bhsk), _queries(q, h), _entries(pos_bhs), **options)
     return out.reshape(q_bhgtk.shape)
 
 
 def attend_one(
-    q_bhgk: jax.Array, k_bhck: jax.Array, v_bhck: jax.Array, pos_bhc: jax.Array
+    q_bhgk: jax.Array, k_bhck: jax.Array, v_bhck: jax.Array, seen_bhc: jax.Array, bias_bhc: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention [b, h, g, k] of one token per row to all entries, and its weights float32 [b, h, g, c]."""
+    """Attention [b, h, g, k] of one token per row to the entries `seen`, bool [b, h, c], and its weights float32
+    [b, h, g, c]."""
     scores = jnp.einsum("bhgk,bhck->bhgc", q_bhgk, k_bhck, preferred_element_type=jnp.float32)
-    held = jnp.broadcast_to((pos_bhc >= 0)[:, :, None], scores.shape)
-    scores = jnp.where(held, scores * q_bhgk.shape[-1] ** -0.5, NEGATIVE)
+    scores = _biased(scores * q_bhgk.shape[-1] ** -0.5, bias_bhc, 2)
+    scores = jnp.where(jnp.broadcast_to(seen_bhc[:, :, None], scores.shape), scores, NEGATIVE)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhgc,bhck->bhgk", weights.astype(v_bhck.dtype), v_bhck, preferred_element_type=jnp.float32)
@@ -48,27 +55,38 @@ def last_queries(call: Call, n: int) -> tuple[jax.Array, jax.Array]:
     return q, jnp.where(at >= 0, jnp.take_along_axis(call.tokens.positions, index, axis=1), -1)
 
 
-def weights(q_bhgtk: jax.Array, at_bt: jax.Array, k_bhsk: jax.Array, pos_bhs: jax.Array) -> jax.Array:
+def weights(
+    q_bhgtk: jax.Array, at_bt: jax.Array, k_bhsk: jax.Array, pos_bhs: jax.Array,
+    bias_bhs: jax.Array | None = None, window: int | None = None,
+) -> jax.Array:  # fmt: skip
     """Attention weights float32 [b, h, g, t, s] of a few queries at positions at_bt; 0 for queries at -1."""
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
-    at, pos = at_bt[:, None, :, None], pos_bhs[:, :, None, :]
-    seen = jnp.broadcast_to(((pos >= 0) & (pos <= at))[:, :, None], scores.shape)
-    scores = jnp.where(seen, scores * q_bhgtk.shape[-1] ** -0.5, NEGATIVE)
-    return jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+    distance, held = at_bt[:, None, :, None] - pos_bhs[:, :, None, :], (pos_bhs >= 0)[:, :, None]
+    seen = held & (distance >= 0)
+    seen = seen if window is None else seen & (distance < window)
+    seen = jnp.broadcast_to(seen[:, :, None], scores.shape)
+    scores = _biased(scores * q_bhgtk.shape[-1] ** -0.5, bias_bhs, 2, 3)
+    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, NEGATIVE), axis=-1), 0.0)
 
 
-def received(q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Array, aligned: bool) -> jax.Array:
-    """Attention that every entry receives from all real queries together: float32 [b, h, g, s].
+def received(
+    q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Array, aligned: bool,
+    bias_bhs: jax.Array | None = None, window: int | None = None, most: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Attention that every entry receives from all real queries together: float32 [b, h, g, s]; most: the largest
+    weight instead of the sum.
 
     Memory grows with t + s, not with their product: the first pass finds the log-sum-exp of every query, the second
-    adds up the weights of ROWS queries at a time. aligned: as in `attend`.
+    adds up the weights of ROWS queries at a time. aligned: as in `attend`; without bias only.
     """
     b, h, g, t, size = q_bhgtk.shape
     s, n = k_bhsk.shape[2], b * h
     queries, entries = _queries(q, h), _entries(pos_bhs)
     places = (queries.positions, queries.segments, entries.positions, entries.segments)
-    keys = _fold(k_bhsk)
-    _, lse = blockwise_lse(_fold(q_bhgtk), keys, keys, places, None, aligned, block_size(s))
+    keys, bias = _fold(k_bhsk), None if bias_bhs is None else _fold(bias_bhs)
+    _, lse = blockwise_lse(
+        _fold(q_bhgtk), keys, keys, places, window, aligned, block_size(s), bias, 0 if bias is None else -1
+    )
     blocks = -(-t // ROWS)
 
     def split(x: jax.Array, axis: int) -> jax.Array:
@@ -78,15 +96,24 @@ def received(q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Arra
     def add(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
         q, lse, at, real = block
         scores = jnp.einsum("ngtk,nsk->ngts", q, keys[:, 0], preferred_element_type=jnp.float32) * size**-0.5
+        scores = _biased(scores, None if bias is None else bias[:, 0], 1, 2)
         distance = at[:, :, None] - entries.positions[:, None]
         seen = (entries.segments[:, None] > 0) & (distance >= 0) & (real[:, :, None] > 0)
+        seen = seen if window is None else seen & (distance < window)
         weight = jnp.exp(jnp.where(jnp.broadcast_to(seen[:, None], scores.shape), scores - lse[..., None], NEGATIVE))
-        return total + weight.sum(2), None
+        return jnp.maximum(total, weight.max(2)) if most else total + weight.sum(2), None
 
     parts = (q_bhgtk.reshape(n, g, t, size), lse[:, 0]), (queries.positions, queries.segments)
     inputs = (*(split(x, 2) for x in parts[0]), *(split(x, 1) for x in parts[1]))
     total, _ = jax.lax.scan(add, jnp.zeros((n, g, s), jnp.float32), inputs)
     return total.reshape(b, h, g, s)
+
+
+def _biased(scores: jax.Array, bias: jax.Array | None, *axes: int) -> jax.Array:
+    """Scores with the entries' bias added, which lacks these axes."""
+    if bias is None:
+        return scores
+    return scores + jnp.broadcast_to(jnp.expand_dims(bias, axes), scores.shape)
 
 
 def _fold(x: jax.Array) -> jax.Array:

@@ -71,14 +71,15 @@ class Policy:
 
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
-    after the time before. stepwise: reading several tokens in one call is not reading them one after another. fields:
-    of config.json that `from_hf` knows.
+    after the time before. stepwise: reading several tokens in one call is not reading them one after another. slides:
+    it also serves layers whose queries see a window only. fields: of config.json that `from_hf` knows.
     """
 
     name: ClassVar[str] = ""
     part: ClassVar[int | None] = None
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
+    slides: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
 
     def spec(self, projections: Tree) -> Tree:
@@ -163,11 +164,19 @@ class PerLayer:
         if len(set(layers)) < len(layers) or any(type(n) is not int or n < 0 for n in layers):
             raise AtomError(f"memory: expected a different number from 0 on for every layer, got {layers}")
 
+    def describe(self) -> str:
+        """As of `Policy`."""
+        say = lambda policy: "none" if policy is None else policy.describe()  # noqa: E731
+        return ", ".join([say(self.default), *(f"layer {layer} {say(policy)}" for layer, policy in self.at)])
+
 
 def policy_of(memory: Any, layer: int, kind: str = "full") -> Policy | None:
     """The policy of layer number `layer` of a model whose configuration has this `memory`; None: everything is kept,
-    or, in a layer of kind "sliding", what its window shows."""
+    or, in a layer of kind "sliding", what its window shows. Raises AtomError for a policy that does not slide there.
+    """
     if isinstance(memory, PerLayer) and (named := dict(memory.at).get(layer)) is not None:
+        if kind == "sliding" and not named.slides:
+            raise AtomError(f"memory: layer {layer} sees a window only, which {named.name} does not serve")
         return named
     if kind == "sliding":
         return None

@@ -13,7 +13,7 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache import observe
-from atom_jax.kvcache.budget import Budget
+from atom_jax.kvcache.budget import Budget, steady
 from atom_jax.kvcache.dense import DenseLayer, bucket
 from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
 from atom_jax.typing import AtomError
@@ -31,6 +31,7 @@ class Quest(Budget):
     """
 
     name: ClassVar[str] = "quest"
+    slides: ClassVar[bool] = False
     page: int = 16
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ class QuestLayer(Layer):
             jnp.take_along_axis(new._pages(x), index[..., None, None], axis=2).reshape(*flat, x.shape[-1])
             for x in (new.k, new.v)
         )
-        out, _ = observe.attend_one(call.q[..., 0, :], k, v, pos.reshape(flat))
+        out, _ = observe.attend_one(call.q[..., 0, :], k, v, pos.reshape(flat) >= 0)
         return out[..., None, :], new
 
     def _pages(self, x: jax.Array) -> jax.Array:
@@ -131,7 +132,8 @@ class QuestLayer(Layer):
         bound = jnp.einsum("bhgk,bhpk->bhp", jnp.maximum(q, 0.0), high)
         bound += jnp.einsum("bhgk,bhpk->bhp", jnp.minimum(q, 0.0), low)
         sink = jnp.broadcast_to((number * self.policy.page < self.policy.sinks)[None, None], past.shape)
-        bound = jnp.where(past, jnp.where(sink, jnp.inf, bound), -jnp.inf)
+        # Of equal bounds the first pages are read.
+        bound = jnp.where(past, jnp.where(sink, jnp.inf, steady(bound)), -jnp.inf)
         best, index = jax.lax.top_k(bound, min(self.most, bound.shape[-1]))
         used = (jnp.arange(index.shape[-1])[None, None] < self.limit[..., None]) & (best > -jnp.inf)
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))

@@ -41,7 +41,7 @@ class SnapKV(Budget):
         q, at = observe.last_queries(call, min(self.window, t))
         first = call.after[:, None, None] - self.window
         before = jnp.broadcast_to(jnp.arange(t)[None, None] < first, entries.pos.shape)
-        score = observe.weights(q, at, entries.k, entries.pos).mean((2, 3))
+        score = observe.weights(q, at, entries.k, entries.pos, None, call.window).mean((2, 3))
         score = jnp.pad(jnp.where(before, score, 0.0), ((0, 0), (0, 0), (self.pool // 2, self.pool // 2)))
         pooled = sum(score[..., i : i + t] for i in range(self.pool)) / self.pool
         return jnp.where(before, pooled, jnp.inf)

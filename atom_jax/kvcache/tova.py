@@ -32,8 +32,9 @@ class TOVA(Budget):
 
     def observe(self, entries: Entries, call: Call) -> jax.Array:
         """Attention of the last query."""
-        weights = observe.weights(*observe.last_queries(call, 1), entries.k, entries.pos)[..., 0, :]
-        return _over_heads(weights)
+        q, at = observe.last_queries(call, 1)
+        weights = observe.weights(q, at, entries.k, entries.pos, entries.bias, call.window)
+        return _over_heads(weights[..., 0, :])
 
     def step(self, layer: BudgetLayer, weights_bhgc: jax.Array) -> jax.Array:
         """Attention of the query of this step."""

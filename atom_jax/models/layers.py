@@ -158,6 +158,17 @@ def _joined(reports: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> dict[s
     return out
 
 
+def ask(kinds: tuple[Hashable, ...], states: tuple, question: Callable[[Any], jax.Array]) -> jax.Array:
+    """What every layer's memory answers, [layers, ...]."""
+    reports = []
+    for run, places in zip(runs(kinds), states, strict=True):
+        for i, one in enumerate(places):
+            apart = not isinstance(one, Stack)
+            answers = jnp.stack([question(x) for x in one]) if apart else jax.vmap(question)(one.states)
+            reports.append((run.numbers(i), {"": answers}))
+    return _joined(reports)[""]
+
+
 def store(states: tuple, calls: tuple, count_b: jax.Array) -> tuple:
     """The memory of a stack after the first `count_b`, i32 [b], of the tokens of its layers' calls."""
 

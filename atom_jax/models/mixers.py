@@ -18,6 +18,7 @@ from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.policy import Policy
 from atom_jax.models import attention
 from atom_jax.models.attention import Attention, Context
+from atom_jax.models.flops import keys
 from atom_jax.nn import relative
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
@@ -92,6 +93,10 @@ class Mixer:
         """Floating-point operations in which positions of one row meet."""
         raise NotImplementedError
 
+    def describe(self, width: Width) -> str:
+        """What a line of `info` says of it."""
+        raise NotImplementedError
+
 
 class Mamba2(Mixer):
     """m and M."""
@@ -120,6 +125,10 @@ class Mamba2(Mixer):
         e, n = width.ssm.expand * width.d, width.ssm.d_state
         block = min(width.ssm.chunk, positions)
         return positions * (2 * block * (n + e) + 4 * e * n)
+
+    def describe(self, width: Width) -> str:
+        """Size of the states."""
+        return f"SSM states of {width.ssm.d_state}"
 
 
 class SelfAttention(Mixer):
@@ -155,7 +164,11 @@ class SelfAttention(Mixer):
     def operations(self, width: Width, positions: int) -> float:
         """Scores and weighted sums."""
         window = positions if width.window < 0 else width.window + 1
-        return 4 * positions * width.d * keys_seen(positions, window)
+        return 4 * positions * width.d * keys(positions, window)
+
+    def describe(self, width: Width) -> str:
+        """Heads, and what they see."""
+        return f"{width.heads} heads" + (f" with a window of {width.window + 1}" if width.window >= 0 else "")
 
 
 class Relative(Mixer):
@@ -182,19 +195,17 @@ class Relative(Mixer):
 
     def operations(self, width: Width, positions: int) -> float:
         """Scores by content and by position, and weighted sums."""
-        return 8 * positions * width.d * keys_seen(positions, positions)
+        return 8 * positions * width.d * keys(positions, positions)
+
+    def describe(self, width: Width) -> str:
+        """Heads."""
+        return f"{width.heads} heads"
 
 
 def heads_divide(width: Width, where: str) -> None:
     """Raises AtomError where they do not divide the width."""
     if width.d % width.heads:
         raise AtomError(f"n_heads: {width.heads} heads do not divide the width {width.d} of {where}")
-
-
-def keys_seen(length: int, window: int) -> float:
-    """Keys that a query sees, on average over a row of so many positions."""
-    window = min(window, length)
-    return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 MIXERS: dict[str, Mixer] = {}

@@ -156,7 +156,7 @@ class DMSLayer(Layer):
         known = ring.positions(call.length)
         # The decision of token t + 1 is about token t; none is about the last token of a row yet.
         said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-        z = jnp.where(said[:, None], decide.shift(call.z, UNDECIDED), UNDECIDED)
+        z = jnp.where(said[:, None], decide.shift(call.said, UNDECIDED), UNDECIDED)
         ring, stats = self._receive(ring, call, tokens)
         evict = self._decided(z, stats, tokens.positions, call.learned)
         keep = jnp.where(evict, NEGATIVE, 0.0)
@@ -227,7 +227,7 @@ def _say(ring: Ring, call: Call) -> jax.Array:
     size = ring.slot.shape[-1]
     previous = (jnp.arange(size)[None] == (call.length[:, None] - 1) % size) & call.real[:, :1]
     previous &= (call.length > 0)[:, None]
-    return jnp.where(previous[:, None], call.z[:, :, :1], ring.z)
+    return jnp.where(previous[:, None], call.said[:, :, :1], ring.z)
 
 
 def _take(x: jax.Array, at_bht: jax.Array) -> jax.Array:

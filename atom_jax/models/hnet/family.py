@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 from atom_jax.chunking.config import Chunking, slots_for
-from atom_jax.models import stack
 from atom_jax.models.family import Family
-from atom_jax.models.flops import keys, matrices
+from atom_jax.models.flops import matrices
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import decode_params, init_cache
 from atom_jax.models.hnet.published import PUBLISHED
 from atom_jax.models.hnet.waiting import step
-from atom_jax.models.stack import Width
 
 
 def flops(cfg: HNetConfig, length: int) -> float:
@@ -22,23 +22,13 @@ def flops(cfg: HNetConfig, length: int) -> float:
     for s in range(cfg.stages):
         stage = tree[f"stage{s}"]
         total += 2.0 * positions * matrices({k: v for k, v in stage.items() if k not in ("join", "part")})
-        for layout in cfg.layouts(s):
-            total += sum(n * _mixing(letter, cfg.width(s), positions) for letter, n in stack.parse(layout))
+        for run in itertools.chain(*cfg.stacks(s)):
+            total += len(run.kinds) * run.mixer.operations(cfg.width(s), positions)
         if s < cfg.stages - 1:
             chunks = slots_for(positions, cfg.chunking[s].capacity)
             total += 2.0 * chunks * matrices({k: v for k, v in stage.items() if k in ("join", "part")})
             positions = chunks
     return total / length
-
-
-def _mixing(letter: str, width: Width, positions: int) -> float:
-    """Operations in which positions meet, over a row."""
-    if letter in "mM":
-        e, n = width.ssm.expand * width.d, width.ssm.d_state
-        block = min(width.ssm.chunk, positions)
-        return positions * (2 * block * (n + e) + 4 * e * n)
-    window = positions if width.window < 0 else width.window + 1
-    return (8 if letter == "x" else 4) * positions * width.d * keys(positions, window)
 
 
 def describe(cfg: HNetConfig) -> list[tuple[str, str]]:
@@ -58,15 +48,11 @@ def describe(cfg: HNetConfig) -> list[tuple[str, str]]:
 
 
 def _layers(cfg: HNetConfig, s: int) -> str:
-    letters = {letter for layout in cfg.layouts(s) for letter, _ in stack.parse(layout)}
+    mixers = dict.fromkeys(run.mixer for run in itertools.chain(*cfg.stacks(s)))
     parts = [" and ".join(cfg.layouts(s)), f"width {cfg.d_model[s]}"]
-    if letters & set("MTx"):
+    if any(mixer.mlp for mixer in mixers):
         parts.append(f"MLP {cfg.d_intermediate[s]}")
-    if letters & set("tTx"):
-        slides = letters & set("tT") and cfg.window[s] >= 0
-        parts.append(f"{cfg.n_heads[s]} heads" + (f" with a window of {cfg.window[s] + 1}" if slides else ""))
-    if letters & set("mM"):
-        parts.append(f"SSM states of {cfg.ssm.d_state}")
+    parts += dict.fromkeys(mixer.describe(cfg.width(s)) for mixer in mixers)
     return "layers " + ", ".join(parts)
 
 
