@@ -127,11 +127,12 @@ def _generate(argv: list[str]) -> int | None:
     from atom_jax.checkpoint import load
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
+    from atom_jax.models import registry
 
     policy = None if values.memory is None else policies.parse(values.memory)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
-        lm = policies.with_memory(lm, policy)
+        lm = registry.with_memory(lm, policy)
     alone = len(values.prompt) == 1 and not values.json
     result = generate(
         lm,
@@ -160,11 +161,12 @@ def _compile(values: flags.FlagValues) -> int:
     from atom_jax import config
     from atom_jax.aot.generation import described, generation
     from atom_jax.kvcache import policies
+    from atom_jax.models import registry
     from atom_jax.sharding import MeshConfig
 
     lm = described(values.checkpoint, values.config, values.adapter)
     if values.memory is not None:
-        lm = policies.with_memory(lm, policies.parse(values.memory))
+        lm = registry.with_memory(lm, policies.parse(values.memory))
     mesh = config.build(MeshConfig, values.mesh, "--mesh") if values.mesh else None
     report = generation(lm, values.rows, values.length, values.topology, mesh)
     print(report)

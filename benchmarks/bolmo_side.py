@@ -19,7 +19,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.inference.score import to_batch
 from atom_jax.kvcache import memory
-from atom_jax.kvcache.policies import parse, with_memory
+from atom_jax.kvcache.policies import parse
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
@@ -156,7 +156,7 @@ class Side:
         """Reads the prompt under a cache policy that may keep a share of its tokens or patches; bytes, per byte of
         text, of the entries `held`, of the `buffers` that they are in, and of all other `states`."""
         named = policy if policy == "none" else f"{policy}:budget={math.ceil(share * self.units)}"
-        lm = with_memory(self.lm, parse(named))
+        lm = registry.with_memory(self.lm, parse(named))
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
         main = cache.parts.inside.layers if self.is_bolmo else cache.layers
         entries = float(memory.use(cache)[0][0])

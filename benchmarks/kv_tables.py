@@ -16,6 +16,7 @@ from tqdm import tqdm
 import atom_jax
 from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.kvcache import policies
+from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 from benchmarks import kv_parity, kv_speed, machine
 from benchmarks.kv_speed import Speed
@@ -92,7 +93,7 @@ def _parity(plan: Plan, base: LM, learned: list, windows: tuple, found: dict[str
 def _speed(plan: Plan, base: LM, learned: list, found: dict[str, Any]) -> None:
     speed = plan.speed
     policy = plan.speed_policy or f"tova:budget={max(1, speed.context // 8)}"
-    budget = policies.with_memory(base, policies.parse(policy))
+    budget = registry.with_memory(base, policies.parse(policy))
     text = dataclasses.replace(
         plan.settings, context=speed.context - 1, scored=1, windows=1, sources=plan.settings.sources[-1:]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -9,14 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atom_jax import tokenizers
-from atom_jax.checkpoint import adapters, bolmo_hf, families, hf_config, hnet_hf
+from atom_jax.checkpoint import adapters, families
 from atom_jax.checkpoint.adapters import save_adapter
 from atom_jax.checkpoint.atomic import staged
-from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import (
     SHARD_BYTES,
@@ -25,10 +25,9 @@ from atom_jax.checkpoint.safetensors_io import (
     refuse_pickle,
     write_tensors,
 )
-from atom_jax.models.bolmo import BolmoConfig
-from atom_jax.models.hnet import HNetConfig
-from atom_jax.models.transformer import TransformerConfig
-from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
+from atom_jax.fields import read_json
+from atom_jax.models import registry
+from atom_jax.tokenizers.json_tokenizer import TOKENIZER_FILES
 from atom_jax.typing import LM, AtomError
 
 __all__ = ["find", "kind_of", "load", "load_config", "save_adapter", "save_hf"]
@@ -94,32 +93,9 @@ def _described(path: Path) -> tuple[Any, Any]:
         # As transformers does: generation_config.json has the last word on which tokens end a text.
         eos = read_json(path / GENERATION).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
-    if hnet_hf.is_hnet(data):
-        cfg, name = hnet_hf.from_hf(data, str(path / CONFIG)), data.get("atom_tokenizer", "hnet_bytes")
-        if name not in ("bytes", "hnet_bytes"):
-            raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}, not 'bytes' or 'hnet_bytes'")
-        return cfg, tokenizers.from_name(name)
-    if bolmo_hf.is_bolmo(data):
-        cfg = bolmo_hf.from_hf(data, str(path / CONFIG))
-        return cfg, bolmo_hf.tokenizer(_subwords(cfg, path))
-    cfg = hf_config.from_hf(data, str(path / CONFIG))
-    if (name := data.get("atom_tokenizer")) is not None:
-        if name != "bytes":
-            raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}; only 'bytes' is known")
-        return cfg, tokenizers.from_name(name)
-    return cfg, JsonTokenizer(path) if (path / MAIN).is_file() else None
-
-
-def _subwords(cfg: BolmoConfig, path: Path) -> Path | None:
-    """Where a Bolmo's subword tokenizer is: with the model, or else under its published name on the hub."""
-    place = bolmo_hf.find_subwords(cfg, path)
-    if place is not None or not cfg.subwords:
-        return place
-    try:
-        return find(cfg.subword_tokenizer)
-    except AtomError as e:
-        logging.warning("%s: no subword tokenizer, without which this model can only be converted: %s", path, e)
-        return None
+    published = registry.recognise(data, str(path / CONFIG))
+    cfg = published.from_hf(data, str(path / CONFIG))
+    return cfg, published.tokenizer(cfg, data, path, find)
 
 
 def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -131,21 +107,11 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
     Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where
     the published family has no such option.
     """
-    if isinstance(lm.config, HNetConfig):
-        config, ids = hnet_hf.to_hf(lm.config), hf_config.token_ids(lm.config)
-        source = families.ExportSource(lm.config, lm.params)
-    elif isinstance(lm.config, BolmoConfig):
-        source = families.ExportSource(lm.config, lm.params)
-        config, ids = (
-            bolmo_hf.to_hf(lm.config, source.infos["lm_head.weight"].dtype.name),
-            bolmo_hf.token_ids(lm.config),
-        )
-    elif isinstance(lm.config, TransformerConfig):
-        source = families.ExportSource(lm.config, lm.params)
-        config = hf_config.to_hf(lm.config, source.infos["model.embed_tokens.weight"].dtype.name)
-        ids = hf_config.token_ids(lm.config)
-    else:
+    published = registry.of(lm.config).published
+    if published is None:
         raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
+    config = published.to_hf(lm.config, _most(lm.params))
+    source = families.ExportSource(lm.config, lm.params)
     if lm.tokenizer is not None and lm.tokenizer.name == "bytes":
         config["atom_tokenizer"] = lm.tokenizer.name
     if name is not None:
@@ -154,7 +120,7 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         write_tensors(staging, source, shard_bytes)
         if lm.tokenizer is not None:
             lm.tokenizer.save(staging)
-        for file, table in ((CONFIG, config), (GENERATION, ids)):
+        for file, table in ((CONFIG, config), (GENERATION, published.token_ids(lm.config))):
             (staging / file).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
 
 
@@ -201,6 +167,14 @@ def _dtype(dtype: Any) -> str:
     if name not in ("float32", "bfloat16"):
         raise AtomError(f"dtype {name} is not supported for loading (float32 and bfloat16 are)")
     return name
+
+
+def _most(params: Any) -> str:
+    """The dtype of most parameters."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for x in jax.tree.leaves(params):
+        sizes[x.dtype.name] += x.size
+    return max(sizes, key=sizes.get, default="float32")
 
 
 def _is_model_file(name: str) -> bool:

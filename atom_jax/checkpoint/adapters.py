@@ -1,10 +1,10 @@
-"""Adapters: learned evictors alone, to be put on the model that they were trained for.
+"""Adapters: what a model's cache policy has learned, alone, to be put on the model that it was trained for.
 
 An adapter is a directory:
 
     adapter.json         {"format": 1, "base": {family, n_layers, d_model, n_kv_heads, n_heads, head_dim, name},
-                         "memory": the DMS configuration}
-    adapter.safetensors  the evictors' tensors, float32, under the names they have in a whole checkpoint
+                         "memory": the policy's configuration}
+    adapter.safetensors  the learned tensors, float32, under the names they have in a whole checkpoint
     README.md            model card, optional
 """
 
@@ -23,35 +23,32 @@ from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import families
 from atom_jax.checkpoint.atomic import staged
-from atom_jax.checkpoint.fields import Fields, read_json
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
-from atom_jax.kvcache.dms import DMS
-from atom_jax.models import transformer
-from atom_jax.models.transformer import TransformerConfig
+from atom_jax.fields import Fields, read_json
+from atom_jax.kvcache import policies
+from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
 FORMAT = 1
 CONFIG, TENSORS, CARD = "adapter.json", "adapter.safetensors", "README.md"
-PART = "attn/dms/"  # what the paths of the evictors' parameters contain, and no others do
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters"
+# As far as a family has them.
 _SIZES = ("n_layers", "d_model", "n_kv_heads", "n_heads", "head_dim")
 
 
 def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str = "") -> None:
-    """Writes the learned evictors of a model, without the model, as float32.
+    """Writes what the cache policy of a model has learned, without the model, as float32.
 
     card: text of README.md; "" leaves one that is there. name: what the base model is called, for readers. All or
-    nothing: on any failure `directory` is as before. Raises AtomError where the model has no evictors with parameters
-    of their own, or the directory cannot be written.
+    nothing: on any failure `directory` is as before. Raises AtomError where the policy has no parameters of its own,
+    or the directory cannot be written.
     """
-    cfg = _transformer(lm)
-    if not isinstance(cfg.memory, DMS):
-        raise AtomError("the model has no learned evictors (its memory is not DMS), so there is no adapter to save")
-    if cfg.memory.form == "borrowed":
-        raise AtomError(f"evictors of form {cfg.memory.form!r} have no parameters of their own: save the whole model")
-    source = families.ExportSource(cfg, lm.params, PART)
-    base = {"family": cfg.family, **{size: getattr(cfg, size) for size in _SIZES}, "name": name}
-    table = {"format": FORMAT, "base": base, "memory": config.to_json(cfg.memory)}
+    learned, memory = registry.learned(lm.config), registry.of(lm.config).memory(lm.config)
+    if not learned:
+        raise AtomError(f"the model has no learned evictors of its own ({_named(memory)}), so it has no adapter")
+    source = families.ExportSource(lm.config, lm.params, learned)
+    base = {"family": lm.family, **_sizes(lm.config), "name": name}
+    table = {"format": FORMAT, "base": base, "memory": config.to_json(memory)}
     with staged(directory) as staging:
         write_file({k: np.asarray(source.read(k), np.float32, order="C") for k in source.infos}, staging / TENSORS)
         (staging / CONFIG).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
@@ -60,24 +57,25 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
 
 
 def load_adapter(lm: LM, reference: str | os.PathLike, dtype: Any = None, shardings: Any = None) -> LM:
-    """The same model with the evictors of an adapter: its `memory`, and its parameters under attn/dms.
+    """The same model with the cache policy of an adapter, and what that has learned.
 
     reference: as for `find`. dtype: cast the adapter's parameters to it; None keeps float32. shardings: tree of
     jax.sharding.Sharding for the parameters of the result, or None; where it leaves out those of the adapter, every
-    device of the embedding's mesh holds all of them. A policy or evictors that the model had are replaced. Raises
-    AtomError, naming the file and the field or tensor, where the adapter is malformed or belongs to another model.
+    device of the embedding's mesh holds all of them. A policy that the model had is replaced. Raises AtomError,
+    naming the file and the field or tensor, where the adapter is malformed or belongs to another model.
     """
     directory = find(reference)
     where = directory / CONFIG
-    cfg, memory = _transformer(lm), _check(_transformer(lm), read_json(where), str(where))
     try:
-        cfg = dataclasses.replace(cfg, memory=memory)
+        cfg = _with_adapter(lm.config, Fields(read_json(where), str(where)))
     except AtomError as e:
-        raise AtomError(f"{where}: {e}") from None
-    places = None if shardings is None else _places(cfg, params_lib.flatten(shardings))
+        raise AtomError(e if str(e).startswith(str(where)) else f"{where}: {e}") from None
+    part = registry.learned(cfg)
+    places = None if shardings is None else _places(part, params_lib.flatten(shardings))
     source = SafetensorsSource(directory / TENSORS)
-    learned = params_lib.flatten(families.load(source, cfg, dtype, places, part=PART, asked_by=CONFIG))
-    kept = {path: x for path, x in params_lib.flatten(lm.params).items() if PART not in path}
+    learned = params_lib.flatten(families.load(source, cfg, dtype, places, part, asked_by=CONFIG))
+    old = registry.learned(lm.config)
+    kept = {path: x for path, x in params_lib.flatten(lm.params).items() if path not in old}
     return dataclasses.replace(lm, config=cfg, params=params_lib.unflatten(kept | learned))
 
 
@@ -102,45 +100,39 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
-def _transformer(lm: LM) -> TransformerConfig:
-    if not isinstance(lm.config, TransformerConfig):
-        raise AtomError(f"models of type {type(lm.config).__name__} have no adapters")
-    return lm.config
-
-
-def _check(cfg: TransformerConfig, data: dict[str, Any], where: str) -> DMS:
-    """The evictors of an adapter.json, which must be made for models like `cfg`."""
-    if data.get("format") != FORMAT:
-        raise AtomError(f"{where}: format is {str(data.get('format'))[:60]}; only {FORMAT} is known")
-    base = Fields(data, where).table("base")
-    there = {"family": base.data.get("family"), **{size: base.size(size) for size in _SIZES}}
-    wrong = [
-        f"{k} is {v} in the adapter and {getattr(cfg, k)} in the model"
-        for k, v in there.items()
-        if v != getattr(cfg, k)
-    ]
+def _with_adapter(cfg: Any, fields: Fields) -> Any:
+    """`cfg` with the policy of an adapter.json, which must be made for models like it."""
+    if fields.data.get("format") != FORMAT:
+        raise AtomError(f"format is {str(fields.data.get('format'))[:60]}; only {FORMAT} is known")
+    base = fields.table("base")
+    ours = {"family": cfg.family, **_sizes(cfg)}
+    there = {k: base.size(k) if isinstance(v, int) else base.data.get(k) for k, v in ours.items()}
+    wrong = [f"{k} is {v} in the adapter and {ours[k]} in the model" for k, v in there.items() if v != ours[k]]
     if wrong:
-        raise AtomError(f"{where}: {', '.join(wrong)}")
-    try:
-        memory = config.from_json(object, data.get("memory"), "memory")
-    except AtomError as e:
-        raise AtomError(f"{where}: {e}") from None
-    if not isinstance(memory, DMS):
-        raise AtomError(f"{where}: memory is {type(memory).__name__}, not DMS")
-    if memory.form == "borrowed":
-        raise AtomError(f"{where}: memory.form is {memory.form!r}, which needs a whole model")
-    if isinstance(cfg.memory, DMS) and cfg.memory.form == "borrowed":
-        raise AtomError(
-            f"{where}: the model's own weights hold evictors (form 'borrowed'), an adapter cannot replace them"
-        )
-    return memory
+        raise AtomError(", ".join(wrong))
+    memory = config.from_json(object, fields.data.get("memory"), "memory")
+    policies.check(memory)
+    family = registry.of(cfg)
+    new, old = family.with_memory(cfg, memory), family.memory(cfg)
+    if not registry.learned(new):
+        raise AtomError(f"memory ({_named(memory)}) has no parameters of its own: it needs a whole model")
+    if policies.to_hf(old, cfg.family) and not registry.learned(cfg):
+        raise AtomError(f"the model's own weights serve its memory ({_named(old)}), an adapter cannot replace that")
+    return new
 
 
-def _places(cfg: TransformerConfig, given: dict[str, Any]) -> params_lib.Tree:
+def _sizes(cfg: Any) -> dict[str, Any]:
+    return {size: value for size in _SIZES if isinstance(value := getattr(cfg, size, None), int)}
+
+
+def _named(memory: Any) -> str:
+    return "it keeps everything" if memory is None else memory.describe()
+
+
+def _places(paths: frozenset[str], given: dict[str, Any]) -> params_lib.Tree:
     """Shardings of the adapter's parameters."""
     embed = given["embed"]
     spread = embed
     if isinstance(embed, jax.sharding.NamedSharding):
         spread = jax.sharding.NamedSharding(embed.mesh, jax.sharding.PartitionSpec())
-    paths = [path for path in params_lib.flatten(transformer.spec(cfg)) if PART in path]
     return params_lib.unflatten({path: given.get(path, spread) for path in paths})

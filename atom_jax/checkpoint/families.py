@@ -1,11 +1,11 @@
-"""One table of rules per family from published tensor names to our parameters, used to load and to export."""
+"""Published tensors <-> our parameters, by the rules of a family (`models.published`) in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,77 +14,10 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource
-from atom_jax.kvcache.dms import low_rank
 from atom_jax.models import registry
-from atom_jax.models.bolmo import BolmoConfig
-from atom_jax.models.transformer import TransformerConfig
+from atom_jax.naming import Rule
 from atom_jax.typing import AtomError
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Published name -> our path; {i} in the name is `first` + the number of the layer in our stack.
-
-    inputs = 0 keeps the array as it is, with a second axis of length one when unit_axis. Otherwise the published
-    matrix is [out, in], and ours its transpose with the first `inputs` axes together being "in" and the rest "out".
-    """
-
-    hf: str
-    path: str
-    inputs: int = 0
-    unit_axis: bool = False
-    first: int = 0
-
-    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the published tensor for our shape (without the layer axis)."""
-        if self.unit_axis:
-            return (shape[0], 1, *shape[1:])
-        return (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])) if self.inputs else shape
-
-    def to_hf(self, x: np.ndarray) -> np.ndarray:
-        """Our array of one layer in its published form."""
-        return x.reshape(self.hf_shape(x.shape)[::-1]).T if self.inputs else x.reshape(self.hf_shape(x.shape))
-
-    def from_hf(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The published array in our form (a view)."""
-        return (x.T if self.inputs else x).reshape(shape)
-
-
-def _layer(hf: str, path: str, inputs: int = 0) -> Rule:
-    return Rule(f"model.layers.{{i}}.{hf}.weight", f"layers/{path}", inputs)
-
-
-_COMMON = (
-    Rule("model.embed_tokens.weight", "embed"),
-    _layer("self_attn.q_proj", "attn/q", 1),
-    _layer("self_attn.k_proj", "attn/k", 1),
-    _layer("self_attn.v_proj", "attn/v", 1),
-    _layer("self_attn.o_proj", "attn/o", 2),
-    _layer("mlp.gate_proj", "mlp/gate", 1),
-    _layer("mlp.up_proj", "mlp/up", 1),
-    _layer("mlp.down_proj", "mlp/down", 1),
-    Rule("model.norm.weight", "norm"),
-    Rule("lm_head.weight", "unembed", 1),
-    # Learned evictors (kvcache/dms): the first two are published, the others our own.
-    _layer("self_attn.dms_proj_alpha", "attn/dms/alpha", 1),
-    _layer("self_attn.dms_proj_alpha_norm", "attn/dms/norm"),
-    _layer("self_attn.dms_observed", "attn/dms/observed", 1),
-    Rule("model.layers.{i}.self_attn.dms_proj_alpha.bias", "layers/attn/dms/bias"),
-    # Their corrections to the projections, under the names of PEFT.
-    *(_layer(f"self_attn.{n}_proj.lora_A", f"attn/dms/{n}_a", inputs) for n, inputs in low_rank.INPUTS.items()),
-    *(_layer(f"self_attn.{n}_proj.lora_B", f"attn/dms/{n}_b", 1) for n in low_rank.INPUTS),
-)
-_QK_NORM = (_layer("self_attn.q_norm", "attn/q_norm"), _layer("self_attn.k_norm", "attn/k_norm"))
-# The same published name stands for different norms: before the MLP, or after attention.
-_PRE_NORM = (_layer("input_layernorm", "attn_norm"), _layer("post_attention_layernorm", "mlp_norm"))
-_POST_NORM = (_layer("post_attention_layernorm", "attn_norm"), _layer("post_feedforward_layernorm", "mlp_norm"))
-
-RULES: dict[str, tuple[Rule, ...]] = {
-    "llama": _COMMON + _PRE_NORM,
-    "qwen3": _COMMON + _PRE_NORM + _QK_NORM,
-    "olmo2": _COMMON + _POST_NORM + _QK_NORM,
-    "olmo3": _COMMON + _POST_NORM + _QK_NORM,
-}
 # Written by old versions of transformers; recomputed from the configuration.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -97,14 +30,19 @@ class _Place:
     layer: int | None
 
 
-def _places(cfg: Any, part: str = "") -> dict[str, _Place]:
-    """Every published name of this model, layer by layer, with where it goes; only for paths that contain `part`."""
-    specs = _specs(cfg, part)
-    places = {}
-    for rule in _rules(cfg):
-        if rule.path not in specs:
+def _places(cfg: Any, part: Collection[str] | None = None) -> dict[str, _Place]:
+    """Every published name of this model, layer by layer, with where it goes; only for the paths of `part`."""
+    published = registry.of(cfg).published
+    if published is None:
+        raise AtomError(f"models of type {type(cfg).__name__} have no Hugging Face format here")
+    specs, places = _specs(cfg, part), {}
+    rules = {rule.path: rule for rule in published.rules(cfg)}
+    if missing := [path for path in specs if path not in rules]:
+        raise AtomError(f"{cfg.family}: there is no published name for {missing[0]}")
+    for path, rule in rules.items():
+        if path not in specs:
             continue
-        shape = specs[rule.path].shape
+        shape = specs[path].shape
         if "{i}" not in rule.hf:
             places[rule.hf] = _Place(rule, shape, None)
         else:
@@ -112,31 +50,24 @@ def _places(cfg: Any, part: str = "") -> dict[str, _Place]:
     return places
 
 
-def _specs(cfg: Any, part: str) -> dict[str, params_lib.ParamSpec]:
-    return {path: spec for path, spec in params_lib.flatten(registry.of(cfg).spec(cfg)).items() if part in path}
-
-
-def _rules(cfg: Any) -> Sequence[Rule]:
-    if isinstance(cfg, TransformerConfig):
-        return RULES[cfg.family]
-    from atom_jax.checkpoint import bolmo_hf, hnet_hf
-
-    return bolmo_hf.rules(cfg) if isinstance(cfg, BolmoConfig) else hnet_hf.rules(cfg)
+def _specs(cfg: Any, part: Collection[str] | None) -> dict[str, params_lib.ParamSpec]:
+    flat = params_lib.flatten(registry.of(cfg).spec(cfg))
+    return flat if part is None else {path: spec for path, spec in flat.items() if path in part}
 
 
 def load(
     source: TensorSource,
-    cfg: TransformerConfig,
+    cfg: Any,
     dtype: Any = None,
     shardings: Any = None,
-    part: str = "",
+    part: Collection[str] | None = None,
     asked_by: str = "config.json",
 ) -> params_lib.Tree:
     """Parameters of `cfg` from published tensors: the tree of `spec(cfg)`, layers stacked.
 
     dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None; may hold
-    more. part: read the parameters whose path contains it, and expect no other tensors. asked_by: the file that says
-    which tensors there are, for messages.
+    more. part: paths of the parameters to read, where no other tensors are expected; None: all. asked_by: the file
+    that says which tensors there are, for messages.
     One stacked array is assembled at a time on the host, which on the CPU becomes the parameter itself. Raises
     AtomError, naming the first few, for missing, unexpected or misshapen tensors and for weights of other types.
     """
@@ -172,7 +103,7 @@ def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConfig, asked_by: str) -> None:
+def _check(source: TensorSource, places: dict[str, _Place], cfg: Any, asked_by: str) -> None:
     missing = [name for name in places if name not in source.infos]
     if missing:
         raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this {asked_by}")
@@ -204,11 +135,11 @@ def _listing(names: list[str], what: str) -> str:
 class ExportSource:
     """The parameters of a model under their published names, one tensor at a time; the inverse of `load`.
 
-    part: only those whose path contains it. Dtypes are kept. Raises AtomError where the parameters do not have the
+    part: paths of those that count; None: all. Dtypes are kept. Raises AtomError where the parameters do not have the
     shapes of `cfg`.
     """
 
-    def __init__(self, cfg: TransformerConfig, params: params_lib.Tree, part: str = ""):
+    def __init__(self, cfg: Any, params: params_lib.Tree, part: Collection[str] | None = None):
         self.label = f"{cfg.family} parameters"
         specs, self._leaves = params_lib.flatten(registry.of(cfg).spec(cfg)), params_lib.flatten(params)
         if {path: spec.shape for path, spec in specs.items()} != {p: x.shape for p, x in self._leaves.items()}:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.checkpoint import hf_config
 from atom_jax.checkpoint.gguf_file import GGUFFile
 from atom_jax.checkpoint.gguf_tokenizer import special_id, tokenizer_files
 from atom_jax.checkpoint.tensors import TensorInfo, check_finite
+from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
@@ -75,7 +75,7 @@ class GGUFSource:
 
     def described(self) -> tuple[TransformerConfig, JsonTokenizer]:
         """(configuration, tokenizer with its chat template) of the model in the file."""
-        cfg = hf_config.from_hf(self.hf_config, self.label)
+        cfg = registry.recognise(self.hf_config, self.label).from_hf(self.hf_config, self.label)
         return cfg, JsonTokenizer.from_files(self._tokenizer_files, self.label)
 
     def stored(self) -> list[tuple[str, tuple[int, ...], str, int]]:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from atom_jax import config
+from atom_jax.fields import Fields
 from atom_jax.kvcache.adakv import AdaKV
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dms import DMS
@@ -24,7 +24,8 @@ from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.kvcache.window import WindowLayer
-from atom_jax.typing import LM, AtomError
+from atom_jax.naming import Rule
+from atom_jax.typing import AtomError
 
 POLICIES: dict[str, type[Policy]] = {
     p.name: p
@@ -92,24 +93,24 @@ def empty(policy: Policy | None, sizes: Sizes, capacity: int, numbers: tuple[int
     return Stack(stack_layers(layer, len(numbers)))
 
 
-def with_memory(lm: LM, policy: Policy | None) -> LM:
-    """The same model with another cache policy, or, for None, with the dense cache.
+def known_fields() -> frozenset[str]:
+    """Fields of config.json that policies know."""
+    return frozenset().union(*(policy.fields for policy in POLICIES.values()))
 
-    Learned evictors stay only under a DMS policy. Raises AtomError for models without a choice of memory, and for a
-    DMS policy whose evictors the model does not have.
-    """
-    check(policy)
-    if hasattr(lm.config, "main"):
-        # A Bolmo: its memory is that of its layers over patches.
-        inside = with_memory(LM(lm.config.main, {"layers": lm.params["main"]}, None), policy)
-        cfg = dataclasses.replace(lm.config, main=inside.config)
-        return dataclasses.replace(lm, config=cfg, params={**lm.params, "main": inside.params["layers"]})
-    if not any(f.name == "memory" for f in dataclasses.fields(lm.config)):
-        raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
-    params = lm.params
-    if not isinstance(policy, DMS):
-        attn = {name: x for name, x in params["layers"]["attn"].items() if name != "dms"}
-        params = {**params, "layers": {**params["layers"], "attn": attn}}
-    elif policy.form != "borrowed" and "dms" not in params["layers"]["attn"]:
-        raise AtomError(f"memory: this model has no trained evictors for dms:form={policy.form}")
-    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=policy), params=params)
+
+def from_hf(fields: Fields) -> Policy | None:
+    """The policy that a config.json describes; None where it names none."""
+    return next((p for policy in POLICIES.values() if (p := policy.from_hf(fields)) is not None), None)
+
+
+def to_hf(memory: Any, family: str) -> dict[str, Any]:
+    """Fields of the config.json of a model of this family with this `memory`. AtomError where they can't say it."""
+    found = [fields for policy in policies_of(memory) if (fields := policy.to_hf(family))]
+    if found and isinstance(memory, PerLayer):
+        raise AtomError("memory: config.json has no fields for learned policies that differ between layers")
+    return found[0] if found else {}
+
+
+def rules(memory: Any) -> list[Rule]:
+    """Published names, within a layer's attention, of what the policies of a `memory` learn."""
+    return [rule.inside("", f"{policy.name}/") for policy in policies_of(memory) for rule in policy.rules()]

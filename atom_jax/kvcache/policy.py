@@ -10,7 +10,9 @@ import jax
 from flax import struct
 
 from atom_jax import config
+from atom_jax.fields import Fields
 from atom_jax.kvcache.memory import Call, Layer, Sizes
+from atom_jax.naming import Rule
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
 from atom_jax.typing import AtomError
@@ -70,7 +72,7 @@ class Policy:
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
     after the time before. stepwise: reading several tokens in one call is not reading them one after another. slides:
-    it also serves layers whose queries see a window only.
+    it also serves layers whose queries see a window only. fields: of config.json that `from_hf` knows.
     """
 
     name: ClassVar[str] = ""
@@ -78,6 +80,7 @@ class Policy:
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
     slides: ClassVar[bool] = False
+    fields: ClassVar[frozenset[str]] = frozenset()
 
     def spec(self, projections: Tree) -> Tree:
         """ParamSpecs of what one layer learns, whose projections are "q" [d, n, k], "k" [d, h, k] and so on."""
@@ -111,6 +114,11 @@ class Policy:
         """What attention sees where there is no memory; keys and values may be rewritten."""
         return Seen(call.k, call.v)
 
+    @property
+    def learns(self) -> bool:
+        """Whether it acts where there is no memory, and so can be trained."""
+        return type(self).train is not Policy.train
+
     def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> Layer:
         """The empty memory of a run of layers, stacked [n, ...], to which a prompt of up to `capacity` tokens per row
         can be given in one call. numbers: those of its n layers among the `sizes.layers` that have this policy."""
@@ -127,6 +135,19 @@ class Policy:
     def describe(self) -> str:
         """The policy in a line of `info`."""
         return self.name
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Published names, within a layer's attention, of what it learns; paths as in `spec`."""
+        return ()
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        """Fields of the config.json of a model of this family. None for a policy that only says how models run."""
+        return {}
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> Policy | None:
+        """The policy that a config.json describes, or None. Raises AtomError for what makes no sense."""
+        return None
 
 
 @config.register

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache.memory import Memory
+from atom_jax.models.published import Published
 from atom_jax.params import Tree
 from atom_jax.typing import Suffix
 
@@ -93,7 +94,7 @@ class Family:
     spec(cfg): ParamSpec tree.
     apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
-    init_cache(cfg, batch_size, capacity, dtype=None): the empty memory of generation (`kvcache.memory.Memory`).
+    init_cache(cfg, batch_size, capacity, dtype=None) -> an empty `Memory` with room for so many tokens per row.
     step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
     decode_params(p, cfg, unroll): parameters laid out for generation.
     roomier(cfg): the same model with room for more units, or None where it loses none.
@@ -104,6 +105,9 @@ class Family:
     describe(cfg): (label, text) of sizes, positions and memory, for `info`.
     codec(cfg): what its ids mean.
     examples(): small configurations by name, which together take every path; for tests.
+    published: its config.json and tensor names; None where it has none.
+    memory(cfg), with_memory(cfg, memory): its cache policies, as of `kvcache.policies.check`, and the same model with
+        others.
     """
 
     name: str
@@ -120,3 +124,6 @@ class Family:
     describe: Callable[[Any], list[tuple[str, str]]]
     examples: Callable[[], Mapping[str, Any]]
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
+    published: Published | None = None
+    memory: Callable[[Any], Any] = lambda cfg: cfg.memory
+    with_memory: Callable[[Any, Any], Any] = lambda cfg, memory: dataclasses.replace(cfg, memory=memory)

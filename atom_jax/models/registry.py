@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from atom_jax import params
+from atom_jax.kvcache import policies
+from atom_jax.kvcache.policy import policies_of
 from atom_jax.models import bolmo, hnet, transformer_family
 from atom_jax.models.family import Family
-from atom_jax.typing import AtomError
+from atom_jax.models.published import Published
+from atom_jax.typing import LM, AtomError
 
 FAMILIES: dict[str, Family] = {}
 
@@ -20,6 +25,15 @@ for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY):
     register(_family)
 
 
+def recognise(data: dict[str, Any], where: str) -> Published:
+    """How the model with these fields of the config.json `where` is published. Raises AtomError for unknown ones."""
+    for family in FAMILIES.values():
+        if family.published is not None and family.published.recognises(data):
+            return family.published
+    kind = str(data.get("model_type"))[:60]
+    raise AtomError(f"{where}: model_type {kind!r} is not supported (known: {', '.join(FAMILIES)})")
+
+
 def of(cfg: Any) -> Family:
     """The family of a configuration. Raises AtomError for one of an unknown type or name."""
     family = FAMILIES.get(getattr(cfg, "family", None))
@@ -27,3 +41,25 @@ def of(cfg: Any) -> Family:
         known = ", ".join(FAMILIES)
         raise AtomError(f"no model for configurations of type {type(cfg).__name__}; known: {known}")
     return family
+
+
+def learned(cfg: Any) -> frozenset[str]:
+    """Paths of the parameters that the model's cache policies learn."""
+    family = of(cfg)
+    without = params.flatten(family.spec(family.with_memory(cfg, None)))
+    return frozenset(path for path in params.flatten(family.spec(cfg)) if path not in without)
+
+
+def with_memory(lm: LM, memory: Any) -> LM:
+    """The same model with another cache policy, a choice for every layer, or, for None, the dense cache.
+
+    What other policies have learned is left out. Raises AtomError for what the new ones need and the model lacks.
+    """
+    policies.check(memory)
+    family = of(lm.config)
+    cfg = family.with_memory(lm.config, memory)
+    wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)
+    if missing := [path for path in wanted if path not in there]:
+        names = ", ".join(policy.name for policy in policies_of(memory))
+        raise AtomError(f"memory: this model has no trained parameters for {names}: {missing[0]} is missing")
+    return dataclasses.replace(lm, config=cfg, params=params.unflatten({path: there[path] for path in wanted}))

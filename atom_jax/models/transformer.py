@@ -15,6 +15,7 @@ from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.kvcache.policy import Mode, policy_of
 from atom_jax.models import attention, layers
 from atom_jax.models.attention import Attention, Context, Probe
+from atom_jax.models.transformer_variants import FAMILIES
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attention_spec
 from atom_jax.nn.embedding import SMALL_VOCAB, lookup
@@ -23,24 +24,6 @@ from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, normal, ones
 from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What distinguishes one published family from another."""
-
-    # Where queries and keys are normalised: "none", "head" (per head) or "full" (all heads together).
-    qk_norm: str = "none"
-    # Whether norms act on the output of attention and MLP instead of on their input.
-    post_norm: bool = False
-
-
-FAMILIES = {
-    "llama": Family(),
-    "qwen3": Family(qk_norm="head"),
-    "olmo2": Family(qk_norm="full", post_norm=True),
-    "olmo3": Family(qk_norm="full", post_norm=True),
-}
 
 
 @config.register
@@ -155,7 +138,7 @@ def hidden(
     """Final normalised states [b, t, d] in the compute dtype, the cache after these tokens, and what was learned.
 
     Without a cache, a model with learned evictors reports `evict`, bool [l, b, h, t] (by the key), `evict_soft`, f32
-    of that shape (`dms.decide.Decisions.soft`), `evict_logits` and `occupancy`, i32 [l, b, h].
+    of that shape (decisions with a gradient), `evict_logits` and `occupancy`, i32 [l, b, h].
 
     options: `key`, `mode`, `probe` and `tentative`, as for `blocks`.
     """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
-from atom_jax.models import transformer
+from atom_jax.models import transformer, transformer_published, transformer_variants
 from atom_jax.models.family import Family
 from atom_jax.models.flops import keys, matrices
+from atom_jax.models.published import Published
 from atom_jax.models.transformer import TransformerConfig
 
 
@@ -55,9 +57,23 @@ def memory(cfg: TransformerConfig) -> list[tuple[str, str]]:
 
 
 def _examples(name: str) -> dict[str, TransformerConfig]:
-    sizes = dict(vocab_size=264, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_length=512)
-    plain = TransformerConfig(family=name, bos_id=256, **sizes)
-    return {"plain": plain}
+    plain = TransformerConfig(
+        family=name, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_length=512, bos_id=256
+    )
+    found = {"plain": plain, "untied": dataclasses.replace(plain, tie_embeddings=False)}
+    if transformer_variants.FAMILIES[name].kinds is not None:
+        sliding = ("sliding", "full") * 2
+        found["sliding"] = dataclasses.replace(plain, layer_types=sliding, sliding_window=8)
+    return found
+
+
+def _published(name: str) -> Published:
+    return Published(
+        recognises=lambda data: data.get("model_type") == name,
+        from_hf=transformer_published.from_hf,
+        to_hf=transformer_published.to_hf,
+        rules=transformer_published.rules,
+    )
 
 
 FAMILIES = tuple(
@@ -75,6 +91,7 @@ FAMILIES = tuple(
         flops=flops,
         describe=describe,
         examples=functools.partial(_examples, name),
+        published=_published(name),
     )
-    for name in transformer.FAMILIES
+    for name in transformer_variants.FAMILIES
 )

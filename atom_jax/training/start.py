@@ -10,7 +10,6 @@ import jax
 
 from atom_jax import checkpoint, config, tokenizers
 from atom_jax import params as params_lib
-from atom_jax.checkpoint import adapters
 from atom_jax.data import vocabulary
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
@@ -31,20 +30,13 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
     later = [s for s in settings if s.startswith("model.")]
     exp = config.override(exp, [s for s in settings if s not in later])
     if exp.model is None:
-        exp = dataclasses.replace(exp, model=_with_memory(_given(exp, "model")[0], exp))
+        model = _given(exp, "model")[0]
+        if exp.memory is not None:
+            model = registry.of(model).with_memory(model, exp.memory)
+        exp = dataclasses.replace(exp, model=model)
     elif exp.memory is not None:
         raise AtomError("memory is for the model of init_from: where `model` is given, set model.memory")
     return config.override(exp, later)
-
-
-def _with_memory(model: Any, exp: Experiment) -> Any:
-    if exp.memory is None:
-        return model
-    if not hasattr(model, "memory"):
-        raise AtomError(
-            f"memory: the model of init_from {exp.init_from}, a {type(model).__name__}, has no such field"
-        )
-    return dataclasses.replace(model, memory=exp.memory)
 
 
 def tokenizer(exp: Experiment) -> Any:
@@ -77,13 +69,14 @@ def begin(program: Program, data: Iterator[Rows]) -> tuple[Any, list[str]]:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and what is to be said of them.
 
-    What a memory learns (`adapters.PART`) takes the initial values of the experiment's seed where it is absent there.
+    What cache policies learn and is absent there takes the initial values of the experiment's seed.
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     there, _ = _given(exp, "model")
     spec = registry.of(exp.model).spec(exp.model)
     ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.of(there).spec(there)))
-    new = [name for name in ours if adapters.PART in name and name not in theirs]
+    learned = registry.learned(exp.model)
+    new = [name for name in ours if name in learned and name not in theirs]
     for name in sorted((set(ours) | set(theirs)) - set(new)):
         shapes = [list(found[name].shape) if name in found else "absent" for found in (theirs, ours)]
         if shapes[0] != shapes[1]:

@@ -14,7 +14,7 @@ from atom_jax.evaluation.tasks.kv_cells import Ask, Method
 from atom_jax.inference import continuation
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.dms import DMS
-from atom_jax.models import transformer
+from atom_jax.models import registry, transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from benchmarks import kv_parity, kv_speed, kv_tables
@@ -56,7 +56,7 @@ def peer_of(lm, wrong=0.0):
                 fields = {f.name for f in dataclasses.fields(policies.POLICIES[ask["policy"]])}
                 policy = policies.POLICIES[ask["policy"]](**{k: v for k, v in ask.items() if k in fields})
                 assert policy.budget == ask["keep"]
-            found = continuation.score(policies.with_memory(lm, policy), [context], [target])
+            found = continuation.score(registry.with_memory(lm, policy), [context], [target])
             bias = wrong if ask["policy"] == "knorm" else 0.0
             out.append({"nats": float(-found.logprobs.mean()) + bias, "held": float(found.held.mean())})
         return out
@@ -105,7 +105,7 @@ def test_requests_carry_the_settings():
 
 @pytest.mark.parametrize("memory", [None, "tova:budget=16", LEARNED])
 def test_rows_of_a_batch_go_on_as_one_does_alone(lm, ids, memory):
-    model = build(LEARNED) if memory is LEARNED else policies.with_memory(lm, policies.parse(memory or "none"))
+    model = build(LEARNED) if memory is LEARNED else registry.with_memory(lm, policies.parse(memory or "none"))
     tokens = []
     for rows in (1, 3):
         layers = transformer.decode_params(model.params, model.config, unroll=True)
@@ -127,7 +127,7 @@ def test_speed_of_all_methods(lm, ids, capsys):
     models = [
         ("dense", lm),
         ("learned", build(LEARNED)),
-        ("some", policies.with_memory(lm, policies.parse("tova:budget=16"))),
+        ("some", registry.with_memory(lm, policies.parse("tova:budget=16"))),
     ]
     one, two = kv_speed.measure(models, ids, speed, lambda text: None)
     assert [(r.method, r.rows, r.seen) for r in one] == [

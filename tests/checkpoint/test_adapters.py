@@ -139,7 +139,10 @@ def test_an_adapter_replaces_earlier_evictors(saved):
         ({"format": 2}, "format is 2; only 1 is known"),
         ({"memory": {"window": 0}}, r"adapter\.json: memory: window, page and block_size must be at least 1"),
         ({"memory": {"window": "x"}}, r"adapter\.json: memory\.window: expected int"),
-        ({"memory": {"form": "borrowed", "rank": 0}}, "memory.form is 'borrowed', which needs a whole model"),
+        (
+            {"memory": {"form": "borrowed", "rank": 0}},
+            "form borrowed.* has no parameters of its own: it needs",
+        ),
         ({"memory": {"bias": False}}, r"2 unexpected tensors \(.*bias.*\) for a llama of this adapter\.json"),
         ({"memory": None}, "memory: expected an object"),
     ],
@@ -156,14 +159,11 @@ def test_models_without_adapters(saved, tmp_path):
     with pytest.raises(AtomError, match="the model has no learned evictors"):
         adapters.save_adapter(without(lm), tmp_path / "x")
     borrowed = make(DMS(form="borrowed"))
-    with pytest.raises(AtomError, match="'borrowed' have no parameters of their own"):
+    with pytest.raises(AtomError, match=r"no learned evictors of its own .*form borrowed"):
         adapters.save_adapter(borrowed, tmp_path / "x")
-    with pytest.raises(AtomError, match="own weights hold evictors"):
+    with pytest.raises(AtomError, match="own weights serve its memory"):
         adapters.load_adapter(borrowed, adapter)
     other = LM(hnet.HNetConfig(chunking=(chunking(4.0, 0.5),)), {}, None)
-    with pytest.raises(AtomError, match="HNetConfig have no adapters"):
+    with pytest.raises(AtomError, match="family is llama in the adapter and hnet in the model"):
         adapters.load_adapter(other, adapter)
-    sliding = dataclasses.replace(without(lm).config, layer_types=("sliding", "full"))
-    with pytest.raises(AtomError, match=r"adapter\.json: memory: policies"):
-        adapters.load_adapter(LM(sliding, lm.params, None), adapter)
     assert not (tmp_path / "x").exists()

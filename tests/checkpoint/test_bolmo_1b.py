@@ -11,8 +11,8 @@ import pytest
 
 import atom_jax
 from atom_jax import params
-from atom_jax.checkpoint import bolmo_hf
 from atom_jax.models import bolmo
+from atom_jax.models.bolmo import published
 from atom_jax.typing import LM
 from benchmarks.worker import peak_bytes
 from tests.checkpoint.test_bolmo_hf import RELEASED, released
@@ -44,7 +44,7 @@ def files(directory):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_checkpoint_of_the_released_size_goes_through_the_disk(dtype, tmp_path, capsys):
     began = time.perf_counter()
-    cfg = bolmo_hf.from_hf(released("1B") | {"dtype": dtype}, "1B")
+    cfg = published.from_hf(released("1B") | {"dtype": dtype}, "1B")
     p = drawn(cfg, jnp.dtype(dtype))
     expected = digests(params.flatten(p))
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:

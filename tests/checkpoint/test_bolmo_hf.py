@@ -12,8 +12,9 @@ import pytest
 
 import atom_jax
 from atom_jax import params
-from atom_jax.checkpoint import bolmo_hf, families, store
+from atom_jax.checkpoint import families, store
 from atom_jax.models import bolmo
+from atom_jax.models.bolmo import published
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
 from tests.checkpoint.test_hnet_hf import change, tensors
@@ -39,7 +40,7 @@ def released(name):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_configurations_have_the_published_sizes(name):
-    cfg = bolmo_hf.from_hf(released(name), name)
+    cfg = published.from_hf(released(name), name)
     spec = bolmo.spec(cfg)
     abstract = jax.eval_shape(lambda: params.init(jax.random.key(0), spec))
     assert params.count(spec) == params.count(abstract) == RELEASED[name][-1]
@@ -63,7 +64,7 @@ def test_the_released_configurations_have_the_published_sizes(name):
         "lm_head.weight": (520, d),
     }
     assert {n: shapes.get(n) for n in expected} == expected
-    assert bolmo_hf.from_hf(bolmo_hf.to_hf(cfg, "bfloat16"), "again") == cfg
+    assert published.from_hf(published.to_hf(cfg, "bfloat16"), "again") == cfg
 
 
 def test_saved_is_what_was_loaded(tmp_path):
@@ -95,7 +96,7 @@ def test_models_with_other_layers_and_no_subwords_survive(family, tmp_path):
     atom_jax.save_hf(LM(cfg, p, None), tmp_path, name="mine")
     again = atom_jax.load(tmp_path)
     assert again.config.main.family == family and again.config.subwords == 0 and again.tokenizer.subwords is None
-    assert bolmo_hf.to_hf(again.config, "bfloat16") == bolmo_hf.to_hf(cfg, "bfloat16")
+    assert published.to_hf(again.config, "bfloat16") == published.to_hf(cfg, "bfloat16")
     for (k, x), y in zip(params.flatten(again.params).items(), params.flatten(p).values(), strict=True):
         assert x.dtype == y.dtype == jnp.bfloat16 and (np.asarray(x) == np.asarray(y)).all(), k
 
@@ -137,7 +138,7 @@ def test_bad_fields_are_one_sentence(tmp_path, path, value, words):
 
 def test_defaults_are_those_of_the_published_code():
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    cfg = bolmo_hf.from_hf({"model_type": "bolmo"} | {k: TINY[k] * 4 for k in names}, "x")
+    cfg = published.from_hf({"model_type": "bolmo"} | {k: TINY[k] * 4 for k in names}, "x")
     assert cfg.main.layer_types == ("sliding", "sliding", "sliding", "full") * 2
     assert (cfg.main.norm_eps, cfg.edge_eps, cfg.main.rope_theta) == (1e-5, 1e-5, 10000.0)
     assert (cfg.encoder_layers, cfg.decoder_layers, cfg.local_heads, cfg.local_d_ff) == (1, 4, 16, 5504)

@@ -9,12 +9,13 @@ import pytest
 from absl import logging
 
 from atom_jax import checkpoint, config, params
-from atom_jax.checkpoint import cli, hf_config, store
-from atom_jax.checkpoint.fields import read_json
+from atom_jax.checkpoint import cli, store
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.fields import read_json
 from atom_jax.kvcache.dms import DMS
-from atom_jax.models import transformer
+from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.models.transformer_variants import FAMILIES
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 
@@ -56,7 +57,7 @@ def make(memory, family="llama") -> LM:
 
 
 def read(**fields):
-    return hf_config.from_hf({**BASE, **fields}, "config.json")
+    return registry.recognise(BASE, "").from_hf({**BASE, **fields}, "config.json")
 
 
 @pytest.mark.parametrize("variant", FORMS)
@@ -83,7 +84,7 @@ def test_observed_evictors_survive_every_format(tmp_path, family):
     lm = make(OBSERVED, family)
     checkpoint.save_hf(lm, tmp_path / "hf")
     saved = read_json(tmp_path / "hf" / "config.json")
-    assert saved["architectures"] == ["Qwen3ForCausalLMDMS" if family == "qwen3" else hf_config.ARCHITECTURES[family]]
+    assert saved["architectures"] == ["Qwen3ForCausalLMDMS" if family == "qwen3" else FAMILIES[family].architecture]
     assert saved["dms_separate_alpha"] is True and saved["dms_cr"] == 4.5
     own = {"form": "observed", "bias": True, "rank": 2, "sinks": 4, "page": 16}
     assert {k: v for k, v in saved.items() if k.startswith("atom_dms")} == {
@@ -153,7 +154,6 @@ def test_defaults_and_fields_that_change_nothing(monkeypatch):
             "dms_window_size is missing, which dms_separate_alpha",
         ),
         ({"dms_window_size": None, "architectures": ["Qwen3ForCausalLMDMS"]}, "dms_window_size is missing"),
-        ({"use_sliding_window": True, "max_window_layers": 1}, "config.json: memory: policies are for models"),
     ],
 )
 def test_what_is_refused(fields, message):

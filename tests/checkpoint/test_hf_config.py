@@ -8,9 +8,10 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atom_jax.checkpoint import hf_config
-from atom_jax.checkpoint.fields import read_json
+from atom_jax.fields import read_json
+from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.models.transformer_published import to_hf
 from atom_jax.nn.rope import RopeScaling
 from atom_jax.typing import AtomError
 
@@ -36,8 +37,12 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "attention_factor": None}
 
 
+def from_hf(data, where) -> TransformerConfig:
+    return registry.recognise(data, where).from_hf(data, where)
+
+
 def read(**fields) -> TransformerConfig:
-    return hf_config.from_hf({**BASE, **fields}, "config.json")
+    return from_hf({**BASE, **fields}, "config.json")
 
 
 def test_plain_fields():
@@ -147,7 +152,7 @@ def test_a_wrong_or_unsupported_field_is_named(fields):
 
 def test_unknown_model_types_are_listed():
     for kind in ("mamba", None, ["llama"]):
-        with pytest.raises(AtomError, match=r"not supported \(known: llama, qwen3, olmo2, olmo3\)"):
+        with pytest.raises(AtomError, match=r"not supported \(known: llama, qwen3, olmo2, olmo3, hnet, bolmo\)"):
             read(model_type=kind)
 
 
@@ -197,21 +202,21 @@ def configurations(draw):
 @FUZZ
 @given(cfg=configurations())
 def test_round_trip(cfg):
-    data = json.loads(json.dumps(hf_config.to_hf(cfg, "float32")))
-    assert hf_config.from_hf(data, "x") == cfg
+    data = json.loads(json.dumps(to_hf(cfg, "float32")))
+    assert from_hf(data, "x") == cfg
     # Each spelling of the rotary settings is enough by itself.
     old = {k: v for k, v in data.items() if k != "rope_parameters"}
     new = {k: v for k, v in data.items() if k not in ("rope_theta", "rope_scaling")}
-    assert hf_config.from_hf(old, "x") == hf_config.from_hf(new, "x") == cfg
+    assert from_hf(old, "x") == from_hf(new, "x") == cfg
 
 
 def test_what_a_published_family_cannot_say_is_not_saved():
     sliding = TransformerConfig(n_layers=2, layer_types=("full", "sliding"))
     with pytest.raises(AtomError, match="no sliding layers"):
-        hf_config.to_hf(sliding, "float32")
+        to_hf(sliding, "float32")
     scaled = dataclasses.replace(sliding, family="qwen3", rope_scaling=RopeScaling("linear", 2.0))
     with pytest.raises(AtomError, match="scale sliding layers"):
-        hf_config.to_hf(scaled, "float32")
+        to_hf(scaled, "float32")
 
 
 INNER = [*YARN, *LLAMA3, "full_attention", "sliding_attention", "rope_theta"]
@@ -231,7 +236,7 @@ NAMES += ["use_sliding_window", "max_window_layers", "eos_token_id", "tie_word_e
 )
 def test_nonsense_never_does_more_than_raise(family, fields):
     try:
-        hf_config.from_hf({**BASE, "model_type": family, "rope_theta": 1e4, **fields}, "config.json")
+        from_hf({**BASE, "model_type": family, "rope_theta": 1e4, **fields}, "config.json")
     except AtomError as e:
         assert "\n" not in str(e) or any("\n" in str(v) for v in fields.values())
 

@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 
 import atom_jax
 from atom_jax import params
-from atom_jax.checkpoint import families, hnet_hf
+from atom_jax.checkpoint import families
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.models import hnet
+from atom_jax.models.hnet import published
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.models.tiny_hnets import NAMES, Case, Weights
@@ -106,16 +107,16 @@ def test_another_tokenizer_dtype_and_head_size_survive(tiny, tmp_path):
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_configurations_have_the_published_sizes(name):
     data = released(name)
-    cfg = hnet_hf.from_hf(data, name)
+    cfg = published.from_hf(data, name)
     assert params.count(hnet.spec(cfg)) == RELEASED[name][-1]
-    assert hnet_hf.to_hf(cfg) == data
-    rules = {r.path for r in hnet_hf.rules(cfg)}
+    assert published.to_hf(cfg, "float32") == data
+    rules = {r.path for r in published.rules(cfg)}
     paths = set(params.flatten(hnet.spec(cfg)))
     assert paths <= rules and rules - paths <= {"stage0/lift", "stage1/lift"}
 
 
 def test_released_tensors_have_the_published_names_and_shapes():
-    places = families._places(hnet_hf.from_hf(released("2stage_XL"), "x"))
+    places = families._places(published.from_hf(released("2stage_XL"), "x"))
     shapes = {name: place.rule.hf_shape(place.shape) for name, place in places.items()}
     assert sum(map(math.prod, shapes.values())) == RELEASED["2stage_XL"][-1]
     deep, mixer = "backbone.main_network.", "backbone.encoder.layers.3.mixer."

@@ -7,6 +7,7 @@ import pytest
 
 from atom_jax import params
 from atom_jax.checkpoint import cli, store
+from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.bytes import ByteTokenizer
@@ -38,6 +39,16 @@ def test_info_describes_a_saved_model(family, cfg, tmp_path):
     store.save_model(tmp_path / "model", lm)
     lines = dict(line.split(maxsplit=1) for line in cli.info(str(tmp_path / "model")).splitlines())
     assert lines["family"] == family and lines["parameters"] == f"{params.count(spec):,}"
+
+
+@EACH
+def test_memory_is_replaced_where_it_lives(family, name, cfg):
+    record, policy = registry.of(cfg), StreamingLLM(budget=8)
+    p = params.init(jax.random.key(0), record.spec(cfg))
+    found = registry.with_memory(LM(cfg, p, None), policy)
+    assert record.memory(found.config) == policy and not registry.learned(found.config)
+    assert jax.tree.structure(found.params) == jax.tree.structure(p)
+    assert registry.with_memory(found, None).config == cfg == record.with_memory(found.config, None)
 
 
 def test_unknown_configurations_are_refused():

@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 from safetensors.numpy import load_file
 
-from atom_jax.checkpoint import families, hnet_hf
+from atom_jax.checkpoint import families
 from atom_jax.checkpoint.tensors import TensorInfo
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet import HNetConfig, published
 from atom_jax.typing import Batch
 
 NAMES = ("t_1stage", "m_1stage", "mt_2stage")
@@ -35,7 +35,7 @@ class Case:
         self.numbers = load_file(DIRECTORY / f"{name}.safetensors")
         entry = json.loads((DIRECTORY / "configs.json").read_text())[name]
         self.published, targets = entry["config"], entry["targets"]
-        cfg = hnet_hf.from_hf(self.published, name)
+        cfg = published.from_hf(self.published, name)
         self.cfg = with_chunking(cfg, capacity=1.0, target=targets)
         self.params = families.load(Weights(self.numbers), self.cfg)
         self.ids, self.mask = self.numbers["input_ids"].astype(np.int32), self.numbers["mask"]

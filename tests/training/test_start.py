@@ -90,7 +90,7 @@ def test_evictors_that_are_there_are_kept(tmp_path):
     assert set(ours) - set(there) == {"bias", "observed"}
 
 
-def test_memory_that_no_model_can_take(tmp_path):
+def test_memory_of_the_experiment(tmp_path):
     with pytest.raises(AtomError, match=r"where `model` is given, set model\.memory"):
         experiment(tmp_path, more=", model=TransformerConfig()")
     with pytest.raises(AtomError, match="memory: expected none or one of"):
@@ -101,5 +101,5 @@ def test_memory_that_no_model_can_take(tmp_path):
     )  # fmt: skip
     lm = LM(cfg, params.init(jax.random.key(3), hnet.spec(cfg)), ByteTokenizer())
     atom_jax.save_hf(lm, tmp_path / "hnet")
-    with pytest.raises(AtomError, match="a HNetConfig, has no such field"):
-        experiment(tmp_path, source=str(tmp_path / "hnet"))
+    exp = experiment(tmp_path, source=str(tmp_path / "hnet"))
+    assert exp.model == dataclasses.replace(atom_jax.load(tmp_path / "hnet").config, memory=exp.memory)

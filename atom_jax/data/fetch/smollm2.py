@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 from atom_jax import checkpoint
-from atom_jax.checkpoint.fields import read_json
 from atom_jax.data.fetch import files
+from atom_jax.fields import read_json
 from atom_jax.typing import AtomError
 
 NAME = "SmolLM2-135M-Instruct Q4_1, dequantized"

@@ -13,7 +13,7 @@ import numpy as np
 from atom_jax.evaluation.encode import front
 from atom_jax.evaluation.reports.units import visible
 from atom_jax.inference.score import to_batch
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.policy import policies_of
 from atom_jax.models import registry
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError, Batch
@@ -63,8 +63,8 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
 
     Raises AtomError for models without learned evictors or tokenizer, and when there is no text.
     """
-    dms = getattr(lm.config, "memory", None)
-    if not isinstance(dms, DMS):
+    learned = [p for p in policies_of(registry.of(lm.config).memory(lm.config)) if p.to_hf(lm.family)]
+    if not learned:
         raise AtomError("the model has no learned evictors, so it keeps every token")
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, so it cannot read a text")
@@ -78,7 +78,7 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
         ids, labels = np.concatenate([np.array(first, np.int32), ids]), ["<front>", *labels]
     n = min(len(ids), length or min(lm.config.max_length, _LONGEST))
     evict = _evict(lm.params, to_batch(lm, ids[None, :n]), cfg=lm.config)
-    return Memory(tuple(labels[:n]), np.asarray(evict)[:, 0], dms.window, len(ids))
+    return Memory(tuple(labels[:n]), np.asarray(evict)[:, 0], learned[0].window, len(ids))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -14,7 +14,6 @@ import jax
 
 import atom_jax
 from atom_jax import config
-from atom_jax.checkpoint import hnet_hf
 from atom_jax.data.config import DataConfig
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
@@ -23,6 +22,7 @@ from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.reports.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.generate import generate
+from atom_jax.models import registry
 from atom_jax.training.config import Experiment
 from atom_jax.training.record import read
 from atom_jax.typing import AtomError
@@ -102,9 +102,9 @@ def next_commands(workdir: str) -> str:
 
 
 def _published(cfg: Any) -> bool:
-    """Whether H-Net's published format can say what this model with learned units is."""
+    """Whether the published format of its family can say what this model is."""
     try:
-        hnet_hf.to_hf(cfg)
+        registry.of(cfg).published.to_hf(cfg, "float32")
     except AtomError:
         return False
     return True

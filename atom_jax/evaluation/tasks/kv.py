@@ -21,8 +21,7 @@ from atom_jax.evaluation.metrics import Result
 from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, requests
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.dms import DMS
-from atom_jax.models.transformer import TransformerConfig
+from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
 PARTS = ("loss", "needle", "lambada")
@@ -72,8 +71,6 @@ class Kv:
     def run(self, lm: LM, settings: KvSettings, encoder: Encoder, out: pathlib.Path | None) -> Result:
         """Rows of the results (`kv_cells.rows`) in the notes, under "rows", and where the windows begin, under
         "windows". With `out` finished cells are kept in OUT.cells.jsonl, and a picture is drawn next to it."""
-        if not isinstance(lm.config, TransformerConfig):
-            raise AtomError(f"kv: {lm.family} is no transformer, so its memory has no policies")
         check(settings, lm.config.max_length)
         chosen = methods(settings, lm.config)
         texts = _texts(settings, encoder)
@@ -115,28 +112,29 @@ def check(settings: KvSettings, max_length: int) -> None:
             raise AtomError(f"kv: {part} reads up to {longest[part]} tokens, the model was made for {max_length}")
 
 
-def methods(settings: KvSettings, cfg: TransformerConfig) -> list[Method]:
+def methods(settings: KvSettings, cfg: Any) -> list[Method]:
     """The policies of the settings with their budgets, "none" first.
 
     Raises AtomError for texts that name no policy, and for memories that the model lacks.
     """
+    own = registry.of(cfg).memory(cfg)
     known = [name for name, p in policies.POLICIES.items() if _has_budget(p)]
-    names = _joined(settings.policies) or (["model"] if cfg.memory is not None else []) + known
+    names = _joined(settings.policies) or (["model"] if own is not None else []) + known
     out = [Method("none", None, None)]
     for name in dict.fromkeys(n for n in names if n != "none"):
         if name == "model":
-            if cfg.memory is None:
+            if own is None:
                 raise AtomError("kv.policies: model, but the checkpoint has no memory of its own")
-            out.append(Method(name, getattr(cfg.memory, "budget", None), cfg.memory))
+            out.append(Method(name, getattr(own, "budget", None), own))
             continue
         kind, _, fields = name.partition(":")
         set_already = {field.partition("=")[0] for field in fields.split(",")}
-        if _has_budget(policies.POLICIES.get(kind, DMS)) and not set_already & {"budget", "ratio"}:
+        if kind in known and not set_already & {"budget", "ratio"}:
             for b in settings.budgets:
                 out.append(Method(name, b, policies.parse(f"{kind}:{fields}{',' if fields else ''}budget={b}")))
             continue
         policy = policies.parse(name)
-        if isinstance(policy, DMS):
+        if policies.to_hf(policy, cfg.family):
             raise AtomError(f"kv.policies: {name} is learned: write model, for a checkpoint that has learned it")
         out.append(Method(name, policy.budget if "budget" in set_already else None, policy))
     return out

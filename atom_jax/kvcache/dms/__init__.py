@@ -1,6 +1,7 @@
 """Dynamic Memory Sparsification (Łańcucki et al., 2025): every key is kept or evicted, as learned.
 
 policy    the hooks that a model calls
+published names of tensors, and fields of config.json
 config    the forms of the decision, and their sizes
 decide    decision logits, their relaxation for training, and what they mean for attention
 low_rank  corrections of attention's projections for a memory that keys have left

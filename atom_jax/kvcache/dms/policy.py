@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import jax
 
 from atom_jax import config
-from atom_jax.kvcache.dms import decide, low_rank, serve
+from atom_jax.fields import Fields
+from atom_jax.kvcache.dms import decide, low_rank, published, serve
 from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
+from atom_jax.naming import Rule
 from atom_jax.params import Tree
 
 
@@ -24,6 +26,7 @@ class DMS(Settings):
 
     # The memory is compacted between the parts of a prompt.
     part: ClassVar[int] = 1024
+    fields: ClassVar[frozenset[str]] = published.FIELDS
 
     def projections(self, p: Tree, mode: Mode) -> Tree:
         """Corrected wherever keys may be evicted."""
@@ -68,3 +71,21 @@ class DMS(Settings):
     def expected(self, length: int) -> int:
         """One key in `cr`, besides those in the window."""
         return min(length, math.ceil(length / self.cr) + self.window)
+
+    def describe(self) -> str:
+        """What was learned, and for what."""
+        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Those of the published evictors, and our own."""
+        return published.RULES
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        """Learned evictors are part of a model."""
+        return published.to_hf(family, self)
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> DMS | None:
+        """See `published.from_hf`."""
+        found = published.from_hf(fields)
+        return None if found is None else cls(**found)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from atom_jax.chunking.config import slots_for
 from atom_jax.models import transformer_family
 from atom_jax.models.bolmo.config import BolmoConfig, roomier, spec
 from atom_jax.models.bolmo.forward import apply, hidden, logits, step
 from atom_jax.models.bolmo.ids import codec
 from atom_jax.models.bolmo.memory import decode_params, init_cache
+from atom_jax.models.bolmo.published import PUBLISHED
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
 from atom_jax.nn import mlstm
@@ -39,12 +43,14 @@ def describe(cfg: BolmoConfig) -> list[tuple[str, str]]:
 
 def examples() -> dict[str, BolmoConfig]:
     """See `Family`; the layers inside are those of any family of transformers."""
-    found = {}
-    for family in transformer_family.FAMILIES:
-        for name, main in family.examples().items():
-            sizes = dict(subwords=0, encoder_layers=1, decoder_layers=2, local_heads=2, local_d_ff=48, capacity=1.0)
-            found[f"{family.name}-{name}"] = BolmoConfig(main=main, chunk=16, max_length=512, **sizes)
-    return found
+    sizes = dict(subwords=0, decoder_layers=2, local_heads=2, local_d_ff=48, capacity=1.0, chunk=16, max_length=512)
+    inside = {f"{f.name}-{name}": cfg for f in transformer_family.FAMILIES for name, cfg in f.examples().items()}
+    return {name: BolmoConfig(main=cfg, **sizes) for name, cfg in inside.items() if cfg.tie_embeddings}
+
+
+def _with_memory(cfg: BolmoConfig, memory: Any) -> BolmoConfig:
+    """That of the layers over patches."""
+    return dataclasses.replace(cfg, main=dataclasses.replace(cfg.main, memory=memory))
 
 
 FAMILY = Family(
@@ -61,5 +67,8 @@ FAMILY = Family(
     flops=flops,
     describe=describe,
     examples=examples,
+    published=PUBLISHED,
+    memory=lambda cfg: cfg.main.memory,
+    with_memory=_with_memory,
     codec=codec,
 )

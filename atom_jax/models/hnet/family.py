@@ -11,6 +11,7 @@ from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits, step
 from atom_jax.models.hnet.memory import decode_params, init_cache
+from atom_jax.models.hnet.published import PUBLISHED
 
 
 def flops(cfg: HNetConfig, length: int) -> float:
@@ -75,4 +76,5 @@ FAMILY = Family(
     flops=flops,
     describe=describe,
     examples=examples,
+    published=PUBLISHED,
 )

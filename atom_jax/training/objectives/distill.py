@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.policy import Mode
+from atom_jax.kvcache.policy import Mode, Policy
 from atom_jax.models import transformer
 from atom_jax.nn import scoring
 from atom_jax.training.losses import Sums, counted_bytes
@@ -68,9 +68,10 @@ class Distill(Objective):
         return 1.0 - 1.0 / (self.cr_start + (self.cr_end - self.cr_start) * progress)
 
     def check(self, exp: Any) -> None:
-        """The model must have something to learn."""
-        if getattr(exp.model, "dms", None) is None:
-            raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
+        """The model's memory must have something to learn."""
+        memory = getattr(exp.model, "memory", None)
+        if not isinstance(memory, Policy) or not memory.learns:
+            raise AtomError("distill: the model has no learned evictors; set memory to a policy that learns")
 
     def counts(self, batch: Batch, setting: Setting) -> dict[str, jax.Array]:
         """See `counts`."""

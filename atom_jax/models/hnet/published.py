@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.checkpoint.families import Rule
-from atom_jax.checkpoint.fields import Fields
 from atom_jax.chunking.rules.cosine import Cosine
+from atom_jax.fields import Fields
+from atom_jax.kvcache import policies
 from atom_jax.models import stack
-from atom_jax.models.hnet import HNetConfig, chunking
+from atom_jax.models.hnet.config import HNetConfig, chunking
+from atom_jax.models.published import Published, named_tokenizer
+from atom_jax.naming import Rule
 from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.typing import AtomError
 
@@ -16,15 +18,9 @@ from atom_jax.typing import AtomError
 _TARGETS = {1: 6.0, 2: 3.0}
 
 
-def is_hnet(data: dict[str, Any]) -> bool:
-    """Whether a config.json is one of H-Net's."""
-    return "arch_layout" in data
-
-
 def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
-    """HNetConfig of an H-Net config.json (arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg,
-    tie_embeddings), and eos_token_id where there is one. Raises AtomError, naming the field, for missing or
-    senseless values."""
+    """See `Published`: arch_layout, d_model, d_intermediate, vocab_size, ssm_cfg, attn_cfg, tie_embeddings, and
+    eos_token_id where there is one."""
     layout = _flatten(data["arch_layout"], where)
     stages = (len(layout) + 1) // 2
     attention, ssm = (_table(data, name, where) for name in ("attn_cfg", "ssm_cfg"))
@@ -56,17 +52,16 @@ def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
         raise AtomError(e if str(e).startswith(where) else f"{where}: {e}") from None
 
 
-def to_hf(cfg: HNetConfig) -> dict[str, Any]:
-    """The config.json of an H-Net, which does not say how it was trained (targets, capacities).
-
-    Raises AtomError where the published code has no such option.
-    """
+def to_hf(cfg: HNetConfig, dtype: str) -> dict[str, Any]:
+    """See `Published`. The format does not say how a model was trained (targets, capacities), nor the dtype."""
     theirs = chunking()
     for c in cfg.chunking:
         if type(c.rule) is not Cosine or (c.pool, c.mix, c.upsample, c.residual, c.confidence, c.norm) != (
             theirs.pool, theirs.mix, theirs.upsample, theirs.residual, theirs.confidence, theirs.norm,
         ):  # fmt: skip
             raise AtomError("this model finds its units in a way that H-Net's published format cannot say")
+    if policies.to_hf(cfg.memory, cfg.family):
+        raise AtomError("H-Net's published format has no learned memory")
     if cfg.norm_eps != 1e-5:
         raise AtomError(f"H-Net's published format knows the norm_eps 0.00001 only, this model has {cfg.norm_eps}")
     if cfg.head_bias or cfg.ngrams or cfg.qk_norm or any("x" in layout for layout in cfg.layout):
@@ -112,7 +107,7 @@ _MLP = (
 
 
 def rules(cfg: HNetConfig) -> list[Rule]:
-    """Published names of all tensors with our paths; in runs of layers {i} counts from the run's first layer."""
+    """See `Published`; in runs of layers {i} counts from the run's first layer."""
     out = [Rule("embeddings.weight", "embed"), Rule("lm_head.weight", "unembed", 1)]
     prefix = "backbone."
     for s in range(cfg.stages):
@@ -120,10 +115,10 @@ def rules(cfg: HNetConfig) -> list[Rule]:
         out.append(Rule(prefix + "pad_dimension", ours + "lift"))
         if s == cfg.stages - 1:
             # The innermost stage is an isotropic stack itself.
-            out += _stack(prefix + "main_network.", ours + "main/", cfg.layout[s])
+            out += _stack(prefix + "main_network.", ours + "main/", cfg.layout[s], cfg.memory)
             break
         for name, layout in zip(("encoder", "decoder"), cfg.layouts(s)):
-            out += _stack(f"{prefix}{name}.", f"{ours}{name}/", layout)
+            out += _stack(f"{prefix}{name}.", f"{ours}{name}/", layout, cfg.memory)
         for name in "qk":
             out.append(Rule(f"{prefix}routing_module.{name}_proj_layer.weight", f"{ours}rule/{name}", 1))
         out += [
@@ -134,13 +129,17 @@ def rules(cfg: HNetConfig) -> list[Rule]:
     return out
 
 
-def _stack(hf: str, ours: str, layout: str) -> list[Rule]:
+def _stack(hf: str, ours: str, layout: str, memory: Any) -> list[Rule]:
     out, first = [Rule(hf + "rmsnorm.weight", ours + "norm")], 0
+    learned = [rule.inside("mixer.", "mixer/") for rule in policies.rules(memory)]
     for run, (letter, n) in enumerate(stack.parse(layout)):
-        kinds = (Rule("norm1.weight", "norm1"), *_MIXERS[letter.lower()], *(_MLP if letter.isupper() else ()))
-        for r in kinds:
-            name = f"{hf}layers.{{i}}.{r.hf}"
-            out.append(Rule(name, f"{ours}{run}/{r.path}", r.inputs, r.unit_axis, first))
+        kinds = (
+            Rule("norm1.weight", "norm1"),
+            *_MIXERS.get(letter.lower(), ()),
+            *learned,
+            *(_MLP if letter.isupper() else ()),
+        )
+        out += [rule.inside(f"{hf}layers.{{i}}.", f"{ours}{run}/", first) for rule in kinds]
         first += n
     return out
 
@@ -165,3 +164,14 @@ def _numbers(data: dict[str, Any], name: str, n: int, where: str, least: int = 1
     if not good:
         raise AtomError(f"{where}: {name} must be {n} integers of at least {least}, got {str(values)[:60]}")
     return tuple(values)
+
+
+PUBLISHED = Published(
+    recognises=lambda data: "arch_layout" in data,
+    from_hf=from_hf,
+    to_hf=to_hf,
+    rules=rules,
+    tokenizer=lambda cfg, data, path, find: named_tokenizer(
+        data.get("atom_tokenizer", "hnet_bytes"), ("bytes", "hnet_bytes"), path
+    ),
+)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.checkpoint.fields import Fields
+from atom_jax.fields import Fields
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.models.transformer_variants import FAMILIES, FULL, SLIDING, Variant
 from atom_jax.nn.rope import RopeScaling
 from atom_jax.typing import AtomError
 
@@ -34,44 +35,43 @@ _OPTIONAL = {
 }
 # Values that mean the same as leaving the field out.
 _NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def from_hf(fields: Fields, family: str, max_length: int, sliding: bool) -> tuple[float, RopeScaling | None]:
+def from_hf(fields: Fields, variant: Variant, max_length: int, sliding: bool) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embeddings. Raises AtomError naming the field that is wrong or unsupported."""
     old, new = fields.table("rope_scaling").data, fields.table("rope_parameters").data
-    nested = _FULL in new or _SLIDING in new
+    nested = FULL in new or SLIDING in new
     if nested:
-        full = {**fields.table("rope_parameters", _FULL).data, **old}
+        full = {**fields.table("rope_parameters", FULL).data, **old}
     else:
         full = old or new
-    default = {"llama": 10000.0, "qwen3": 10000.0}.get(family)  # versions of transformers disagree on OLMo's
-    theta = (Fields(full, fields.where) if "rope_theta" in full else fields).number("rope_theta", default)
+    theta = (Fields(full, fields.where) if "rope_theta" in full else fields).number("rope_theta", variant.rope_theta)
     if nested and sliding:
-        other = fields.table("rope_parameters", _SLIDING)
+        other = fields.table("rope_parameters", SLIDING)
         if _kind(other) != "default" or other.number("rope_theta", theta) != theta:
             raise AtomError(f"{fields.where}: sliding layers with their own rotary scaling or base are not supported")
     scaling = _scaling(Fields(full, fields.where), max_length)
-    if scaling is not None and sliding and family != "olmo3":
-        raise AtomError(f"{fields.where}: rotary scaling together with sliding layers is only supported for olmo3")
+    if scaling is not None and sliding and not variant.full_scaling:
+        known = ", ".join(name for name, one in FAMILIES.items() if one.full_scaling)
+        raise AtomError(f"{fields.where}: rotary scaling together with sliding layers is only supported for {known}")
     return theta, scaling
 
 
 def to_hf(cfg: TransformerConfig) -> dict[str, Any]:
     """rope_theta, rope_scaling and rope_parameters for `cfg`."""
     scaling: dict[str, Any] = {}
+    variant = FAMILIES[cfg.family]
     if cfg.rope_scaling is not None:
         kind = cfg.rope_scaling.kind
         names = {**_NEEDED[kind], **_OPTIONAL.get(kind, {})}
         values = {theirs: getattr(cfg.rope_scaling, ours) for theirs, ours in names.items()}
         scaling = {"rope_type": kind, **{name: value for name, value in values.items() if value is not None}}
-        if "sliding" in cfg.layer_types and cfg.family != "olmo3":
+        if "sliding" in cfg.layer_types and not variant.full_scaling:
             raise AtomError(f"rope_scaling: published {cfg.family} models scale sliding layers too, not this one")
     full = {"rope_type": "default", **scaling, "rope_theta": cfg.rope_theta}
-    if cfg.family == "olmo3":
-        full = {_FULL: full, _SLIDING: {"rope_type": "default", "rope_theta": cfg.rope_theta}}
-    if cfg.family == "olmo2" and scaling.get("rope_type") == "linear":
-        # transformers 4 accepts nothing but these two fields for OLMo 2.
+    if variant.full_scaling:
+        full = {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": cfg.rope_theta}}
+    if variant.short_linear and scaling.get("rope_type") == "linear":
         scaling = {"type": "linear", "factor": scaling["factor"]}
     return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling or None, "rope_parameters": full}
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from atom_jax.checkpoint import hf_config, hf_rope
-from atom_jax.checkpoint.families import RULES, Rule
-from atom_jax.checkpoint.fields import Fields
-from atom_jax.models.bolmo import BolmoConfig
-from atom_jax.models.bolmo.config import FUSED
-from atom_jax.models.transformer import FAMILIES
+from atom_jax.fields import Fields
+from atom_jax.models import transformer_published, transformer_rope
+from atom_jax.models.bolmo.config import FUSED, BolmoConfig
+from atom_jax.models.published import Published
+from atom_jax.models.transformer_variants import FAMILIES
+from atom_jax.naming import Rule
 from atom_jax.tokenizers import BolmoTokenizer
 from atom_jax.tokenizers.json_tokenizer import MAIN, JsonTokenizer
 from atom_jax.typing import AtomError
@@ -34,18 +35,9 @@ _BLOCKS = {
 }
 
 
-def is_bolmo(data: dict[str, Any]) -> bool:
-    """Whether a config.json is a Bolmo's."""
-    return data.get("model_type") == "bolmo"
-
-
 def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
-    """BolmoConfig of a Bolmo's config.json. Raises AtomError, naming the field, for missing or senseless values and
-    for options that are not computed here.
-
-    Layers over patches are OLMo's unless `block_type`, `use_qk_norm` and `use_head_qk_norm` say otherwise, as they do
-    in files of later releases, of which none could be tried.
-    """
+    """See `Published`. Layers over patches are OLMo's unless `block_type`, `use_qk_norm` and `use_head_qk_norm` say
+    otherwise, as they do in files of later releases, of which none could be tried."""
     fields = Fields(data, where)
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
@@ -55,7 +47,9 @@ def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 65536}
     given = {name: data[name] for name in _MAIN if data.get(name) is not None}
     vocab = fields.size("vocab_size", 2 * FUSED)
-    main = hf_config.from_hf({**defaults, **given, "model_type": _family(fields), "vocab_size": vocab}, where)
+    main = transformer_published.from_hf(
+        {**defaults, **given, "model_type": _family(fields), "vocab_size": vocab}, where
+    )
     eos = fields.ids("eos_token_id", FUSED)
     original = fields.table("tokenizer_config").data.get("original_identifier", BolmoConfig.subword_tokenizer)
     if not isinstance(original, str):
@@ -95,9 +89,8 @@ def _family(fields: Fields) -> str:
 
 
 def to_hf(cfg: BolmoConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `cfg` with weights of `dtype`. What only says how a model is run or trained is left out."""
+    """See `Published`. What only says how a model is run or trained is left out."""
     main, family = cfg.main, FAMILIES[cfg.main.family]
-    names = {"full": "full_attention", "sliding": "sliding_attention"}
     out = {
         "architectures": ["BolmoForCausalLM"],
         "model_type": "bolmo",
@@ -113,7 +106,7 @@ def to_hf(cfg: BolmoConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "layer_types": [names[kind] for kind in main.layer_types or ("full",) * main.n_layers],
+        "layer_types": transformer_published.layer_types(main),
         "sliding_window": main.sliding_window,
         "max_position_embeddings": cfg.max_length,
         "rms_norm_eps": main.norm_eps,
@@ -123,7 +116,7 @@ def to_hf(cfg: BolmoConfig, dtype: str) -> dict[str, Any]:
         "local_intermediate_size": cfg.local_d_ff,
         "local_rms_norm_eps": cfg.edge_eps,
         **_FIXED,
-        **{name: value for name, value in hf_rope.to_hf(main).items() if name != "rope_parameters"},
+        **{name: value for name, value in transformer_rope.to_hf(main).items() if name != "rope_parameters"},
         **token_ids(cfg),
         "tokenizer_config": {
             "vocab_size": cfg.vocab_size,
@@ -144,20 +137,22 @@ def to_hf(cfg: BolmoConfig, dtype: str) -> dict[str, Any]:
 
 
 def token_ids(cfg: BolmoConfig) -> dict[str, Any]:
-    """bos, eos and pad, without their forms at the ends of patches."""
+    """See `Published`: without forms at the ends of patches."""
     eos = [i for i in cfg.eos_ids if i < FUSED]
     return {"bos_token_id": cfg.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
             "pad_token_id": cfg.pad_id}  # fmt: skip
 
 
-def find_subwords(cfg: BolmoConfig, path: Path) -> Path | None:
-    """Where a Bolmo directory has its subword tokenizer: in itself, or in a directory there that has its name."""
+def tokenizer(cfg: BolmoConfig, data: dict[str, Any], path: Path, find: Callable[[str], Path]) -> BolmoTokenizer:
+    """See `Published`. Subwords are in the directory itself, or in one there that has their tokenizer's name, or else
+    published under that name."""
     places = (path, path / cfg.subword_tokenizer)
-    return next((place for place in places if (place / MAIN).is_file()), None)
-
-
-def tokenizer(place: Path | None) -> BolmoTokenizer:
-    """The tokenizer with the subwords in a directory, or without any."""
+    place = next((place for place in places if (place / MAIN).is_file()), None)
+    if place is None and cfg.subwords:
+        try:
+            place = find(cfg.subword_tokenizer)
+        except AtomError as e:
+            logging.warning("%s: no subword tokenizer, without which this model can only be converted: %s", path, e)
     return BolmoTokenizer(None if place is None else JsonTokenizer(place))
 
 
@@ -177,7 +172,7 @@ _LOCAL = (
 
 
 def rules(cfg: BolmoConfig) -> list[Rule]:
-    """Published names of all tensors with our paths."""
+    """See `Published`."""
     encoder, decoder = "model.local_encoder.", "model.local_decoder."
     out = [
         Rule(f"{encoder}byte_embedding.weight", "embed"),
@@ -192,7 +187,20 @@ def rules(cfg: BolmoConfig) -> list[Rule]:
         Rule("model.norm.weight", "norm"),
         Rule("lm_head.weight", "unembed", 1),
     ]
-    for hf, ours in ((encoder, "encoder"), (decoder, "decoder")):
-        out += [Rule(f"{hf}layers.{{i}}.{r.hf}", f"{ours}/{r.path}", r.inputs) for r in _LOCAL]
-    layers = [r for r in RULES[cfg.main.family] if r.path.startswith("layers/")]
-    return out + [Rule(r.hf, r.path.replace("layers/", "main/", 1), r.inputs) for r in layers]
+    for hf, ours, layer in (
+        (encoder, "encoder/", _LOCAL),
+        (decoder, "decoder/", _LOCAL),
+        ("model.", "main/", transformer_published.layer_rules(cfg.main)),
+    ):
+        out += [rule.inside(f"{hf}layers.{{i}}.", ours) for rule in layer]
+    return out
+
+
+PUBLISHED = Published(
+    recognises=lambda data: data.get("model_type") == "bolmo",
+    from_hf=from_hf,
+    to_hf=to_hf,
+    rules=rules,
+    token_ids=token_ids,
+    tokenizer=tokenizer,
+)

@@ -1,4 +1,4 @@
-"""Fields of learned evictors in config.json <-> DMS.
+"""Learned evictors in whole checkpoints: fields of config.json <-> Settings, and the names of tensors.
 
 Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_bias, atom_dms_rank,
 atom_dms_sinks and atom_dms_page, where it differs from the published layout, and overrides it.
@@ -8,25 +8,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.checkpoint.fields import Fields
-from atom_jax.kvcache.dms import DMS
-from atom_jax.kvcache.dms.config import FORMS
+from atom_jax.fields import Fields
+from atom_jax.kvcache.dms import low_rank
+from atom_jax.kvcache.dms.config import FORMS, Settings
+from atom_jax.naming import Rule
 from atom_jax.typing import AtomError
 
-OBEYED = {
+# The first two are published, the others our own, the corrections under the names of PEFT.
+RULES = (
+    Rule("dms_proj_alpha.weight", "alpha", 1),
+    Rule("dms_proj_alpha_norm.weight", "norm"),
+    Rule("dms_observed.weight", "observed", 1),
+    Rule("dms_proj_alpha.bias", "bias"),
+    *(Rule(f"{n}_proj.lora_A.weight", f"{n}_a", inputs) for n, inputs in low_rank.INPUTS.items()),
+    *(Rule(f"{n}_proj.lora_B.weight", f"{n}_b", 1) for n in low_rank.INPUTS),
+)
+_OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",
     "dms_tau", "dms_cr", "dms_paged_attention_block_size", "dms_disable_eviction",
     "atom_dms_form", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page",
 }  # fmt: skip
 # How the published code runs, not what it computes.
-HARMLESS = {
+_HARMLESS = {
     "dms_manual_inference_mode", "dms_chunked_prefill", "dms_preallocate_for_tokens", "dms_compile_limit", "auto_map",
 }  # fmt: skip
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLMDMS"}
+FIELDS = frozenset(_OBEYED | _HARMLESS)
+_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLMDMS"}
 
 
-def from_hf(fields: Fields) -> DMS | None:
-    """The evictors that a config.json describes; None where it names none.
+def from_hf(fields: Fields) -> dict[str, Any] | None:
+    """The settings of the evictors that a config.json describes, by name; None where it names none.
 
     Raises AtomError, naming the field, for a senseless value, for evictors without dms_window_size, and for
     dms_disable_eviction.
@@ -34,8 +45,8 @@ def from_hf(fields: Fields) -> DMS | None:
     data = fields.data
     named = data.get("architectures")
     if data.get("dms_window_size") is None:
-        published = isinstance(named, list) and any(name in ARCHITECTURES.values() for name in named)
-        given = sorted(name for name in OBEYED if data.get(name) is not None)
+        published = isinstance(named, list) and any(name in _ARCHITECTURES.values() for name in named)
+        given = sorted(name for name in _OBEYED if data.get(name) is not None)
         if published or given:
             reason = given[0] if given else "architectures"
             raise AtomError(f"{fields.where}: the field dms_window_size is missing, which {reason} asks for")
@@ -43,25 +54,25 @@ def from_hf(fields: Fields) -> DMS | None:
     if fields.flag("dms_disable_eviction", False):
         raise AtomError(f"{fields.where}: dms_disable_eviction is true; only false is supported")
     separate = fields.flag("dms_separate_alpha", False)
-    return DMS(
+    return dict(
         form=fields.one_of("atom_dms_form", FORMS, "adapter" if separate else "borrowed"),
         window=fields.size("dms_window_size"),
-        scale=fields.number("dms_alpha_scale", DMS.scale),
-        offset=fields.number("dms_initial_alpha_offset", DMS.offset, positive=False),
-        tau=fields.number("dms_tau", DMS.tau),
+        scale=fields.number("dms_alpha_scale", Settings.scale),
+        offset=fields.number("dms_initial_alpha_offset", Settings.offset, positive=False),
+        tau=fields.number("dms_tau", Settings.tau),
         per=fields.one_of("dms_alpha_per", ("head", "layer"), "head"),
         bias=fields.flag("atom_dms_bias", False),
         rank=fields.size("atom_dms_rank", 0, least=0),
         sinks=fields.size("atom_dms_sinks", 0, least=0),
-        page=fields.size("atom_dms_page", DMS.page),
-        cr=fields.number("dms_cr", DMS.cr),
-        block_size=fields.size("dms_paged_attention_block_size", DMS.block_size),
+        page=fields.size("atom_dms_page", Settings.page),
+        cr=fields.number("dms_cr", Settings.cr),
+        block_size=fields.size("dms_paged_attention_block_size", Settings.block_size),
     )
 
 
-def to_hf(family: str, dms: DMS) -> dict[str, Any]:
+def to_hf(family: str, dms: Settings) -> dict[str, Any]:
     """Fields of config.json for these evictors, `architectures` among them where the family has a published name."""
-    out = {"architectures": [ARCHITECTURES[family]]} if family in ARCHITECTURES else {}
+    out = {"architectures": [_ARCHITECTURES[family]]} if family in _ARCHITECTURES else {}
     out |= {
         "dms_window_size": dms.window,
         "dms_alpha_scale": dms.scale,
@@ -75,8 +86,5 @@ def to_hf(family: str, dms: DMS) -> dict[str, Any]:
     }
     if dms.form == "observed":
         out["atom_dms_form"] = dms.form
-    return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "rank", "sinks", "page") if _differs(dms, k)}
-
-
-def _differs(dms: DMS, name: str) -> bool:
-    return getattr(dms, name) != getattr(DMS, name)
+    differs = lambda name: getattr(dms, name) != getattr(Settings, name)  # noqa: E731
+    return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "rank", "sinks", "page") if differs(k)}

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> TransformerConfig."""
+"""Published transformers: config.json <-> TransformerConfig, and the names of their tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import Any
 
 from absl import logging
 
-from atom_jax.checkpoint import hf_dms, hf_rope
-from atom_jax.checkpoint.fields import Fields
+from atom_jax.fields import Fields
+from atom_jax.kvcache import policies
+from atom_jax.models import transformer_rope as rope
+from atom_jax.models.published import token_ids
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.models.transformer_variants import FAMILIES, FULL, SLIDING, Variant
+from atom_jax.naming import Rule
 from atom_jax.typing import AtomError
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-}
-_WITH_SLIDING = ("qwen3", "olmo3")
-_LAYER_NAMES = {"full_attention": "full", "sliding_attention": "sliding"}
+_LAYER_NAMES = {FULL: "full", SLIDING: "sliding"}
 _MAX_LAYERS = 10_000  # bounds what a lying config.json can make us build
 # Other values of these fields mean a model that is not computed here.
 _FIXED = {
@@ -49,31 +46,24 @@ _HARMLESS = {
 
 
 def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
-    """TransformerConfig of the fields of a config.json; `where` names the file in messages.
-
-    Raises AtomError, naming the field, for an unknown model_type, a missing or senseless value, or an option that
-    would change the mathematics and is not supported. Fields that are unknown altogether are logged.
-    """
-    family = data.get("model_type")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise AtomError(f"{where}: model_type {family!r} is not supported (known: {', '.join(ARCHITECTURES)})")
-    fields = Fields(data, where)
+    """See `Published`; `model_type` is one of FAMILIES. Fields that are unknown altogether are logged."""
+    family, fields = data["model_type"], Fields(data, where)
+    variant = FAMILIES[family]
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
             raise AtomError(f"{where}: {name} is {str(data[name])[:60]}; only {json.dumps(value)} is supported")
-    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - hf_dms.OBEYED - hf_dms.HARMLESS)
+    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - policies.known_fields())
     if unknown:
         logging.warning("%s: ignored unknown fields: %s", where, ", ".join(unknown))
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     layers = fields.size("num_hidden_layers", most=_MAX_LAYERS)
     vocab, length = fields.size("vocab_size"), fields.size("max_position_embeddings")
-    layer_types, window = _sliding(fields, family, layers)
-    theta, scaling = hf_rope.from_hf(fields, family, length, "sliding" in layer_types)
-    # Qwen3's published code has a fixed default, the others divide.
-    head_dim = fields.size("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
+    layer_types, window = _sliding(fields, variant, layers)
+    theta, scaling = rope.from_hf(fields, variant, length, "sliding" in layer_types)
+    head_dim = fields.size("head_dim", variant.head_dim or max(width // heads, 1))
     if head_dim % 2:
         raise AtomError(f"{where}: head_dim {head_dim} is odd, rotary embeddings need pairs")
-    memory = hf_dms.from_hf(fields)
+    memory = policies.from_hf(fields)
     stored = data.get("dtype") or data.get("torch_dtype")
     try:
         return TransformerConfig(
@@ -103,16 +93,13 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
 
 
 def to_hf(cfg: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `cfg` with weights of `dtype`, which transformers 4.57 and 5 both read as the same model.
-
-    Learned evictors are part of it, other cache policies are not: they only say how a model is run.
-    Raises AtomError where the published family has no such option.
-    """
-    sliding = "sliding" in cfg.layer_types
-    if sliding and cfg.family not in _WITH_SLIDING:
+    """See `Published`; transformers 4.57 and 5 both read the fields as the same model. Policies that learn something
+    are part of it, others only say how a model is run."""
+    variant = FAMILIES[cfg.family]
+    if "sliding" in cfg.layer_types and variant.kinds is None:
         raise AtomError(f"layer_types: published {cfg.family} models have no sliding layers, so this is not one")
     out = {
-        "architectures": [ARCHITECTURES[cfg.family]],
+        "architectures": [variant.architecture],
         "model_type": cfg.family,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
@@ -126,42 +113,64 @@ def to_hf(cfg: TransformerConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": cfg.norm_eps,
         "attention_bias": False,
         "tie_word_embeddings": cfg.tie_embeddings,
-        **hf_rope.to_hf(cfg),
+        **rope.to_hf(cfg),
         **token_ids(cfg),
         "dtype": dtype,
     }
-    if cfg.family in _WITH_SLIDING:
-        theirs = {ours: name for name, ours in _LAYER_NAMES.items()}
-        out["layer_types"] = [theirs[kind] for kind in cfg.layer_types or ("full",) * cfg.n_layers]
-        out["sliding_window"] = cfg.sliding_window if sliding or cfg.family == "olmo3" else None
-    if cfg.family == "qwen3":
-        out["use_sliding_window"] = sliding
-        out["max_window_layers"] = cfg.layer_types.index("sliding") if sliding else cfg.n_layers
-    return out | hf_dms.to_hf(cfg.family, cfg.memory) if isinstance(cfg.memory, hf_dms.DMS) else out
+    if variant.kinds is not None:
+        out |= {"layer_types": layer_types(cfg), "sliding_window": cfg.sliding_window}
+    return out | variant.extra(cfg) | policies.to_hf(cfg.memory, cfg.family)
 
 
-def token_ids(cfg: TransformerConfig) -> dict[str, Any]:
-    """bos, eos and pad as config.json and generation_config.json spell them."""
-    eos = cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None
-    return {"bos_token_id": cfg.bos_id, "eos_token_id": eos, "pad_token_id": cfg.pad_id}
+def layer_types(cfg: TransformerConfig) -> list[str]:
+    """Published names of the layers' types."""
+    theirs = {ours: name for name, ours in _LAYER_NAMES.items()}
+    return [theirs[kind] for kind in cfg.layer_types or ("full",) * cfg.n_layers]
 
 
-def _sliding(fields: Fields, family: str, layers: int) -> tuple[tuple[str, ...], int | None]:
+def _sliding(fields: Fields, variant: Variant, layers: int) -> tuple[tuple[str, ...], int | None]:
     """Layer types (empty when all are full) and the window in tokens, by the rules of the published code."""
-    data = fields.data
-    if family not in _WITH_SLIDING:
+    if variant.kinds is None:
         return (), None
-    names = data.get("layer_types")
-    switched_on = family == "olmo3" or fields.flag("use_sliding_window", False)
-    if names is None and family == "olmo3":
-        names = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
-    elif names is None:
-        first = fields.size("max_window_layers", 28, least=0) if switched_on else layers
-        names = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    names = fields.data.get("layer_types")
+    if names is None:
+        names = variant.kinds(fields, layers)
     if not isinstance(names, list) or not all(isinstance(n, str) and n in _LAYER_NAMES for n in names):
         raise AtomError(f"{fields.where}: layer_types must be a list of {' and '.join(_LAYER_NAMES)}")
-    if "sliding_attention" not in names:
+    if SLIDING not in names:
         return ((), None) if len(names) == layers else (tuple(_LAYER_NAMES[n] for n in names), None)
-    if not switched_on:
-        raise AtomError(f"{fields.where}: layer_types names sliding layers while use_sliding_window is false")
+    if variant.switch is not None and not fields.flag(variant.switch, False):
+        raise AtomError(f"{fields.where}: layer_types names sliding layers while {variant.switch} is false")
     return tuple(_LAYER_NAMES[n] for n in names), fields.size("sliding_window", 4096)
+
+
+_MATRICES = (("self_attn", "attn", "qkv"), ("mlp", "mlp", ("gate", "up", "down")))
+_LAYER = (
+    *(Rule(f"{hf}.{n}_proj.weight", f"{ours}/{n}", 1) for hf, ours, names in _MATRICES for n in names),
+    Rule("self_attn.o_proj.weight", "attn/o", 2),
+)
+_QK_NORM = tuple(Rule(f"self_attn.{n}_norm.weight", f"attn/{n}_norm") for n in "qk")
+
+
+def rules(cfg: TransformerConfig) -> list[Rule]:
+    """See `Published`."""
+    return [
+        Rule("model.embed_tokens.weight", "embed"),
+        *(rule.inside("model.layers.{i}.", "layers/") for rule in layer_rules(cfg)),
+        Rule("model.norm.weight", "norm"),
+        Rule("lm_head.weight", "unembed", 1),
+    ]
+
+
+def layer_rules(cfg: TransformerConfig) -> list[Rule]:
+    """Names within one layer."""
+    variant = FAMILIES[cfg.family]
+    # The same published name stands for different norms: before the MLP, or after attention.
+    before, after = ("post_attention", "post_feedforward") if variant.post_norm else ("input", "post_attention")
+    return [
+        *_LAYER,
+        *(_QK_NORM if variant.qk_norm != "none" else ()),
+        Rule(f"{before}_layernorm.weight", "attn_norm"),
+        Rule(f"{after}_layernorm.weight", "mlp_norm"),
+        *(rule.inside("self_attn.", "attn/") for rule in policies.rules(cfg.memory)),
+    ]
