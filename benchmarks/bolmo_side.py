@@ -20,12 +20,12 @@ from atom_jax import params
 from atom_jax.inference import sampling
 from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, unrolls
 from atom_jax.inference.score import to_batch
+from atom_jax.kvcache import memory
 from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.bolmo.waiting import enough
-from atom_jax.models.flops import forward_flops
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
 from atom_jax.transfer.lessons import begin
@@ -95,7 +95,8 @@ class Side:
         self.room = length + max(map(len, self.rows)) + 1
         self.units = int(self.ends.sum())
         unit, new_unit = self.bytes / self.units, len(new[0].encode()) / max(1, int(self.marks[0][1:].sum()))
-        flops = forward_flops(dataclasses.replace(cfg, capacity=1 / unit) if self.is_bolmo else cfg, length)
+        exact = dataclasses.replace(cfg, capacity=1 / unit) if self.is_bolmo else cfg
+        flops = registry.of(cfg).flops(exact, length)
         return {
             "unit": unit, "new_unit": new_unit, "flops": flops * length / self.bytes, "moved": self._moved(new_unit),
             "encode": statistics.median(seconds),
@@ -114,14 +115,14 @@ class Side:
         if int(lost):
             raise AtomError(f"capacity: there is no room for {int(lost)} patches of the prompt")
         if not few:
-            self.cache = registry.of(cfg).unstack(cache) if unrolls(self.lm) else cache
+            self.cache = memory.unstack(cache) if unrolls(self.lm) else cache
         return taken
 
     def take(self, rows: int) -> dict[str, int]:
         """Goes on in so many rows after the prompt, from here on; returns the `steps` that the given texts take, and
         `runs` of the layers over patches among them."""
-        model = registry.of(self.lm.config)
-        self.begun = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), self.cache)
+        codec = registry.of(self.lm.config).codec(self.lm.config)
+        self.begun = memory.rows(self.cache, jnp.zeros(rows, jnp.int32))
         self.done, texts, ends = jnp.zeros(rows, bool), self.rows[:rows], self.marks[:rows]
         self.until = jnp.array([len(ids) for ids in texts], jnp.int32)
         if self.until.max() > CHUNK:
@@ -137,8 +138,7 @@ class Side:
                 row[: len(ids)] = ids
             self.given[form] = jnp.asarray(given)
             self.choices[form] = Given(
-                keys, sampling.sampler(), none, twins=model.TWINS, unused=model.UNUSED,
-                tokens=self.given[form][:, 1:],
+                keys, sampling.sampler(), none, codec, tokens=self.given[form][:, 1:]
             )  # fmt: skip
         if not self.is_bolmo:
             return {}
@@ -158,10 +158,10 @@ class Side:
         named = policy if policy == "none" else f"{policy}:budget={math.ceil(share * self.units)}"
         lm = with_memory(self.lm, parse(named))
         _, cache, _ = read(lm.params, self.batch, self._given_ends(), cfg=lm.config, capacity=self.room)
-        main = cache.layers.main.layers if self.is_bolmo else cache.layers
-        entries = float(registry.of(lm.config).cache_use(cache, lm.config)[0][0])
-        buffers = params.nbytes(main)
-        found = {"held": entries * self._entry(), "buffers": buffers, "states": params.nbytes(cache.layers) - buffers}
+        main = cache.parts.main.layers if self.is_bolmo else cache.layers
+        entries = float(memory.use(cache)[0][0])
+        buffers, everything = params.nbytes(main), params.nbytes((cache.layers, cache.parts))
+        found = {"held": entries * self._entry(), "buffers": buffers, "states": everything - buffers}
         return {name: value / self.bytes for name, value in found.items()}
 
     def state(self, form: str, keep: bool = True) -> State:
@@ -222,8 +222,7 @@ class Side:
             sizes["unembed"] = FLOAT * cfg.d_model * cfg.vocab_size
             return (sum(sizes.values()) + self.units * self._entry()) / unit
         inner = sum(n for k, n in sizes.items() if k.startswith(("main/", "pool/")))
-        state = registry.of(cfg).init_cache(cfg, 1, 1).layers
-        states = 2 * params.nbytes((state.encoder, state.decoder))
+        states = 2 * params.nbytes(registry.of(cfg).init_cache(cfg, 1, 1).layers)
         return sum(sizes.values()) - inner + states + (inner + self.units * self._entry()) / unit
 
 
@@ -236,7 +235,7 @@ def read(
     given = {} if ends is None else {"ends": ends}
     cache = model.init_cache(cfg, batch.ids.shape[0], capacity)
     x_btd, cache, aux = model.hidden(p, batch, cfg=cfg, cache=cache, **given)
-    at = x_btd.shape[1] - 1 - model.PENDING
+    at = x_btd.shape[1] - 1 - model.codec(cfg).pending
     return model.logits(p, x_btd[:, at : at + 1], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
 
 

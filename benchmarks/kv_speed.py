@@ -14,11 +14,11 @@ import numpy as np
 
 from atom_jax import config, params
 from atom_jax.evaluation.metrics import columns
-from atom_jax.inference import sampling
+from atom_jax.inference import reading, sampling
 from atom_jax.inference.decode import CHUNK, Choice, State, decode, start
+from atom_jax.kvcache import memory
 from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.dms.pool import Pool
-from atom_jax.kvcache.dms.serve import AHEAD, DMSLayer
+from atom_jax.kvcache.dms.serve import AHEAD
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 from benchmarks import machine
@@ -95,14 +95,12 @@ class Runner:
         """The same state in every one of `rows` rows; there is one before. Compiles."""
         if rows > 1:
             cache = self.state.cache
-            layers = tuple(repeated(layer, rows) for layer in cache.layers)
             row = lambda x: jnp.repeat(x, rows, axis=0)  # noqa: E731
-            state = self.state
-            cache = cache.replace(layers=layers, length=row(cache.length))
+            state, cache = self.state, memory.rows(cache, jnp.zeros(rows, jnp.int32))
             self.state = State(cache, row(state.token), row(state.done), row(state.made))
             self.choice, self.rows = _greedy(rows), rows
-        elif isinstance(self.state.cache.layers[0], DMSLayer):
-            self.state = self.state.replace(cache=registry.of(self.lm.config).grow(self.state.cache))
+        elif reading.plan(self.lm.config).shrinks:
+            self.state = self.state.replace(cache=memory.grow(self.state.cache))
         self._decode(0)
 
     def step(self, new: int) -> float:
@@ -122,40 +120,12 @@ class Runner:
     def result(self, seconds: list[float]) -> Row:
         """What was measured, and what the memory holds now."""
         cfg, cache = self.lm.config, self.state.cache
-        held = float(registry.of(cfg).cache_use(cache, cfg)[0].mean())
+        held = float(memory.use(cache)[0].mean())
         entry = 2 * cfg.head_dim * machine.FLOAT
         return Row(
             self.name, self.rows, int(cache.length[0]), held, machine.weight_bytes(config.to_json(cfg)),
             held * entry * cfg.n_layers * cfg.n_kv_heads * self.rows, params.nbytes(cache.layers), seconds,
         )  # fmt: skip
-
-
-def repeated(layer: Any, rows: int) -> Any:
-    """The memory of one row in all of `rows` rows: a layer of the dense cache, of a budget or of DMS."""
-    if not isinstance(layer, DMSLayer):
-        return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), layer)
-    pool, used, heads = layer.pool, int(layer.pool.used), layer.pool.rows
-    entries = used * pool.k.shape[1]
-
-    def shifted(x: jax.Array, by: int) -> jax.Array:
-        """Copies for all rows, one after the other; row r's numbers are larger by r * `by`, but not negative ones."""
-        more = jnp.repeat(jnp.arange(rows, dtype=x.dtype) * by, len(x)).reshape(-1, *[1] * (x.ndim - 1))
-        tiled = jnp.tile(x, (rows, *[1] * (x.ndim - 1)))
-        return jnp.where(tiled < 0, tiled, tiled + jnp.broadcast_to(more, tiled.shape))
-
-    def copied(x: jax.Array) -> jax.Array:
-        return jnp.tile(x, (rows, *[1] * (x.ndim - 1)))
-
-    new = Pool(
-        copied(pool.k[:used]), copied(pool.v[:used]), shifted(pool.owner[:used], heads), copied(pool.filled[:used]),
-        copied(pool.n), shifted(pool.tail, entries), jnp.int32(used * rows),
-    )  # fmt: skip
-    ring = layer.ring.replace(
-        slot=shifted(layer.ring.slot, entries),
-        z=copied(layer.ring.z),
-        stats=None if layer.ring.stats is None else copied(layer.ring.stats),
-    )
-    return layer.replace(pool=new, ring=ring).grow(1)
 
 
 def measure(

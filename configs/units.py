@@ -4,8 +4,8 @@
     python -m benchmarks.units            # trains some of them side by side and prints a table
 
 The small variants read the same amount of the same text, and none with units spends more floating-point operations
-per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one over
-a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
+per byte (`models.family.Family.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one
+over a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
 validation text.
 
 quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.821.

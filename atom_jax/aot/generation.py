@@ -3,7 +3,6 @@ executed."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -35,8 +34,9 @@ class Loaded(Chips):
 
     def __init__(self, lm: LM, topology: str | None, mesh: MeshConfig | None = None):
         super().__init__(topology, mesh)
-        self.tables = getattr(lm.tokenizer, "tables", None)
-        if getattr(lm.config, "subwords", 0) and self.tables is None:
+        self.codec = registry.of(lm.config).codec(lm.config)
+        self.beside = self.codec.beside(lm.tokenizer)
+        if self.codec.looks and not self.beside:
             raise AtomError("--compile_only: the model looks at subwords, and their tokenizer is not there")
         self.spec = registry.of(lm.config).spec(lm.config)
         self.params = at(_shapes(lm.config), sharding.shardings(self.spec, self.mesh))
@@ -55,7 +55,7 @@ class Loaded(Chips):
 
     def suffix(self, rows: int, length: int) -> Suffix | None:
         """The subwords of a batch, for models that look at them."""
-        return None if self.tables is None else Suffix(self.ints(rows, length), self.ints(rows))
+        return Suffix(self.ints(rows, length), self.ints(rows)) if self.codec.looks else None
 
     def done(self, what: str) -> Report:
         """All programs so far. what: they compute."""
@@ -76,7 +76,8 @@ def described(checkpoint: str | None, reference: str | None, adapter: str | None
         cfg, tokenizer = start.opened(checkpoint)
     else:
         exp = start.configure(reference, [])
-        cfg, tokenizer = exp.model, start.tokenizer(exp) if getattr(exp.model, "subwords", 0) else None
+        looks = registry.of(exp.model).codec(exp.model).looks
+        cfg, tokenizer = exp.model, start.tokenizer(exp) if looks else None
     lm = LM(cfg, _shapes(cfg), tokenizer)
     return lm if adapter is None else load_adapter(lm, adapter)
 
@@ -85,17 +86,17 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
     """What reading prompts and making tokens needs.
 
     lm: its parameters are not looked at. rows, length: of the batch; a prompt's length in tokens. topology: as in
-    `topology.devices`. Learned evictors are taken to keep one in `memory.cr` of the keys, besides those in their
-    window. Errors: as of `Loaded`.
+    `topology.devices`. Memory that is compacted while it reads is taken to keep what its policy expects. Errors: as
+    of `Loaded`.
     """
     cfg = lm.config
     if min(rows, length) < 1 or length + 1 > cfg.max_length:
         raise AtomError(f"expected at least one row of 1 to {cfg.max_length - 1} tokens, got {rows} of {length}")
-    model, chips = registry.of(cfg), Loaded(lm, topology, mesh)
+    chips = Loaded(lm, topology, mesh)
     what = f"{rows} rows with prompts of {length:,} tokens"
     with jax.set_mesh(chips.mesh):
-        params = chips.params if chips.tables is None else chips.params | {"suffix": chips.whole(chips.tables)}
-        if model.read_whole(cfg):
+        params = chips.params | chips.whole(chips.beside)
+        if (size := reading.plan(cfg).part) is None:
             padded = bucket(length)
             suffix = chips.suffix(rows, padded)
             prompt = decode.read_prompt.lower(
@@ -106,19 +107,18 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
             places = chips.compile("prompt", prompt).places
             cache = chips.whole(cache) if places is None else at(cache, places[0][1])
         else:
-            kept = min(length, math.ceil(length / cfg.dms.cr) + cfg.dms.window)
+            kept = max(length if a.policy is None else a.policy.expected(length) for a in cfg.attentions)
             what += f", of which every head keeps {kept:,}"
-            before = _cache(chips, cfg, rows, kept + reading.PART)
+            before = _cache(chips, cfg, rows, kept + size)
             last_bd = chips.whole(jax.ShapeDtypeStruct((rows, cfg.d_model), jnp.dtype(cfg.dtype)))
-            part = chips.ints(rows, reading.PART)
+            part = chips.ints(rows, size)
             prompt = reading.part_in_place.lower(params, part, chips.ints(rows), last_bd, before, cfg=cfg)
-            chips.compile(f"{reading.PART} of a prompt", prompt)
+            chips.compile(f"{size} of a prompt", prompt)
             cache = _cache(chips, cfg, rows, kept + ROOM)
         begun = jax.ShapeDtypeStruct((rows,), jnp.int32)
         state = decode.State(cache, *chips.whole((begun, jax.ShapeDtypeStruct((rows,), jnp.bool_), begun)))
         choice = chips.whole(jax.eval_shape(lambda: decode.Choice(
-            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32),
-            twins=model.TWINS, unused=model.UNUSED,
+            sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32), chips.codec,
         )))  # fmt: skip
         chips.compile("token", decode.decode.lower(params, state, choice, np.int32(1), cfg=cfg))
     return chips.done(what)

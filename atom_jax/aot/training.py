@@ -10,7 +10,7 @@ import jax
 from atom_jax import params as params_lib
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import Compiled, per_chip
-from atom_jax.models.flops import forward_flops
+from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
@@ -130,12 +130,12 @@ class _Tokenizer:
 
 def operations(exp: Experiment, program: Program) -> tuple[float, float]:
     """Operations of a step that training needs, and those with what is computed a second time to save memory; both
-    counted as `models.flops.forward_flops` does."""
+    counted as `Family.flops` does."""
     tokens = exp.data.batch_size * exp.data.seq_len
     if exp.byteify is not None and exp.byteify.stage == 1:
         needed, again = _imitation(exp)
         return needed * tokens, (needed + again) * tokens
-    forward = forward_flops(exp.model, exp.data.seq_len)
+    forward = registry.of(exp.model).flops(exp.model, exp.data.seq_len)
     needed = 3 * forward
     if isinstance(exp.model, TransformerConfig):
         # Matrices that do not learn need no gradients of their own.
@@ -156,8 +156,8 @@ def _imitation(exp: Experiment) -> tuple[float, float]:
     learns, one through the source model, and two through those of its layers that gradients go through."""
     model, share = exp.model, exp.data.tokens / exp.data.seq_len
     exact = dataclasses.replace(model, capacity=share)
-    source = forward_flops(model.main, exp.data.tokens)
+    source = registry.of(model.main).flops(model.main, exp.data.tokens)
     layers = source - 2 * model.main.d_model * model.main.vocab_size
-    local = forward_flops(exact, exp.data.seq_len) - layers * share
+    local = registry.of(exact).flops(exact, exp.data.seq_len) - layers * share
     passed = layers * exp.byteify.imitate.depth / model.main.n_layers * share
     return 3 * local + source * share + 2 * passed, local + passed if model.remat else 0.0

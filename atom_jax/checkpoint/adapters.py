@@ -45,13 +45,13 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
     of their own, or the directory cannot be written.
     """
     cfg = _transformer(lm)
-    if cfg.dms is None:
+    if not isinstance(cfg.memory, DMS):
         raise AtomError("the model has no learned evictors (its memory is not DMS), so there is no adapter to save")
-    if cfg.dms.form == "borrowed":
-        raise AtomError(f"evictors of form {cfg.dms.form!r} have no parameters of their own: save the whole model")
+    if cfg.memory.form == "borrowed":
+        raise AtomError(f"evictors of form {cfg.memory.form!r} have no parameters of their own: save the whole model")
     source = families.ExportSource(cfg, lm.params, PART)
     base = {"family": cfg.family, **{size: getattr(cfg, size) for size in _SIZES}, "name": name}
-    table = {"format": FORMAT, "base": base, "memory": config.to_json(cfg.dms)}
+    table = {"format": FORMAT, "base": base, "memory": config.to_json(cfg.memory)}
     with staged(directory) as staging:
         write_file({k: np.asarray(source.read(k), np.float32, order="C") for k in source.infos}, staging / TENSORS)
         (staging / CONFIG).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
@@ -129,7 +129,7 @@ def _check(cfg: TransformerConfig, data: dict[str, Any], where: str) -> DMS:
         raise AtomError(f"{where}: memory is {type(memory).__name__}, not DMS")
     if memory.form == "borrowed":
         raise AtomError(f"{where}: memory.form is {memory.form!r}, which needs a whole model")
-    if cfg.dms is not None and cfg.dms.form == "borrowed":
+    if isinstance(cfg.memory, DMS) and cfg.memory.form == "borrowed":
         raise AtomError(
             f"{where}: the model's own weights hold evictors (form 'borrowed'), an adapter cannot replace them"
         )

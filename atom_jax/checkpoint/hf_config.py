@@ -137,7 +137,7 @@ def to_hf(cfg: TransformerConfig, dtype: str) -> dict[str, Any]:
     if cfg.family == "qwen3":
         out["use_sliding_window"] = sliding
         out["max_window_layers"] = cfg.layer_types.index("sliding") if sliding else cfg.n_layers
-    return out if cfg.dms is None else out | hf_dms.to_hf(cfg.family, cfg.dms)
+    return out | hf_dms.to_hf(cfg.family, cfg.memory) if isinstance(cfg.memory, hf_dms.DMS) else out
 
 
 def token_ids(cfg: TransformerConfig) -> dict[str, Any]:

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference import sampling
-from atom_jax.inference.score import exactly, subwords
+from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
@@ -109,7 +108,8 @@ def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple
     lengths = np.zeros(rows, np.int32)
     for r, row in enumerate(one.rows):
         ids[r, : len(row)], lengths[r] = row, len(row)
-    suffix = subwords(lm, ids, np.arange(one.length)[None] < lengths[:, None])
+    mask = np.arange(one.length)[None] < lengths[:, None]
+    suffix = registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, ids, mask)
     inputs = jax.device_put((ids, lengths, suffix), sharding)
     size = max(rows * one.length, batch_tokens)
     x = exactly(lambda cfg: states(lm.params, *inputs, cfg=cfg, size=size), lm.config)
@@ -155,9 +155,7 @@ def states(
 def head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg: Any) -> tuple[jax.Array, jax.Array]:
     """Log-probability float32 [n] of each target after the state at its index, and whether it is the likeliest."""
     model = registry.of(cfg)
-    logits = model.logits(params, x[index][None], cfg=cfg)[0]
-    if model.TWINS:
-        logits = sampling.merge(logits)
-        target = target % logits.shape[1]
+    codec = model.codec(cfg)
+    logits, target = codec.merge(model.logits(params, x[index][None], cfg=cfg)[0]), codec.plain(target)
     chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target

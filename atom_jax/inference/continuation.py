@@ -12,8 +12,9 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.inference.reading import read
 from atom_jax.inference.score import BLOCK, check_ids
-from atom_jax.kvcache.dense import Cache
-from atom_jax.models import transformer
+from atom_jax.kvcache import memory
+from atom_jax.kvcache.memory import Memory
+from atom_jax.models import layers, transformer
 from atom_jax.typing import LM, AtomError
 
 
@@ -35,8 +36,8 @@ class Scores(NamedTuple):
 def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes: Any = None) -> Scores:
     """Reads contexts through the model's cache, then their continuations, and scores the latter.
 
-    Both are read as the policy `lm.config.memory` has it: a whole context in one call where `transformer.read_whole`
-    says so, else in parts of at most 1,024 tokens. The last token of a context predicts the first one of its
+    Both are read as the policy `lm.config.memory` has it: a whole context in one call, or in parts
+    (`reading.plan`). The last token of a context predicts the first one of its
     continuation; the further ones are given (teacher forcing) in one call.
 
     Args:
@@ -51,8 +52,8 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     if len(contexts) != len(continuations):
         raise AtomError(f"there are {len(contexts)} contexts, but {len(continuations)} continuations")
     x_bd, cache, _ = read(lm.params, contexts, lengths, cfg=lm.config)
-    cache = transformer.grow(cache, 0)
-    held, nbytes = _held(cache), params_lib.nbytes(cache.layers)
+    cache = memory.grow(cache, 0)
+    held, nbytes = _held(cache, cfg=lm.config), params_lib.nbytes(cache.layers)
     states = [x_bd[:, None]]
     if continuations.shape[1] > 1:
         _, cache, rest = read(lm.params, continuations[:, :-1], sizes - 1, cache, cfg=lm.config)
@@ -60,7 +61,7 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     logprobs, hits = _judge(
         lm.params, jnp.concatenate(states, 1)[:, : continuations.shape[1]], continuations, sizes, cfg=lm.config
     )
-    return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(_held(cache)))
+    return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(_held(cache, cfg=lm.config)))
 
 
 def _rows(what: str, ids: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +100,7 @@ def _judge(
     return jnp.where(real, logprobs, 0.0), hits & real
 
 
-@jax.jit
-def _held(cache: Cache) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="cfg")
+def _held(cache: Memory, *, cfg: Any) -> jax.Array:
     """Entries stored, i32 [l, b, h]."""
-    return jax.vmap(lambda layer: layer.held(cache.length))(cache.layers)
+    return layers.ask(cfg.attentions, cache.layers, lambda layer: layer.held(cache.length))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
-from atom_jax.inference import sampling
+from atom_jax.inference import reading, sampling
 from atom_jax.inference.decode import (
     CHUNK,
     Choice,
@@ -28,10 +28,12 @@ from atom_jax.inference.decode import (
     start,
     unrolls,
 )
-from atom_jax.inference.score import check_ids, subwords
+from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import full, grow, use
 from atom_jax.models import registry
+from atom_jax.models.family import Codec
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
 
@@ -115,8 +117,8 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    model, keys = registry.of(lm.config), _row_keys(key, len(rows))
-    choice = Choice(keys, how, _stop_ids(lm, stop_ids), twins=model.TWINS, unused=model.UNUSED)
+    codec, keys = registry.of(lm.config).codec(lm.config), _row_keys(key, len(rows))
+    choice = Choice(keys, how, _stop_ids(lm, stop_ids, codec), codec)
     parts = 1 if keep_memory or memory is not None else _parts(lm, len(rows))
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
@@ -163,7 +165,7 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
         "tokens_per_second": max(new - len(streams), 0) / busy if busy else 0.0,
         "kv_entries_peak": sum(run.peak for run in runs),
         "kv_reads": sum(run.reads for run in runs),
-        "kv_bytes": sum(params_lib.nbytes(run.state.cache.layers) for run in runs),
+        "kv_bytes": sum(params_lib.nbytes((run.state.cache.layers, run.state.cache.parts)) for run in runs),
     }
     text = None if lm.tokenizer is None else [s.text for s in streams]
     return Generation([s.ids for s in streams], text, stats, runs[0].state if keep_memory else None)
@@ -194,12 +196,13 @@ class _Run:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(longest + room, LEAST)
-        suffix = subwords(self.lm, ids, np.arange(ids.shape[1])[None] < lengths[:, None])
+        mask = np.arange(ids.shape[1])[None] < lengths[:, None]
+        suffix = self.choice.codec.suffix(self.lm.tokenizer, ids, mask)
         self.state, token = start(
             params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
         cfg = self.lm.config
-        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and registry.of(cfg).read_whole(cfg):
+        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and reading.plan(cfg).part is None:
             self.peak = float(lengths.sum())  # a policy takes away from what was whole
         else:
             self._count()
@@ -216,15 +219,15 @@ class _Run:
 
     def _count(self) -> None:
         """Takes what is held now into the peak."""
-        held_b, _ = registry.of(self.lm.config).cache_use(self.state.cache, self.lm.config)
+        held_b, _ = use(self.state.cache)
         self.peak = max(self.peak, float(held_b.sum()))
 
     def prepare(self, until: int) -> None:
         """Gets ready to make `until` tokens in every unfinished row, or fewer where the cache ends, which is made
         larger first."""
-        model, self.until = registry.of(self.lm.config), until
-        if bool(jnp.any(model.full(self.state.cache) & ~self.state.done & (self.state.made < until))):
-            self.state = self.state.replace(cache=model.grow(self.state.cache))
+        self.until = until
+        if bool(jnp.any(full(self.state.cache) & ~self.state.done & (self.state.made < until))):
+            self.state = self.state.replace(cache=grow(self.state.cache))
         shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
         if shapes != self.compiled:
             # No step is taken: rates are to count decoding, not compiling.
@@ -320,16 +323,14 @@ def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     return ids
 
 
-def _stop_ids(lm: LM, stop_ids: Sequence[int] | None) -> np.ndarray:
+def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarray:
     """i32 array, filled up with -1 to a multiple of 8, so that their number does not recompile."""
     if stop_ids is None:
         known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
         stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
     ids = np.array(sorted(stop_ids), np.int64)
     check_ids(ids, lm.config.vocab_size)
-    if registry.of(lm.config).TWINS:
-        half = lm.config.vocab_size // 2
-        ids = np.unique(np.concatenate([ids % half, ids % half + half]))
+    ids = codec.forms(ids)
     return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
 
 

@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from atom_jax.kvcache import memory
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
 from atom_jax.typing import Batch
 
-# Most tokens of one call for models whose memory is compacted between the parts of a prompt.
-PART = 1024
+
+class Plan(NamedTuple):
+    """How a model's memory reads.
+
+    part: most tokens of one call, where the memory is compacted between the parts of a prompt; None: any number, as
+    in models with units of their own. passes: how often it reads a prompt. shrinks: whether it can be smaller after a
+    prompt than while that is read.
+    """
+
+    part: int | None
+    passes: int
+    shrinks: bool
+
+
+@functools.cache
+def plan(cfg: Any) -> Plan:
+    """Of the model with this configuration."""
+    cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 1))
+    passes, part = memory.passes(cache), memory.part(cache)
+    return Plan(part if passes == 1 and cache.parts == () else None, passes, part is not None)
 
 
 def read(
-    params: Any, ids_bt: Any, lengths_b: Any, cache: Any = None, *, cfg: Any
-) -> tuple[jax.Array, Any, list[jax.Array]]:
-    """Reads tokens after those that the memory has seen: in one call where `read_whole` of the model says so, else in
-    parts of at most PART tokens, before each of which the memory is made to fit.
+    params: Any, ids_bt: Any, lengths_b: Any, cache: Memory | None = None, *, cfg: Any
+) -> tuple[jax.Array, Memory, list[jax.Array]]:
+    """Reads tokens after those that the memory has seen, as `plan` says; the memory is made to fit before each call.
 
     ids_bt: i32, padded on the right. lengths_b: i32, tokens of every row (0: none). cache: None for an empty memory;
     an older one is given up.
     Returns the states [b, d] of every row's last token (arbitrary in rows without one), the memory, and the states of
     all tokens, [b, n, d] part by part.
     """
-    model = registry.of(cfg)
-    b, t = ids_bt.shape
-    size = t if model.read_whole(cfg) else min(t, PART)
+    t, part = ids_bt.shape[1], plan(cfg).part
+    size = t if part is None else min(t, part)
     ids_bt, lengths_b = jnp.pad(jnp.asarray(ids_bt), ((0, 0), (0, -t % size))), jnp.asarray(lengths_b)
     last_bd, states = None, []
     for at in range(0, ids_bt.shape[1], size):
-        cache = model.init_cache(cfg, b, size) if cache is None else model.grow(cache, size)
+        cache = None if cache is None else memory.grow(cache, size)
         # A dense or budgeted memory changes its size on the way, so its buffers can't be used again.
-        call = _part if model.read_whole(cfg) else part_in_place
+        call = _part if part is None else part_in_place
         last_bd, x_btd, cache = call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
         states.append(x_btd)
     return last_bd, cache, states
+
+
+def prompt(params: Any, batch: Batch, *, cfg: Any, capacity: int) -> tuple[jax.Array, Memory, dict[str, Any]]:
+    """The states of prompts [b, t, d], their memory, with room for `capacity` tokens per row, and what was learned;
+    they are read as often as the memory asks for, each time after the time before."""
+    model, again = registry.of(cfg), plan(cfg).passes - 1
+    b, t = batch.ids.shape
+    cache = model.init_cache(cfg, b, capacity + again * t)
+    x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=cache)
+    reread, places = cache, batch.positions
+    for _ in range(again):
+        later = batch.replace(positions=places + reread.length[:, None])
+        _, reread, _ = model.hidden(params, later, cfg=cfg, cache=memory.once_more(reread))
+    return x_btd, memory.settle(cache, reread), aux
 
 
 def _read_part(
@@ -44,10 +78,13 @@ def _read_part(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Reads the next t tokens of every row, of those that have `left_b` left: the states [b, d] of the last tokens of
     rows that end here (`last_bd` in the others), all states, and the memory."""
-    offsets = jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
+    offsets = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
     real = (offsets < left_b[:, None]).astype(jnp.int32)
-    batch = Batch(ids_bt, cache.length[:, None] + offsets, real)
-    x_btd, cache, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
+    if cache is None:
+        x_btd, cache, _ = prompt(params, Batch(ids_bt, offsets, real), cfg=cfg, capacity=bucket(ids_bt.shape[1]))
+    else:
+        batch = Batch(ids_bt, cache.length[:, None] + offsets, real)
+        x_btd, cache, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
     at = jnp.clip(left_b - 1, 0, ids_bt.shape[1] - 1)
     here_bd = jnp.take_along_axis(x_btd, at[:, None, None], axis=1)[:, 0]
     return here_bd if last_bd is None else jnp.where((left_b > 0)[:, None], here_bd, last_bd), x_btd, cache

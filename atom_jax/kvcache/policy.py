@@ -124,6 +124,10 @@ class Policy:
         """Entries per head to expect of a text of so many tokens."""
         return length
 
+    def describe(self) -> str:
+        """The policy in a line of `info`."""
+        return self.name
+
 
 @config.register
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +147,11 @@ class PerLayer:
         layers = [layer for layer, _ in self.at]
         if len(set(layers)) < len(layers) or any(type(n) is not int or n < 0 for n in layers):
             raise AtomError(f"memory: expected a different number from 0 on for every layer, got {layers}")
+
+    def describe(self) -> str:
+        """As of `Policy`."""
+        say = lambda policy: "none" if policy is None else policy.describe()  # noqa: E731
+        return ", ".join([say(self.default), *(f"layer {layer} {say(policy)}" for layer, policy in self.at)])
 
 
 def policy_of(memory: Any, layer: int, kind: str = "full") -> Policy | None:

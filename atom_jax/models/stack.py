@@ -1,227 +1,167 @@
 """Isotropic stacks: layers spelled by a layout string, the parts that hierarchical models are made of.
 
-A layout such as "T1m4" lists runs of equal layers (H-Net, Hwang et al. 2025, section 2 and its released code):
-
-    m  Mamba-2                 M  Mamba-2, then SwiGLU
-    t  causal attention        T  causal attention, then SwiGLU
-    x  the post-norm Transformer-XL layer of dynamic token pooling (attention with relative positions, then GELU MLP)
-
-m, M, t and T are pre-norm with a residual carried in float32; a stack of them ends with a norm.
+A layout such as "T1m4" lists runs of equal layers (H-Net, Hwang et al. 2025, section 2 and its released code); the
+letters are those of `mixers`. A stack of pre-norm layers ends with a norm.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from atom_jax import params
-from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call
-from atom_jax.kvcache.window import WindowLayer
-from atom_jax.nn import relative, rope
-from atom_jax.nn.attention import Tokens
+from atom_jax.kvcache.memory import Stack, stack_layers
+from atom_jax.kvcache.policy import policy_of
+from atom_jax.models import attention, layers
+from atom_jax.models.attention import Attention, Context
+from atom_jax.models.mixers import MIXERS, Mixer, Width
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
-from atom_jax.nn.self_attention import self_attend
-from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
 from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError
 
-LETTERS = "mMtTx"
-
 
 @dataclasses.dataclass(frozen=True)
-class Width:
-    """Sizes of the layers of one stage.
+class Part:
+    """A run of equal letters of a layout, and the kind of each of its layers (`Mixer.kind`). first: number of the
+    first one among the model's attention layers, in the order in which they are computed."""
 
-    d: model width; f: MLP width (rounded up to a multiple of 128 for SwiGLU, as released); heads; rotary: channels of
-    every head that RoPE turns; window: a query sees so many keys before its own (-1: all); qk_norm: RMSNorm on every
-    query and key head.
-    """
-
-    d: int
-    f: int
-    heads: int
-    rotary: int
-    window: int
-    eps: float
-    ssm: Mamba2Config
-    std: float = 0.02
-    qk_norm: bool = False
+    letter: str
+    kinds: tuple
+    first: int = 0
 
     @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return self.d // self.heads
-
-    def slides(self, letter: str) -> int | None:
-        """How many positions a query of such a layer sees, its own included; None: all before it."""
-        return None if letter == "x" or self.window < 0 else self.window + 1
-
-
-@dataclasses.dataclass
-class Context:
-    """What the layers of one call share.
-
-    tokens: where the positions stand. length: i32 [b] positions that the caches hold already, or None without caches.
-    fresh: nothing is stored yet. biases: of the relative attention ("x" layers), or None.
-    """
-
-    tokens: Tokens
-    length: jax.Array | None = None
-    fresh: bool = False
-    biases: Any = None
-    remat: bool = False
+    def mixer(self) -> Mixer:
+        """How these layers work."""
+        return MIXERS[self.letter]
 
 
 def parse(layout: str) -> tuple[tuple[str, int], ...]:
-    """("T", 1), ("m", 4) for "T1m4"; AtomError for anything else than letters of LETTERS with counts below 10000."""
-    if not re.fullmatch(rf"([{LETTERS}]\d{{1,4}})*", layout):
-        raise AtomError(f"layout {layout!r}: expected letters of {LETTERS!r}, each with a count, such as 'T1m4'")
+    """("T", 1), ("m", 4) for "T1m4"; AtomError for anything else than letters of the table of mixers with counts
+    below 10000."""
+    letters = "".join(MIXERS)
+    if not re.fullmatch(rf"([{letters}]\d{{1,4}})*", layout):
+        raise AtomError(f"layout {layout!r}: expected letters of {letters!r}, each with a count, such as 'T1m4'")
     return tuple((letter, int(n)) for letter, n in re.findall(r"(\w)(\d+)", layout) if int(n))
 
 
 def height(layout: str) -> int:
     """Number of additions to the residual stream."""
-    return sum(n * (2 if letter in "MTx" else 1) for letter, n in parse(layout))
+    return sum(n * (2 if MIXERS[letter].mlp else 1) for letter, n in parse(layout))
 
 
-def stack_spec(layout: str, width: Width, out_scale: float) -> Tree:
+def parts(layouts: Iterable[str], widths: Iterable[Width], memory: Any) -> tuple[tuple[Part, ...], ...]:
+    """The runs of all stacks of a model, in the order in which they are computed. memory: the cache policy of layers
+    whose queries see all (or one for every layer), or None."""
+    number, out = 0, []
+    for layout, width in zip(layouts, widths, strict=True):
+        runs, sees = [], "full" if width.window < 0 else "sliding"
+        for letter, n in parse(layout):
+            kinds = tuple(MIXERS[letter].kind(width, policy_of(memory, number + i, sees)) for i in range(n))
+            runs.append(Part(letter, kinds, number))
+            number += sum(isinstance(kind, Attention) for kind in kinds)
+        out.append(tuple(runs))
+    return tuple(out)
+
+
+def stack_spec(runs: tuple[Part, ...], width: Width, out_scale: float) -> Tree:
     """Parameters: one stacked tree per run ("0", "1", ...), and the final norm.
 
     out_scale: factor on the initial values of the matrices that write to the residual stream.
     """
-    tree = {str(i): params.stack(_layer_spec(letter, width, out_scale), n)
-            for i, (letter, n) in enumerate(parse(layout))}  # fmt: skip
-    return tree if "x" in layout else tree | {"norm": ParamSpec((width.d,), (None,), ones)}
+    tree = {str(i): params.stack(_layer_spec(run, width, out_scale), len(run.kinds)) for i, run in enumerate(runs)}
+    return tree if _whole(runs) else tree | {"norm": ParamSpec((width.d,), (None,), ones)}
 
 
-def _layer_spec(letter: str, width: Width, out_scale: float) -> Tree:
-    d, n, k = width.d, width.heads, width.head_dim
-    if letter == "x":
-        return relative.relative_spec(d, n, width.f)
-    std = width.std
-    if letter in "mM":
-        mixer = mamba2_spec(d, width.ssm, out_scale)
-    else:
-        mixer = {
-            "qkv": ParamSpec((d, 3, n, k), ("embed", "parts", "heads", None), normal(std)),
-            "o": ParamSpec((n, k, d), ("heads", None, "embed"), normal(std * out_scale)),
-        }
-        if width.qk_norm:
-            mixer |= {name: ParamSpec((k,), (None,), ones) for name in ("q_norm", "k_norm")}
+def _whole(runs: tuple[Part, ...]) -> bool:
+    return any(run.mixer.whole for run in runs)
+
+
+def _layer_spec(run: Part, width: Width, out_scale: float) -> Tree:
+    d, mixer = width.d, attention.with_learned(run.mixer.spec(width, out_scale), run.kinds)
+    if run.mixer.whole:
+        return mixer
     layer = {"norm1": ParamSpec((d,), (None,), ones), "mixer": mixer}
-    if letter in "MT":
+    if run.mixer.mlp:
         f = -(-width.f // 128) * 128
         layer["norm2"] = ParamSpec((d,), (None,), ones)
         layer["mlp"] = {
-            "fc1": ParamSpec((d, 2, f), ("embed", "parts", "mlp"), normal(std)),
-            "fc2": ParamSpec((f, d), ("mlp", "embed"), normal(std * out_scale)),
+            "fc1": ParamSpec((d, 2, f), ("embed", "parts", "mlp"), normal(width.std)),
+            "fc2": ParamSpec((f, d), ("mlp", "embed"), normal(width.std * out_scale)),
         }
     return layer
 
 
-def init_states(layout: str, width: Width, b: int, capacity: int, dtype: Any) -> tuple:
-    """Empty memory of every run, stacked over its layers, with room for `capacity` positions."""
-    out = []
-    for letter, n in parse(layout):
-        if letter in "mM":
-            state = MambaState.empty(b, width.d, width.ssm, dtype)
-        else:
-            sizes = (b, width.heads, capacity, width.head_dim, dtype)
-            window = width.slides(letter)
-            state = DenseLayer.empty(*sizes) if window is None else WindowLayer.empty(*sizes, window)
-        out.append(jax.tree.map(lambda x, n=n: jnp.zeros((n, *x.shape), x.dtype), state))
-    return tuple(out)
+def init_states(stacks: tuple[tuple[Part, ...], ...], width: Width, b: int, capacity: int, dtype: Any) -> tuple:
+    """Empty memory of every run of a stage's stacks, with room for `capacity` positions of b rows."""
+    ranks = iter(attention.ranks(kind for runs in stacks for run in runs for kind in run.kinds))
+
+    def of(run: Part) -> tuple:
+        mine = [next(ranks) for _ in run.kinds]
+
+        def empty(kind: Any, numbers: tuple[int, ...]) -> Stack:
+            if isinstance(kind, Attention):
+                return kind.empty([mine[n] for n in numbers], b, capacity, dtype)
+            return Stack(stack_layers(run.mixer.empty(width, b, capacity, dtype), len(numbers)))
+
+        return layers.states(run.kinds, empty)
+
+    return tuple(tuple(map(of, runs)) for runs in stacks)
 
 
 def apply_stack(
-    p: Tree, layout: str, width: Width, x_btd: jax.Array, states: tuple | None, context: Context
-) -> tuple[jax.Array, tuple | None]:
-    """Runs the layers over x [b, t, d]; the result has its dtype. `states` is None without caches."""
-    dtype, new = x_btd.dtype, []
-    if "x" not in layout:
+    p: Tree, runs: tuple[Part, ...], width: Width, x_btd: jax.Array, states: tuple | None, context: Context
+) -> tuple[jax.Array, tuple | None, dict[str, Any]]:
+    """Runs the layers over x [b, t, d]: the result has its dtype. `states` is None without memory. Returns the states
+    afterwards too, and what layers reported, by name, run by run."""
+    dtype, new, reports = x_btd.dtype, [], {}
+    if not _whole(runs):
         x_btd = x_btd.astype(jnp.float32)
-    tables = None
-    if width.rotary and any(letter in "tT" for letter, _ in parse(layout)):
-        tables = rope.tables(context.tokens.positions, width.rotary, 10000.0)
-    for i, (letter, _) in enumerate(parse(layout)):
-
-        def layer(x: jax.Array, inputs: Any, letter: str = letter) -> tuple[jax.Array, Any]:
-            return _layer(letter, inputs[0], x, inputs[1], width, context, tables, dtype)
-
-        run, state = p[str(i)], None if states is None else states[i]
-        x_btd, state = run_layers(layer, run, x_btd, state, context.remat)
+    for i, run in enumerate(runs):
+        key = None if context.key is None else jax.random.fold_in(context.key, run.first)
+        here, others = dataclasses.replace(context, key=key).over(run.kinds, run.first)
+        layer = functools.partial(_layer, run.mixer, width, here, dtype)
+        x_btd, state, said = layers.run_layers(
+            layer, run.kinds, p[str(i)], x_btd, None if states is None else states[i], others, context.remat
+        )
         new.append(state)
+        reports |= {name: (*reports.get(name, ()), value) for name, value in said.items()}
     if "norm" in p:
         x_btd = rms_norm(x_btd, p["norm"], width.eps)
     x_btd = constrain(x_btd.astype(dtype), "batch", "length", None)
-    return x_btd, None if states is None else tuple(new)
-
-
-def run_layers(layer: Any, run: Any, x: jax.Array, state: Any, remat: bool) -> tuple[jax.Array, Any]:
-    """A run of equal layers whose parameters are stacked (they are scanned) or a tuple (unrolled).
-
-    layer: (x, (parameters, state or None)) -> (x, state). Returns x after all, and the states in the same form."""
-    if isinstance(run, tuple):
-        new = []
-        for i, one in enumerate(run):
-            x, s = layer(x, (one, None if state is None else state[i]))
-            new.append(s)
-        return x, None if state is None else tuple(new)
-    layer = jax.checkpoint(layer) if remat else layer
-    if jax.tree.leaves(run)[0].shape[0] == 1:
-        x, s = layer(x, jax.tree.map(lambda a: a[0], (run, state)))
-        return x, jax.tree.map(lambda a: a[None], s)
-    return jax.lax.scan(layer, x, (run, state))
+    return x_btd, None if states is None else tuple(new), reports
 
 
 def _layer(
-    letter: str, p: Tree, x: jax.Array, state: Any, width: Width, context: Context, tables: Any, dtype: Any
-) -> tuple[jax.Array, Any]:
-    p = params.cast(p, dtype) if letter not in "mM" else p
-    if letter == "x":
-        return _relative(p, x, state, context)
+    mixer: Mixer, width: Width, context: Context, dtype: Any,
+    kind: Any, p: Tree, x: jax.Array, state: Any, others: tuple,
+) -> tuple[jax.Array, Any, dict[str, Any]]:  # fmt: skip
+    p = p if mixer.exact else params.cast(p, dtype)
+    if mixer.whole:
+        return mixer.apply(p, x, x, state, kind, width, context, others)
     y = constrain(rms_norm(x, p["norm1"], width.eps).astype(dtype), "batch", "length", None)
-    if letter in "mM":
-        y, state = mamba2(p["mixer"], y, context.tokens, state, width.ssm)
-    else:
-        y, state = _attention(p["mixer"], y, state, width, context, tables)
+    y, state, report = mixer.apply(p["mixer"], x, y, state, kind, width, context, others)
     x = x + share(y).astype(x.dtype)
-    if letter in "MT":
+    if mixer.mlp:
         y = constrain(rms_norm(x, p["norm2"], width.eps).astype(dtype), "batch", "length", None)
         up, gate = (both[:, :, 0] for both in jnp.split(project(y, p["mlp"]["fc1"]), 2, axis=2))
         y = project(constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp"), p["mlp"]["fc2"])
         x = x + share(y).astype(x.dtype)
-    return constrain(x, "batch", "stored_length", None), state
+    return constrain(x, "batch", "stored_length", None), state, report
 
 
-def _attention(
-    p: Tree, y: jax.Array, state: Any, width: Width, context: Context, tables: Any
-) -> tuple[jax.Array, Any]:
-    qkv = constrain(project(y, p["qkv"]), "batch", "length", None, "heads", None)
-    q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))
-    if width.qk_norm:
-        q, k = rms_norm(q, p["q_norm"], width.eps), rms_norm(k, p["k_norm"], width.eps)
-    if tables is not None:
-        r = width.rotary
-        q, k = (jnp.concatenate([rope.rotate(a[..., :r], *tables), a[..., r:]], axis=-1) for a in (q, k))
-    q = q.transpose(0, 2, 1, 3)[:, :, None]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    window = width.slides("t")
-    if state is None:
-        out = self_attend(q, k, v, context.tokens, window=window)
-    else:
-        call = Call(q, k, v, context.tokens, context.length, window=window, fresh=context.fresh)
-        out, state = state.extend(call)
-    out = out[:, :, 0].transpose(0, 2, 1, 3)
-    return project(out, p["o"], inputs=2), state
+def laid_out(p: Tree, runs: tuple[Part, ...], unroll: bool) -> Tree:
+    """Parameters of a stack for generation; unroll: of separate layers."""
+    out = {str(i): layers.laid_out(run.kinds, p[str(i)], _lay, unroll) for i, run in enumerate(runs)}
+    return out | {name: x for name, x in p.items() if name not in out}
 
 
-def _relative(p: Tree, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-    return relative.relative_layer(p, context.biases, x, context.tokens, state, context.length)
+def _lay(kind: Any, p: Tree, side_by_side: bool) -> Tree:
+    return {**p, "mixer": attention.laid_out(kind, p["mixer"], side_by_side)} if isinstance(kind, Attention) else p

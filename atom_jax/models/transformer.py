@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,29 +11,18 @@ import jax.numpy as jnp
 
 from atom_jax import config, params
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.dense import Cache
-from atom_jax.kvcache.dms import DMS, decide, low_rank
-from atom_jax.kvcache.dms.decide import Mode
-from atom_jax.kvcache.memory import Call
-from atom_jax.models.transformer_memory import cache_use, full, grow, init_cache, read_whole, unstack
+from atom_jax.kvcache.memory import Memory, Stack
+from atom_jax.kvcache.policy import Mode, policy_of
+from atom_jax.models import attention, layers
+from atom_jax.models.attention import Attention, Context, Probe
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attention_spec
 from atom_jax.nn.embedding import SMALL_VOCAB, lookup
-from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
-from atom_jax.nn.self_attention import self_attend
 from atom_jax.params import ParamSpec, normal, ones
 from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
-
-__all__ = [
-    "FAMILIES", "PENDING", "TWINS", "UNUSED", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params",
-    "full", "grow", "hidden", "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
-]  # fmt: skip
-
-# See `registry`.
-PENDING, TWINS, UNUSED = False, False, ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +88,19 @@ class TransformerConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise AtomError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         policies.check(self.memory)
-        if self.memory is not None and "sliding" in self.layer_types:
-            raise AtomError("memory: policies are for models whose layers all see everything, not for sliding layers")
 
-    @property
-    def dms(self) -> DMS | None:
-        """The learned evictors' configuration, or None."""
-        return self.memory if isinstance(self.memory, DMS) else None
+    @functools.cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """What tells apart the attention of its layers."""
+        return tuple(map(self._attention, range(self.n_layers)))
 
-    def period(self) -> int:
-        """Number of layers after which the layer types repeat: the layers of one scan step."""
-        kinds = self.layer_types
-        divisors = [p for p in range(1, self.n_layers + 1) if self.n_layers % p == 0]
-        return next(p for p in divisors if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+    def _attention(self, i: int) -> Attention:
+        kind = self.layer_types[i] if self.layer_types else "full"
+        scaling, window = (self.rope_scaling, None) if kind == "full" else (None, self.sliding_window)
+        return Attention(
+            self.n_heads, self.n_kv_heads, self.head_dim, self.head_dim, (self.rope_theta, scaling), window,
+            self.norm_eps, policy_of(self.memory, i, kind),
+        )  # fmt: skip
 
 
 def spec(cfg: TransformerConfig) -> params.Tree:
@@ -121,12 +109,13 @@ def spec(cfg: TransformerConfig) -> params.Tree:
     out_scale = (2 * cfg.n_layers) ** -0.5
     layer = {
         "attn_norm": ParamSpec((d,), (None,), ones),
-        "attn": attention_spec(d, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, family.qk_norm, out_scale=out_scale),
+        "attn": attention.with_learned(
+            attention_spec(d, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, family.qk_norm, out_scale=out_scale),
+            cfg.attentions,
+        ),
         "mlp_norm": ParamSpec((d,), (None,), ones),
         "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
     }
-    if cfg.dms is not None and (learned := cfg.dms.spec(layer["attn"])):
-        layer["attn"]["dms"] = learned
     tree = {
         "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(0.02)),
         "layers": params.stack(layer, cfg.n_layers),
@@ -137,9 +126,20 @@ def spec(cfg: TransformerConfig) -> params.Tree:
     return tree
 
 
+def init_cache(cfg: TransformerConfig, batch_size: int, capacity: int, dtype: Any = None) -> Memory:
+    """An empty memory with room for `capacity` tokens per row: what the policies of `cfg.memory` keep, in sliding
+    layers a ring of the latest tokens."""
+    ranks, dtype = attention.ranks(cfg.attentions), dtype or jnp.dtype(cfg.dtype)
+
+    def empty(kind: Attention, numbers: tuple[int, ...]) -> Stack:
+        return kind.empty([ranks[n] for n in numbers], batch_size, capacity, dtype)
+
+    return Memory(layers.states(cfg.attentions, empty), jnp.zeros(batch_size, jnp.int32), fresh=True)
+
+
 def apply(
-    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache | None = None
-) -> tuple[Output, Cache | None]:
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Memory | None = None
+) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, v] for every position, and the cache after these tokens.
 
     With a cache, rows continue from `cache.length`; batch.positions must start there, real tokens (segment 1) come
@@ -150,70 +150,66 @@ def apply(
 
 
 def hidden(
-    p: params.Tree,
-    batch: Batch,
-    *,
-    cfg: TransformerConfig,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    mode: Mode | None = None,
-    probe: Probe | None = None,
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Memory | None = None, **options: Any
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:
     """Final normalised states [b, t, d] in the compute dtype, the cache after these tokens, and what was learned.
 
     Without a cache, a model with learned evictors reports `evict`, bool [l, b, h, t] (by the key), `evict_soft`, f32
     of that shape (`dms.decide.Decisions.soft`), `evict_logits` and `occupancy`, i32 [l, b, h].
 
-    key: noise for relaxed decisions, for training. mode: how decisions are made; None: relaxed with a key, else hard.
-    probe: called in every layer (see `Probe`); its results are `aux["probe"]`, stacked over layers.
+    options: `key`, `mode`, `probe` and `tentative`, as for `blocks`.
     """
     x = constrain(lookup(p["embed"], batch.ids, cfg.dtype), "batch", "stored_length", None)
-    if mode is None:
-        mode = Mode() if key is None or cfg.dms is None else Mode("relaxed", _noise(key, cfg, batch))
     tokens = Tokens(batch.positions, batch.segments)
-    x, cache, seen = blocks(p["layers"], x, tokens, cfg=cfg, cache=cache, mode=mode, probe=probe)
+    x, cache, seen = blocks(p["layers"], x, tokens, cfg=cfg, cache=cache, ids=batch.ids, **options)
     return rms_norm(x, p["norm"], cfg.norm_eps), cache, seen
 
 
 def blocks(
-    layers: Any,
+    stacked: Any,
     x: jax.Array,
     tokens: Tokens,
     *,
     cfg: TransformerConfig,
-    cache: Cache | None = None,
+    cache: Memory | None = None,
+    ids: jax.Array | None = None,
+    key: jax.Array | None = None,
     mode: Mode | None = None,
     probe: Probe | None = None,
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
-    """The layers alone (`spec(cfg)["layers"]`, or a tuple of layers) over inputs x [b, t, d], without a final norm.
-    The rest as for `hidden`."""
-    mode = mode or Mode()
-    context = _Context(cfg, tokens, cache, mode, probe)
-    states = None if cache is None else cache.layers
-    if isinstance(layers, tuple):
-        new, seen = [], []
-        for i, layer in enumerate(layers):
-            noise = None if mode.noise is None else mode.noise[i]
-            x, state, one = _layer(layer, x, None if states is None else states[i], noise, context, i)
-            new.append(state)
-            seen.append(one)
-        states, seen = tuple(new), jax.tree.map(lambda *a: jnp.stack(a), *seen)
-    else:
-        x, states, seen = _scan(layers, x, states, context)
+    tentative: bool = False,
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """The layers alone (`spec(cfg)["layers"]`, or as `decode_params` has them) over inputs x [b, t, d], without a
+    final norm: outputs, the cache after these tokens, and what was learned.
+
+    ids: i32 [b, t] of tokens. key: noise for relaxed decisions, for training. mode: how decisions are made; None:
+    relaxed with a key, else hard. probe: called in every layer without a cache; its results are `aux["probe"]`,
+    stacked over layers. tentative: the cache stays as it is, and in its place is returned what `commit` takes.
+    """
+    context = Context(
+        tokens, ids=ids, mode=mode, key=key, probe=probe, tentative=tentative, remat=cfg.remat and cache is None
+    )
     if cache is not None:
-        cache = Cache(layers=states, length=context.length)
-    if "evict" in seen:
-        count = functools.partial(decide.occupancy, tokens=context.tokens, window=cfg.dms.window)
-        seen["occupancy"] = jax.vmap(count)(seen["evict"])
-    return x, cache, seen
+        context = dataclasses.replace(context, length=cache.length, fresh=cache.fresh, reading=cache.reading)
+    context, others = context.over(cfg.attentions)
+    states = None if cache is None else cache.layers
+    layer = functools.partial(_layer, cfg, context)
+    x, states, seen = layers.run_layers(layer, cfg.attentions, stacked, x, states, others, context.remat)
+    if cache is None or tentative:
+        return x, states, seen
+    length = cache.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
+    return x, cache.replace(layers=states, length=length, fresh=False), seen
 
 
-def _noise(key: jax.Array, cfg: TransformerConfig, batch: Batch) -> jax.Array:
-    b, t = batch.ids.shape
-    return decide.logistic(key, (cfg.n_layers, b, cfg.n_kv_heads, t))
+def commit(cache: Memory, pending: Any, count_b: jax.Array) -> Memory:
+    """The cache after the first count_b, i32 [b], of the tokens that `hidden` has read tentatively, as if only these
+    had been read; of the others there is no trace."""
+    states = layers.store(cache.layers, pending, count_b)
+    return cache.replace(layers=states, length=cache.length + count_b, fresh=False)
 
 
-def step(p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
+def step(
+    p: params.Tree, batch: Batch, *, cfg: TransformerConfig, cache: Memory
+) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next token of every row (segment 0: of none): its states [b, 1, d], the cache after it, and the rows
     that have been read to the end, bool [b] (in models with learned units some wait for others: `models.hnet`)."""
     x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
@@ -237,82 +233,30 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
     if "embed" in p and cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:
         tables["unembed"] = tables["embed"].T
-    if cfg.dms is not None and cfg.dms.rank:
-        attn = jax.vmap(low_rank.corrected)(p["layers"]["attn"])
-        p = {**p, "layers": {**p["layers"], "attn": attn}}
-    if unroll:
-        # One small program, run for every layer: slicing all of them in one program compiles for seconds.
-        layers = tuple(_decode_layer(p["layers"], i, cfg.dtype) for i in range(cfg.n_layers))
-    else:
-        layers = params.cast(p["layers"], cfg.dtype)
-    return {**p, **tables, "layers": layers}
+    return {**p, **tables, "layers": layers.laid_out(cfg.attentions, p["layers"], _lay, unroll, cfg.dtype)}
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _decode_layer(layers: params.Tree, i: int, dtype: str) -> params.Tree:
-    layer = params.cast(jax.tree.map(lambda x: x[i], layers), dtype)
-    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
-    attn["qkv"] = jnp.concatenate([attn.pop(name) for name in "qkv"], axis=1)
-    mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=1)
-    return {**layer, "attn": attn, "mlp": mlp}
+def _lay(kind: Attention, layer: params.Tree, side_by_side: bool) -> params.Tree:
+    layer = {**layer, "attn": attention.laid_out(kind, layer["attn"], side_by_side)}
+    if side_by_side:
+        mlp = dict(layer["mlp"])
+        layer["mlp"] = {"gate_up": jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=1), **mlp}
+    return layer
 
 
 def roomier(cfg: TransformerConfig) -> None:
     """Nothing here runs out of room (models with learned units do: `models.hnet`)."""
 
 
-# (parameters of the layer, its input x [b, t, d], q [b, h, g, t, k] and k [b, h, t, k] after RoPE, v, Decisions or
-# None, tokens, this layer's `mode.noise`) -> a pytree of arrays.
-Probe = Callable[..., Any]
-
-
-class _Context:
-    """What all layers of one call share: where tokens stand and the rotary tables of each layer type."""
-
-    def __init__(self, cfg: TransformerConfig, tokens: Tokens, cache: Cache | None, mode: Mode, probe: Probe | None):
-        self.cfg, self.cache, self.mode, self.probe, self.tokens = cfg, cache, mode, probe, tokens
-        kinds = set(cfg.layer_types) or {"full"}
-        self.rope = {
-            kind: rope.tables(
-                tokens.positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling if kind == "full" else None
-            )
-            for kind in sorted(kinds)
-        }
-        if cache is not None:
-            self.length = cache.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
-
-    def kind(self, i: int) -> str:
-        return self.cfg.layer_types[i] if self.cfg.layer_types else "full"
-
-
-def _scan(layers: Any, x: jax.Array, states: Any, context: _Context) -> tuple[jax.Array, Any, Any]:
-    cfg = context.cfg
-    period = cfg.period()
-
-    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        new = []
-        for i in range(period):
-            layer, state, noise = jax.tree.map(lambda a, i=i: a[i], inputs)
-            x, *rest = _layer(layer, x, state, noise, context, i)
-            new.append(rest)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
-
-    if cfg.remat:
-        step = jax.checkpoint(step)
-    grouped = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), (layers, states, context.mode.noise))
-    x, rest = jax.lax.scan(step, x, grouped)
-    states, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rest)
-    return x, states, seen
-
-
-def _layer(p: Any, x: jax.Array, state: Any, noise: Any, context: _Context, i: int) -> tuple[jax.Array, Any, Any]:
-    cfg, dtype = context.cfg, x.dtype
-    p = params.cast(p, dtype)
+def _layer(
+    cfg: TransformerConfig, context: Context, kind: Attention, p: Any, x: jax.Array, state: Any, others: Any
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    p = params.cast(p, x.dtype)
     post = FAMILIES[cfg.family].post_norm
     with jax.named_scope("attention"):
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
         y = constrain(y, "batch", "length", None)
-        y, state, seen = _attention(p["attn"], x, y, state, noise, context, context.kind(i))
+        y, state, seen = attention.attention(p["attn"], x, y, state, kind, context, others)
         y = share(y)
         x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
     with jax.named_scope("mlp"):
@@ -321,62 +265,3 @@ def _layer(p: Any, x: jax.Array, state: Any, noise: Any, context: _Context, i: i
         y = share(y)
         x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
     return constrain(x, "batch", "stored_length", None), state, seen
-
-
-def _attention(
-    p: Any, x: jax.Array, y: jax.Array, state: Any, noise: Any, context: _Context, kind: str
-) -> tuple[jax.Array, Any, dict[str, Any]]:
-    """Attention of a layer whose input is x and whose projections read y [b, t, d]; its memory afterwards; and what
-    is to be reported, by name."""
-    cfg, tokens, cache, dms = context.cfg, context.tokens, context.cache, context.cfg.dms
-    if dms is not None and dms.rank and context.mode.kind in ("hard", "relaxed"):
-        p = low_rank.corrected(p)
-    q, k, v = _projections(p, y, cfg)
-    z = None if dms is None else decide.logits(p.get("dms"), x, q, dms, cfg.n_kv_heads, cfg.norm_eps)
-    lend = functools.partial(decide.lend, h=cfg.n_kv_heads, fade=context.mode.fade)
-    if dms is None or dms.form != "borrowed":
-        lend = lambda q: q  # noqa: E731
-    q, k = lend(rope.rotate(lend(q), *context.rope[kind])), rope.rotate(k, *context.rope[kind])
-    b, t, n, size = q.shape
-    q = q.reshape(b, t, cfg.n_kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    window = cfg.sliding_window if kind == "sliding" else None
-    seen: dict[str, Any] = {}
-    if cache is None:
-        keep, chosen = None, None
-        if dms is not None:
-            mode = context.mode.replace(noise=noise)
-            chosen = decide.decide(p.get("dms"), z, q, k, tokens, dms, mode)
-            keep = chosen.keep
-            seen |= {"evict": chosen.evict, "evict_soft": chosen.soft, "evict_logits": chosen.z}
-        if context.probe is not None:
-            seen["probe"] = context.probe(p, x, q, k, v, chosen, tokens, noise)
-        wait = 0 if dms is None else dms.window
-        out = self_attend(q, k, v, tokens, window=window, keep_bht=keep, keep_window=wait)
-    else:
-        scaling = cfg.rope_scaling if kind == "full" else None
-        call = Call(
-            q, k, v, tokens, cache.length, z, p.get("dms"),
-            window=window, fresh=cache.fresh, rope=(cfg.rope_theta, scaling),
-        )  # fmt: skip
-        out, state = state.extend(call)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, size)
-    return project(out, p["o"], inputs=2), state, seen
-
-
-def _projections(p: Any, x_btd: jax.Array, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [b, t, n, k], keys and values [b, t, h, k], normalised where the family does so."""
-    if "qkv" in p:
-        q, k, v = jnp.split(project(x_btd, p["qkv"]), [cfg.n_heads, cfg.n_heads + cfg.n_kv_heads], axis=2)
-    else:
-        q, k, v = (constrain(project(x_btd, p[name]), "batch", "length", "heads", None) for name in "qkv")
-    return _normalise(q, p.get("q_norm"), cfg), _normalise(k, p.get("k_norm"), cfg), v
-
-
-def _normalise(x_btnk: jax.Array, weight: jax.Array | None, cfg: TransformerConfig) -> jax.Array:
-    """RMS normalisation over a head or over all heads, by the size of `weight`; none without one."""
-    if weight is None:
-        return x_btnk
-    if weight.shape[0] == x_btnk.shape[-1]:
-        return rms_norm(x_btnk, weight, cfg.norm_eps)
-    return rms_norm(x_btnk.reshape(*x_btnk.shape[:2], -1), weight, cfg.norm_eps).reshape(x_btnk.shape)

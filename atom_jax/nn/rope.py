@@ -76,6 +76,9 @@ def tables(
 
 
 def rotate(x_bthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel pairs (i, i + k/2) of queries or keys [b, t, h, k]; float32 inside, dtype of x outside."""
+    """Rotates channel pairs (i, i + r/2) of the first r channels of queries or keys [b, t, h, k], for tables of r/2
+    angles; float32 inside, dtype of x outside."""
+    if (r := 2 * cos.shape[-1]) < x_bthk.shape[-1]:
+        return jnp.concatenate([rotate(x_bthk[..., :r], cos, sin), x_bthk[..., r:]], axis=-1)
     a, b = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_bthk.dtype)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax import sharding
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.transformer import TransformerConfig
@@ -120,7 +121,7 @@ def _fields(marks: bool) -> tuple[str, ...]:
 
 def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
     """Refuses sizes that do not fit together, before anything is compiled."""
-    if exp.distill is not None and getattr(exp.model, "dms", None) is None:
+    if exp.distill is not None and not isinstance(getattr(exp.model, "memory", None), DMS):
         raise AtomError("distill: the model has no learned evictors; set memory to a dms policy")
     if (exp.byteify is not None) != (exp.data.tokens > 0):
         raise AtomError("byteify and data.tokens need each other")

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.dms import observed
+from atom_jax.kvcache.dms import DMS, observed
 from atom_jax.kvcache.dms.config import FEATURES
-from atom_jax.kvcache.dms.decide import Mode
+from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.attention import NEGATIVE, Tokens
@@ -69,8 +69,8 @@ def fit(
     rows: i32 [b, t] of token ids, at least `windows` + 3 `calibration` of them, of one length. Raises AtomError for a
     model without a projection to fit, or rows that are too short for the window or the entries.
     """
-    dms = cfg.dms
-    if dms is None or dms.form == "borrowed" or not dms.bias:
+    dms = cfg.memory
+    if not isinstance(dms, DMS) or dms.form == "borrowed" or not dms.bias:
         raise AtomError("fit: the model's memory must be dms of the form adapter or observed, with bias=true")
     rows = iter(rows)
     sums = None
@@ -103,11 +103,11 @@ def calibrate(
             z, held = _logits(params, _take(rows, cfg, how), cfg=cfg)
             logits.append((np.asarray(z), float(held)))
         t = logits[0][0].shape[-1]
-        first, last = cfg.dms.sinks, t - cfg.dms.window - 1
-        kept = (how.entries - first - cfg.dms.window - 1) / (last - first)
+        first, last = cfg.memory.sinks, t - cfg.memory.window - 1
+        kept = (how.entries - first - cfg.memory.window - 1) / (last - first)
         if not 0 < kept < 1:
             raise AtomError(
-                f"fit.entries: {how.entries} is impossible with a window of {cfg.dms.window} and rows of {t}"
+                f"fit.entries: {how.entries} is impossible with a window of {cfg.memory.window} and rows of {t}"
             )
         z = np.concatenate([x[..., first:last].ravel() for x, _ in logits])
         move = -float(np.quantile(z, kept))
@@ -125,8 +125,8 @@ def targets(params: Any, ids_bt: jax.Array, key: jax.Array, *, cfg: TransformerC
 
 @jax.jit(static_argnames="cfg")
 def _attention_targets(params: Any, ids_bt: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
-    def probe(p, x, q, k, v, chosen, tokens, noise):
-        return jnp.log(_largest(q, k, v, tokens, cfg.dms.window) + FLOOR)
+    def probe(p, heads, call):
+        return jnp.log(_largest(call.q, call.k, call.v, call.tokens, cfg.memory.window) + FLOOR)
 
     return transformer.hidden(params, _batch(ids_bt), cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
 
@@ -180,14 +180,15 @@ def _sums(params: Any, ids_bt: jax.Array, y_lbht: jax.Array, *, cfg: Transformer
     those of single heads (oo), of both (xo), and with the target (xy, oy)."""
     t = ids_bt.shape[1]
     place = jnp.arange(t)
-    counts = (place >= cfg.dms.sinks) & (place < t - cfg.dms.window - LEAST_QUERIES)
+    counts = (place >= cfg.memory.sinks) & (place < t - cfg.memory.window - LEAST_QUERIES)
 
-    def probe(p, x, q, k, v, chosen, tokens, y):
-        x = rms_norm(x, p["dms"]["norm"], cfg.norm_eps).astype(jnp.float32)
+    def probe(p, heads, call):
+        y = call.mode.noise
+        x = rms_norm(heads.x_btd, p["dms"]["norm"], cfg.norm_eps).astype(jnp.float32)
         x = jnp.concatenate([jnp.roll(x, -1, axis=1), jnp.ones_like(x[..., :1])], axis=-1)
         x = x * counts[None, :, None]
-        o = observed.observe(q, k, tokens, cfg.dms.window)
-        if cfg.dms.form != "observed":
+        o = observed.observe(call.q, call.k, call.tokens, cfg.memory.window)
+        if cfg.memory.form != "observed":
             o = jnp.zeros_like(o)
         return {
             "xx": jnp.einsum("btd,bte->de", x, x),
@@ -219,13 +220,13 @@ def solve(sums: dict[str, np.ndarray], ridge: float) -> tuple[np.ndarray, np.nda
 def put(params: Any, weights: tuple, cfg: TransformerConfig, steepness: float, threshold: float) -> Any:
     """Parameters whose decision logit is steepness * (threshold - prediction)."""
     alpha, constant, seen = weights
-    attn, s = params["layers"]["attn"], steepness / cfg.dms.scale
+    attn, s = params["layers"]["attn"], steepness / cfg.memory.scale
     new = {
         "norm": attn["dms"]["norm"],
         "alpha": jnp.asarray(-s * alpha, jnp.float32),
-        "bias": jnp.asarray(s * (threshold - constant) + cfg.dms.offset / cfg.dms.scale, jnp.float32),
+        "bias": jnp.asarray(s * (threshold - constant) + cfg.memory.offset / cfg.memory.scale, jnp.float32),
     }
-    if cfg.dms.form == "observed":
+    if cfg.memory.form == "observed":
         new["observed"] = jnp.asarray(-s * seen, jnp.float32)
     return {**params, "layers": {**params["layers"], "attn": {**attn, "dms": new}}}
 
@@ -233,7 +234,7 @@ def put(params: Any, weights: tuple, cfg: TransformerConfig, steepness: float, t
 def shifted(params: Any, move: float, cfg: TransformerConfig) -> Any:
     """Parameters whose decision logits are all larger by `move`."""
     attn = params["layers"]["attn"]
-    dms = {**attn["dms"], "bias": attn["dms"]["bias"] + move / cfg.dms.scale}
+    dms = {**attn["dms"], "bias": attn["dms"]["bias"] + move / cfg.memory.scale}
     return {**params, "layers": {**params["layers"], "attn": {**attn, "dms": dms}}}
 
 
@@ -251,6 +252,6 @@ def _batch(ids_bt: jax.Array) -> Batch:
 
 def _take(rows: Any, cfg: TransformerConfig, how: FitConfig) -> jax.Array:
     ids = jnp.asarray(next(rows), jnp.int32)
-    if ids.shape[1] % BLOCK or ids.shape[1] < cfg.dms.window + 2 * LEAST_QUERIES:
+    if ids.shape[1] % BLOCK or ids.shape[1] < cfg.memory.window + 2 * LEAST_QUERIES:
         raise AtomError(f"fit: rows of {ids.shape[1]} tokens; expected a multiple of {BLOCK}, longer than the window")
     return ids

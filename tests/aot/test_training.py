@@ -11,7 +11,6 @@ from atom_jax import params as params_lib
 from atom_jax.aot.topology import Chip, per_chip
 from atom_jax.aot.training import _Tokenizer, check, operations
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.sharding import MeshConfig, make_mesh
 from atom_jax.training.config import Group
 from atom_jax.training.program import Program
@@ -77,7 +76,7 @@ def test_advice_for_activations(report):
 
 
 def test_operations_of_plain_training(report):
-    forward = forward_flops(report.exp.model, 32) * report.tokens
+    forward = registry.of(report.exp.model).flops(report.exp.model, 32) * report.tokens
     assert report.needed == report.executed == 3 * forward
 
 

@@ -53,7 +53,7 @@ def test_given_texts_are_made_by_the_loop_of_generation(folder, name):
         # A Bolmo begins with the prompt's last byte, whose form is decided late; the others with the text's first.
         assert side.lm.tokenizer.decode(row[is_bolmo : n + is_bolmo]) == text
     if is_bolmo:
-        patches = np.asarray(state.cache.layers.main.length) - side.units
+        patches = np.asarray(state.cache.parts.main.length) - side.units
         np.testing.assert_array_equal(patches, [m[1:-1].sum() for m in side.marks])
         assert steps["runs"] >= patches.max() and steps["steps"] >= 10
 
@@ -64,7 +64,7 @@ def test_patches_may_be_left_out_or_be_all_bytes(folder):
     lengths = {}
     for form, choice in side.choices.items():
         state, _ = decode(decode_params(side.lm), side.state(form), choice, side.until, cfg=side.lm.config)
-        lengths[form] = int(state.cache.layers.main.length[0]) - int(side.begun.layers.main.length[0])
+        lengths[form] = int(state.cache.parts.main.length[0]) - int(side.begun.parts.main.length[0])
     assert lengths["never"] == 0 < lengths["text"] < lengths["always"] == len(NEW[0])
 
 

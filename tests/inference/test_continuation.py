@@ -47,8 +47,7 @@ def test_ragged_rows_equal_rows_alone(lm, ids, monkeypatch):
         contexts[r, :n], after[r, :m] = ids[r, :n], ids[r, n : n + m]
     together = continuation.score(lm, contexts, after, lengths, sizes)
     # In parts of 6 tokens it must be the same.
-    monkeypatch.setattr(transformer, "read_whole", lambda cfg: False)
-    monkeypatch.setattr(reading, "PART", 6)
+    monkeypatch.setattr(reading, "plan", lambda cfg: reading.Plan(part=6, passes=1, shrinks=False))
     in_parts = continuation.score(lm, contexts, after, lengths, sizes)
     monkeypatch.undo()
     for r, (n, m) in enumerate(zip(lengths, sizes)):

@@ -17,6 +17,7 @@ from atom_jax.inference import decode
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
 from atom_jax.inference.sampling import row_keys
+from atom_jax.kvcache import memory
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
@@ -77,7 +78,7 @@ def test_every_step_equals_the_whole_forward_pass(case, unroll):
     (first, cache), _ = decode.read_prompt(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
     np.testing.assert_allclose(first, whole[:, 0], atol=1e-4)
     if unroll:
-        cache = transformer.unstack(cache)
+        cache = memory.unstack(cache)
     for i in range(1, 48):
         out, cache = step(Batch(ids[:, 39 + i, None], cache.length[:, None], jnp.ones((2, 1), jnp.int32)), cache)
         np.testing.assert_allclose(out.logits[:, 0], whole[:, i], atol=1e-4)

@@ -13,6 +13,7 @@ from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.inference.generate import generate
 from atom_jax.inference.sampling import row_keys
 from atom_jax.inference.score import logprobs
+from atom_jax.kvcache import memory
 from atom_jax.models import hnet
 from atom_jax.typing import LM
 from tests.models.tiny_units import MODELS, capacity, model, stream, weights
@@ -85,7 +86,7 @@ def test_inner_caches_are_sized_by_chunks_and_sliding_ones_by_their_window(windo
     cfg = dataclasses.replace(model({"rule": Fixed(8), "pool": "mean", "capacity": 0.125}), layout=("t1", "t1", "t1"))
     assert isinstance(cfg.chunking[0], Chunking)
     cache = hnet.init_cache(dataclasses.replace(cfg, window=(window, -1)), 1, 1024)
-    outer, inner = (state.stacks[0][0].k.shape[-2] for state in cache.layers)
+    outer, inner = (node.layers[0][0][0].states.k.shape[-2] for node in memory.nodes(cache))
     assert outer == slots and inner == 192
 
 

@@ -140,8 +140,8 @@ def test_caches_may_grow_while_rows_wait(monkeypatch):
     monkeypatch.setattr(module, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 17)
     monkeypatch.setattr(module, "CHUNK", 11)
-    waited, grow = [], hnet.grow
-    monkeypatch.setattr(hnet, "grow", lambda cache: waited.append(cache.layers[0].waiting.on.any()) or grow(cache))
+    waited, grow = [], module.grow
+    monkeypatch.setattr(module, "grow", lambda cache: waited.append(cache.parts.waiting.on.any()) or grow(cache))
     grown = generate(model, PROMPTS, NEW, 0.8, keys())
     assert grown.ids == expected.ids
     assert grown.stats["kv_reads"] == pytest.approx(expected.stats["kv_reads"])

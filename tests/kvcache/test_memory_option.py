@@ -12,7 +12,7 @@ from atom_jax import config, params
 from atom_jax.__main__ import main
 from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.inference.decode import decode
-from atom_jax.kvcache import policies
+from atom_jax.kvcache import memory, policies
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.kvcache.snapkv import SnapKV
@@ -60,18 +60,18 @@ def test_the_whole_model_reads_a_prompt_a_token_and_a_turn(lm):
     """Stacked layers, with room for everything: what the dense cache computes."""
     outs = []
     apply = jax.jit(transformer.apply, static_argnames="cfg")
-    for memory in (None, parse("pyramidkv:budget=1000,window=8")):
-        cfg = dataclasses.replace(lm.config, memory=memory)
+    for policy in (None, parse("pyramidkv:budget=1000,window=8")):
+        cfg = dataclasses.replace(lm.config, memory=policy)
         cache, at, logits = transformer.init_cache(cfg, 1, 48), 0, []
         for t in (30, 1, 9):
             positions = jnp.arange(at, at + t)[None]
             batch = Batch(positions + 5, positions, jnp.ones((1, t), jnp.int32))
-            cache = transformer.grow(cache, 9) if t == 9 else cache
+            cache = memory.grow(cache, 9) if t == 9 else cache
             out, cache = apply(lm.params, batch, cfg=cfg, cache=cache)
             logits.append(out.logits)
             at += t
         outs.append(jnp.concatenate(logits, 1))
-        assert [float(x[0]) for x in transformer.cache_use(cache, cfg)] == [40, 40]
+        assert [float(x[0]) for x in memory.use(cache)] == [40, 40]
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-5)
 
 

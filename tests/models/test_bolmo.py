@@ -13,6 +13,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.types import Seen
+from atom_jax.kvcache import memory
 from atom_jax.models import bolmo, transformer
 from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.transformer import TransformerConfig
@@ -146,7 +147,7 @@ def test_prompts_and_steps_equal_the_official_ones(unroll):
         free = official > -1e4
         assert free.sum() == 2
         np.testing.assert_allclose(row[n - 2][free], official[free], atol=1e-3)
-    p, cache = with_tables(lm, unroll), bolmo.unstack(cache) if unroll else cache
+    p, cache = with_tables(lm, unroll), memory.unstack(cache) if unroll else cache
     done, found = np.zeros(6, int), np.zeros((6, 32, 520), np.float32)
     while (live := done < 32).any():
         ids = np.array([g[n - 1 + min(k, 31)] for g, n, k in zip(given, lengths, done)], np.int32)[:, None]
@@ -197,7 +198,7 @@ def test_gradients_reach_every_parameter_and_recomputing_changes_none():
     def loss(p, cfg):
         x, _, aux = bolmo.hidden(p, b, cfg=cfg)
         logp = jax.nn.log_softmax(bolmo.logits(p, x, cfg=cfg))
-        nats = -jnp.take_along_axis(logp, bolmo.fuse(targets, aux)[..., None], axis=-1)[..., 0]
+        nats = -jnp.take_along_axis(logp, bolmo.codec(cfg).fuse(targets, aux)[..., None], axis=-1)[..., 0]
         return jnp.sum(nats * (b.segments > 0)) + aux["loss"]
 
     grads = jax.jit(jax.grad(loss), static_argnums=1)(model().params, roomy())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from atom_jax.checkpoint import families
+from atom_jax.kvcache import memory
 from atom_jax.models import hnet
 from atom_jax.training import losses
 from atom_jax.typing import Batch
@@ -91,7 +92,7 @@ def test_prompts_and_steps_equal_the_official_ones(case, unroll):
     for row, n in enumerate(read):
         found[row, :n] = out.logits[row, :n]
     p = hnet.decode_params(case.params, case.cfg, unroll)
-    cache = hnet.unstack(cache) if unroll else cache
+    cache = memory.unstack(cache) if unroll else cache
     fired = []
     while (live := read < case.lengths).any():
         ids = np.take_along_axis(case.ids, np.minimum(read, 44)[:, None], axis=1)

@@ -91,13 +91,6 @@ def test_bfloat16_compute_stays_close(case):
     assert np.abs(np.asarray(out) - io["logits"]).mean() < 0.05 * io["logits"].std()
 
 
-def test_layer_types_repeat_with_the_smallest_period():
-    kinds = ("sliding", "sliding", "full")
-    assert TransformerConfig(n_layers=6, layer_types=kinds * 2).period() == 3
-    assert TransformerConfig(n_layers=4, layer_types=("full",) * 4).period() == 1
-    assert TransformerConfig(n_layers=4, layer_types=(*kinds, "sliding")).period() == 4
-
-
 def test_real_configurations_have_the_published_sizes():
     smollm2 = TransformerConfig(
         vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536, tie_embeddings=True

@@ -54,8 +54,9 @@ def test_the_weights_are_those_of_least_squares(model):
     y = dms_fit.targets(params, ids, jax.random.key(0), cfg=cfg, target="attention")
     alpha, constant, seen = dms_fit.solve(jax.device_get(dms_fit._sums(params, ids, y, cfg=cfg)), 1e-9)
 
-    def probe(p, x, q, k, v, chosen, tokens, noise):
-        return rms_norm(x, p["dms"]["norm"], cfg.norm_eps), observed.observe(q, k, tokens, WINDOW)
+    def probe(p, heads, call):
+        x = rms_norm(heads.x_btd, p["dms"]["norm"], cfg.norm_eps)
+        return x, observed.observe(call.q, call.k, call.tokens, WINDOW)
 
     _, _, aux = transformer.hidden(params, dms_fit._batch(ids), cfg=cfg, mode=Mode("off"), probe=probe)
     x, o = map(np.asarray, aux["probe"])

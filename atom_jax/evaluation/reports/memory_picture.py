@@ -13,6 +13,7 @@ import numpy as np
 from atom_jax.evaluation.encode import front
 from atom_jax.evaluation.reports.units import visible
 from atom_jax.inference.score import to_batch
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import registry
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError, Batch
@@ -62,8 +63,8 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
 
     Raises AtomError for models without learned evictors or tokenizer, and when there is no text.
     """
-    dms = getattr(lm.config, "dms", None)
-    if dms is None:
+    dms = getattr(lm.config, "memory", None)
+    if not isinstance(dms, DMS):
         raise AtomError("the model has no learned evictors, so it keeps every token")
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, so it cannot read a text")

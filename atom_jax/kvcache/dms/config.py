@@ -80,3 +80,7 @@ class Settings(Policy):
         if self.rank:
             spec |= low_rank.spec(projections, self.rank)
         return spec
+
+    def describe(self) -> str:
+        """See `Policy`."""
+        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"

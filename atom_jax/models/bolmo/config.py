@@ -69,6 +69,11 @@ class BolmoConfig:
         """The layers over patches as they are computed here."""
         return dataclasses.replace(self.main, dtype=self.dtype, remat=self.remat)
 
+    @property
+    def local(self) -> tuple[tuple[None, ...], tuple[None, ...]]:
+        """The kinds (see `models.layers`) of the layers of encoder and decoder: all are alike."""
+        return (None,) * self.encoder_layers, (None,) * self.decoder_layers
+
 
 def spec(cfg: BolmoConfig) -> Tree:
     """ParamSpec tree; "encoder", "main" and "decoder" are stacked over their layers."""
@@ -103,11 +108,6 @@ def spec(cfg: BolmoConfig) -> Tree:
     if cfg.subwords:
         tree["subwords"] = ParamSpec((cfg.subwords, d), ("vocab", "embed"), normal(0.02))
     return tree
-
-
-def read_whole(cfg: BolmoConfig) -> bool:
-    """Whether prompts are read in one call, however long."""
-    return True
 
 
 def roomier(cfg: BolmoConfig) -> BolmoConfig | None:

@@ -12,10 +12,10 @@ from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.segments import gather_unique, read_chunks
 from atom_jax.chunking.types import END, Boundary, Plan, PlanState, Seen, last_real
-from atom_jax.kvcache.dense import Cache
-from atom_jax.models import stack, transformer
+from atom_jax.kvcache.memory import Memory
+from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import FUSED, BolmoConfig
-from atom_jax.models.bolmo.memory import BolmoState
+from atom_jax.models.bolmo.memory import Patches
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
@@ -27,7 +27,7 @@ from atom_jax.sharding import constrain
 from atom_jax.typing import AtomError, Batch, Output
 
 
-def apply(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+def apply(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, 520] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
     return Output(logits=logits(p, x_btd, cfg=cfg), aux=aux), cache
@@ -40,9 +40,9 @@ def logits(p: Tree, x_btd: jax.Array, *, cfg: BolmoConfig) -> jax.Array:
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache | None = None, key: jax.Array | None = None,
+    p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory | None = None, key: jax.Array | None = None,
     ends: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:  # fmt: skip
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:  # fmt: skip
     """Final normalised states [b, t, d], the cache after these bytes, and what was learned.
 
     Ids at the ends of patches count as what they are without them: where patches end the boundary predictor says,
@@ -57,11 +57,11 @@ def hidden(
     (i32 [], patches for which there was no room) and metrics (see `models.hnet`).
     """
     tokens = Tokens(batch.positions, batch.segments)
-    memory = None if cache is None else cache.layers
+    memory, states = (None, (None, None)) if cache is None else (cache.parts, cache.layers)
     if cache is not None and not cache.fresh:
         raise AtomError("a Bolmo reads prompts in one call; what comes after them goes through step")
     with jax.named_scope("encoder"):
-        h_btd, encoder = encode(p, batch, cfg, None if memory is None else memory.encoder)
+        h_btd, encoder = encode(p, batch, cfg, states[0])
     boundary = lookahead.apply(p["rule"], Seen(h_btd, tokens, batch.ids, batch.marks), cfg=cfg.rule)
     if ends is not None:
         boundary = boundary.replace(mark=ends & (tokens.segments > 0))
@@ -79,29 +79,20 @@ def hidden(
         )
         v_bmd = rms_norm(v_bmd, p["patch_norm"], cfg.edge_eps)
     with jax.named_scope("decoder"):
-        x_btd, decoder = decode(p, v_bmd, h_btd, plan, tokens, cfg, None if memory is None else memory.decoder)
+        x_btd, decoder = decode(p, v_bmd, h_btd, plan, tokens, cfg, states[1])
     aux = _aux(boundary, plan, batch)
     if cache is None:
         return x_btd, None, aux
     real, last = Tokens(batch.positions, batch.segments), jnp.minimum(plan.count, plan.at.shape[1]) - 1
-    state = BolmoState(
-        encoder,
-        decoder,
+    patches = Patches(
         main,
         newest=read_chunks(v_bmd, memory.newest[:, 0], last[:, None]),
         h=last_real(h_btd, real, memory.h[:, 0])[:, None],
         read=jnp.any(batch.segments > 0, axis=1),
         suffix=memory.suffix if batch.suffix is None else batch.suffix.state,
     )
-    return x_btd, Cache(state, jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)), aux
-
-
-def fuse(targets_bt: jax.Array, aux: dict[str, Any]) -> jax.Array:
-    """Targets (each the next position's id) with what the predictor says of the position that each stands at: ids
-    from 260 on where it ends a patch there."""
-    mark = aux["boundaries"][0]
-    after = jnp.pad(mark[:, 1:], ((0, 0), (0, 1)))
-    return targets_bt % FUSED + FUSED * after
+    length = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
+    return x_btd, cache.replace(layers=(encoder, decoder), length=length, parts=patches, fresh=False), aux
 
 
 def encode(p: Tree, batch: Batch, cfg: BolmoConfig, states: Any = None) -> tuple[jax.Array, Any]:
@@ -112,7 +103,7 @@ def encode(p: Tree, batch: Batch, cfg: BolmoConfig, states: Any = None) -> tuple
             raise AtomError("this model looks at the subword that ends at each byte: it needs its subword tokenizer")
         x_btd += lookup(p["subwords"], batch.suffix.ids, cfg.dtype)
     x_btd = constrain(x_btd, "batch", None, None)
-    x_btd, states = local(p["encoder"], x_btd, Tokens(batch.positions, batch.segments), states, cfg)
+    x_btd, states = local(p, "encoder", x_btd, Tokens(batch.positions, batch.segments), states, cfg)
     return rms_norm(x_btd, p["encoder_norm"], cfg.edge_eps), states
 
 
@@ -134,7 +125,7 @@ def decode(
     """Final normalised states [b, t, d] from normalised patches v_bmd and encoder states h_btd, and the memory of the
     decoder. A byte reads the latest patch that has ended, its own where it ends one."""
     read_btd = read_chunks(v_bmd, jnp.zeros_like(v_bmd[:, 0]), plan.read)
-    x_btd, states = local(p["decoder"], read_btd + linear(p["residual"], h_btd), tokens, states, cfg)
+    x_btd, states = local(p, "decoder", read_btd + linear(p["residual"], h_btd), tokens, states, cfg)
     return rms_norm(x_btd, p["norm"], cfg.main.norm_eps), states
 
 
@@ -144,18 +135,19 @@ def linear(p: Tree, x: jax.Array) -> jax.Array:
     return y + jnp.broadcast_to(p["b"].astype(y.dtype), y.shape)
 
 
-def local(layers: Any, x_btd: jax.Array, tokens: Tokens, states: Any, cfg: BolmoConfig) -> tuple[jax.Array, Any]:
-    """The layers of the encoder or of the decoder: mLSTM and SwiGLU, pre-norm, no norm after the last."""
-    eps = cfg.main.norm_eps
+def local(
+    p: Tree, name: str, x_btd: jax.Array, tokens: Tokens, states: tuple | None, cfg: BolmoConfig
+) -> tuple[jax.Array, tuple | None]:
+    """The layers of the "encoder" or of the "decoder": mLSTM and SwiGLU, pre-norm, no norm after the last."""
+    eps, kinds = cfg.main.norm_eps, cfg.local[("encoder", "decoder").index(name)]
 
-    def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        p, state = inputs
+    def layer(kind: None, p: Tree, x: jax.Array, state: Any, others: None) -> tuple[jax.Array, Any, dict]:
         y, state = mlstm(p["mixer"], rms_norm(x, p["norm1"], eps), tokens, state, cfg.chunk)
         x = x + y
         x = x + swiglu(p["mlp"], rms_norm(x, p["norm2"], eps))
-        return constrain(x, "batch", None, None), state
+        return constrain(x, "batch", None, None), state, {}
 
-    return stack.run_layers(layer, layers, x_btd, states, cfg.remat and states is None)
+    return layers.run_layers(layer, kinds, p[name], x_btd, states, remat=cfg.remat and states is None)[:2]
 
 
 def _is_last(tokens: Tokens) -> jax.Array:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from atom_jax import config
 from atom_jax.chunking import pooling, rules, upsampling
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.types import END
+from atom_jax.kvcache import policies
 from atom_jax.models import stack
-from atom_jax.models.stack import Width
+from atom_jax.models.stack import Part, Width
 from atom_jax.nn import relative
 from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.params import ParamSpec, Tree, normal, ones, zeros
@@ -55,6 +57,9 @@ class HNetConfig:
     dtype: str = "float32"
     # Recompute each layer in the backward pass instead of storing its activations.
     remat: bool = False
+    # What layers t and T whose queries see all keep: a policy of `kvcache.policies`, or None for everything. Where it
+    # names layers by their number, t and T are counted, in the order in which they are computed.
+    memory: Any = None
     # Parity with the released code: unused chunk slots hold other positions, and ratio losses average over padding.
     official_padding: bool = False
 
@@ -80,21 +85,17 @@ class HNetConfig:
                 raise AtomError(
                     "supervision: 'entropy' is about the next byte, so it can only cut the outermost stage"
                 )
+        policies.check(self.memory)
         for s in range(self.stages):
             self._check_layers(s, "".join(self.layouts(s)))
 
     def _check_layers(self, s: int, layout: str) -> None:
-        letters = {letter for letter, _ in stack.parse(layout)}
-        d, heads, rotary = self.d_model[s], self.n_heads[s], self.rotary_dim[s]
-        if letters & set("tTx") and d % heads:
-            raise AtomError(f"n_heads: {heads} heads do not divide the width {d} of stage {s}")
-        if letters & set("tT") and (rotary % 2 or not 0 <= rotary <= d // heads):
-            raise AtomError(f"rotary_dim: expected an even number up to {d // heads} in stage {s}, got {rotary}")
-        if letters & set("MTx") and self.d_intermediate[s] < 1:
+        letters = {letter: stack.MIXERS[letter] for letter, _ in stack.parse(layout)}
+        for mixer in letters.values():
+            mixer.check(self.width(s), f"stage {s}")
+        if any(mixer.mlp for mixer in letters.values()) and self.d_intermediate[s] < 1:
             raise AtomError(f"d_intermediate: stage {s} has layers with an MLP, so it must be above 0")
-        if letters & set("mM"):
-            self.ssm.sizes(d)
-        if "x" in letters and (d, heads) != self._relative_size():
+        if "x" in letters and (self.d_model[s], self.n_heads[s]) != self._relative_size():
             raise AtomError("layout: stages with x layers share their biases, so d_model and n_heads must be equal")
 
     def _relative_size(self) -> tuple[int, int] | None:
@@ -117,6 +118,12 @@ class HNetConfig:
     def layouts(self, s: int) -> tuple[str, ...]:
         """(encoder, decoder) of stage s, or (main,) of the innermost one."""
         return (self.layout[s],) if s == self.stages - 1 else (self.layout[s], self.layout[-1 - s])
+
+    def stacks(self, s: int) -> tuple[tuple[Part, ...], ...]:
+        """The same taken apart into runs of layers."""
+        widths = map(self.width, (*range(self.stages), *reversed(range(self.stages - 1))))
+        every = stack.parts(self.layout, widths, self.memory)
+        return (every[s],) if s == self.stages - 1 else (every[s], every[-1 - s])
 
 
 def _check_chunking(c: Chunking) -> None:
@@ -160,8 +167,8 @@ def _stage_spec(cfg: HNetConfig, s: int, out_scale: float) -> Tree:
     if s and d > cfg.d_model[s - 1] and cfg.chunking[s - 1].slots == 1:
         tree["lift"] = ParamSpec((d - cfg.d_model[s - 1],), (None,), zeros)
     if s == cfg.stages - 1:
-        return tree | {"main": stack.stack_spec(cfg.layout[s], width, out_scale)}
-    encoder, decoder = cfg.layouts(s)
+        return tree | {"main": stack.stack_spec(*cfg.stacks(s), width, out_scale)}
+    encoder, decoder = cfg.stacks(s)
     chunking = cfg.chunking[s]
     tree |= {
         "encoder": stack.stack_spec(encoder, width, out_scale),
@@ -183,11 +190,6 @@ def _stage_spec(cfg: HNetConfig, s: int, out_scale: float) -> Tree:
         tree["join"] = ParamSpec((wide, inner), ("embed", None), normal(wide**-0.5))
         tree["part"] = ParamSpec((inner, wide), ("embed", None), normal(inner**-0.5))
     return {k: v for k, v in tree.items() if v != {}}
-
-
-def read_whole(cfg: HNetConfig) -> bool:
-    """Whether prompts are read in one call, however long."""
-    return True
 
 
 def roomier(cfg: HNetConfig) -> HNetConfig | None:

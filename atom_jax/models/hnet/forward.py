@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.rules import predictor
 from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.types import END, Boundary, Plan, Seen
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import Memory, each
 from atom_jax.models import stack
+from atom_jax.models.attention import Context
 from atom_jax.models.hnet.config import HNetConfig
-from atom_jax.models.hnet.memory import StageState, begin
-from atom_jax.models.stack import Context
+from atom_jax.models.hnet.memory import Units, begin
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.embedding import lookup
 from atom_jax.nn.linear import project
@@ -29,7 +29,7 @@ from atom_jax.sharding import batch_shards, constrain
 from atom_jax.typing import Batch, Output
 
 
-def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None) -> tuple[Output, Cache | None]:
+def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Logits float32 [b, t, v] of every position, with what was learned in `aux` (see `hidden`), and the cache."""
     x_btd, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
     # A function: nothing that a compiled caller could return.
@@ -47,28 +47,26 @@ def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache | None = None, key: jax.Array | None = None
-) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, Memory | None, dict[str, Any]]:
     """Final states [b, t, d], the cache after these bytes, and what was learned.
 
     key: noise of the boundary rules while training; None = none.
-    aux: boundaries (bool [b, t] per stage, outermost first, in bytes: where units end or start) and boundary_probs
+    aux: memory (of every stage, outermost first, what policies of its layers report by name, run by run), where there
+    is any; boundaries (bool [b, t] per stage, outermost first, in bytes: where units end or start) and boundary_probs
     (float32 [b, t] per stage; 0 where the stage decides nothing), loss (float32 [], the rules' own), lost (i32 [],
     marks for which there was no slot) and metrics (name -> float32 [2], a sum and what it is to be divided by);
     for predictors supervised by "entropy" also entropy_loss, a function from the entropies float32 [b, t], in nats,
     of the model's next-token distributions to the predictor's loss float32 [], which is to be added to `loss`.
     """
     tokens = Tokens(batch.positions, batch.segments)
-    x_btd = embed(p, batch.ids, tokens, None if cache is None else cache.layers[0].ids, cfg)
-    call = Call(cfg, p, batch, key, cache)
-    x_btd, states, notes = _stage(0, x_btd, tokens, None if cache is None else cache.layers, call)
+    x_btd = embed(p, batch.ids, tokens, None if cache is None else cache.parts.ids, cfg)
+    x_btd, memory, notes = _stage(0, x_btd, tokens, cache, Call(cfg, p, batch, key, cache))
     if cache is not None:
-        length = cache.length + jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
-        latest = hashing.remember(batch.ids, tokens, cache.layers[0].ids)
-        outer = states[0].replace(ids=latest, waiting=cache.layers[0].waiting)
-        cache = Cache(layers=(outer, *states[1:]), length=length)
-    aux, late = _aux(notes, batch), _entropy_loss(notes, batch, cfg)
-    return x_btd, cache, aux if late is None else aux | {"entropy_loss": late}
+        latest = hashing.remember(batch.ids, tokens, cache.parts.ids)
+        memory = memory.replace(parts=memory.parts.replace(ids=latest, waiting=cache.parts.waiting))
+    aux, late = _aux(notes, batch), _entropy_loss(notes.units, batch, cfg)
+    return x_btd, memory, aux if late is None else aux | {"entropy_loss": late}
 
 
 def embed(p: Tree, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: HNetConfig) -> jax.Array:
@@ -93,11 +91,17 @@ class Call:
     p: Tree
     batch: Batch
     key: jax.Array | None
-    cache: Cache | None
+    cache: Memory | None
 
-    def context(self, tokens: Tokens, length: jax.Array | None) -> Context:
-        fresh = self.cache is not None and self.cache.fresh
-        return Context(tokens, length, fresh, self.p.get("relative"), self.cfg.remat and self.cache is None)
+    def context(self, s: int, tokens: Tokens, memory: Memory | None) -> Context:
+        """Of the layers of stage s with this memory. Policies draw apart from rules, whose keys have the stages'
+        numbers."""
+        ids = self.batch.ids if s == 0 else None
+        context = Context(tokens, ids=ids, shared=self.p.get("relative"), remat=self.cfg.remat and memory is None)
+        if memory is not None:
+            return dataclasses.replace(context, length=memory.length, fresh=memory.fresh, reading=memory.reading)
+        key = None if self.key is None else jax.random.fold_in(self.key, self.cfg.stages)
+        return dataclasses.replace(context, key=key)
 
 
 @dataclasses.dataclass
@@ -111,41 +115,56 @@ class _Note:
 jax.tree_util.register_dataclass(_Note)
 
 
+class Notes(NamedTuple):
+    """Of a stage and all inside it, the outermost first: what was decided about units, and what policies of the
+    layers' memories report, by name, of every run of layers that does."""
+
+    units: tuple[_Note, ...] = ()
+    memory: tuple[dict[str, tuple], ...] = ()
+
+
 def _stage(
-    s: int, x_btd: jax.Array, tokens: Tokens, states: tuple | None, call: Call, length: jax.Array | None = None
-) -> tuple[jax.Array, tuple | None, tuple]:
+    s: int, x_btd: jax.Array, tokens: Tokens, memory: Memory | None, call: Call
+) -> tuple[jax.Array, Memory | None, Notes]:
     """Stage s and all inside it: [b, t, d] of the stage outside to the same shape."""
-    cfg, p, mine = call.cfg, call.p[f"stage{s}"], None if states is None else states[0]
-    if mine is not None and length is None:
-        length = call.cache.length
+    cfg, p = call.cfg, call.p[f"stage{s}"]
     narrow = x_btd.shape[-1]
     if "lift" in p:
         lift = jnp.broadcast_to(p["lift"].astype(x_btd.dtype), (*x_btd.shape[:2], p["lift"].shape[0]))
         x_btd = jnp.concatenate([x_btd, lift], axis=-1)
-    real, width = tokens, cfg.width(s)
+    real = tokens
     if cfg.official_padding:
         tokens = Tokens(
             jnp.broadcast_to(jnp.arange(x_btd.shape[1])[None], x_btd.shape[:2]), jnp.ones_like(tokens.segments)
         )
-    context, layouts = call.context(tokens, length), cfg.layouts(s)
+    context, units, notes = call.context(s, tokens, memory), Units(), Notes()
+    states = (None, None) if memory is None else memory.layers
+
+    def run(name: str, x_btd: jax.Array, i: int) -> tuple[jax.Array, tuple | None, dict[str, tuple]]:
+        with jax.named_scope(name if name == "main" else f"{name}{s}"):
+            return stack.apply_stack(p[name], cfg.stacks(s)[i], cfg.width(s), x_btd, states[i], context)
+
     if s == cfg.stages - 1:
-        with jax.named_scope("main"):
-            y, new = stack.apply_stack(p["main"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
-        return y[..., :narrow], None if mine is None else (StageState((new,)),), ()
-    with jax.named_scope(f"encoder{s}"):
-        h, encoder = stack.apply_stack(p["encoder"], layouts[0], width, x_btd, mine and mine.stacks[0], context)
-    with jax.named_scope(f"units{s}"):
-        h, inner, notes, memory = _units(s, h, real, mine, states, call)
-    with jax.named_scope(f"decoder{s}"):
-        y, decoder = stack.apply_stack(p["decoder"], layouts[1], width, h, mine and mine.stacks[1], context)
-    if mine is None:
-        return y[..., :narrow], None, notes
-    return y[..., :narrow], (StageState((encoder, decoder), *memory), *inner), notes
+        y, *new, said = run("main", x_btd, 0)
+    else:
+        h, encoder, said = run("encoder", x_btd, 0)
+        with jax.named_scope(f"units{s}"):
+            h, units, notes = _units(s, h, real, memory, call)
+        y, decoder, more = run("decoder", h, 1)
+        new = [encoder, decoder]
+        said = {name: (*said.get(name, ()), *more.get(name, ())) for name in said | more}
+    if memory is not None:
+        memory = memory.replace(layers=tuple(new), length=_after(memory, real), parts=units, fresh=False)
+    return y[..., :narrow], memory, Notes(notes.units, (said, *notes.memory))
+
+
+def _after(memory: Memory, tokens: Tokens) -> jax.Array:
+    return memory.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
 
 
 def _units(
-    s: int, h_btd: jax.Array, tokens: Tokens, mine: StageState | None, states: tuple | None, call: Call
-) -> tuple[jax.Array, tuple | None, tuple, tuple]:
+    s: int, h_btd: jax.Array, tokens: Tokens, memory: Memory | None, call: Call
+) -> tuple[jax.Array, Units, Notes]:
     """From encoder states to decoder inputs, through the units and the stages inside."""
     cfg, chunking = call.cfg, call.cfg.chunking[s]
     shape, batch = h_btd.shape, call.batch
@@ -153,41 +172,47 @@ def _units(
     if chunking.pack and call.cache is None:
         h_btd, tokens, ids, marks = _pack(h_btd, tokens, ids, marks)
     b, t, _ = h_btd.shape
-    *before, newest = begin(cfg, s, b) if mine is None else (mine.rule, mine.plan, mine.pool, mine.newest)
+    units = Units(*begin(cfg, s, b), None) if memory is None else memory.parts
     key = None if call.key is None else jax.random.fold_in(call.key, s)
-    boundary, plan, u_bmkd, after = find(s, Seen(h_btd, tokens, ids, marks, key), tuple(before), shape[0] // b, call)
+    boundary, plan, u_bmkd, after = find(s, Seen(h_btd, tokens, ids, marks, key), units, shape[0] // b, call)
 
-    def run(inner: tuple | None) -> tuple[jax.Array, tuple | None, tuple]:
-        return inside(s, u_bmkd, boundary, plan, newest, inner, call, before[1].chunks)
+    def run(inner: Memory | None) -> tuple[jax.Array, Memory | None, Notes]:
+        return inside(s, u_bmkd, boundary, plan, units.newest, inner, call)
 
-    inner = None if states is None else states[1:]
     # One position: where no row begins or ends a unit, nothing inside has to run.
-    v_bmkd, inner, notes = only_if(jnp.any(plan.tokens.segments > 0), run, inner) if t == 1 else run(inner)
-    h_btd, newest = spread(s, v_bmkd, h_btd, boundary, plan, newest, call)
-    return h_btd.reshape(shape), inner, (_Note(boundary, plan), *notes), (*after, newest)
+    needed = jnp.any(plan.tokens.segments > 0)
+    v_bmkd, inner, notes = only_if(needed, run, units.inner) if t == 1 else run(units.inner)
+    h_btd, newest = spread(s, v_bmkd, h_btd, boundary, plan, units.newest, call)
+    notes = notes._replace(units=(_Note(boundary, plan), *notes.units))
+    return h_btd.reshape(shape), after.replace(newest=newest, inner=inner), notes
 
 
-def find(s: int, seen: Seen, states: tuple, documents: int, call: Call) -> tuple[Boundary, Plan, jax.Array, tuple]:
+def find(s: int, seen: Seen, units: Units, documents: int, call: Call) -> tuple[Boundary, Plan, jax.Array, Units]:
     """Where the units of stage s begin or end in this call, their layout, their vectors [b, m, k, d], and the states
     of rule, plan and pool after it. `documents`: at most so many begin in a row of a first call."""
     cfg, p, chunking = call.cfg, call.p[f"stage{s}"], call.cfg.chunking[s]
-    rule, layout, pool = states
-    boundary, rule = rules.of(chunking.rule).apply(p.get("rule", {}), seen, rule, cfg=chunking.rule)
+    boundary, rule = rules.of(chunking.rule).apply(p.get("rule", {}), seen, units.rule, cfg=chunking.rule)
     m = slots_for(seen.h.shape[1], chunking.capacity, 1 if cfg.official_padding else 8)
     if "null" in p and (call.cache is None or call.cache.fresh):
         # Room for the chunk that holds nothing, which every row begins with.
         m += documents
-    plan, layout = make_plan(boundary, seen.tokens, m, layout, official=cfg.official_padding, null="null" in p)
-    u_bmkd, pool = pooling.POOLS[chunking.pool].apply(p.get("pool", {}), seen.h, boundary, plan, pool, cfg=chunking)
-    return boundary, plan, u_bmkd, (rule, layout, pool)
+    plan, layout = make_plan(boundary, seen.tokens, m, units.plan, official=cfg.official_padding, null="null" in p)
+    pool_units = pooling.POOLS[chunking.pool].apply
+    u_bmkd, pool = pool_units(p.get("pool", {}), seen.h, boundary, plan, units.pool, cfg=chunking)
+    return boundary, plan, u_bmkd, units.replace(rule=rule, plan=layout, pool=pool)
 
 
 def only_if(
-    needed: jax.Array, run: Callable[[tuple], tuple[jax.Array, tuple, tuple]], inner: tuple
-) -> tuple[jax.Array, tuple, tuple]:
-    """run(inner), which gives (values, the states after it, notes); or zeros and `inner` where it isn't needed."""
+    needed: jax.Array, run: Callable[[Any], tuple[jax.Array, Any, Notes]], inner: Any
+) -> tuple[jax.Array, Any, Notes]:
+    """run(inner), which gives (values, the memory after it, notes); or zeros and `inner` where it isn't needed."""
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, inner))
-    return jax.lax.cond(needed, run, lambda inner: (nothing[0], inner, nothing[2]), inner)
+
+    def skip(inner: Any) -> tuple[jax.Array, Any, Notes]:
+        same = None if inner is None else each(lambda node: node.replace(fresh=False), inner)
+        return nothing[0], same, nothing[2]
+
+    return jax.lax.cond(needed, run, skip, inner)
 
 
 def spread(
@@ -202,9 +227,8 @@ def spread(
 
 
 def inside(
-    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: tuple | None, call: Call,
-    before: jax.Array,
-) -> tuple[jax.Array, tuple | None, tuple]:  # fmt: skip
+    s: int, u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest: jax.Array, inner: Memory | None, call: Call
+) -> tuple[jax.Array, Memory | None, Notes]:
     """The next stage over the units, and the mixing of what it returns: float32 [b, m, k, d]."""
     p, chunking = call.p[f"stage{s}"], call.cfg.chunking[s]
     b, m, k, d = u_bmkd.shape
@@ -219,7 +243,7 @@ def inside(
     if call.cfg.official_padding:
         used = jnp.arange(m)[None] < plan.count[:, None]
         tokens = Tokens(tokens.positions, jnp.where(used, tokens.segments, 0))
-    v, inner, notes = _stage(s + 1, u, tokens, inner, call, before)
+    v, inner, notes = _stage(s + 1, u, tokens, inner, call)
     v = project(v, p["part"]) if "part" in p else v
     v = v.astype(jnp.float32)
     if chunking.mix == "ema":
@@ -256,10 +280,13 @@ def _pack(h_btd: jax.Array, tokens: Tokens, ids: Any, marks: Any) -> tuple:
     return flat(h_btd), Tokens(flat(tokens.positions), flat(segments)), flat(ids), flat(marks)
 
 
-def _aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
-    """What the stages decided, in terms of bytes; nothing where there is only one stage."""
-    if not notes:
-        return {}
+def _aux(notes: Notes, batch: Batch) -> dict[str, Any]:
+    """What the stages decided, in terms of bytes, and what policies report."""
+    memory = {"memory": notes.memory} if any(notes.memory) else {}
+    return _units_aux(notes.units, batch) | memory if notes.units else memory
+
+
+def _units_aux(notes: tuple[_Note, ...], batch: Batch) -> dict[str, Any]:
     shape, real = batch.ids.shape, batch.segments > 0
     boundaries, probs, metrics = [], [], {}
     loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)

@@ -11,9 +11,8 @@ from flax import struct
 from atom_jax.chunking import pooling, rules
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.types import Boundary, Plan, PlanState
-from atom_jax.kvcache import dense
-from atom_jax.kvcache.dense import Cache
-from atom_jax.kvcache.memory import is_layer
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.nn.embedding import SMALL_VOCAB
@@ -21,16 +20,17 @@ from atom_jax.params import Tree
 
 
 @struct.dataclass
-class StageState:
-    """Memory of one stage: its stacks (one, or encoder and decoder), its rule, its plan, its pool, and the vectors
-    [b, k, d] of the newest chunk as they came back. The innermost stage has stacks only. `ids` are the latest ids of
-    every row, for the n-grams of stage 0; `waiting`: its rows that wait, see `waiting.step`."""
+class Units:
+    """What a stage keeps besides the memory of its stacks: the states of its rule, plan and pool, the vectors
+    [b, k, d] of the newest chunk as they came back, and the memory of the stage inside, whose length counts chunks
+    that it has read. The innermost stage has none of these. Of stage 0 also `ids`, the latest of every row, for the
+    n-grams, and `waiting`, its rows that wait, see `waiting.step`."""
 
-    stacks: tuple
     rule: Any = ()
     plan: Any = ()
     pool: Any = ()
     newest: Any = ()
+    inner: Any = ()
     ids: Any = ()
     waiting: Any = ()
 
@@ -68,17 +68,22 @@ class Waiting:
         return jax.tree.map(pick, self, new)
 
 
-def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Cache:
-    """An empty memory with room for `capacity` bytes per row, and for the chunks to expect of them."""
-    dtype, states, b = dtype or jnp.dtype(cfg.dtype), [], batch_size
-    for s in range(cfg.stages):
-        stacks = tuple(stack.init_states(layout, cfg.width(s), b, capacity, dtype) for layout in cfg.layouts(s))
-        states.append(StageState(stacks) if s == cfg.stages - 1 else StageState(stacks, *begin(cfg, s, b)))
-        if s < cfg.stages - 1:
-            capacity = dense.bucket(slots_for(capacity, cfg.chunking[s].capacity) + 1)
-    ids = jnp.zeros((b, max(cfg.ngrams, default=1) - 1), jnp.int32)
-    states[0] = states[0].replace(ids=ids, waiting=Waiting.none(cfg, b) if cfg.chunking else ())
-    return Cache(layers=tuple(states), length=jnp.zeros(b, jnp.int32), fresh=True)
+def init_cache(cfg: HNetConfig, batch_size: int, capacity: int, dtype: Any = None) -> Memory:
+    """An empty memory with room for `capacity` bytes per row, and for the chunks to expect of them: a node of every
+    stage, each inside the one outside it."""
+    return _node(cfg, 0, batch_size, capacity, dtype or jnp.dtype(cfg.dtype))
+
+
+def _node(cfg: HNetConfig, s: int, b: int, capacity: int, dtype: Any) -> Memory:
+    units = Units()
+    if s < cfg.stages - 1:
+        chunks = bucket(slots_for(capacity, cfg.chunking[s].capacity) + 1)
+        units = Units(*begin(cfg, s, b), _node(cfg, s + 1, b, chunks, dtype))
+    if s == 0:
+        ids = jnp.zeros((b, max(cfg.ngrams, default=1) - 1), jnp.int32)
+        units = units.replace(ids=ids, waiting=Waiting.none(cfg, b) if cfg.chunking else ())
+    states = stack.init_states(cfg.stacks(s), cfg.width(s), b, capacity, dtype)
+    return Memory(states, jnp.zeros(b, jnp.int32), units, fresh=True)
 
 
 def begin(cfg: HNetConfig, s: int, b: int) -> tuple:
@@ -92,65 +97,15 @@ def begin(cfg: HNetConfig, s: int, b: int) -> tuple:
     )
 
 
-def full(cache: Cache) -> jax.Array:
-    """bool [b]: rows whose next byte might not fit one of the caches."""
-    out = jnp.zeros(cache.length.shape, bool)
-    length = cache.length
-    for state in cache.layers:
-        for layer in _attention(state):
-            out |= layer.full(length)
-        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
-    return out
-
-
-def grow(cache: Cache) -> Cache:
-    """The same memory, larger where it is full."""
-    layers, length = [], cache.length
-    for state in cache.layers:
-        if any(bool(jnp.any(layer.full(length))) for layer in _attention(state)):
-            stacks = jax.tree.map(lambda x: x.grow(1) if is_layer(x) else x, state.stacks, is_leaf=is_layer)
-            state = state.replace(stacks=stacks)
-        layers.append(state)
-        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
-    return cache.replace(layers=tuple(layers))
-
-
-def _attention(state: StageState) -> list[Any]:
-    """The memories of a stage's attention layers."""
-    return [x for x in jax.tree.leaves(state.stacks, is_leaf=is_layer) if is_layer(x)]
-
-
-def unstack(cache: Cache) -> Cache:
-    """The same memory with a tuple of layers in place of every stacked run."""
-    runs = lambda s: tuple(tuple(map(dense.unstack_layers, one)) for one in s.stacks)  # noqa: E731
-    return cache.replace(layers=tuple(s.replace(stacks=runs(s)) for s in cache.layers))
-
-
-def cache_use(cache: Cache, cfg: HNetConfig) -> tuple[jax.Array, jax.Array]:
-    """Entries held and read by the latest position, float32 [b] each, averaged over the attention layers."""
-    held, layers, length = jnp.zeros(cache.length.shape, jnp.float32), 0, cache.length
-    for s, state in enumerate(cache.layers):
-        for letter, n in (run for layout in cfg.layouts(s) for run in stack.parse(layout) if run[0] in "tTx"):
-            window = cfg.width(s).slides(letter)
-            held += n * (length if window is None else jnp.minimum(length, window)).astype(jnp.float32)
-            layers += n
-        length = state.plan.chunks if isinstance(state.plan, PlanState) else length
-    return held / max(layers, 1), held / max(layers, 1)
-
-
 def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:
-    """Parameters laid out for generation; unroll: a tuple of layers in place of every stacked run, and a transposed
-    copy "unembed" of a small table that is also the head's."""
-    if not unroll:
-        return p
+    """Parameters laid out for generation; unroll: separate layers, and a transposed copy "unembed" of a small table
+    that is also the head's."""
     out = dict(p)
-    if cfg.tie_embeddings and cfg.vocab_size <= SMALL_VOCAB:
+    if unroll and cfg.tie_embeddings and cfg.vocab_size <= SMALL_VOCAB:
         out["unembed"] = p["embed"].T
     for s in range(cfg.stages):
-        stage = dict(p[f"stage{s}"])
-        for name in ("encoder", "decoder", "main"):
-            if name in stage:
-                runs = {k: v if k == "norm" else dense.unstack_layers(v) for k, v in stage[name].items()}
-                stage[name] = runs
-        out[f"stage{s}"] = stage
+        names = ("main",) if s == cfg.stages - 1 else ("encoder", "decoder")
+        stage = p[f"stage{s}"]
+        laid_out = {name: stack.laid_out(stage[name], runs, unroll) for name, runs in zip(names, cfg.stacks(s))}
+        out[f"stage{s}"] = stage | laid_out
     return out

@@ -7,20 +7,17 @@ import jax.numpy as jnp
 
 from atom_jax.chunking import hashing
 from atom_jax.chunking.types import Seen
-from atom_jax.kvcache.dense import Cache
+from atom_jax.kvcache.memory import Memory, nodes
 from atom_jax.models import quorum, stack
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.models.hnet.forward import Call, embed, find, hidden, inside, only_if, spread
-from atom_jax.models.hnet.memory import StageState, Waiting
+from atom_jax.models.hnet.memory import Waiting
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
 from atom_jax.typing import Batch
 
-# See `models.registry`.
-PENDING, TWINS, UNUSED = False, False, ()
 
-
-def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
+def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until enough others do.
 
     Args:
@@ -34,60 +31,55 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.A
     if not cfg.chunking:
         x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
         return x_b1d, cache, live
-    outer, call, waited = cache.layers[0], Call(cfg, p, batch, None, cache), cache.layers[0].waiting
+    units, call, waited = cache.parts, Call(cfg, p, batch, None, cache), cache.parts.waiting
     tokens = Tokens(batch.positions, jnp.where(waited.on[:, None], 0, batch.segments))
-    h_b1d, encoder = _stack("encoder", embed(p, batch.ids, tokens, outer.ids, cfg), outer, tokens, cache.length, call)
+    h_b1d, encoder = _stack(0, embed(p, batch.ids, tokens, units.ids, cfg), tokens, cache, call)
     with jax.named_scope("units0"):
-        before = (outer.rule, outer.plan, outer.pool)
-        boundary, plan, u_b1kd, after = find(0, Seen(h_b1d, tokens, batch.ids), before, 1, call)
+        boundary, plan, u_b1kd, after = find(0, Seen(h_b1d, tokens, batch.ids), units, 1, call)
         # Only probabilities are needed from here on.
         boundary = boundary.replace(logit=None, hard=None, loss=None)
         waiting = waited.join(Waiting(plan.count > 0, h_b1d, u_b1kd, boundary, plan))
         run = quorum.met(waiting.on, live, enough(p, cfg, cache))
         ready = live & (run | ~waiting.on)
-        h_b1d, newest, inner = _units(waiting, waiting.on & ready, run, after[1].chunks, call)
+        h_b1d, newest, inner = _units(waiting, waiting.on & ready, run, call)
     # The decoder has not seen the bytes of rows that have waited.
-    length = cache.length - waited.on
-    here = Tokens(length[:, None], ready[:, None].astype(jnp.int32))
-    x_b1d, decoder = _stack("decoder", h_b1d, outer, here, length, call)
-    latest = hashing.remember(batch.ids, tokens, outer.ids)
+    behind = cache.replace(length=cache.length - waited.on)
+    here = Tokens(behind.length[:, None], ready[:, None].astype(jnp.int32))
+    x_b1d, decoder = _stack(1, h_b1d, here, behind, call)
+    latest = hashing.remember(batch.ids, tokens, units.ids)
     waiting = waiting.replace(on=waiting.on & ~ready)
-    outer = StageState((encoder, decoder), *after, newest, latest, waiting)
-    return x_b1d, Cache(layers=(outer, *inner), length=cache.length + tokens.segments[:, 0]), ready
+    after = after.replace(newest=newest, inner=inner, ids=latest, waiting=waiting)
+    length = cache.length + tokens.segments[:, 0]
+    return x_b1d, cache.replace(layers=(encoder, decoder), length=length, parts=after, fresh=False), ready
 
 
-def enough(p: Tree, cfg: HNetConfig, cache: Cache) -> int:
+def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
     """How many rows should wait, by what is read on both sides (weights and memory) and the share of bytes that there
     is room for."""
     sizes = [
-        sum(x.size for x in jax.tree.leaves((p[f"stage{s}"], state.stacks))) for s, state in enumerate(cache.layers)
+        sum(x.size for x in jax.tree.leaves((p[f"stage{s}"], node.layers))) for s, node in enumerate(nodes(cache))
     ]
     head = cfg.vocab_size * cfg.d_model[0]
     return quorum.size(len(cache.length), cfg.chunking[0].capacity, sizes[0] + head, sum(sizes[1:]))
 
 
-def _stack(
-    name: str, x_b1d: jax.Array, outer: StageState, tokens: Tokens, length: jax.Array, call: Call
-) -> tuple[jax.Array, tuple]:
-    """The encoder or the decoder of stage 0."""
-    p, i, context = call.p["stage0"][name], ("encoder", "decoder").index(name), call.context(tokens, length)
+def _stack(i: int, x_b1d: jax.Array, tokens: Tokens, cache: Memory, call: Call) -> tuple[jax.Array, tuple]:
+    """The encoder (0) or the decoder (1) of stage 0."""
+    name, cfg = ("encoder", "decoder")[i], call.cfg
+    runs, context = cfg.stacks(0)[i], call.context(0, tokens, cache)
     with jax.named_scope(f"{name}0"):
-        return stack.apply_stack(p, call.cfg.layouts(0)[i], call.cfg.width(0), x_b1d, outer.stacks[i], context)
+        return stack.apply_stack(call.p["stage0"][name], runs, cfg.width(0), x_b1d, cache.layers[i], context)[:2]
 
 
-def _units(
-    waiting: Waiting, now: jax.Array, run: jax.Array, chunks: jax.Array, call: Call
-) -> tuple[jax.Array, jax.Array, tuple]:
-    """Decoder inputs, the newest units' outputs and the states inside, after the units of the rows `now` bool [b].
-    chunks: i32 [b] units of every row, those that wait included."""
-    layers, plan = call.cache.layers, waiting.plan
-    newest = layers[0].newest
-    units = Tokens(plan.tokens.positions, jnp.where(now[:, None], plan.tokens.segments, 0))
-    plan = plan.replace(tokens=units, count=jnp.where(now, plan.count, 0))
+def _units(waiting: Waiting, now: jax.Array, run: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, Memory]:
+    """Decoder inputs, the newest units' outputs and the memory inside, after the units of the rows `now` bool [b]."""
+    units, plan = call.cache.parts, waiting.plan
+    places = Tokens(plan.tokens.positions, jnp.where(now[:, None], plan.tokens.segments, 0))
+    plan = plan.replace(tokens=places, count=jnp.where(now, plan.count, 0))
     v_b1kd, inner, _ = only_if(
         run,
-        lambda inner: inside(0, waiting.u, waiting.boundary, plan, newest, inner, call, chunks - waiting.on),
-        layers[1:],
+        lambda inner: inside(0, waiting.u, waiting.boundary, plan, units.newest, inner, call),
+        units.inner,
     )
-    h_b1d, newest = spread(0, v_b1kd, waiting.h, waiting.boundary, plan, newest, call)
+    h_b1d, newest = spread(0, v_b1kd, waiting.h, waiting.boundary, plan, units.newest, call)
     return h_b1d, newest, inner

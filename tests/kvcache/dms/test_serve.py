@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from atom_jax.inference import reading
 from atom_jax.inference.generate import generate
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dms import DMS, pool, serve
-from atom_jax.models import transformer
+from atom_jax.models import layers, transformer
 from atom_jax.params import init
 from atom_jax.typing import LM, AtomError, Batch
 from tests.kvcache.dms import tiny
@@ -53,11 +54,21 @@ def batch_of(ids, start=0, lengths=None):
     return Batch(ids, start[:, None] + jnp.arange(t)[None], real.astype(jnp.int32))
 
 
+def stacked(cache):
+    """The layers of a cache, all of one kind."""
+    return cache.layers[0][0].states
+
+
+def held(cache, cfg):
+    """Entries of every head, [l, b, h]."""
+    return layers.ask(cfg.attentions, cache.layers, lambda layer: layer.held(cache.length))
+
+
 def read(params, ids, cache, *, cfg, lengths=None):
     """`extend` with room made before it and trimmed after it."""
-    cache = transformer.grow(cache, ids.shape[1])
+    cache = memory_lib.grow(cache, ids.shape[1])
     out, cache = extend(params, batch_of(ids, cache.length, lengths), cache, cfg=cfg)
-    return out, transformer.grow(cache)
+    return out, memory_lib.grow(cache)
 
 
 def read_in(params, ids, size, *, cfg):
@@ -75,7 +86,7 @@ def test_official_prompt(official, size):
     out, cache = read_in(params, io["input_ids"], size, cfg=cfg)
     np.testing.assert_allclose(out, io["prefill_logits"], atol=3e-4)
     name = "prefill_occupancy" if size == 40 else f"prefill_occupancy_chunk{size}"
-    np.testing.assert_array_equal(cache.layers.pool.n, io[name])
+    np.testing.assert_array_equal(stacked(cache).pool.n, io[name])
 
 
 def test_official_left_padding(official):
@@ -95,10 +106,10 @@ def test_official_decoding(official, monkeypatch):
     token, made, last = out[:, -1].argmax(-1), [], []
     for step in range(47):
         made.append(np.asarray(token))
-        if bool(transformer.full(cache).any()):
-            cache = transformer.grow(cache)
+        if bool(memory_lib.full(cache).any()):
+            cache = memory_lib.grow(cache)
         out, cache = extend(params, batch_of(token[:, None], cache.length), cache, cfg=cfg)
-        np.testing.assert_array_equal(cache.layers.pool.n, io["decode_occupancy"][step])
+        np.testing.assert_array_equal(stacked(cache).pool.n, io["decode_occupancy"][step])
         token = out[:, 0].argmax(-1)
         last.append(out[:, 0])
     made.append(np.asarray(token))
@@ -115,13 +126,15 @@ def test_official_decoding(official, monkeypatch):
 
 def projected_keys(params, batch, cfg):
     """Keys [l, b, h, t, k] of the pass without a cache."""
-    run = jax.jit(lambda params: transformer.hidden(params, batch, cfg=cfg, probe=lambda *a: a[3])[2]["probe"])
+    run = jax.jit(
+        lambda params: transformer.hidden(params, batch, cfg=cfg, probe=lambda p, heads, call: call.k)[2]["probe"]
+    )
     return np.asarray(run(params))
 
 
 def entries(cache, layer, row):
     """Keys [n, k] in the pages of a row."""
-    p = jax.tree.map(lambda x: np.asarray(x[layer]), cache.layers.pool)
+    p = jax.tree.map(lambda x: np.asarray(x[layer]), stacked(cache).pool)
     return np.concatenate([p.k[i][: p.filled[i]] for i in np.flatnonzero(p.owner == row)])
 
 
@@ -169,18 +182,16 @@ def follow(params, ids, calls, *, cfg, unstacked):
         counts = np.array(counts)
         index = np.minimum(at[:, None] + np.arange(counts.max())[None], ids.shape[1] - 1)
         part = np.take_along_axis(ids, index, axis=1)
-        if (part.shape[1] > 1 and i) or bool(transformer.full(cache).any()):
-            cache = transformer.grow(cache, 17)  # more than AHEAD: few sizes, so few compilations
+        if (part.shape[1] > 1 and i) or bool(memory_lib.full(cache).any()):
+            cache = memory_lib.grow(cache, 17)  # more than AHEAD: few sizes, so few compilations
         out, cache = extend(used, batch_of(part, at, counts), cache, cfg=cfg)
         for r, n in enumerate(counts):
             worst = max(worst, float(np.abs(out[r, :n] - expected[r, at[r] : at[r] + n]).max(initial=0.0)))
         at += counts
         if i == 0 and unstacked:
-            cache, used = transformer.unstack(cache), transformer.decode_params(params, cfg, unroll=True)
-            cache = transformer.grow(cache)
-    layers = cache.layers if unstacked else [jax.tree.map(lambda x, i=i: x[i], cache.layers) for i in range(2)]
-    held = jnp.stack([layer.held(cache.length) for layer in layers])
-    return worst, held, aux["occupancy"]
+            cache, used = memory_lib.unstack(cache), transformer.decode_params(params, cfg, unroll=True)
+            cache = memory_lib.grow(cache)
+    return worst, held(cache, cfg), aux["occupancy"]
 
 
 # Rows of different lengths; a row that waits; single tokens; later turns, one of them without anything for a row.
@@ -212,17 +223,30 @@ def lm():
     return LM(cfg, params, None)
 
 
+@pytest.fixture
+def parts(monkeypatch):
+    """Sets the size of the parts in which prompts are read."""
+
+    def to(size):
+        monkeypatch.setattr(DMS, "part", size)
+        reading.plan.cache_clear()
+
+    yield to
+    monkeypatch.undo()
+    reading.plan.cache_clear()
+
+
 def prompts(*lengths):
     rng = np.random.default_rng(1)
     return [rng.integers(0, 48, n).tolist() for n in lengths]
 
 
-def test_generation_does_not_depend_on_company_or_parts(lm, monkeypatch):
+def test_generation_does_not_depend_on_company_or_parts(lm, parts):
     rows = prompts(30, 3, 17)
     together = generate(lm, rows, max_new_tokens=20)
     alone = [generate(lm, [row], max_new_tokens=20).ids[0] for row in rows[1:]]
     assert together.ids[1:] == alone
-    monkeypatch.setattr(reading, "PART", 8)
+    parts(8)
     assert generate(lm, rows, max_new_tokens=20).ids == together.ids
     ids = np.array([rows[0] + together.ids[0]])
     logits, _ = whole(lm.params, batch_of(ids), cfg=lm.config)
@@ -256,8 +280,8 @@ def test_decoding_compiles_once(lm, monkeypatch):
     assert len(traced) == 2
 
 
-def test_buffers_are_what_is_retained(monkeypatch):
-    monkeypatch.setattr(reading, "PART", 512)
+def test_buffers_are_what_is_retained(parts):
+    parts(512)
     cfg, params = untrained(DMS(window=16, bias=True))
     learned = params["layers"]["attn"]["dms"]
     # One head keeps everything, the other one only its window.
