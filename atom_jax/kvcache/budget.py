@@ -150,9 +150,9 @@ class Entries:
 
 
 def steady(score: jax.Array) -> jax.Array:
-    """Scores to 16 bits: those that differ by rounding alone, as they do in other company, are equal, so that their
-    order decides."""
-    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=15)
+    """Scores to one part in 8192: those that differ by rounding alone, as they do in other company, are equal, so that
+    their order decides."""
+    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=13)
 
 
 def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Array:
