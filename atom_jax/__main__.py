@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 USAGE = """python -m atom_jax COMMAND [...]
@@ -325,8 +326,7 @@ def _text(text: str | None, file: str | None) -> str | bytes:
     if text is not None:
         return text
     try:
-        with open(file, "rb") as opened:
-            return opened.read()
+        return read_regular(file)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource, check_finite
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,8 +77,8 @@ class SafetensorsSource:
 def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
     """Tensors in one .safetensors file, each with its offset in bytes; checks that the file holds exactly them."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
+        with open_regular(file) as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as e:
@@ -154,8 +157,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise AtomError(f"{path}: neither {SINGLE} nor {INDEX} is there")
     index = path / INDEX
     try:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        shards = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError):
         raise AtomError(f"{index}: not a valid index (no weight_map of tensor names to file names)") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:

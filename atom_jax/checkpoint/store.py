@@ -21,6 +21,7 @@ from etils import epath
 
 from atom_jax import config, tokenizers
 from atom_jax import params as params_lib
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.models import registry
 from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
@@ -131,8 +132,11 @@ def has_begun(workdir: str | pathlib.Path) -> bool:
 def load_config(path: str | pathlib.Path) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of a model directory, a run's WORKDIR or one of its checkpoints."""
     _, note, home = _open(path)
+    name = note.get("tokenizer") if isinstance(note, dict) else 0
+    if not isinstance(name, str | None) or "model" not in note:
+        raise AtomError(f"{path}: its {MODEL_FILE} or config does not say which model and tokenizer it holds")
     model = config.from_json(object, note["model"], f"{path}: model")
-    name = note["tokenizer"]
+    registry.of(model)
     # A run keeps a copy of its tokenizer, whatever became of the original.
     if name != "bytes" and (home / "tokenizer.json").exists():
         return model, tokenizers.from_name(f"bolmo:{home}" if name.startswith("bolmo") else home)
@@ -176,10 +180,7 @@ def _open(path: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], pathl
     """The directory that holds `params`, the note on model and tokenizer, and the directory of the tokenizer."""
     path = pathlib.Path(path).absolute()
     if (path / MODEL_FILE).exists():
-        try:
-            return path, json.loads((path / MODEL_FILE).read_text()), path
-        except ValueError as e:
-            raise AtomError(f"{path / MODEL_FILE} is not JSON ({e})") from None
+        return path, read_json(path / MODEL_FILE), path
     if (path / "checkpoints").is_dir():
         step = _latest(path / "checkpoints")
         if step is None:

@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 PACKED = {".gz": gzip.open, ".xz": lzma.open}
@@ -185,7 +186,7 @@ class Joined:
 def open_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file for reading bytes; what the system refuses, then or later, becomes an AtomError."""
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             yield f
     except OSError as e:
         raise AtomError(f"{path} cannot be read: {e.strerror}.") from None

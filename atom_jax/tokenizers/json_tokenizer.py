@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tokenizers import Tokenizer as _Tokenizer
+from tokenizers import models
 
+from atom_jax.files import read_regular
+from atom_jax.tokenizers import byte_level
+from atom_jax.tokenizers.byte_level import MERGES, VOCABULARY
 from atom_jax.typing import AtomError
 
 MAIN = "tokenizer.json"
@@ -19,23 +24,25 @@ _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
 # What travels with a tokenizer. The two files of the model are only read, for ids of special tokens.
 TOKENIZER_FILES = (MAIN, *_SPECIAL, "added_tokens.json", "chat_template.jinja")
 _MODEL = ("config.json", "generation_config.json")
+# Tokenizers of other kinds; vocab.json is read where it is known how texts are split first.
+_UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", VOCABULARY, "vocab.txt", "tekken.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class JsonTokenizer:
-    """The tokenizer in `path`, a tokenizer.json or a directory that holds one, as a `tokenizers.base.Tokenizer`.
+    """The tokenizer in `path`, a tokenizer.json or a directory that holds one, as a `tokenizers.base.Tokenizer`. A
+    directory may hold vocab.json and merges.txt instead, where tokenizer_config.json names a class that is known.
 
     Special tokens come from tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json,
     where they exist. Names of special tokens inside a text ("<|im_end|>") are read as those tokens, as in
-    transformers. Raises AtomError when tokenizer.json is missing or malformed.
+    transformers. `front` is what the template of tokenizer.json puts before a text, or what add_bos_token in
+    tokenizer_config.json says; tokens that a template puts after it are left out, since a prompt goes on.
+    Raises AtomError when tokenizer.json is missing or malformed.
     """
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
-        if path.is_dir():
-            files = {name: _read(path / name) for name in TOKENIZER_FILES + _MODEL if (path / name).is_file()}
-        else:
-            files = {MAIN: _read(path)}
+        files = _files(path) if path.is_dir() else {MAIN: _read(path)}
         if MAIN not in files:
             raise AtomError(f"{path}: no {MAIN} there")
         self._setup(files, str(path))
@@ -52,13 +59,13 @@ class JsonTokenizer:
         self._files = {key: text for key, text in files.items() if key in TOKENIZER_FILES}
         try:
             self._tk = _Tokenizer.from_str(files[MAIN])
+            parsed, template = json.loads(files[MAIN]), _template_front(self._tk)
         except Exception as e:  # the tokenizers package raises bare Exceptions
             raise AtomError(f"{name}: {MAIN} is not a valid tokenizer ({e})") from None
-        self._decoder = _decoder_kind(json.loads(files[MAIN]))
+        self._decoder = _decoder_kind(parsed)
         # Stored truncation, padding and templates would change or add tokens, or trim their offsets.
         self._tk.no_truncation()
         self._tk.no_padding()
-        front = self._tk.encode("").ids[:1]
         self._tk.post_processor = None
         self._vocab = self._tk.get_vocab(with_added_tokens=True)
         if not self._vocab:
@@ -70,9 +77,19 @@ class JsonTokenizer:
         self._n_ids = max(self.vocab_size, padded) if type(padded) is int else self.vocab_size
         self.bos_id = next(iter(self._special(tables, "bos")), None)
         self.eos_ids = tuple(self._special(tables, "eos"))
-        self.add_bos = front == [self.bos_id]
+        self.front = self._front(tables, template)
         self.own_pad_id = next(iter(self._special(tables, "pad")), None)
         self.pad_id = next((i for i in (self.own_pad_id, *self.eos_ids) if i is not None), 0)
+
+    def _front(self, tables: dict[str, dict], template: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = [i for i in template if not 0 <= i < self._n_ids]
+        if wrong:
+            raise AtomError(f"{self.name}: the template of {MAIN} has id {wrong[0]}, beyond the vocabulary")
+        # As transformers does: what this file says has the last word, where there is a bos.
+        explicit = tables.get("tokenizer_config.json", {}).get("add_bos_token")
+        if type(explicit) is not bool or self.bos_id is None:
+            return template
+        return (self.bos_id,) if explicit else ()
 
     def _special(self, tables: dict[str, dict], kind: str) -> list[int]:
         found = []
@@ -157,6 +174,40 @@ class JsonTokenizer:
         return pieces | {i: token.content.encode("utf-8") for i, token in added.items()}
 
 
+def in_directory(path: Path) -> JsonTokenizer | None:
+    """The tokenizer of a model's directory. None where there is none, with a warning that names its file where it is
+    of a kind that is not read."""
+    files = _files(path)
+    if MAIN in files:
+        return JsonTokenizer.from_files(files, str(path))
+    unread = next((name for name in _UNREAD if (path / name).exists()), None)
+    if unread is not None:
+        way = "transformers writes a tokenizer.json: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        logging.warning("%s: %s is not read, so the model has no tokenizer; %s", path, unread, way)
+    return None
+
+
+def _files(path: Path) -> dict[str, str]:
+    """What a directory says about its tokenizer, by file name; vocab.json and merges.txt as the tokenizer.json that
+    they are equal to."""
+    files = {name: _read(path / name) for name in TOKENIZER_FILES + _MODEL if (path / name).exists()}
+    if MAIN not in files and (path / VOCABULARY).exists() and (path / MERGES).exists():
+        tables = {name: _table(text, str(path / name)) for name, text in files.items() if name.endswith(".json")}
+        vocab = _table(_read(path / VOCABULARY), str(path / VOCABULARY))
+        main = byte_level.from_tables(vocab, _read(path / MERGES), tables, str(path))
+        files |= {} if main is None else {MAIN: main}
+    return files
+
+
+def _template_front(tk: _Tokenizer) -> tuple[int, ...]:
+    """The ids that a tokenizer's template puts before a text; found with a text of one token, whatever its words."""
+    probe = _Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if tk.post_processor is not None:
+        probe.post_processor = tk.post_processor
+    encoding = probe.encode("a")
+    return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
+
+
 def _decoder_kind(parsed: dict[str, Any]) -> str:
     decoder = parsed.get("decoder") or {}
     steps = decoder.get("decoders", [decoder])
@@ -212,7 +263,7 @@ def _valid(text: str | bytes) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_regular(path).decode("utf-8")
     except OSError as e:
         raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:

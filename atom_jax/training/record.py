@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from atom_jax.training.board import Board
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 
@@ -99,13 +100,20 @@ class Recorder:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line cut off by a kill is left out."""
+    """The lines of a metrics.jsonl, each with an int `step` and a str `kind`. What is no such line is left out: a kill
+    cuts the last one off, and disks rot. AtomError where the file cannot be read."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        raw = read_regular(path) if path.exists() else b""
+    except OSError as e:
+        raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
+    for text in raw.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("kind"), str):
+            lines.append(line)
     return lines
 
 
