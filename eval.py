@@ -38,7 +38,7 @@ def run(settings: list[str]) -> int:
     from atom_jax.evaluation.tasks import EvalConfig
 
     if _COMPILE_ONLY.value:
-        from atom_jax.inference import compile_only
+        from atom_jax.aot import generation as compile_only
 
         lm = compile_only.described(_CHECKPOINT.value, _CONFIG.value, _ADAPTER.value)
         cfg = evaluation.resolve(config.override(EvalConfig(), settings), _CHECKPOINT.value or "")

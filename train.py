@@ -27,7 +27,8 @@ def run() -> int:
     """Does what the flags say; returns the exit code."""
     import jax
 
-    from atom_jax.training import compile_only, loop, start
+    from atom_jax.aot import training as compile_only
+    from atom_jax.training import loop, start
 
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

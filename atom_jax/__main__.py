@@ -159,7 +159,7 @@ def _generate(argv: list[str]) -> int | None:
 def _compile(values: flags.FlagValues) -> int:
     """Prints what generation needs; 1 where it does not fit."""
     from atom_jax import config
-    from atom_jax.inference import compile_only
+    from atom_jax.aot import generation as compile_only
     from atom_jax.kvcache import policies
     from atom_jax.sharding import MeshConfig
 
@@ -229,7 +229,7 @@ def _summary(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
-    from atom_jax.evaluation import summary
+    from atom_jax.evaluation.reports import summary
 
     result = summary.summarize(workdir, values.prompt, values.sample_tokens)
     print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
@@ -249,7 +249,8 @@ def _fairness(argv: list[str]) -> None:
 
     import pathlib
 
-    from atom_jax.evaluation import cache, fairness
+    from atom_jax.evaluation import cache
+    from atom_jax.evaluation.reports import fairness
 
     if values.scripts:
         rates = fairness.priors(values.source, values.scripts, values.prior)
@@ -276,8 +277,9 @@ def _units(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import run, unit_strip
-    from atom_jax.evaluation import units as lib
+    from atom_jax.evaluation import run
+    from atom_jax.evaluation.reports import unit_strip
+    from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
@@ -309,7 +311,7 @@ def _memory(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import memory_picture, unit_strip
+    from atom_jax.evaluation.reports import memory_picture, unit_strip
 
     if values.out is not None:
         unit_strip.check_name(values.out)

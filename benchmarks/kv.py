@@ -19,7 +19,7 @@ import sys
 
 from absl import app, flags
 
-from atom_jax.evaluation.kv import KvSettings
+from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.typing import AtomError
 from benchmarks import kv_parity
 from benchmarks.kv_speed import Speed

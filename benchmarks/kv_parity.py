@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from atom_jax.evaluation import kv, kv_cells, run
-from atom_jax.evaluation.kv import KvSettings
-from atom_jax.evaluation.kv_cells import Ask, Cell, Method
+from atom_jax.evaluation import run
 from atom_jax.evaluation.metrics import columns
-from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.evaluation.tasks import EvalConfig, kv, kv_cells
+from atom_jax.evaluation.tasks.kv import KvSettings
+from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
 from atom_jax.typing import LM
 

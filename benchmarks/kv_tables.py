@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import atom_jax
-from atom_jax.evaluation.kv import KvSettings
+from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.kvcache import policies
 from atom_jax.typing import LM, AtomError
 from benchmarks import kv_parity, kv_speed, machine

@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> None:
 
 def grown(exp, topology: str, rows: int, fsdp: int):
     """The report (`compile_only.Report`) of an experiment on all chips of a topology, with so many rows on each."""
+    from atom_jax.aot import training as compile_only
+    from atom_jax.aot.topology import devices
     from atom_jax.sharding import MeshConfig
-    from atom_jax.training import compile_only
-    from atom_jax.training.topology import devices
     from atom_jax.typing import AtomError
 
     chips = len(devices(topology)[0])

@@ -39,7 +39,7 @@ from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.data.config import DataConfig
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
-from atom_jax.evaluation import units as units_lib
+from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.generate import Generation
 from atom_jax.models import registry

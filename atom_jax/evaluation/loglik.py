@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.aot.generation import Chips, Report, at
 from atom_jax.evaluation.encode import Item
 from atom_jax.inference import sampling
-from atom_jax.inference.compile_only import Chips, Report, at
 from atom_jax.inference.score import exactly, subwords
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding

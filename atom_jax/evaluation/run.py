@@ -16,13 +16,13 @@ import jax
 from tqdm import tqdm
 
 from atom_jax import config, sharding
+from atom_jax.aot.generation import Chips, Report
 from atom_jax.data.config import DataConfig
 from atom_jax.evaluation import cache, loglik
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.metrics import Result, columns
-from atom_jax.evaluation.task import Runner
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
-from atom_jax.inference.compile_only import Chips, Report
+from atom_jax.evaluation.tasks.task import Runner
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 

@@ -9,8 +9,8 @@ import pytest
 
 import atom_jax
 from atom_jax import params
-from atom_jax.evaluation.kv import KvSettings
-from atom_jax.evaluation.kv_cells import Ask, Method
+from atom_jax.evaluation.tasks.kv import KvSettings
+from atom_jax.evaluation.tasks.kv_cells import Ask, Method
 from atom_jax.inference import continuation
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.dms import DMS

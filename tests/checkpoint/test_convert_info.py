@@ -6,7 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from atom_jax import checkpoint
-from atom_jax.checkpoint import cli, smollm2
+from atom_jax.checkpoint import cli
+from atom_jax.data.fetch import smollm2
 from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import AtomError
 

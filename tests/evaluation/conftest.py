@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from atom_jax import params
-from atom_jax.evaluation import evaldata
+from atom_jax.data.fetch import evaldata
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM

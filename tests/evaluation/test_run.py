@@ -7,9 +7,9 @@ import pytest
 
 from atom_jax import config
 from atom_jax.data.config import DataConfig
+from atom_jax.data.fetch.evaldata import Layout
 from atom_jax.evaluation import cache, loglik, run
 from atom_jax.evaluation.encode import Item
-from atom_jax.evaluation.evaldata import Layout
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.typing import AtomError

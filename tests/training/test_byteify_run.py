@@ -11,10 +11,11 @@ import pytest
 
 import atom_jax
 from atom_jax import config, params
+from atom_jax.aot import training as compile_only
 from atom_jax.data import vocabulary
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import transformer
-from atom_jax.training import compile_only, interrupt, loop, start
+from atom_jax.training import interrupt, loop, start
 from atom_jax.training.record import read
 from atom_jax.typing import LM, AtomError
 from configs import bolmo

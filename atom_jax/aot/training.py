@@ -1,0 +1,180 @@
+"""What a training step needs on chips that nobody has to have: it is compiled as for a run, and not executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import jax
+
+from atom_jax import params as params_lib
+from atom_jax import sharding
+from atom_jax.aot.topology import Chip, Compiled, compiled, devices, per_chip
+from atom_jax.models.flops import forward_flops
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.training.config import Experiment
+from atom_jax.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Sizes in GiB per chip; operations of the whole step, on all chips.
+
+    state: parameters. moments: of the optimiser, with a moving average of parameters. step: the compiled step.
+    needed: operations of forward and backward passes. executed: those, and what is computed again to save memory.
+    """
+
+    exp: Experiment
+    mesh: dict[str, int]
+    kind: str
+    chip: Chip | None
+    count: int
+    state: float
+    moments: float
+    step: Compiled
+    needed: float
+    executed: float
+    seconds: float
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.exp.data.batch_size * self.exp.data.seq_len
+
+    @property
+    def total(self) -> float:
+        """All that the step needs."""
+        return self.step.total
+
+    @property
+    def free(self) -> float | None:
+        """Share of the chip's memory that stays free; None for chips of unknown size."""
+        return None if self.chip is None else 1 - self.total / self.chip.memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step runs on these chips, as far as is known."""
+        return self.step.fits(self.chip)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items())
+        data = self.exp.data
+        lines = [
+            f"{self.count:,} parameters on {self.chips} x {self.kind} ({sizes}), "
+            f"{data.batch_size} rows of {data.seq_len:,} tokens",
+            f"parameters       {self.state:9.3f} GiB per chip",
+            f"optimiser state  {self.moments:9.3f} GiB per chip",
+        ]
+        if self.step.temporary is not None:
+            # The batch above all, and what layouts pad.
+            other = max(self.step.arguments - self.state - self.moments, 0.0) + self.step.new
+            lines += [
+                f"batch and other  {other:9.3f} GiB per chip",
+                f"temporaries      {self.step.temporary:9.3f} GiB per chip",
+            ]
+        lines += [f"total            {self.step.verdict(self.chip)}"]
+        rate = "" if self.chip is None else f"; {self.executed / self.chips / self.chip.rate:.3g} s at the peak rate"
+        lines += [
+            f"operations       {self.needed:.4g} per step, {self.needed / self.tokens:.4g} per token; "
+            f"with what is computed again {self.executed:.4g} per step{rate}"
+        ]
+        if self.step.traffic is not None:
+            lines += [f"sent             {self.step.traffic}"]
+        if not self.fits:
+            lines += [f"to do            {advice(self)}"]
+        return "\n".join([*lines, f"compiled in {self.seconds:.0f} s"])
+
+
+def check(exp: Experiment, topology: str | None) -> Report:
+    """Compiles the step of a run for a topology (see `topology.devices`); no array is made.
+
+    Raises AtomError when there is no such topology, for a configuration that does not fit it, and when the step does
+    not compile for other reasons than its size.
+    """
+    found, chip = devices(topology)
+    mesh = sharding.make_mesh(exp.mesh, found)
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        program = Program(exp, mesh, _Tokenizer(exp.model.vocab_size))
+        step = compiled(program.step.lower(program.state, program.abstract_batch()), topology)
+    needed, executed = operations(exp, program)
+    state = program.state
+    return Report(
+        exp=exp, mesh=dict(mesh.shape), kind=mesh.devices.flat[0].device_kind, chip=chip,
+        count=params_lib.count(program.spec), state=per_chip(state.params), moments=per_chip((state.opt, state.ema)),
+        step=step, needed=needed, executed=executed, seconds=time.monotonic() - start,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+    """Of a tokenizer, a step holds the bytes per token only: any numbers, so that none is fetched or trained."""
+
+    vocab_size: int
+    bos_id: int | None = None
+    pad_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    document_id: int = 0
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"x" * (1 + ids[0] % 7)
+
+
+def operations(exp: Experiment, program: Program) -> tuple[float, float]:
+    """Operations of a step that training needs, and those with what is computed a second time to save memory; both
+    counted as `models.flops.forward_flops` does."""
+    tokens = exp.data.batch_size * exp.data.seq_len
+    if exp.byteify is not None and exp.byteify.stage == 1:
+        needed, again = _imitation(exp)
+        return needed * tokens, (needed + again) * tokens
+    forward = forward_flops(exp.model, exp.data.seq_len)
+    needed = 3 * forward
+    if isinstance(exp.model, TransformerConfig):
+        # Matrices that do not learn need no gradients of their own.
+        flat = params_lib.flatten(program.spec)
+        frozen = [s for k, s in flat.items() if not program.optimizer.factors[k] and "vocab" not in s.axes]
+        needed -= 2 * sum(math.prod(s.shape) for s in frozen if len(s.axes) > 2)
+        table = "embed" if exp.model.tie_embeddings else "unembed"
+        if not program.optimizer.factors[table]:
+            needed -= 2 * math.prod(flat[table].shape)
+    if exp.distill is not None:
+        needed += forward
+    again = forward if exp.model.remat or exp.distill is not None else 0.0
+    return needed * tokens, (needed + again) * tokens
+
+
+def _imitation(exp: Experiment) -> tuple[float, float]:
+    """Operations per byte of the first stage of a Bolmo, and those done a second time: three passes through what
+    learns, one through the source model, and two through those of its layers that gradients go through."""
+    model, share = exp.model, exp.data.tokens / exp.data.seq_len
+    exact = dataclasses.replace(model, capacity=share)
+    source = forward_flops(model.main, exp.data.tokens)
+    layers = source - 2 * model.main.d_model * model.main.vocab_size
+    local = forward_flops(exact, exp.data.seq_len) - layers * share
+    passed = layers * exp.byteify.imitate.depth / model.main.n_layers * share
+    return 3 * local + source * share + 2 * passed, local + passed if model.remat else 0.0
+
+
+def advice(report: Report) -> str:
+    """What to change where a step does not fit, as a clause with the settings."""
+    exp, mesh = report.exp, report.mesh
+    times = 2 ** math.ceil(math.log2(max(report.total / (0.9 * report.chip.memory), 1.01)))
+    if report.state + report.moments > report.chip.memory / 2:
+        return (
+            f"parameters and optimiser take most of it: spread them over {times} times as many chips "
+            f"(--set mesh.fsdp={mesh['fsdp'] * times}, or more on the axis tensor)"
+        )
+    if not exp.model.remat:
+        return "activations take most of it: --set model.remat=true"
+    rows = exp.data.batch_size // (mesh["data"] * mesh["fsdp"] * exp.optim.accumulate)
+    if rows > 1:
+        return f"activations take most of it: --set optim.accumulate={exp.optim.accumulate * min(times, rows)}"
+    if isinstance(exp.model, TransformerConfig):
+        return f"activations take most of it: spread rows over chips, --set mesh.context={mesh['context'] * times}"
+    return f"activations take most of it: a shorter data.seq_len, or --set mesh.tensor={mesh['tensor'] * times}"

@@ -1,0 +1,237 @@
+"""Cache policies next to each other: what a model loses when it keeps only part of a context's keys and values.
+
+A context is read through the cache of each policy, and then a continuation is scored from what the cache has kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from atom_jax.data.sources import open_source
+from atom_jax.evaluation import cache
+from atom_jax.evaluation.encode import Encoder, front
+from atom_jax.evaluation.metrics import Result
+from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, requests
+from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
+from atom_jax.kvcache import policies
+from atom_jax.kvcache.dms import DMS
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.typing import LM, AtomError
+
+PARTS = ("loss", "needle", "lambada")
+_BUILTIN = ("austen", "pystdlib")
+# Bytes of a source after which no further document is read.
+_MOST = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class KvSettings:
+    """What is compared, and on what.
+
+    policies: such as "none" (everything is kept), "model" (the checkpoint's own memory), "streaming_llm",
+        "snapkv:window=64"; (): these and all that `kvcache.policies` knows. "none" is always among them.
+    budgets: entries per head; each policy that has a budget, and whose text sets none, runs with all of them.
+    parts: "loss", "needle" and "lambada".
+    sources: texts of "loss", as in DataConfig.sources: of "austen" and "pystdlib" the held-out splits, of others
+        everything. The documents of a source follow each other.
+    context, scored, windows: so many windows per source, evenly spaced, of `context` tokens and `scored` after them.
+    lengths, depths, needles: of "needle": contexts of so many tokens, from two novels; where in them the sentence
+        stands, 0 to 1; and how many of each.
+    limit: documents of LAMBADA to draw at random (0: all).
+    batch: rows that are read at once. seed: of all draws.
+    """
+
+    policies: tuple[str, ...] = ()
+    budgets: tuple[int, ...] = (1024, 512, 256)
+    parts: tuple[str, ...] = ("loss",)
+    sources: tuple[str, ...] = ("austen",)
+    context: int = 2048
+    scored: int = 256
+    windows: int = 8
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    needles: int = 2
+    limit: int = 200
+    batch: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kv:
+    """Loss, needles and last words for policies and budgets, with what each of them keeps."""
+
+    settings = KvSettings()
+
+    def run(self, lm: LM, settings: KvSettings, encoder: Encoder, out: pathlib.Path | None) -> Result:
+        """Rows of the results (`kv_cells.rows`) in the notes, under "rows", and where the windows begin, under
+        "windows". With `out` finished cells are kept in OUT.cells.jsonl, and a picture is drawn next to it."""
+        if not isinstance(lm.config, TransformerConfig):
+            raise AtomError(f"kv: {lm.family} is no transformer, so its memory has no policies")
+        check(settings, lm.config.max_length)
+        chosen = methods(settings, lm.config)
+        texts = _texts(settings, encoder)
+        cells = [Cell(m, part, source, asks) for m in chosen for (part, source), asks in texts.items()]
+        path = out and out.with_name(out.name + ".cells.jsonl")
+        with contextlib.closing(cache.Lines(path)) as lines:
+            found = _measure(lm, cells, settings.batch, lines)
+        dense = {(c.part, c.source): f for c, f in zip(cells, found) if c.method.name == "none"}
+        rows = []
+        for cell, one in zip(cells, found):
+            base = None if cell.method.name == "none" else dense[cell.part, cell.source]
+            rows += kv_cells.rows(cell, one, base)
+        if out is not None:
+            kv_plot.draw(rows, out.with_suffix(".png"))
+        starts = {source: [a.start for a in asks] for (part, source), asks in texts.items() if part == "loss"}
+        return Result({}, len(cells), {"rows": rows, "windows": starts}, kv_cells.table(rows))
+
+
+def check(settings: KvSettings, max_length: int) -> None:
+    """Raises AtomError for settings out of range; max_length: positions of the model."""
+    for part in settings.parts or ("",):
+        if part not in PARTS:
+            raise AtomError(f"kv.parts: no part {part!r}; expected some of {', '.join(PARTS)}")
+    for name in ("context", "scored", "windows", "needles", "batch"):
+        if getattr(settings, name) < 1:
+            raise AtomError(f"kv.{name}={getattr(settings, name)}: expected at least 1")
+    for name in ("budgets", "lengths", "depths", "sources"):
+        if not getattr(settings, name):
+            raise AtomError(f"kv.{name}: there is none")
+    if min(settings.budgets) < 1:
+        raise AtomError(f"kv.budgets: expected at least 1 entry, got {min(settings.budgets)}")
+    if settings.limit < 0 or settings.seed < 0:
+        raise AtomError("kv.limit and kv.seed must be at least 0")
+    if not all(0 <= d <= 1 for d in settings.depths):
+        raise AtomError(f"kv.depths: expected numbers from 0 to 1, got {settings.depths}")
+    longest = {"loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16}
+    for part in settings.parts:
+        if longest.get(part, 0) > max_length:
+            raise AtomError(f"kv: {part} reads up to {longest[part]} tokens, the model was made for {max_length}")
+
+
+def methods(settings: KvSettings, cfg: TransformerConfig) -> list[Method]:
+    """The policies of the settings with their budgets, "none" first.
+
+    Raises AtomError for texts that name no policy, and for memories that the model lacks.
+    """
+    known = [name for name, p in policies.POLICIES.items() if _has_budget(p)]
+    names = _joined(settings.policies) or (["model"] if cfg.memory is not None else []) + known
+    out = [Method("none", None, None)]
+    for name in dict.fromkeys(n for n in names if n != "none"):
+        if name == "model":
+            if cfg.memory is None:
+                raise AtomError("kv.policies: model, but the checkpoint has no memory of its own")
+            out.append(Method(name, getattr(cfg.memory, "budget", None), cfg.memory))
+            continue
+        kind, _, fields = name.partition(":")
+        set_already = {field.partition("=")[0] for field in fields.split(",")}
+        if _has_budget(policies.POLICIES.get(kind, DMS)) and not set_already & {"budget", "ratio"}:
+            for b in settings.budgets:
+                out.append(Method(name, b, policies.parse(f"{kind}:{fields}{',' if fields else ''}budget={b}")))
+            continue
+        policy = policies.parse(name)
+        if isinstance(policy, DMS):
+            raise AtomError(f"kv.policies: {name} is learned: write model, for a checkpoint that has learned it")
+        out.append(Method(name, policy.budget if "budget" in set_already else None, policy))
+    return out
+
+
+def _has_budget(policy: Any) -> bool:
+    return "budget" in {f.name for f in dataclasses.fields(policy)}
+
+
+def _joined(names: tuple[str, ...]) -> list[str]:
+    """Texts of policies, put together again where a comma between two fields of one has divided it."""
+    out: list[str] = []
+    for name in names:
+        if out and "=" in name and ":" not in name:
+            out[-1] += ("," if ":" in out[-1] else ":") + name
+        else:
+            out.append(name)
+    return out
+
+
+def _texts(settings: KvSettings, encoder: Encoder) -> dict[tuple[str, str], tuple[Ask, ...]]:
+    """What every method reads: by part and source."""
+    texts: dict[tuple[str, str], tuple[Ask, ...]] = {}
+    for part in dict.fromkeys(settings.parts):
+        if part == "loss":
+            for source in settings.sources:
+                texts[part, source] = windows(settings, encoder, source)
+        elif part == "needle":
+            hay = needle.Haystack.of(_read("austen"), encoder)
+            for length in settings.lengths:
+                texts[part, f"{length} tokens"] = _needles(settings, encoder, hay, length)
+        else:
+            texts[part, "lambada"] = _last_words(settings, encoder)
+    return texts
+
+
+def _read(source: str) -> bytes:
+    """The text of a source: of built-in ones what is held out."""
+    parts, size = [], 0
+    for split in ("validation", "test") if source in _BUILTIN else ("all",):
+        corpus = open_source(source, split)
+        for i in range(len(corpus)):
+            if size < _MOST:
+                parts.append(corpus.read(i))
+                size += len(parts[-1])
+    return b"".join(parts)
+
+
+def windows(settings: KvSettings, encoder: Encoder, source: str) -> tuple[Ask, ...]:
+    """Windows of a source, evenly spaced: `settings.context` tokens and the `settings.scored` after them."""
+    ids = encoder.tokenizer.encode(_read(source))
+    first = np.array(front(encoder.tokenizer) if encoder.always_front else [], np.int32)
+    context = settings.context - len(first)
+    if context < 1 or len(ids) < context + settings.scored:
+        raise AtomError(f"kv.sources: {source} has {len(ids)} tokens, a window has {context + settings.scored}")
+    starts = np.unique(np.linspace(0, len(ids) - context - settings.scored, settings.windows).astype(np.int64))
+    asks = []
+    for i, start in enumerate(starts.tolist()):
+        before, after = np.split(ids[start : start + context + settings.scored], [context])
+        asks.append(Ask(np.concatenate([first, before]), after, i, start))
+    return tuple(asks)
+
+
+def _needles(settings: KvSettings, encoder: Encoder, hay: needle.Haystack, length: int) -> tuple[Ask, ...]:
+    asks = []
+    for d, depth in enumerate(settings.depths):
+        for i in range(settings.needles):
+            one = needle.build(hay, encoder, length, depth, (settings.seed, length, d, i))
+            asks.append(Ask(one.ids, one.answer, d, one.at))
+    return tuple(asks)
+
+
+def _last_words(settings: KvSettings, encoder: Encoder) -> tuple[Ask, ...]:
+    everything = requests.read("lambada/bpb_0shot")
+    asks = []
+    for number, i in enumerate(requests.subset(len(everything), settings.limit, settings.seed)):
+        for item in encoder.pair(everything[i].contexts[0], everything[i].continuations[0]).items:
+            asks.append(Ask(item.ids[: item.start], item.ids[item.start :], number))
+    return tuple(asks)
+
+
+def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[dict[str, Any]]:
+    """What was found in every cell; those that `lines` holds aren't measured again."""
+    model = cache.fingerprint(lm)
+    keys = [cell.key(model, batch) for cell in cells]
+    known = {row["key"]: row["found"] for row in lines.rows if "found" in row}
+    left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)
+    total = sum(cell.tokens for cell in cells)
+    quick = 0.2 if sys.stderr.isatty() else 30
+    with tqdm(total=total, initial=total - left, desc="kv", unit="tok", unit_scale=True, mininterval=quick) as bar:
+        for key, cell in zip(keys, cells):
+            if key in known:
+                continue
+            bar.set_postfix_str(f"{cell.method.name} {cell.method.budget or ''} {cell.part}", refresh=False)
+            known[key] = kv_cells.measure(lm, cell, batch, bar.update)
+            about = {"policy": cell.method.name, "budget": cell.method.budget, "part": cell.part}
+            lines.append([{"key": key, **about, "source": cell.source, "found": known[key]}])
+    return [known[key] for key in keys]
