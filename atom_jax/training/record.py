@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from atom_jax.training.board import Board
 from atom_jax.files import read_regular
+from atom_jax.training.board import Board
 from atom_jax.typing import AtomError
 
 
@@ -100,8 +100,8 @@ class Recorder:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with an int `step` and a str `kind`. What is no such line is left out: a kill
-    cuts the last one off, and disks rot. AtomError where the file cannot be read."""
+    """The lines of a metrics.jsonl, each with an int `step` and a str `kind`. What is no such line is left out: a
+    kill cuts the last one off, and disks rot. AtomError where the file cannot be read."""
     lines = []
     try:
         raw = read_regular(path) if path.exists() else b""

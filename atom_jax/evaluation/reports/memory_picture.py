@@ -10,12 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-<<<<<<< HEAD:atom_jax/evaluation/memory_picture.py
-from atom_jax.evaluation.units import visible
-=======
-from atom_jax.evaluation.encode import front
 from atom_jax.evaluation.reports.units import visible
->>>>>>> main:atom_jax/evaluation/reports/memory_picture.py
 from atom_jax.inference.score import to_batch
 from atom_jax.models import registry
 from atom_jax.tokenizers.bytes import to_utf8
