@@ -163,7 +163,7 @@ def _weight_files(path: Path) -> list[Path]:
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise AtomError(f"{index}: {shard!r} is not a plain file name")
-    missing = sorted(shard for shard in shards if not (path / shard).is_file())
+    missing = sorted(shard for shard in shards if not os.path.exists(path / shard))
     if missing:
         raise AtomError(f"{path}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}")
     return [path / shard for shard in sorted(shards)]

@@ -6,8 +6,9 @@ name without a known rule is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -21,6 +22,18 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _MODEL_TYPES = {"olmo2": "gpt-2", "olmo3": "gpt-2", "qwen3": "qwen2"}  # where no class is named
+
+
+@contextlib.contextmanager
+def complaint(what: str) -> Iterator[None]:
+    """Turns what the tokenizers package raises into an AtomError: bare Exceptions, and panics of its Rust code, which
+    are not even that."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise AtomError(f"{what} ({e})") from None
 
 
 def _split(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -64,7 +77,7 @@ def tokenizer_json(
     stand before every text. where: for messages. Raises AtomError where it is no tokenizer.
     """
     build, nfc, ignore_merges = RULES[rule]
-    try:
+    with complaint(f"{where}: the vocabulary and merges do not make a BPE tokenizer"):
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
         if nfc:
@@ -72,8 +85,6 @@ def tokenizer_json(
         tokenizer.pre_tokenizer, tokenizer.decoder = build(), decoders.ByteLevel()
         tokenizer.add_tokens(list(added))
         parsed = json.loads(tokenizer.to_str())
-    except Exception as e:  # the tokenizers package raises bare Exceptions
-        raise AtomError(f"{where}: the vocabulary and merges do not make a BPE tokenizer ({e})") from None
     if front:
         parsed["post_processor"] = _template(front, vocab)
     return json.dumps(parsed, indent=2, ensure_ascii=False)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from tokenizers import Encoding, models
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import models
 
 from atom_jax.files import read_regular
 from atom_jax.tokenizers import byte_level
-from atom_jax.tokenizers.byte_level import MERGES, VOCABULARY
+from atom_jax.tokenizers.byte_level import MERGES, VOCABULARY, complaint
 from atom_jax.typing import AtomError
 
 MAIN = "tokenizer.json"
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (MAIN, *_SPECIAL, "added_tokens.json", "chat_template.jinja")
 _MODEL = ("config.json", "generation_config.json")
 # Tokenizers of other kinds; vocab.json is read where it is known how texts are split first.
 _UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", VOCABULARY, "vocab.txt", "tekken.json")
+_MOST_IDS = 1 << 24  # bounds the tables that are made of a vocabulary
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -57,12 +58,10 @@ class JsonTokenizer:
     def _setup(self, files: dict[str, str], name: str) -> None:
         self.name = name
         self._files = {key: text for key, text in files.items() if key in TOKENIZER_FILES}
-        try:
-            self._tk = _Tokenizer.from_str(files[MAIN])
-            parsed, template = json.loads(files[MAIN]), _template_front(self._tk)
-        except Exception as e:  # the tokenizers package raises bare Exceptions
-            raise AtomError(f"{name}: {MAIN} is not a valid tokenizer ({e})") from None
-        self._decoder = _decoder_kind(parsed)
+        with complaint(f"{name}: {MAIN} is not a valid tokenizer"):
+            self._tk, parsed = _Tokenizer.from_str(files[MAIN]), json.loads(files[MAIN])
+            template = _template_front(self._tk, parsed)
+            self._decoder = _decoder_kind(parsed)
         # Stored truncation, padding and templates would change or add tokens, or trim their offsets.
         self._tk.no_truncation()
         self._tk.no_padding()
@@ -71,6 +70,8 @@ class JsonTokenizer:
         if not self._vocab:
             raise AtomError(f"{name}: {MAIN} has an empty vocabulary")
         self.vocab_size = max(self._vocab.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise AtomError(f"{name}: {MAIN} has id {self.vocab_size - 1}; ids must be below {_MOST_IDS}")
         tables = {key: _table(text, f"{name}: {key}") for key, text in files.items() if key in _SPECIAL + _MODEL}
         # Embedding tables are often padded; ids of padding rows can be sampled and stand for no text.
         padded = tables.get("config.json", {}).get("vocab_size")
@@ -105,7 +106,11 @@ class JsonTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], without bos or eos. Bytes are UTF-8; AtomError when they, or a lone surrogate, are not."""
-        return np.asarray(self._tk.encode(_valid(text), add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._encoding(_valid(text)).ids, np.int32)
+
+    def _encoding(self, text: str) -> Encoding:
+        with complaint(f"{self.name}: {MAIN} cannot encode this text"):
+            return self._tk.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Any) -> str:
         """Returns the text of `ids`, names of special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -121,7 +126,8 @@ class JsonTokenizer:
         if wrong.size:
             raise AtomError(f"Token id {wrong[0]} is outside the vocabulary of {self._n_ids} ({self.name}).")
         if self._decoder == "other":
-            return self._tk.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
+            with complaint(f"{self.name}: {MAIN} cannot decode these ids"):
+                return self._tk.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
         out = b"".join(self.pieces.get(i, b"") for i in ids.tolist())
         if self._decoder == "spaces, first dropped" and out.startswith(b" "):
             return out[1:]
@@ -135,7 +141,7 @@ class JsonTokenizer:
         that each token came from, so that several tokens of one character share its span.
         """
         text = _valid(text)
-        encoding = self._tk.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         ids = np.asarray(encoding.ids, np.int32)
         if self._decoder == "bytes":
             pieces = [self.pieces.get(i, b"") for i in encoding.ids]
@@ -199,8 +205,14 @@ def _files(path: Path) -> dict[str, str]:
     return files
 
 
-def _template_front(tk: _Tokenizer) -> tuple[int, ...]:
-    """The ids that a tokenizer's template puts before a text; found with a text of one token, whatever its words."""
+def _template_front(tk: _Tokenizer, parsed: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that a tokenizer's template puts before a text; found with a text of one token, whatever its words.
+    KeyError for a template whose tokens it does not list."""
+    processor = parsed.get("post_processor") or {}
+    for template in processor.get("processors", [processor]):
+        named = {piece["SpecialToken"]["id"] for piece in template.get("single", ()) if "SpecialToken" in piece}
+        if unknown := named - template.get("special_tokens", {}).keys():
+            raise KeyError(*unknown)  # the package itself would panic
     probe = _Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     if tk.post_processor is not None:
         probe.post_processor = tk.post_processor

@@ -83,7 +83,7 @@ def twisted(tree: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice([1, 1, 2])):
         places = list(_places(tree))
         if not places:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         parent, key = rng.choice(places)
         match rng.randrange(6):
             case 0 if isinstance(parent, dict):
@@ -96,7 +96,7 @@ def twisted(tree: Any, rng: random.Random) -> Any:
                 other, there = rng.choice(places)
                 parent[key] = copy.deepcopy(other[there]) if other is not parent or there != key else [other[there]]
             case _:
-                parent[key] = rng.choice(ODD)
+                parent[key] = copy.deepcopy(rng.choice(ODD))
     return tree
 
 
