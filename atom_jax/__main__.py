@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -328,7 +329,7 @@ def _text(text: str | None, file: str | None) -> str | bytes:
     if text is not None:
         return text
     try:
-        return read_regular(file)
+        return read_regular(file).removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
 

@@ -21,8 +21,8 @@ class ByteTokenizer:
 
     @property
     def front(self) -> tuple[int, ...]:
-        """Every text begins with bos."""
-        return (self.bos_id,)
+        """Every text begins with bos, where there is one."""
+        return () if self.bos_id is None else (self.bos_id,)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], the bytes of `text`; AtomError when a str holds a lone surrogate."""
