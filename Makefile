@@ -46,10 +46,10 @@ install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the liv
 install-kvpress: .venv-kvpress/.installed  ## kvpress and what it needs in an environment of its own, for bench-kv
 
 smollm2: $(VENV)/.installed-$(EXTRAS)  ## fetch SmolLM2-135M-Instruct (Q4_1, dequantized) to models/
-	$(BIN)/python -m atom_jax.data.fetch.smollm2
+	$(BIN)/python -m atom_jax.data.fetch smollm2
 
 evaldata: $(VENV)/.installed-core  ## fetch the offline evaluation sets to evaldata/
-	$(BIN)/python -m atom_jax.data.fetch.evaldata
+	$(BIN)/python -m atom_jax.data.fetch evaldata
 
 parallel: $(VENV)/.installed-core  ## fetch texts in seven languages to corpora/parallel/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch parallel

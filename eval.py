@@ -38,11 +38,12 @@ def run(settings: list[str]) -> int:
     from atom_jax.evaluation.tasks import EvalConfig
 
     if _COMPILE_ONLY.value:
-        from atom_jax.aot import generation as compile_only
+        from atom_jax.aot.generation import described
+        from atom_jax.aot.scoring import scoring
 
-        lm = compile_only.described(_CHECKPOINT.value, _CONFIG.value, _ADAPTER.value)
+        lm = described(_CHECKPOINT.value, _CONFIG.value, _ADAPTER.value)
         cfg = evaluation.resolve(config.override(EvalConfig(), settings), _CHECKPOINT.value or "")
-        report = evaluation.needs(lm, cfg, _TOPOLOGY.value)
+        report = scoring(lm, cfg, _TOPOLOGY.value)
         print(report)
         return 0 if report.fits else 1
     if not _CHECKPOINT.value:

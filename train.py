@@ -27,14 +27,14 @@ def run() -> int:
     """Does what the flags say; returns the exit code."""
     import jax
 
-    from atom_jax.aot import training as compile_only
+    from atom_jax.aot.training import check
     from atom_jax.training import loop, start
 
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     experiment = start.configure(CONFIG.value, SET.value)
     if COMPILE_ONLY.value:
-        report = compile_only.check(experiment, TOPOLOGY.value)
+        report = check(experiment, TOPOLOGY.value)
         print(report)
         return 0 if report.fits else 1
     result = loop.fit(experiment, WORKDIR.value)

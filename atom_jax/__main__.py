@@ -160,15 +160,15 @@ def _generate(argv: list[str]) -> int | None:
 def _compile(values: flags.FlagValues) -> int:
     """Prints what generation needs; 1 where it does not fit."""
     from atom_jax import config
-    from atom_jax.aot import generation as compile_only
+    from atom_jax.aot.generation import described, generation
     from atom_jax.kvcache import policies
     from atom_jax.sharding import MeshConfig
 
-    lm = compile_only.described(values.checkpoint, values.config, values.adapter)
+    lm = described(values.checkpoint, values.config, values.adapter)
     if values.memory is not None:
         lm = policies.with_memory(lm, policies.parse(values.memory))
     mesh = config.build(MeshConfig, values.mesh, "--mesh") if values.mesh else None
-    report = compile_only.generation(lm, values.rows, values.length, values.topology, mesh)
+    report = generation(lm, values.rows, values.length, values.topology, mesh)
     print(report)
     return 0 if report.fits else 1
 

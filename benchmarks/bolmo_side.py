@@ -25,7 +25,6 @@ from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.bolmo.waiting import enough
-from atom_jax.models.flops import forward_flops
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
 from atom_jax.transfer.lessons import begin
@@ -95,7 +94,8 @@ class Side:
         self.room = length + max(map(len, self.rows)) + 1
         self.units = int(self.ends.sum())
         unit, new_unit = self.bytes / self.units, len(new[0].encode()) / max(1, int(self.marks[0][1:].sum()))
-        flops = forward_flops(dataclasses.replace(cfg, capacity=1 / unit) if self.is_bolmo else cfg, length)
+        exact = dataclasses.replace(cfg, capacity=1 / unit) if self.is_bolmo else cfg
+        flops = registry.of(cfg).flops(exact, length)
         return {
             "unit": unit, "new_unit": new_unit, "flops": flops * length / self.bytes, "moved": self._moved(new_unit),
             "encode": statistics.median(seconds),
@@ -120,7 +120,7 @@ class Side:
     def take(self, rows: int) -> dict[str, int]:
         """Goes on in so many rows after the prompt, from here on; returns the `steps` that the given texts take, and
         `runs` of the layers over patches among them."""
-        model = registry.of(self.lm.config)
+        codec = registry.of(self.lm.config).codec(self.lm.config)
         self.begun = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), self.cache)
         self.done, texts, ends = jnp.zeros(rows, bool), self.rows[:rows], self.marks[:rows]
         self.until = jnp.array([len(ids) for ids in texts], jnp.int32)
@@ -137,8 +137,7 @@ class Side:
                 row[: len(ids)] = ids
             self.given[form] = jnp.asarray(given)
             self.choices[form] = Given(
-                keys, sampling.sampler(), none, twins=model.TWINS, unused=model.UNUSED,
-                tokens=self.given[form][:, 1:],
+                keys, sampling.sampler(), none, codec, tokens=self.given[form][:, 1:]
             )  # fmt: skip
         if not self.is_bolmo:
             return {}
@@ -236,7 +235,7 @@ def read(
     given = {} if ends is None else {"ends": ends}
     cache = model.init_cache(cfg, batch.ids.shape[0], capacity)
     x_btd, cache, aux = model.hidden(p, batch, cfg=cfg, cache=cache, **given)
-    at = x_btd.shape[1] - 1 - model.PENDING
+    at = x_btd.shape[1] - 1 - model.codec(cfg).pending
     return model.logits(p, x_btd[:, at : at + 1], cfg=cfg), cache, jnp.int32(aux.get("lost", 0))
 
 

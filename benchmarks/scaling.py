@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def grown(exp, topology: str, rows: int, fsdp: int):
-    """The report (`compile_only.Report`) of an experiment on all chips of a topology, with so many rows on each."""
-    from atom_jax.aot import training as compile_only
+    """The report (`StepReport`) of an experiment on all chips of a topology, with so many rows on each."""
     from atom_jax.aot.topology import devices
+    from atom_jax.aot.training import check
     from atom_jax.sharding import MeshConfig
     from atom_jax.typing import AtomError
 
@@ -57,9 +57,9 @@ def grown(exp, topology: str, rows: int, fsdp: int):
     data = dataclasses.replace(exp.data, batch_size=chips * rows)
     optim = dataclasses.replace(exp.optim, accumulate=1)
     exp = dataclasses.replace(exp, data=data, optim=optim, mesh=MeshConfig(data=-1, fsdp=min(fsdp, chips)))
-    report = compile_only.check(exp, topology)
+    report = check(exp, topology)
     if report.step.traffic is None:
-        raise AtomError(f"{topology}: the step needs {report.total:.1f} GiB per chip, {compile_only.advice(report)}")
+        raise AtomError(f"{topology}: the step needs {report.total:.1f} GiB per chip, {report.advice()}")
     return report
 
 

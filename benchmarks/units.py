@@ -7,7 +7,7 @@
 Each variant is trained (or found trained) in WORKDIR/VARIANT, judged on the whole validation text of its data, and
 timed: training steps, and generation of single bytes for one row and for eight. The columns:
 
-flops     forward operations per byte, in millions (`atom_jax.models.flops`); training costs three times that.
+flops     forward operations per byte, in millions (`models.family.Family.flops`); training costs three times that.
 MB/byte   weights to read for one more byte of one row: those of the byte level, and those of the units divided by
           the bytes per unit. The released H-Net code reads the same weights, but serves one row only.
 bits      per byte of the validation text.
@@ -43,7 +43,6 @@ from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.generate import Generation
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import record
@@ -79,7 +78,7 @@ def measure(variant: str, workdir: pathlib.Path, settings: list[str]) -> dict[st
     return {
         "variant": variant,
         "parameters": params.count(spec),
-        "flops": forward_flops(lm.config, exp.data.seq_len) / per_token / 1e6,
+        "flops": registry.of(lm.config).flops(lm.config, exp.data.seq_len) / per_token / 1e6,
         "megabytes": _read(lm, spec, unit) / per_token / 1e6,
         "bits": bits,
         "unit": unit,

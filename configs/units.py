@@ -4,8 +4,8 @@
     python -m benchmarks.units            # trains some of them side by side and prints a table
 
 The small variants read the same amount of the same text, and none with units spends more floating-point operations
-per byte (`atom_jax.models.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one over
-a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
+per byte (`models.family.Family.flops`) than the baselines without: `bytes`, a transformer over bytes, and `bpe`, one
+over a BPE vocabulary made from the training text. README has the results; numbers here are bits per byte of the
 validation text.
 
 quick     what `make quickstart` trains: `entropy_ngrams` for 550 steps. 1.821.
@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.rules.entropy import Entropy
@@ -39,7 +38,7 @@ from atom_jax.chunking.rules.predictor import Predictor
 from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.data.config import DataConfig
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet import HNetConfig, chunking
 from atom_jax.models.hnet.config import lr_factors
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.ssd import Mamba2Config

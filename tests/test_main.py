@@ -8,10 +8,10 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.evaluation.reports import units
 from atom_jax.inference import generate as generate_module
 from atom_jax.models import hnet, transformer
+from atom_jax.models.hnet import chunking
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
 

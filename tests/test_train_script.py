@@ -133,10 +133,9 @@ def test_compile_only_reports_memory(capfd, monkeypatch, tmp_path):
 
 
 def test_compile_only_fails_where_memory_is_short(capfd, monkeypatch, tmp_path):
-    from atom_jax.aot import topology
-    from atom_jax.aot import training as compile_only
+    from atom_jax.aot import report, topology
 
-    monkeypatch.setattr(compile_only, "devices", lambda _: (jax.devices(), topology.Chip(1e-4, 1e12)))
+    monkeypatch.setattr(report, "devices", lambda _: (jax.devices(), topology.Chip(1e-4, 1e12)))
     run_main(monkeypatch, tmp_path, ["--config=configs/lm.py:tiny", "--compile_only", "--topology=v5e:2x4"], code=1)
     assert "of 0.0001: does not fit" in (out := capfd.readouterr().out) and "--set " in out
 

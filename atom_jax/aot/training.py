@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import jax
 
 from atom_jax import params as params_lib
-from atom_jax import sharding
-from atom_jax.aot.topology import Chip, Compiled, compiled, devices, per_chip
-from atom_jax.models.flops import forward_flops
+from atom_jax.aot.report import Chips, Report
+from atom_jax.aot.topology import Compiled, per_chip
+from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class StepReport(Report):
     """Sizes in GiB per chip; operations of the whole step, on all chips.
 
-    state: parameters. moments: of the optimiser, with a moving average of parameters. step: the compiled step.
-    needed: operations of forward and backward passes. executed: those, and what is computed again to save memory.
+    parameters: as they are trained. moments: of the optimiser, with a moving average of parameters. needed:
+    operations of forward and backward passes. executed: those, and what is computed again to save memory.
     """
 
     exp: Experiment
     mesh: dict[str, int]
-    kind: str
-    chip: Chip | None
-    count: int
-    state: float
     moments: float
-    step: Compiled
     needed: float
     executed: float
-    seconds: float
 
     @property
     def chips(self) -> int:
@@ -48,6 +41,11 @@ class Report:
         return self.exp.data.batch_size * self.exp.data.seq_len
 
     @property
+    def step(self) -> Compiled:
+        """The compiled step."""
+        return self.programs["step"]
+
+    @property
     def total(self) -> float:
         """All that the step needs."""
         return self.step.total
@@ -57,58 +55,62 @@ class Report:
         """Share of the chip's memory that stays free; None for chips of unknown size."""
         return None if self.chip is None else 1 - self.total / self.chip.memory
 
-    @property
-    def fits(self) -> bool:
-        """Whether the step runs on these chips, as far as is known."""
-        return self.step.fits(self.chip)
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items())
-        data = self.exp.data
-        lines = [
-            f"{self.count:,} parameters on {self.chips} x {self.kind} ({sizes}), "
-            f"{data.batch_size} rows of {data.seq_len:,} tokens",
-            f"parameters       {self.state:9.3f} GiB per chip",
-            f"optimiser state  {self.moments:9.3f} GiB per chip",
-        ]
+    def sizes(self) -> list[str]:
+        """Lines about what the step needs, computes and sends."""
+        lines = [f"optimiser state  {self.moments:9.3f} GiB per chip"]
         if self.step.temporary is not None:
             # The batch above all, and what layouts pad.
-            other = max(self.step.arguments - self.state - self.moments, 0.0) + self.step.new
+            other = max(self.step.arguments - self.parameters - self.moments, 0.0) + self.step.new
             lines += [
                 f"batch and other  {other:9.3f} GiB per chip",
                 f"temporaries      {self.step.temporary:9.3f} GiB per chip",
             ]
-        lines += [f"total            {self.step.verdict(self.chip)}"]
         rate = "" if self.chip is None else f"; {self.executed / self.chips / self.chip.rate:.3g} s at the peak rate"
         lines += [
+            f"total            {self.step.verdict(self.chip)}",
             f"operations       {self.needed:.4g} per step, {self.needed / self.tokens:.4g} per token; "
-            f"with what is computed again {self.executed:.4g} per step{rate}"
+            f"with what is computed again {self.executed:.4g} per step{rate}",
         ]
         if self.step.traffic is not None:
             lines += [f"sent             {self.step.traffic}"]
-        if not self.fits:
-            lines += [f"to do            {advice(self)}"]
-        return "\n".join([*lines, f"compiled in {self.seconds:.0f} s"])
+        return lines
+
+    def advice(self) -> str:
+        """What to change where the step does not fit, as a clause with the settings."""
+        exp, mesh = self.exp, self.mesh
+        times = 2 ** math.ceil(math.log2(max(self.total / (0.9 * self.chip.memory), 1.01)))
+        if self.parameters + self.moments > self.chip.memory / 2:
+            return (
+                f"parameters and optimiser take most of it: spread them over {times} times as many chips "
+                f"(--set mesh.fsdp={mesh['fsdp'] * times}, or more on the axis tensor)"
+            )
+        rows = exp.data.batch_size // (mesh["data"] * mesh["fsdp"] * exp.optim.accumulate)
+        if not exp.model.remat:
+            change = "--set model.remat=true"
+        elif rows > 1:
+            change = f"--set optim.accumulate={exp.optim.accumulate * min(times, rows)}"
+        elif isinstance(exp.model, TransformerConfig):
+            change = f"spread rows over chips, --set mesh.context={mesh['context'] * times}"
+        else:
+            change = f"a shorter data.seq_len, or --set mesh.tensor={mesh['tensor'] * times}"
+        return f"activations take most of it: {change}"
 
 
-def check(exp: Experiment, topology: str | None) -> Report:
+def check(exp: Experiment, topology: str | None) -> StepReport:
     """Compiles the step of a run for a topology (see `topology.devices`); no array is made.
 
     Raises AtomError when there is no such topology, for a configuration that does not fit it, and when the step does
     not compile for other reasons than its size.
     """
-    found, chip = devices(topology)
-    mesh = sharding.make_mesh(exp.mesh, found)
-    start = time.monotonic()
-    with jax.set_mesh(mesh):
-        program = Program(exp, mesh, _Tokenizer(exp.model.vocab_size))
-        step = compiled(program.step.lower(program.state, program.abstract_batch()), topology)
+    chips = Chips(topology, exp.mesh)
+    with jax.set_mesh(chips.mesh):
+        program = Program(exp, chips.mesh, _Tokenizer(exp.model.vocab_size))
+        chips.compile("step", program.step.lower(program.state, program.abstract_batch()))
     needed, executed = operations(exp, program)
-    state = program.state
-    return Report(
-        exp=exp, mesh=dict(mesh.shape), kind=mesh.devices.flat[0].device_kind, chip=chip,
-        count=params_lib.count(program.spec), state=per_chip(state.params), moments=per_chip((state.opt, state.ema)),
-        step=step, needed=needed, executed=executed, seconds=time.monotonic() - start,
+    state, what = program.state, f"{exp.data.batch_size} rows of {exp.data.seq_len:,} tokens"
+    return chips.report(
+        params_lib.count(program.spec), per_chip(state.params), what, StepReport, exp=exp,
+        mesh=dict(chips.mesh.shape), moments=per_chip((state.opt, state.ema)), needed=needed, executed=executed,
     )  # fmt: skip
 
 
@@ -128,12 +130,12 @@ class _Tokenizer:
 
 def operations(exp: Experiment, program: Program) -> tuple[float, float]:
     """Operations of a step that training needs, and those with what is computed a second time to save memory; both
-    counted as `models.flops.forward_flops` does."""
+    counted as `Family.flops` does."""
     tokens = exp.data.batch_size * exp.data.seq_len
     if exp.byteify is not None and exp.byteify.stage == 1:
         needed, again = _imitation(exp)
         return needed * tokens, (needed + again) * tokens
-    forward = forward_flops(exp.model, exp.data.seq_len)
+    forward = registry.of(exp.model).flops(exp.model, exp.data.seq_len)
     needed = 3 * forward
     if isinstance(exp.model, TransformerConfig):
         # Matrices that do not learn need no gradients of their own.
@@ -154,27 +156,8 @@ def _imitation(exp: Experiment) -> tuple[float, float]:
     learns, one through the source model, and two through those of its layers that gradients go through."""
     model, share = exp.model, exp.data.tokens / exp.data.seq_len
     exact = dataclasses.replace(model, capacity=share)
-    source = forward_flops(model.main, exp.data.tokens)
+    source = registry.of(model.main).flops(model.main, exp.data.tokens)
     layers = source - 2 * model.main.d_model * model.main.vocab_size
-    local = forward_flops(exact, exp.data.seq_len) - layers * share
+    local = registry.of(exact).flops(exact, exp.data.seq_len) - layers * share
     passed = layers * exp.byteify.imitate.depth / model.main.n_layers * share
     return 3 * local + source * share + 2 * passed, local + passed if model.remat else 0.0
-
-
-def advice(report: Report) -> str:
-    """What to change where a step does not fit, as a clause with the settings."""
-    exp, mesh = report.exp, report.mesh
-    times = 2 ** math.ceil(math.log2(max(report.total / (0.9 * report.chip.memory), 1.01)))
-    if report.state + report.moments > report.chip.memory / 2:
-        return (
-            f"parameters and optimiser take most of it: spread them over {times} times as many chips "
-            f"(--set mesh.fsdp={mesh['fsdp'] * times}, or more on the axis tensor)"
-        )
-    if not exp.model.remat:
-        return "activations take most of it: --set model.remat=true"
-    rows = exp.data.batch_size // (mesh["data"] * mesh["fsdp"] * exp.optim.accumulate)
-    if rows > 1:
-        return f"activations take most of it: --set optim.accumulate={exp.optim.accumulate * min(times, rows)}"
-    if isinstance(exp.model, TransformerConfig):
-        return f"activations take most of it: spread rows over chips, --set mesh.context={mesh['context'] * times}"
-    return f"activations take most of it: a shorter data.seq_len, or --set mesh.tensor={mesh['tensor'] * times}"

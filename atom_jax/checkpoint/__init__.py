@@ -17,6 +17,7 @@ from atom_jax.checkpoint import adapters, bolmo_hf, families, hf_config, hnet_hf
 from atom_jax.checkpoint.adapters import save_adapter
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import read_json
+from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import (
     SHARD_BYTES,
     SafetensorsSource,
@@ -55,20 +56,17 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
         dtype = _dtype(dtype)
     path = find(path)
     kind = kind_of(path)
-    if kind == "gguf":
-        from atom_jax.checkpoint.gguf_import import GGUFSource
-
-        source = GGUFSource(path)
-        cfg = hf_config.from_hf(source.hf_config, str(path))
-        lm = LM(cfg, families.load(source, cfg, dtype, shardings), source.tokenizer())
-    elif kind == "orbax":
-        from atom_jax.checkpoint import store
+    if kind == "orbax":
+        from atom_jax.checkpoint import store  # imports Orbax, which takes a second
 
         lm = LM(*store.load_params(path, dtype, shardings))
-    else:
-        cfg, tokenizer = load_config(path)
-        source = SafetensorsSource(path)
+    elif kind == "gguf":
+        source = GGUFSource(path)
+        cfg, tokenizer = source.described()
         lm = LM(cfg, families.load(source, cfg, dtype, shardings), tokenizer)
+    else:
+        cfg, tokenizer = _described(path)
+        lm = LM(cfg, families.load(SafetensorsSource(path), cfg, dtype, shardings), tokenizer)
     if lm.tokenizer is not None and lm.tokenizer.vocab_size > lm.config.vocab_size:
         sizes = f"{lm.tokenizer.vocab_size} ids, the embedding {lm.config.vocab_size} rows"
         logging.warning("%s: the tokenizer has %s; texts with ids beyond them cannot be used", path, sizes)
@@ -79,8 +77,19 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
 
 
-def load_config(path: Path) -> tuple[Any, Any]:
-    """(configuration, tokenizer or None) of a Hugging Face directory, without its weights."""
+def load_config(path: str | os.PathLike) -> tuple[Any, Any]:
+    """(configuration, tokenizer or None) of whatever `load` takes, without its weights."""
+    path = find(path)
+    kind = kind_of(path)
+    if kind == "orbax":
+        from atom_jax.checkpoint import store  # imports Orbax, which takes a second
+
+        return store.load_config(path)
+    return GGUFSource(path).described() if kind == "gguf" else _described(path)
+
+
+def _described(path: Path) -> tuple[Any, Any]:
+    """(configuration, tokenizer or None) of a Hugging Face directory."""
     data = read_json(path / CONFIG)
     if (path / GENERATION).is_file():
         # As transformers does: generation_config.json has the last word on which tokens end a text.

@@ -10,11 +10,10 @@ import numpy as np
 
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
+from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
-from atom_jax.kvcache.dms import DMS
-from atom_jax.kvcache.memory import Policy
 from atom_jax.models import registry
-from atom_jax.models.transformer import TransformerConfig
+from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
 FORMATS = ("hf", "orbax")
@@ -67,54 +66,37 @@ def info(source: str, tensors: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _summary(cfg: TransformerConfig, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
-    cfg, whole = getattr(cfg, "main", cfg), cfg
-    heads = f"{cfg.n_heads} query and {cfg.n_kv_heads} key/value heads of {cfg.head_dim}"
-    sliding = cfg.layer_types.count("sliding")
-    window = f", {sliding} of the layers with a window of {cfg.sliding_window}" if sliding else ""
-    scaling = f", {cfg.rope_scaling.kind} scaling by {cfg.rope_scaling.factor:g}" if cfg.rope_scaling else ""
+def _summary(cfg: Any, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
+    family = registry.of(cfg)
     types = collections.Counter(row[2] for row in rows)
     if tokenizer is None:
         described = "none"
     else:
-        known = tokenizer.name if tokenizer.name in ("bytes", "bolmo") else "tokenizer.json"
+        known = "tokenizer.json" if isinstance(tokenizer, JsonTokenizer) else tokenizer.name
         described = f"{known}, {tokenizer.vocab_size:,} ids"
-    memory = [("memory", _memory(cfg.memory))] if cfg.memory is not None else []
     return [
-        ("family", whole.family),
-        ("sizes", f"{cfg.n_layers} layers, width {cfg.d_model}, MLP {cfg.d_ff}, {heads}{window}"),
-        ("vocabulary", f"{whole.vocab_size:,}, {'tied' if whole.tie_embeddings else 'separate'} output embedding"),
-        ("positions", f"{cfg.max_length:,}, rotary base {cfg.rope_theta:g}{scaling}"),
-        *memory,
-        ("parameters", f"{params_lib.count(registry.of(whole).spec(whole)):,}"),
+        ("family", family.name),
+        *family.describe(cfg),
+        ("parameters", f"{params_lib.count(family.spec(cfg)):,}"),
         ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
         ("bytes", f"{sum(row[3] for row in rows):,}"),
         ("tokenizer", described),
     ]
 
 
-def _memory(policy: Policy) -> str:
-    if not isinstance(policy, DMS):
-        return policy.name
-    return f"learned evictors, form {policy.form}, window {policy.window}, made for compression by {policy.cr:g}"
-
-
-def _hf(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
+def _hf(path: Path) -> tuple[Any, Any, list[_Row]]:
     cfg, tokenizer = checkpoint.load_config(path)
     source = SafetensorsSource(path)
     rows = [(name, i.shape, i.dtype.name, i.nbytes) for name, i in source.infos.items()]
     return cfg, tokenizer, rows
 
 
-def _gguf(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
-    from atom_jax.checkpoint.gguf_import import GGUFSource
-
+def _gguf(path: Path) -> tuple[Any, Any, list[_Row]]:
     source = GGUFSource(path)
-    cfg = checkpoint.hf_config.from_hf(source.hf_config, str(path))
-    return cfg, source.tokenizer(), source.stored()
+    return *source.described(), source.stored()
 
 
-def _orbax(path: Path) -> tuple[TransformerConfig, Any, list[_Row]]:
+def _orbax(path: Path) -> tuple[Any, Any, list[_Row]]:
     from atom_jax.checkpoint import store
 
     cfg, params, tokenizer = store.load_params(path)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from atom_jax.checkpoint import gguf_config
+from atom_jax.checkpoint import gguf_config, hf_config
 from atom_jax.checkpoint.gguf_config import ROPE_FREQS
 from atom_jax.checkpoint.gguf_file import GGUFFile
 from atom_jax.checkpoint.gguf_tokenizer import tokenizer_files
 from atom_jax.checkpoint.tensors import TensorInfo, check_finite
+from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
@@ -71,9 +72,10 @@ class GGUFSource:
             return _unpermute(x, self.hf_config["num_key_value_heads"])
         return x
 
-    def tokenizer(self) -> JsonTokenizer:
-        """The tokenizer that the file describes, with its chat template."""
-        return JsonTokenizer.from_files(self._tokenizer_files, self.label)
+    def described(self) -> tuple[TransformerConfig, JsonTokenizer]:
+        """(configuration, tokenizer with its chat template) of the model in the file."""
+        cfg = hf_config.from_hf(self.hf_config, self.label)
+        return cfg, JsonTokenizer.from_files(self._tokenizer_files, self.label)
 
     def stored(self) -> list[tuple[str, tuple[int, ...], str, int]]:
         """(name in the file, shape, storage type such as "Q4_1", bytes) of every tensor."""

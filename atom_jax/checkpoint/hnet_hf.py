@@ -6,21 +6,14 @@ from typing import Any
 
 from atom_jax.checkpoint.families import Rule
 from atom_jax.checkpoint.fields import Fields
-from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.models import stack
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet import HNetConfig, chunking
 from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.typing import AtomError
 
 # Bytes per unit that the released models were trained towards, by number of chunking stages.
 _TARGETS = {1: 6.0, 2: 3.0}
-
-
-def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chunking:
-    """H-Net's own way to find, pool, smooth and spread its units."""
-    return Chunking(rule=Cosine(target=target), pool="first", mix="ema", upsample="repeat", residual="linear",
-                    confidence=True, capacity=capacity, **changes)  # fmt: skip
 
 
 def is_hnet(data: dict[str, Any]) -> bool:

@@ -20,16 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.aot.generation import Chips, Report, at
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference import sampling
-from atom_jax.inference.score import exactly, subwords
+from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
 
 # Elements of one block of logits: 64 MiB of float32.
-_BLOCK = 1 << 24
+BLOCK = 1 << 24
 
 
 class Score(NamedTuple):
@@ -103,20 +101,6 @@ def score(
         yield _finish(items, *rest)
 
 
-def needs(chips: Chips, cfg: Any, length: int, batch_tokens: int) -> Report:
-    """What scoring sequences of `length` tokens needs on chips that nobody has to have."""
-    rows = row_count(length, batch_tokens, chips.mesh.shape["data"] * chips.mesh.shape["fsdp"])
-    size = max(rows * length, batch_tokens)
-    batch = chips.rows((chips.ints(rows, length), chips.ints(rows), chips.suffix(rows, length)))
-    block = chips.ints(max(1, min(size, _BLOCK // cfg.vocab_size)))
-    with jax.set_mesh(chips.mesh):
-        states = _states.lower(chips.params, *batch, cfg=cfg, size=size)
-        places, (x, _) = chips.compile("states", states).places, states.out_info
-        x = chips.whole(x) if places is None else at(x, places[0])
-        chips.compile("scores", _head.lower(chips.params, x, block, block, cfg=cfg))
-    return chips.report(f"{rows} rows of {length:,} tokens")
-
-
 def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple: int, sharding: Any) -> list[Any]:
     """Starts the computation; returns [log-probabilities, hits] of blocks of scored positions, in order."""
     rows = row_count(one.length, batch_tokens, multiple)
@@ -124,19 +108,20 @@ def _start(lm: LM, items: Sequence[Item], one: Work, batch_tokens: int, multiple
     lengths = np.zeros(rows, np.int32)
     for r, row in enumerate(one.rows):
         ids[r, : len(row)], lengths[r] = row, len(row)
-    suffix = subwords(lm, ids, np.arange(one.length)[None] < lengths[:, None])
+    mask = np.arange(one.length)[None] < lengths[:, None]
+    suffix = registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, ids, mask)
     inputs = jax.device_put((ids, lengths, suffix), sharding)
     size = max(rows * one.length, batch_tokens)
-    x = exactly(lambda cfg: _states(lm.params, *inputs, cfg=cfg, size=size), lm.config)
+    x = exactly(lambda cfg: states(lm.params, *inputs, cfg=cfg, size=size), lm.config)
     index, target = [], []
     for i, r in zip(one.items, one.row_of):
         item = items[i]
         index.append(r * one.length + np.arange(item.start - 1, len(item.ids) - 1))
         target.append(item.ids[item.start :])
-    block = max(1, min(x.shape[0], _BLOCK // lm.config.vocab_size))
+    block = max(1, min(x.shape[0], BLOCK // lm.config.vocab_size))
     index, target = (np.concatenate(a).astype(np.int32) for a in (index, target))
     padded = [np.pad(a, (0, -len(a) % block)).reshape(-1, block) for a in (index, target)]
-    return [_head(lm.params, x, i, t, cfg=lm.config) for i, t in zip(*padded)]
+    return [head(lm.params, x, i, t, cfg=lm.config) for i, t in zip(*padded)]
 
 
 def _finish(items: Sequence[Item], one: Work, blocks: list[Any]) -> tuple[Work, list[Score]]:
@@ -153,11 +138,11 @@ def _finish(items: Sequence[Item], one: Work, blocks: list[Any]) -> tuple[Work, 
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "size"))
-def _states(
+def states(
     params: Any, ids_bt: jax.Array, lengths_b: jax.Array, suffix: Any, *, cfg: Any, size: int
 ) -> tuple[jax.Array, Any]:
     """Final states [size, d] of all positions, one row after the other, filled up with zeros: with one size for all
-    lengths, `_head` is compiled once. And how much was lost, for `exactly`."""
+    lengths, `head` is compiled once. And how much was lost, for `exactly`."""
     positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
     segments = (positions < lengths_b[:, None]).astype(jnp.int32)
     batch = Batch(ids=ids_bt, positions=positions, segments=segments, suffix=suffix)
@@ -167,12 +152,10 @@ def _states(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg: Any) -> tuple[jax.Array, jax.Array]:
+def head(params: Any, x: jax.Array, index: jax.Array, target: jax.Array, *, cfg: Any) -> tuple[jax.Array, jax.Array]:
     """Log-probability float32 [n] of each target after the state at its index, and whether it is the likeliest."""
     model = registry.of(cfg)
-    logits = model.logits(params, x[index][None], cfg=cfg)[0]
-    if model.TWINS:
-        logits = sampling.merge(logits)
-        target = target % logits.shape[1]
+    codec = model.codec(cfg)
+    logits, target = codec.merge(model.logits(params, x[index][None], cfg=cfg)[0]), codec.plain(target)
     chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target

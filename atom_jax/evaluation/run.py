@@ -16,7 +16,6 @@ import jax
 from tqdm import tqdm
 
 from atom_jax import config, sharding
-from atom_jax.aot.generation import Chips, Report
 from atom_jax.data.config import DataConfig
 from atom_jax.evaluation import cache, loglik
 from atom_jax.evaluation.encode import Encoder, Item
@@ -77,14 +76,6 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
         if out is not None:
             cache.write_json(out, report)
     return results
-
-
-def needs(lm: LM, cfg: EvalConfig, topology: str | None) -> Report:
-    """What scoring texts needs, at the longest rows, on chips that nobody has to have; nothing is run.
-
-    lm: its parameters are not looked at. Raises AtomError when there is no such topology, or the mesh does not fit.
-    """
-    return loglik.needs(Chips(lm, topology, cfg.mesh), lm.config, row_length(lm, cfg), cfg.batch_tokens)
 
 
 def row_length(lm: LM, cfg: EvalConfig) -> int:

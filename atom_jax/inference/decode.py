@@ -13,6 +13,7 @@ from flax import struct
 from atom_jax.inference import reading, sampling
 from atom_jax.inference.score import exactly
 from atom_jax.models import registry
+from atom_jax.models.family import Codec
 from atom_jax.typing import LM, Batch
 
 # Tokens that one call of `decode` can make in each row.
@@ -35,22 +36,22 @@ class State:
 
 @struct.dataclass
 class Choice:
-    """How next tokens are chosen. keys [b]: one PRNG key per row; stop_ids: i32 [n], where -1 matches none; twins:
-    ids have two forms (`sampling.choose_with_form`); unused: ids that are never chosen."""
+    """How next tokens are chosen. keys [b]: one PRNG key per row; stop_ids: i32 [n], where -1 matches none; codec:
+    what the ids mean."""
 
     keys: jax.Array
     how: sampling.Sampler
     stop_ids: jax.Array
-    twins: bool = struct.field(pytree_node=False, default=False)
-    unused: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    codec: Codec = struct.field(pytree_node=False, default=Codec())
 
     def take(self, logits_bv: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens i32 [b] and whether each is a stop id, bool [b]."""
-        if self.unused:
-            logits_bv = logits_bv.at[:, jnp.array(self.unused)].set(-jnp.inf)
-        choose = sampling.choose_with_form if self.twins else sampling.choose
-        token = choose(logits_bv, self.keys, step, self.how)
+        token = self.codec.choose(logits_bv, self.draw(step))
         return token, jnp.any(token[:, None] == self.stop_ids[None], axis=1)
+
+    def draw(self, step: jax.Array) -> sampling.Draw:
+        """One choice in every row. step: i32, one for all rows or [b]."""
+        return sampling.Draw(self.keys, step, self.how)
 
 
 @struct.dataclass
@@ -74,9 +75,9 @@ def decode_params(lm: LM) -> Any:
     leaves = jax.tree.leaves(lm.params)
     known, laid_out = _LAID_OUT.get(id(lm), ([], None))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
-        laid_out = registry.of(lm.config).decode_params(lm.params, lm.config, unroll=unrolls(lm))
-        if (tables := getattr(lm.tokenizer, "tables", None)) is not None:
-            laid_out = laid_out | {"suffix": jax.tree.map(jnp.asarray, tables)}
+        model = registry.of(lm.config)
+        laid_out = model.decode_params(lm.params, lm.config, unroll=unrolls(lm))
+        laid_out |= jax.tree.map(jnp.asarray, model.codec(lm.config).beside(lm.tokenizer))
         if id(lm) not in _LAID_OUT:
             weakref.finalize(lm, _LAID_OUT.pop, id(lm), None).atexit = False
         _LAID_OUT[id(lm)] = leaves, laid_out
@@ -98,7 +99,7 @@ def start(
 
     ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
     instead of a stacked one. suffix: as in Batch. Returns the state and the tokens i32 [b], -1 where a stop id was
-    chosen, and everywhere in models that first have to decide on the form of the prompt's last token (Bolmo).
+    chosen, and everywhere where the form of the prompt's last token is to be chosen first (`Codec.pending`).
     """
     model = registry.of(cfg)
     if model.read_whole(cfg):
@@ -109,7 +110,7 @@ def start(
         last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)
         logits_bv = _logits(params, last_bd, cfg=cfg)
     cache = model.unstack(cache) if unroll else cache
-    if model.PENDING:
+    if choice.codec.pending:
         token, done, made = _last(choice, logits_bv, ids_bt, length_b)
         return State(cache, token, done, made), jnp.full_like(token, -1)
     return _begin(cache, logits_bv, choice, cfg)
@@ -143,14 +144,14 @@ def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
 def read_prompt(
     params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
 ) -> tuple[Any, Any]:
-    """(logits after the last token of every prompt, or that before it where the last one is pending, float32 [b, v],
+    """(logits after the last token of every prompt, or that before it where the codec has it pending, float32 [b, v],
     and the cache), and what was lost."""
     model = registry.of(cfg)
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
     x_btd, cache, aux = model.hidden(params, batch, cfg=cfg, cache=model.init_cache(cfg, b, capacity))
-    last = jnp.maximum(length_b - 1 - model.PENDING, 0)
+    last = jnp.maximum(length_b - 1 - model.codec(cfg).pending, 0)
     last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
     return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
 
@@ -166,12 +167,8 @@ def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, 
 def _last(
     choice: Choice, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The last token of every prompt in the form that is chosen for it; the only one of a prompt ends a patch."""
-    half = logits_bv.shape[1] // 2
-    token = jnp.take_along_axis(ids_bt, (length_b - 1)[:, None], axis=1)[:, 0] % half
     # No step of its own has this number.
-    token = sampling.choose_form(logits_bv, token, choice.keys, jnp.int32(-1), choice.how)
-    token = jnp.where(length_b == 1, token % half + half, token)
+    token = choice.codec.begin(logits_bv, ids_bt, length_b, choice.draw(jnp.int32(-1)))
     return token, token < 0, jnp.zeros_like(token)
 
 

@@ -28,10 +28,11 @@ from atom_jax.inference.decode import (
     start,
     unrolls,
 )
-from atom_jax.inference.score import check_ids, subwords
+from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
+from atom_jax.models.family import Codec
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
 
@@ -116,8 +117,8 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    model, keys = registry.of(lm.config), _row_keys(key, len(rows))
-    choice = Choice(keys, how, _stop_ids(lm, stop_ids), twins=model.TWINS, unused=model.UNUSED)
+    codec, keys = registry.of(lm.config).codec(lm.config), _row_keys(key, len(rows))
+    choice = Choice(keys, how, _stop_ids(lm, stop_ids, codec), codec)
     parts = 1 if keep_memory or memory is not None else _parts(lm, len(rows))
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
@@ -195,7 +196,8 @@ class _Run:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(longest + room, LEAST)
-        suffix = subwords(self.lm, ids, np.arange(ids.shape[1])[None] < lengths[:, None])
+        mask = np.arange(ids.shape[1])[None] < lengths[:, None]
+        suffix = self.choice.codec.suffix(self.lm.tokenizer, ids, mask)
         self.state, token = start(
             params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
         )
@@ -319,16 +321,14 @@ def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     return np.concatenate([np.array(tokenizer.front, ids.dtype), ids]) if first else ids
 
 
-def _stop_ids(lm: LM, stop_ids: Sequence[int] | None) -> np.ndarray:
+def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarray:
     """i32 array, filled up with -1 to a multiple of 8, so that their number does not recompile."""
     if stop_ids is None:
         known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
         stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
     ids = np.array(sorted(stop_ids), np.int64)
     check_ids(ids, lm.config.vocab_size)
-    if registry.of(lm.config).TWINS:
-        half = lm.config.vocab_size // 2
-        ids = np.unique(np.concatenate([ids % half, ids % half + half]))
+    ids = codec.forms(ids)
     return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
 
 

@@ -46,6 +46,35 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
 
 
+@struct.dataclass
+class Draw:
+    """One choice per row (`models.family.Draw`). keys [b]: typed PRNG keys; step: i32, one for all rows or [b],
+    different for every token of a row."""
+
+    keys: jax.Array
+    step: jax.Array
+    how: Sampler
+
+    @property
+    def cold(self) -> jax.Array:
+        """bool []: whether the likeliest is taken."""
+        return self.how.temperature < COLDEST
+
+    def token(self, logits_bv: jax.Array) -> jax.Array:
+        """Tokens i32 [b], as `choose` draws them."""
+        return choose(logits_bv, self.keys, self.step, self.how)
+
+    def yes(self, log_odds_b: jax.Array) -> jax.Array:
+        """bool [b]: the likelier side at temperature 0, else drawn as the model has it, with a key of its own."""
+
+        def draw() -> jax.Array:
+            keys = jax.vmap(jax.random.fold_in)(self.keys, jnp.broadcast_to(self.step, self.keys.shape))
+            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+            return uniform < jax.nn.sigmoid(log_odds_b)
+
+        return jax.lax.cond(self.cold, lambda: log_odds_b > 0, draw)
+
+
 def choose(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler) -> jax.Array:
     """The next token i32 [b] of every row. Row r draws with fold_in(keys_b[r], step[r]).
 
@@ -69,46 +98,6 @@ def greedy(logits_bv: jax.Array) -> jax.Array:
     best = logits_bv >= logits_bv.max(-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits_bv.shape, logits_bv.ndim - 1)
     return jnp.where(best, ids, v - 1).min(-1)
-
-
-def merge(logits_bv: jax.Array) -> jax.Array:
-    """Logits of ids of which the second half of the vocabulary holds other forms: float32 [b, v / 2], log of the sums
-    of both forms' weights."""
-    plain, other = jnp.split(logits_bv.astype(jnp.float32), 2, axis=-1)
-    return jnp.logaddexp(plain, other)
-
-
-def choose_form(logits_bv: jax.Array, token_b: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler):
-    """token_b (in the first half of the vocabulary), or its other form, i32 [b].
-
-    At temperature 0 the likelier one; else drawn as the model has it, whatever the temperature: which bytes make a
-    patch is no matter of taste. Draws with a key of its own for the same step.
-    """
-    half = logits_bv.shape[-1] // 2
-    pair = jnp.take_along_axis(logits_bv, jnp.stack([token_b, token_b + half], axis=1), axis=1).astype(jnp.float32)
-
-    def draw() -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in)(keys_b, jnp.broadcast_to(step, keys_b.shape))
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
-        return uniform < jax.nn.sigmoid(pair[:, 1] - pair[:, 0])
-
-    other = jax.lax.cond(how.temperature < COLDEST, lambda: pair[:, 1] > pair[:, 0], draw)
-    return token_b + half * other.astype(jnp.int32)
-
-
-def choose_with_form(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler) -> jax.Array:
-    """The next token i32 [b] where every token has two forms, in the two halves of the vocabulary (Bolmo: the same
-    byte inside a patch and at its end).
-
-    At temperature 0 the likeliest id of all, as the official code has it. Else the token is drawn by the sum of its
-    forms, with temperature, top_k, top_p and min_p as in `choose`, and then its form (`choose_form`): at temperature
-    1 without cuts that is a draw from all ids.
-    """
-
-    def draw() -> jax.Array:
-        return choose_form(logits_bv, choose(merge(logits_bv), keys_b, step, how), keys_b, step, how)
-
-    return jax.lax.cond(how.temperature < COLDEST, lambda: greedy(logits_bv), draw)
 
 
 def restrict(logits_bv: jax.Array, how: Sampler) -> jax.Array:

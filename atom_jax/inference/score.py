@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.inference import sampling
 from atom_jax.models import registry
-from atom_jax.typing import LM, AtomError, Batch, Output, Suffix
+from atom_jax.typing import LM, AtomError, Batch, Output
 
 # Logits that `logprobs` holds at once.
 BLOCK = 2**24
@@ -74,17 +73,7 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     # Ids of padding may be anything, for example -1.
     clean = np.where(mask, ids, 0)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
-    return batch.replace(suffix=subwords(lm, clean, mask))
-
-
-def subwords(lm: LM, ids_bt: np.ndarray, mask_bt: np.ndarray) -> Suffix | None:
-    """The subwords that end at each position, for models that look at them; found on the host."""
-    if not getattr(lm.config, "subwords", 0) or getattr(lm.tokenizer, "tables", None) is None:
-        return None
-    states = lm.tokenizer.suffix_states(ids_bt)
-    last = np.max(np.where(mask_bt, np.arange(ids_bt.shape[1])[None], 0), axis=1)
-    state = np.take_along_axis(states, last[:, None], axis=1)[:, 0]
-    return Suffix(jnp.asarray(lm.tokenizer.tables.out[states]), jnp.asarray(state))
+    return batch.replace(suffix=registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, clean, mask))
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
@@ -103,10 +92,9 @@ def _apply(params: Any, batch: Batch, *, cfg: Any) -> tuple[Output, Any]:
 @functools.partial(jax.jit, static_argnames=("cfg", "marginal"))
 def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[jax.Array, Any]:
     model = registry.of(cfg)
+    codec = model.codec(cfg)
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
-    targets_bt = jnp.roll(batch.ids, -1, axis=1)
-    if model.TWINS:
-        targets_bt = model.fuse(targets_bt, aux)
+    targets_bt = codec.fuse(jnp.roll(batch.ids, -1, axis=1), aux)
     b, t, d = x_btd.shape
     n = b * (t - 1)
     block = min(n, max(16, BLOCK // cfg.vocab_size))
@@ -114,9 +102,8 @@ def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[j
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_nd, target_n = inputs
         logits = model.logits(params, x_nd[None], cfg=cfg)[0]
-        if model.TWINS and marginal:
-            logits = sampling.merge(logits)
-            target_n = target_n % logits.shape[-1]
+        if marginal:
+            logits, target_n = codec.merge(logits), codec.plain(target_n)
         chosen = jnp.take_along_axis(logits, target_n[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -102,6 +102,10 @@ class Policy:
         can be given in one call."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """The policy in a line of `info`."""
+        return self.name
+
 
 def stack_layers(layer: Any, n: int) -> Any:
     """n copies of an empty layer, on a new leading axis."""

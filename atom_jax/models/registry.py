@@ -1,28 +1,29 @@
-"""From a model configuration to the module with its pure functions: spec, hidden, logits, apply; init_cache, full,
-grow, unstack, cache_use, decode_params, read_whole, step for generation; and roomier.
-
-And three constants. TWINS: whether ids have two forms, in the two halves of the vocabulary (such a model has `fuse`,
-which puts targets in the form that they have in a text). UNUSED: ids that are never generated. PENDING: whether the
-form of a prompt's last token is chosen before the first new token."""
+"""All kinds of models, by their configurations."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
-from atom_jax.models import bolmo, hnet, transformer
+from atom_jax.models import bolmo, hnet, transformer_family
+from atom_jax.models.family import Family
 from atom_jax.typing import AtomError
 
-MODELS: dict[type, ModuleType] = {
-    transformer.TransformerConfig: transformer,
-    hnet.HNetConfig: hnet,
-    bolmo.BolmoConfig: bolmo,
-}
+FAMILIES: dict[str, Family] = {}
 
 
-def of(cfg: Any) -> ModuleType:
-    """The model module for a configuration. Raises AtomError for a configuration of an unknown type."""
-    if type(cfg) not in MODELS:
-        known = ", ".join(c.__name__ for c in MODELS)
+def register(family: Family) -> None:
+    """Makes a kind of model known to everything that works with models."""
+    FAMILIES[family.name] = family
+
+
+for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY):
+    register(_family)
+
+
+def of(cfg: Any) -> Family:
+    """The family of a configuration. Raises AtomError for one of an unknown type or name."""
+    family = FAMILIES.get(getattr(cfg, "family", None))
+    if family is None or type(cfg) is not family.config:
+        known = ", ".join(FAMILIES)
         raise AtomError(f"no model for configurations of type {type(cfg).__name__}; known: {known}")
-    return MODELS[type(cfg)]
+    return family

@@ -29,12 +29,9 @@ from atom_jax.sharding import constrain, share
 from atom_jax.typing import AtomError, Batch, Output
 
 __all__ = [
-    "FAMILIES", "PENDING", "TWINS", "UNUSED", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params",
-    "full", "grow", "hidden", "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "FAMILIES", "TransformerConfig", "apply", "blocks", "cache_use", "decode_params", "full", "grow", "hidden",
+    "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip
-
-# See `registry`.
-PENDING, TWINS, UNUSED = False, False, ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,7 @@ def _judge(params: Any, batch: Batch, cfg: BolmoConfig, lengths: np.ndarray) -> 
     both, ours, theirs = (total(m & decided) for m in (found & batch.marks, found, batch.marks))
     size, count = counted_bytes(lengths, batch).astype(jnp.float32), jnp.sum(counts, dtype=jnp.int32)
     agree = accuracy(found, batch.marks, batch)
-    nats = -total(pick(bolmo.fuse(batch.targets, aux)))
+    nats = -total(pick(bolmo.codec(cfg).fuse(batch.targets, aux)))
     return Sums(
         objective=nats,
         nats=nats,

@@ -18,7 +18,8 @@ from atom_jax import config, sharding
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.store import Store, has_begun
 from atom_jax.data.pipeline import make_iterator, merge_states
-from atom_jax.models.flops import forward_flops
+from atom_jax.inference.generate import generate
+from atom_jax.models import registry
 from atom_jax.training import plots, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
@@ -127,7 +128,7 @@ class _Run:
                 params, notes = start.parameters(self.exp, shardings(self.program.state).params)
             if self.exp.fit is not None:
                 params = start.fitted(self.exp, params, self.data)
-            flops = forward_flops(self.exp.model, self.exp.data.seq_len)
+            flops = registry.of(self.exp.model).flops(self.exp.model, self.exp.data.seq_len)
             size = f"{params_lib.count(_own(self.program.spec)):,} parameters on {self.program.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"
             return self.program.initial(params), 0, [size, *notes]
@@ -191,8 +192,6 @@ class _Run:
         self.recorder.validation(self.at, self.validation)
         cfg = self.exp.train
         if cfg.sample_prompt and jax.process_count() == 1:
-            from atom_jax.inference.generate import generate
-
             lm = LM(self.exp.model, _own(self.program.averaged(self.state)), self.program.tokenizer)
             sample = generate(
                 lm, [cfg.sample_prompt], cfg.sample_tokens, temperature=0.8, key=jax.random.key(self.at)

@@ -66,7 +66,7 @@ def next_token(
     x_btd, _, aux = model.hidden(params, batch, cfg=cfg, key=key)
     b, t, _ = x_btd.shape
     mask = batch.loss_mask.astype(jnp.float32)
-    goals = model.fuse(batch.targets, aux) if model.TWINS else batch.targets
+    goals = model.codec(cfg).fuse(batch.targets, aux)
 
     late, tables = aux.get("entropy_loss"), gathered(params)
 

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from atom_jax import config, sharding, tokenizers
+from atom_jax import checkpoint, config, sharding, tokenizers
 from atom_jax import params as params_lib
+from atom_jax.checkpoint import adapters
 from atom_jax.data import vocabulary
 from atom_jax.models import registry
 from atom_jax.training import byteify, losses
@@ -55,7 +56,7 @@ def tokenizer(exp: Experiment) -> Any:
     """The tokenizer that the experiment names, or that of `init_from`; for a Bolmo to be made, bytes with the
     subwords of its source. One that has to be trained is made anew every time; the same text gives the same."""
     if exp.byteify is not None:
-        return tokenizers.BolmoTokenizer(_opened_source(exp.byteify)[1])
+        return tokenizers.BolmoTokenizer(_described_source(exp.byteify)[1])
     if tokenizers.is_trained(exp.tokenizer):
         return vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources)
     if exp.tokenizer:
@@ -73,9 +74,6 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     Learned evictors (attn/dms) that are absent there take the initial values of the experiment's seed.
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
-    from atom_jax import checkpoint
-    from atom_jax.checkpoint import adapters
-
     if exp.byteify is not None and exp.byteify.stage == 1:
         return _byteified(exp, shardings), [f"a Bolmo made of {exp.byteify.source}"]
     there, _ = _given(exp, "model")
@@ -127,18 +125,16 @@ def source_bits(exp: Experiment, program: Any, batches: Iterator[dict[str, Any]]
 
 
 def _loaded_source(how: ByteifyConfig, mesh: Any) -> LM:
-    from atom_jax import checkpoint
-
-    cfg = _opened_source(how)[0]
+    cfg = _described_source(how)[0]
     places = sharding.shardings(registry.of(cfg).spec(cfg), mesh)
     return checkpoint.load(how.source, dtype="float32", shardings=places)
 
 
-def _opened_source(how: ByteifyConfig) -> tuple[Any, Any]:
+def _described_source(how: ByteifyConfig) -> tuple[Any, Any]:
     """(configuration, tokenizer) of the model that a Bolmo is made of."""
     if not how.source:
         raise AtomError("byteify.source is not set: which model is the Bolmo to be made of?")
-    cfg, found = opened(how.source)
+    cfg, found = checkpoint.load_config(how.source)
     if not hasattr(found, "pieces"):
         raise AtomError(f"byteify.source {how.source}: has no tokenizer.json, whose subwords a Bolmo needs")
     return cfg, found
@@ -187,19 +183,4 @@ def _given(exp: Experiment, what: str) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of `init_from`."""
     if not exp.init_from:
         raise AtomError(f"{what} is not set, and there is no init_from to take it from")
-    return opened(exp.init_from)
-
-
-def opened(name: str) -> tuple[Any, Any]:
-    """(model configuration, tokenizer) of a checkpoint."""
-    from atom_jax import checkpoint
-    from atom_jax.checkpoint import store
-
-    path = checkpoint.find(name)
-    kind = checkpoint.kind_of(path)
-    if kind == "orbax":
-        return store.load_config(path)
-    if kind == "hf":
-        return checkpoint.load_config(path)
-    lm = checkpoint.load(path)
-    return lm.config, lm.tokenizer
+    return checkpoint.load_config(exp.init_from)

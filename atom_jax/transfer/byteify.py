@@ -125,7 +125,7 @@ def stage1(
     patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
     x_btd, _ = forward.decode(p, patches, h_btd, plan, tokens, cfg)
     logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
-    targets = bolmo.fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
+    targets = bolmo.codec(cfg).fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
     chosen_bt = jnp.where(batch.loss_mask, _pick(logp_btv, targets), 0.0)
     filled = jnp.mean(batch.loss_mask.astype(jnp.float32)) if how.official_means else 1.0
     cross_entropy = -jnp.sum(chosen_bt) / jnp.sum(batch.loss_mask) / filled
@@ -158,7 +158,7 @@ def stage2(
     """
     x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg)
     logp_btv = jax.nn.log_softmax(bolmo.logits(p, x_btd, cfg=cfg))
-    chosen_bt = _pick(logp_btv, bolmo.fuse(batch.targets, aux))
+    chosen_bt = _pick(logp_btv, bolmo.codec(cfg).fuse(batch.targets, aux))
     loss = -jnp.sum(jnp.where(batch.loss_mask, chosen_bt, 0.0)) / jnp.sum(batch.loss_mask)
     if official_means:
         loss = loss / jnp.mean(batch.loss_mask.astype(jnp.float32))

@@ -9,9 +9,9 @@ import pytest
 import atom_jax
 from atom_jax import config, params
 from atom_jax.__main__ import main
-from atom_jax.aot import generation as compile_only
+from atom_jax.aot.generation import described, generation
+from atom_jax.aot.scoring import scoring
 from atom_jax.aot.topology import GIB, Chip
-from atom_jax.evaluation import run
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.dms import DMS
@@ -26,12 +26,12 @@ CFG = TransformerConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_di
 
 @pytest.fixture(scope="module")
 def report():
-    return compile_only.generation(LM(CFG, None, None), 4, 100, "cpu:8", MeshConfig(tensor=2))
+    return generation(LM(CFG, None, None), 4, 100, "cpu:8", MeshConfig(tensor=2))
 
 
 def test_generation(report):
     before = len(jax.live_arrays())
-    again = compile_only.generation(LM(CFG, None, None), 4, 100, "cpu:8", MeshConfig(tensor=2))
+    again = generation(LM(CFG, None, None), 4, 100, "cpu:8", MeshConfig(tensor=2))
     assert len(jax.live_arrays()) == before
     assert list(again.programs) == ["prompt", "token"] and again.fits
     whole = 4 * params.count(transformer.spec(CFG)) / GIB
@@ -56,28 +56,28 @@ def test_where_it_does_not_fit(report):
 
 def test_learned_evictors_read_prompts_in_parts():
     lm = LM(dataclasses.replace(CFG, memory=DMS(window=16, cr=8.0)), None, None)
-    found = compile_only.generation(lm, 2, 3000, "cpu:1")
+    found = generation(lm, 2, 3000, "cpu:1")
     assert list(found.programs) == ["1024 of a prompt", "token"]
     assert "of which every head keeps 391" in str(found)
-    dense = compile_only.generation(LM(CFG, None, None), 2, 3000, "cpu:1")
+    dense = generation(LM(CFG, None, None), 2, 3000, "cpu:1")
     assert found.programs["token"].arguments < dense.programs["token"].arguments
 
 
 def test_a_sequence_too_long_or_empty():
     for rows, length in ((1, 4096), (1, 0), (0, 5)):
         with pytest.raises(AtomError, match="at least one row of 1 to 4095 tokens"):
-            compile_only.generation(LM(CFG, None, None), rows, length, "cpu:1")
+            generation(LM(CFG, None, None), rows, length, "cpu:1")
 
 
 @pytest.mark.parametrize("name", ["configs/units.py:tiny", "configs/bolmo.py:tiny"])
 def test_models_of_units(name):
-    found = compile_only.generation(compile_only.described(None, name), 2, 50, "cpu:1")
+    found = generation(described(None, name), 2, 50, "cpu:1")
     assert found.fits and set(found.programs) == {"prompt", "token"}
 
 
 def test_scoring():
     cfg = config.override(EvalConfig(), ["max_length=64", "batch_tokens=1024"])
-    found = run.needs(LM(CFG, None, None), cfg, "cpu:8")
+    found = scoring(LM(CFG, None, None), cfg, "cpu:8")
     assert list(found.programs) == ["states", "scores"] and "8 x cpu" in str(found)
     assert "16 rows of 64 tokens" in str(found)
     assert found.programs["scores"].total > found.programs["scores"].new > 0
@@ -96,5 +96,5 @@ def test_the_commands(tmp_path, capsys):
 
 def test_the_real_compiler():
     pytest.importorskip("libtpu")
-    found = compile_only.generation(LM(dataclasses.replace(CFG, head_dim=128), None, None), 2, 100, "v5e:2x2")
+    found = generation(LM(dataclasses.replace(CFG, head_dim=128), None, None), 2, 100, "v5e:2x2")
     assert found.fits and np.isfinite(found.programs["token"].total)

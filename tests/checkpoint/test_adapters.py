@@ -12,10 +12,10 @@ import pytest
 import atom_jax
 from atom_jax import checkpoint, sharding
 from atom_jax.checkpoint import adapters, store
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import hnet, transformer
+from atom_jax.models.hnet import chunking
 from atom_jax.sharding import MeshConfig
 from atom_jax.typing import LM, AtomError
 from tests.checkpoint.test_dms_checkpoints import OBSERVED, make

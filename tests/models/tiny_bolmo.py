@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import atom_jax
-from atom_jax.inference.score import subwords
+from atom_jax.models import bolmo
 from atom_jax.typing import LM, Batch
 
 DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "golden" / "bolmo"
@@ -47,4 +47,6 @@ def batch(rows, left=False, lm=None) -> Batch:
         at = slice(t - len(row), t) if left else slice(0, len(row))
         i[at], m[at] = row, True
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
-    return Batch(ids, positions, mask.astype(np.int32), suffix=subwords(lm or model(), ids, mask))
+    lm = lm or model()
+    suffix = bolmo.codec(lm.config).suffix(lm.tokenizer, ids, mask)
+    return Batch(ids, positions, mask.astype(np.int32), suffix=suffix)

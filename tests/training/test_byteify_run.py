@@ -11,7 +11,7 @@ import pytest
 
 import atom_jax
 from atom_jax import config, params
-from atom_jax.aot import training as compile_only
+from atom_jax.aot.training import check
 from atom_jax.data import vocabulary
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import transformer
@@ -129,7 +129,7 @@ def test_the_result_in_the_published_layout(source, whole, tmp_path):
 @pytest.mark.parametrize("variant", ["tiny_byteify", "tiny_byteify_first"])
 def test_the_steps_compile_without_a_source(variant):
     exp = bolmo.tiny_byteify()
-    report = compile_only.check(exp.first if variant.endswith("first") else exp, "cpu:8")
+    report = check(exp.first if variant.endswith("first") else exp, "cpu:8")
     assert report.fits and report.needed > 0
 
 

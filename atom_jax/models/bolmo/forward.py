@@ -96,14 +96,6 @@ def hidden(
     return x_btd, Cache(state, jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)), aux
 
 
-def fuse(targets_bt: jax.Array, aux: dict[str, Any]) -> jax.Array:
-    """Targets (each the next position's id) with what the predictor says of the position that each stands at: ids
-    from 260 on where it ends a patch there."""
-    mark = aux["boundaries"][0]
-    after = jnp.pad(mark[:, 1:], ((0, 0), (0, 1)))
-    return targets_bt % FUSED + FUSED * after
-
-
 def encode(p: Tree, batch: Batch, cfg: BolmoConfig, states: Any = None) -> tuple[jax.Array, Any]:
     """Normalised encoder states [b, t, d] of bytes and their suffix subwords, and the memory of the encoder."""
     x_btd = lookup(p["embed"], batch.ids % FUSED, cfg.dtype)

@@ -18,13 +18,6 @@ from atom_jax.params import Tree
 from atom_jax.tokenizers.suffix import advance
 from atom_jax.typing import AtomError, Batch, Suffix
 
-# Of a prompt's last byte it is not known whether it ends a patch: generation begins with that decision.
-PENDING = True
-# Ids from 260 on are the others once more.
-TWINS = True
-# Ids that are never generated: padding, and two without a meaning.
-UNUSED = (0, 2, 3, FUSED, FUSED + 2, FUSED + 3)
-
 
 def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
     """Reads the next byte of every row; rows whose byte ends a patch wait until enough others do.

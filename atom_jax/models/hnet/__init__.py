@@ -9,12 +9,13 @@ With the cosine router, pool "first" and EMA mixing this is H-Net as released; o
 pooling, MAGNET, MegaByte, BLT-like and word models (`configs/units.py`).
 """
 
-from atom_jax.models.hnet.config import HNetConfig, read_whole, roomier, spec
+from atom_jax.models.hnet.config import HNetConfig, chunking, read_whole, roomier, spec
+from atom_jax.models.hnet.family import FAMILY
 from atom_jax.models.hnet.forward import apply, hidden, logits
 from atom_jax.models.hnet.memory import cache_use, decode_params, full, grow, init_cache, unstack
-from atom_jax.models.hnet.waiting import PENDING, TWINS, UNUSED, step
+from atom_jax.models.hnet.waiting import step
 
 __all__ = [
-    "PENDING", "TWINS", "UNUSED", "HNetConfig", "apply", "cache_use", "decode_params", "full", "grow", "hidden",
-    "init_cache", "logits", "read_whole", "roomier", "spec", "step", "unstack",
+    "FAMILY", "HNetConfig", "apply", "cache_use", "chunking", "decode_params", "full", "grow", "hidden", "init_cache",
+    "logits", "read_whole", "roomier", "spec", "step", "unstack",
 ]  # fmt: skip

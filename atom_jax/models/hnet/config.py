@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from atom_jax import config
 from atom_jax.chunking import pooling, rules, upsampling
 from atom_jax.chunking.config import Chunking
+from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.types import END
 from atom_jax.models import stack
 from atom_jax.models.stack import Width
@@ -197,6 +199,12 @@ def roomier(cfg: HNetConfig) -> HNetConfig | None:
     # Bounded: 0.25, 0.5, 1 and the like, so few programs are ever compiled.
     wider = tuple(dataclasses.replace(c, capacity=min(1.0, 2 * c.capacity)) for c in cfg.chunking)
     return dataclasses.replace(cfg, chunking=wider)
+
+
+def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chunking:
+    """H-Net's own way to find, pool, smooth and spread its units."""
+    return Chunking(rule=Cosine(target=target), pool="first", mix="ema", upsample="repeat", residual="linear",
+                    confidence=True, capacity=capacity, **changes)  # fmt: skip
 
 
 def lr_factors(d_model: tuple[int, ...], targets: tuple[float, ...], base: float = 4.6) -> tuple[float, ...]:

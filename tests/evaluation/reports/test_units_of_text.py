@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import atom_jax
 from atom_jax import params
-from atom_jax.checkpoint.hnet_hf import chunking
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.chunking.rules.spaces import Spaces
@@ -18,6 +17,7 @@ from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.chunking.types import END, START
 from atom_jax.evaluation.reports import unit_strip, units
 from atom_jax.models import hnet
+from atom_jax.models.hnet import chunking
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.tokenizers.hat import HatTokenizer
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer

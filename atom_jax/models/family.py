@@ -1,0 +1,127 @@
+"""What the library asks of a kind of model: one record (`Family`), registered once (`models.registry`), and what its
+ids mean (`Codec`), which generation, scoring and losses ask for alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.params import Tree
+from atom_jax.typing import Suffix
+
+
+class Draw(Protocol):
+    """One choice for each of b rows, as the user asked for it (`inference.sampling.Draw`)."""
+
+    cold: jax.Array  # bool [], whether the likeliest is taken
+
+    def token(self, logits_bv: jax.Array) -> jax.Array:
+        """Tokens i32 [b]."""
+        ...
+
+    def yes(self, log_odds_b: jax.Array) -> jax.Array:
+        """bool [b], the likelier side, or drawn as the model has it whatever the temperature; independent of
+        `token`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """What ids mean. Of this one every id is a token and nothing else; other families derive theirs from it.
+
+    pending: whether the form of a prompt's last token is chosen (`begin`) before the first new token.
+    unused: ids that are never made. looks: whether batches need `suffix` (`Suffix`).
+    """
+
+    pending: ClassVar[bool] = False
+    unused: ClassVar[tuple[int, ...]] = ()
+    looks: ClassVar[bool] = False
+
+    def choose(self, logits_bv: jax.Array, draw: Draw) -> jax.Array:
+        """The next token i32 [b] of every row."""
+        if self.unused:
+            logits_bv = logits_bv.at[:, jnp.array(self.unused)].set(-jnp.inf)
+        return self.pick(logits_bv, draw)
+
+    def pick(self, logits_bv: jax.Array, draw: Draw) -> jax.Array:
+        """As `choose`, from logits in which unused ids are impossible."""
+        return draw.token(logits_bv)
+
+    def begin(self, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array, draw: Draw) -> jax.Array:
+        """The last token i32 [b] of prompts ids_bt with length_b tokens each, in the form that is chosen for it from
+        the logits before it. For codecs with `pending`."""
+        raise NotImplementedError
+
+    def forms(self, ids: np.ndarray) -> np.ndarray:
+        """All ids that are one of these [n] in some form, ascending."""
+        return np.unique(ids)
+
+    def plain(self, ids: Any) -> Any:
+        """Ids without their form, as `merge` numbers them."""
+        return ids
+
+    def merge(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., v] in which the forms of an id are one: log of the sum of their weights."""
+        return logits
+
+    def fuse(self, targets_bt: jax.Array, aux: dict[str, Any]) -> jax.Array:
+        """Targets (each the next position's id) in the form that they have in this text. aux: what the model reported
+        of the positions."""
+        return targets_bt
+
+    def beside(self, tokenizer: Any) -> dict[str, Any]:
+        """What `step` needs beside the parameters, arrays by name; empty where the tokenizer lacks it."""
+        return {}
+
+    def suffix(self, tokenizer: Any, ids_bt: np.ndarray, mask_bt: np.ndarray) -> Suffix | None:
+        """The `suffix` of a batch whose real positions the mask says, found on the host; None where the model needs
+        none, or the tokenizer has none."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model: its pure functions, and what else differs between kinds.
+
+    name: `cfg.family` of its configurations, of the type `config`.
+    spec(cfg): ParamSpec tree.
+    apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
+        states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
+    init_cache(cfg, batch_size, capacity, dtype=None), full(cache), grow(cache, more=1), unstack(cache),
+        cache_use(cache, cfg): the memory of generation. read_whole(cfg): whether prompts are read in one call.
+    step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
+    decode_params(p, cfg, unroll): parameters laid out for generation.
+    roomier(cfg): the same model with room for more units, or None where it loses none.
+    flops(cfg, length): operations (two per multiply-add) of the forward pass over one row of `length` tokens, per
+        token. Matrix products, attention scores and state-space products count; norms, activations, gathers and the
+        embedding don't. Learned units count as many chunks as are computed, used or not. Training costs three times
+        as much (four with remat).
+    describe(cfg): (label, text) of sizes, positions and memory, for `info`.
+    codec(cfg): what its ids mean.
+    examples(): small configurations by name, which together take every path; for tests.
+    """
+
+    name: str
+    config: type
+    spec: Callable[[Any], Tree]
+    apply: Callable[..., Any]
+    hidden: Callable[..., Any]
+    logits: Callable[..., jax.Array]
+    init_cache: Callable[..., Any]
+    full: Callable[[Any], jax.Array]
+    grow: Callable[..., Any]
+    unstack: Callable[[Any], Any]
+    cache_use: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    read_whole: Callable[[Any], bool]
+    step: Callable[..., Any]
+    decode_params: Callable[[Tree, Any, bool], Tree]
+    roomier: Callable[[Any], Any]
+    flops: Callable[[Any, int], float]
+    describe: Callable[[Any], list[tuple[str, str]]]
+    examples: Callable[[], Mapping[str, Any]]
+    codec: Callable[[Any], Codec] = lambda cfg: Codec()
