@@ -318,7 +318,7 @@ def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     if tokenizer is None:
         raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
     ids = np.asarray(tokenizer.encode(text))
-    return np.concatenate([np.array(tokenizer.front, ids.dtype), ids]) if first else ids
+    return np.concatenate([np.array(getattr(tokenizer, "front", ()), ids.dtype), ids]) if first else ids
 
 
 def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarray:

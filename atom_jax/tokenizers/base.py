@@ -51,4 +51,4 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     """Ids that stand before a document in training, so that its first token has something to be predicted from: the
     tokenizer's front, else bos, else eos; none where it has none of them."""
     ends = tokenizer.eos_ids[:1] if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return list(tokenizer.front or ends)
+    return list(getattr(tokenizer, "front", ()) or ends)
