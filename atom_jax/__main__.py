@@ -217,11 +217,12 @@ def _instructify(argv: list[str]) -> None:
 def _info(argv: list[str]) -> None:
     known = _Flags("info PATH", "Says what is in a checkpoint.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
+    known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
 
-    print(cli.info(path, values.tensors))
+    print(cli.info(path, values.tensors, values.verify))
 
 
 def _summary(argv: list[str]) -> None:

@@ -78,6 +78,8 @@ class LM:
     config: Any
     params: Any
     tokenizer: Any
+    # What is made of it once and serves for long (`session.laid_out`). Copies with other fields begin without it.
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def family(self) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gzip
 import json
 import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ BOM = codecs.BOM_UTF8  # some editors put it before a text, of which it is no pa
 _READ = 1 << 20
 # Packed text is rarely a tenth of itself; a file that says to be 200 times as long is not a text.
 _EXPANSION, _HARMLESS = 200, 1 << 26
+_SAMPLE = 32
 
 
 class Corpus(Protocol):
@@ -30,10 +32,12 @@ class Corpus(Protocol):
 
     what:  the source's name for messages.
     sizes: i64 [n] bytes of every document, or None where finding out means reading everything.
+    crc:   CRC-32 of the text, wherever it lies: what tells one text from another.
     """
 
     what: str
     sizes: np.ndarray | None
+    crc: int
 
     def __len__(self) -> int: ...
 
@@ -49,6 +53,7 @@ class Texts:
         self.what = what
         self.texts = [t for t in texts if t]
         self.sizes = np.array([len(t) for t in self.texts], np.int64)
+        self.crc = crc_of(self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,8 +69,9 @@ class Files:
     def __init__(self, what: str, paths: Sequence[pathlib.Path]):
         self.what = what
         found = [(p, *check_file(p)) for p in paths]
-        self.files = [(path, first) for path, first, size in found if size]
-        self.sizes = np.array([size for _, _, size in found if size], np.int64)
+        self.files = [(path, first) for path, first, size, _ in found if size]
+        self.sizes = np.array([size for _, _, size, _ in found if size], np.int64)
+        self.crc = crc_of(b"%d %d " % (size, crc) for _, _, size, crc in found if size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -84,7 +90,7 @@ class JsonLines:
         self.what = str(path)
         self.path = path
         self.field = field
-        starts, sizes, at = [], [], 0
+        starts, sizes, at, self.crc = [], [], 0, 0
         with open_file(path) as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -92,7 +98,7 @@ class JsonLines:
                     if size:
                         starts.append((at, len(line)))
                         sizes.append(size)
-                at += len(line)
+                at, self.crc = at + len(line), zlib.crc32(line, self.crc)
         self.lines = np.array(starts, np.int64).reshape(-1, 2)
         self.sizes = np.array(sizes, np.int64)
 
@@ -107,7 +113,10 @@ class JsonLines:
 
 
 class Records:
-    """One document per record of a data source (array_record, tfds); each is checked when it is read."""
+    """One document per record of a data source (array_record, tfds); each is checked when it is read.
+
+    crc is that of _SAMPLE records spread over the source and of their number: reading all would take too long.
+    """
 
     sizes = None
 
@@ -116,6 +125,12 @@ class Records:
         self.what = what
         self.source = source
         self.field = field
+
+    @functools.cached_property
+    def crc(self) -> int:
+        n = len(self)
+        chosen = sorted({i * (n - 1) // max(_SAMPLE - 1, 1) for i in range(min(_SAMPLE, n))})
+        return crc_of([b"%d " % n, *map(self.read, chosen)])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -142,6 +157,7 @@ class Subset:
         self.what = corpus.what
         self.corpus = corpus
         self.indices = indices
+        self.crc = corpus.crc
         self.sizes = None if corpus.sizes is None else corpus.sizes[np.array(indices, np.int64)]
 
     def __len__(self) -> int:
@@ -160,6 +176,7 @@ class Spans:
         self.corpus = corpus
         self.spans = spans
         self.sizes = np.array([stop - start for _, start, stop in spans], np.int64)
+        self.crc = corpus.crc
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -178,6 +195,7 @@ class Joined:
         self.ends = np.cumsum([len(p) for p in parts])
         known = all(p.sizes is not None for p in parts)
         self.sizes = np.concatenate([p.sizes for p in parts]) if known else None
+        self.crc = crc_of(b"%d " % p.crc for p in parts)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -225,10 +243,15 @@ def check_utf8(text: bytes, where: str) -> None:
         raise AtomError(f"{where} is not UTF-8 at byte {e.start}.") from None
 
 
-def check_file(path: pathlib.Path) -> tuple[int, int]:
-    """Returns where the text of a file begins and its size in bytes; AtomError with the byte offset if it is not
-    UTF-8."""
-    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+def crc_of(texts: Iterable[bytes]) -> int:
+    """Returns the CRC-32 of texts one after the other."""
+    return functools.reduce(lambda crc, text: zlib.crc32(text, crc), texts, 0)
+
+
+def check_file(path: pathlib.Path) -> tuple[int, int, int]:
+    """Returns where the text of a file begins, its size in bytes and the file's CRC-32; AtomError with the byte
+    offset if it is not UTF-8."""
+    decoder, size, crc = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with open_file(path) as f:
         first = len(BOM) if f.read(len(BOM)) == BOM else 0
         f.seek(0)
@@ -240,8 +263,8 @@ def check_file(path: pathlib.Path) -> tuple[int, int]:
             except UnicodeDecodeError as e:
                 raise AtomError(f"{path} is not UTF-8 at byte {size - held + e.start}.") from None
             if not block:
-                return first, size - first
-            size += len(block)
+                return first, size - first, crc
+            size, crc = size + len(block), zlib.crc32(block, crc)
 
 
 def json_text(line: bytes, field: str, where: str) -> bytes:

@@ -15,25 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
-from atom_jax.inference import sampling
-from atom_jax.inference.decode import (
-    CHUNK,
-    Choice,
-    Made,
-    State,
-    decode,
-    decode_beside,
-    decode_params,
-    go_on,
-    start,
-    unrolls,
-)
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import laid_out, sampling
+from atom_jax.session.decode import CHUNK, Choice, Made, State, decode, decode_beside, go_on, start
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
@@ -145,7 +134,7 @@ def generate(
 
 def _parts(lm: LM, rows: int) -> int:
     """Into how many equal parts a batch is split, each decoded by a thread of its own."""
-    if not unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
+    if not laid_out.unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(n for n in range(1, cores + 1) if rows % n == 0)
@@ -182,7 +171,7 @@ class _Run:
     ):  # fmt: skip
         self.lm, self.rows, self.choice, self.on_text, self.first = lm, rows, choice, on_text, first
         self.call = functools.partial(call, cfg=lm.config)
-        self.params = decode_params(lm)
+        self.params = laid_out.of(lm)
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
         self.made, self.reads, self.peak, self.until, self.finished = 0, 0.0, 0.0, 0, False
         self.state: State | None = None
@@ -192,7 +181,7 @@ class _Run:
         """Reads the prompts, of which the longest of the whole call has so many tokens, and chooses the first new
         tokens."""
         ids, lengths = _padded(self.rows, longest)
-        unroll = unrolls(self.lm)
+        unroll = laid_out.unrolls(self.lm)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(longest + room, LEAST)
