@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from absl import flags
 
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 USAGE = """python -m atom_jax COMMAND [...]
@@ -330,8 +332,7 @@ def _text(text: str | None, file: str | None) -> str | bytes:
     if text is not None:
         return text
     try:
-        with open(file, "rb") as opened:
-            return opened.read()
+        return read_regular(file).removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
 

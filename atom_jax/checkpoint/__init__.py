@@ -118,7 +118,9 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         config["_name_or_path"] = name
     with staged(directory, stale=_is_model_file) as staging:
         write_tensors(staging, source, shard_bytes)
-        if lm.tokenizer is not None:
+        if lm.tokenizer is None:
+            logging.warning("%s: saved without a tokenizer, since the model was loaded without one", directory)
+        else:
             lm.tokenizer.save(staging)
         for file, table in ((CONFIG, config), (GENERATION, published.token_ids(lm.config))):
             (staging / file).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
@@ -142,7 +144,7 @@ def kind_of(path: Path) -> str:
 def find(path: str | os.PathLike) -> Path:
     """The local path of a checkpoint, downloaded first where `path` is a hub id. AtomError when there is none."""
     local = Path(path)
-    if local.exists():
+    if os.path.exists(path):
         return local
     # A name below a directory that exists is a mistyped path, and nothing to ask the network about.
     if not _HUB_ID.fullmatch(str(path)) or local.parent.is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ from safetensors.numpy import save_file
 
 from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource, check_finite
+from atom_jax.fields import read_json
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,8 +94,8 @@ def _read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
     """Tensors in one .safetensors file, each with its offset in bytes, and their checksums, where there are any;
     checks that the file holds exactly these tensors."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
+        with open_regular(file) as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as e:
@@ -183,13 +186,13 @@ def _weight_files(path: Path) -> list[Path]:
         raise AtomError(f"{path}: neither {SINGLE} nor {INDEX} is there")
     index = path / INDEX
     try:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        shards = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError):
         raise AtomError(f"{index}: not a valid index (no weight_map of tensor names to file names)") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise AtomError(f"{index}: {shard!r} is not a plain file name")
-    missing = sorted(shard for shard in shards if not (path / shard).is_file())
+    missing = sorted(shard for shard in shards if not os.path.exists(path / shard))
     if missing:
         raise AtomError(f"{path}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}")
     return [path / shard for shard in sorted(shards)]

@@ -30,8 +30,8 @@ from atom_jax import params as params_lib
 from atom_jax.checkpoint import checksums
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.checksums import Damaged
-from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.steps import Newest, complete, steps
+from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.params import Tree
 from atom_jax.typing import LM, AtomError
@@ -306,6 +306,7 @@ def _about(step: pathlib.Path) -> tuple[Any, Any]:
         model, name = config.from_json(object, note["model"], f"{step}: model"), note["tokenizer"]
     except (KeyError, TypeError):
         raise AtomError(f"{step}: no model and tokenizer are named there") from None
+    registry.of(model)
     if not isinstance(name, str):
         raise AtomError(f"{step}: tokenizer: expected a name, got {str(name)[:100]!r}")
     # A run keeps a copy of its tokenizer, whatever became of the original.

@@ -150,8 +150,8 @@ class Entries:
 
 
 def steady(score: jax.Array) -> jax.Array:
-    """Scores to one part in 8192: those that differ by rounding alone, as they do in other company, are equal, so that
-    their order decides."""
+    """Scores to one part in 8192: those that differ by rounding alone, as they do in other company, are equal, so
+    that their order decides."""
     return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=13)
 
 

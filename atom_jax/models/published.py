@@ -9,7 +9,7 @@ from typing import Any
 
 from atom_jax import tokenizers
 from atom_jax.naming import Rule
-from atom_jax.tokenizers.json_tokenizer import MAIN, JsonTokenizer
+from atom_jax.tokenizers import json_tokenizer
 from atom_jax.typing import AtomError
 
 
@@ -17,7 +17,7 @@ def own_tokenizer(cfg: Any, data: dict[str, Any], path: Path, find: Callable[[st
     """That of a directory with the config.json `data`: bytes where "atom_tokenizer" says so, or a tokenizer.json, or
     None. find: not used."""
     if (name := data.get("atom_tokenizer")) is None:
-        return JsonTokenizer(path) if (path / MAIN).is_file() else None
+        return json_tokenizer.in_directory(path)
     return named_tokenizer(name, ("bytes",), path)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from atom_jax.checkpoint.atomic import write_text
+from atom_jax.files import read_regular
 from atom_jax.training.board import Board
 from atom_jax.typing import AtomError
 
@@ -99,9 +100,14 @@ class Recorder:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what a kill or a failing disk made of others is left out."""
+    """The lines of a metrics.jsonl; what a kill or a failing disk made of others is left out. AtomError where the
+    file cannot be read."""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    try:
+        raw = read_regular(path) if path.exists() else b""
+    except OSError as e:
+        raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
+    for text in raw.splitlines():
         try:
             line = json.loads(text)
             if type(line["step"]) is int and isinstance(line["kind"], str):

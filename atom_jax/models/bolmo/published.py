@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def tokenizer(cfg: BolmoConfig, data: dict[str, Any], path: Path, find: Callable
     """See `Published`. Subwords are in the directory itself, or in one there that has their tokenizer's name, or else
     published under that name."""
     places = (path, path / cfg.subword_tokenizer)
-    place = next((place for place in places if (place / MAIN).is_file()), None)
+    place = next((place for place in places if os.path.isfile(place / MAIN)), None)
     if place is None and cfg.subwords:
         try:
             place = find(cfg.subword_tokenizer)
