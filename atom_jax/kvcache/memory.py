@@ -263,12 +263,12 @@ def unstack(memory: Memory) -> Memory:
 
 def part(memory: Memory) -> int | None:
     """Prompts are read in parts of at most so many tokens; None: whole."""
-    return min((p.part for p in _policies(memory) if p.part is not None), default=None)
+    return min((p.part for p in policies(memory) if p.part is not None), default=None)
 
 
 def passes(memory: Memory) -> int:
     """How often a prompt is read."""
-    return max((p.passes for p in _policies(memory)), default=1)
+    return max((p.passes for p in policies(memory)), default=1)
 
 
 def once_more(memory: Memory) -> Memory:
@@ -333,7 +333,8 @@ def _policy(x: Any) -> Any:
     return None if (layer := _layer(x)) is None else layer.policy
 
 
-def _policies(memory: Memory) -> Iterator[Any]:
+def policies(memory: Memory) -> Iterator[Any]:
+    """The policy of every layer, or stack of layers, that has one."""
     for node in nodes(memory):
         yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
 
