@@ -16,11 +16,12 @@ from atom_jax.kvcache.budget import BudgetLayer
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.dms.serve import DMSLayer
-from atom_jax.kvcache.policies import parse, with_memory
+from atom_jax.kvcache.policies import parse
 from atom_jax.kvcache.quest import QuestLayer
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.models import bolmo, layers, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
+from atom_jax.models.registry import with_memory
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError, Batch
 from tests.models.tiny_units import MODELS, stream, weights
