@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 from atom_jax import config
@@ -16,14 +18,17 @@ from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
 from atom_jax.kvcache.observed_attention import ObservedAttention
-from atom_jax.kvcache.policy import PerLayer, Policy, policies_of
+from atom_jax.kvcache.policy import PerLayer, Policy, fitted, policies_of
 from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
+from atom_jax.kvcache.razor_attention import RazorAttention
+from atom_jax.kvcache.sepllm import SepLLM
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.kvcache.window import WindowLayer
+from atom_jax.params import ParamSpec, zeros
 from atom_jax.typing import LM, AtomError
 
 POLICIES: dict[str, type[Policy]] = {
@@ -40,6 +45,8 @@ POLICIES: dict[str, type[Policy]] = {
         KNorm,
         ExpectedAttention,
         KeyDiff,
+        SepLLM,
+        RazorAttention,
         RandomPolicy,
         Quest,
     )
@@ -48,10 +55,12 @@ POLICIES: dict[str, type[Policy]] = {
 
 def parse(text: str) -> Policy | PerLayer | None:
     """The policy that a text such as "tova:budget=512" names; None for "none". After it, ";LAYER=POLICY" names other
-    ones for single layers.
+    ones for single layers. A text that ends in .json is a file with a policy as `config.to_json` writes it.
 
-    Raises AtomError for an unknown name, an unknown field or an unreadable value.
+    Raises AtomError for an unknown name, an unknown field or an unreadable value or file.
     """
+    if text.endswith(".json"):
+        return _read(pathlib.Path(text))
     first, *others = text.split(";")
     if not others:
         return _parse(first)
@@ -62,6 +71,17 @@ def parse(text: str) -> Policy | PerLayer | None:
             raise AtomError(f"memory {other!r}: expected LAYER=POLICY")
         at.append((int(layer), _parse(one)))
     return PerLayer(_parse(first), tuple(at))
+
+
+def _read(path: pathlib.Path) -> Policy | PerLayer:
+    try:
+        memory = config.from_json(object, json.loads(path.read_bytes()), str(path))
+    except OSError as e:
+        raise AtomError(f"memory {path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        raise AtomError(f"memory {path}: not valid JSON") from None
+    check(memory)
+    return memory
 
 
 def _parse(text: str) -> Policy | None:
@@ -92,24 +112,36 @@ def empty(policy: Policy | None, sizes: Sizes, capacity: int, numbers: tuple[int
     return Stack(stack_layers(layer, len(numbers)))
 
 
-def with_memory(lm: LM, policy: Policy | None) -> LM:
+def with_memory(lm: LM, memory: Policy | PerLayer | None) -> LM:
     """The same model with another cache policy, or, for None, with the dense cache.
 
-    Learned evictors stay only under a DMS policy. Raises AtomError for models without a choice of memory, and for a
-    DMS policy whose evictors the model does not have.
+    What a policy has learned stays only under that policy. Raises AtomError for models without a choice of memory,
+    and for a policy whose learned evictors the model does not have.
     """
-    check(policy)
-    if hasattr(lm.config, "main"):
-        # A Bolmo: its memory is that of its layers over patches.
-        inside = with_memory(LM(lm.config.main, {"layers": lm.params["main"]}, None), policy)
-        cfg = dataclasses.replace(lm.config, main=inside.config)
-        return dataclasses.replace(lm, config=cfg, params={**lm.params, "main": inside.params["layers"]})
-    if not any(f.name == "memory" for f in dataclasses.fields(lm.config)):
+    check(memory)
+    memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
+    cfg = lm.config
+    # A Bolmo's memory is that of its layers over patches.
+    inside = getattr(cfg, "main", cfg)
+    if not any(f.name == "memory" for f in dataclasses.fields(inside)):
         raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
-    params = lm.params
-    if not isinstance(policy, DMS):
-        attn = {name: x for name, x in params["layers"]["attn"].items() if name != "dms"}
-        params = {**params, "layers": {**params["layers"], "attn": attn}}
-    elif policy.form != "borrowed" and "dms" not in params["layers"]["attn"]:
-        raise AtomError(f"memory: this model has no trained evictors for dms:form={policy.form}")
-    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=policy), params=params)
+    new = dataclasses.replace(inside, memory=memory)
+    new = new if inside is cfg else dataclasses.replace(cfg, main=new)
+    names = {p.name for p in policies_of(memory) if p.spec(_ANY)}
+    params, found = _without(lm.params, set(POLICIES) - names)
+    if missing := names - found:
+        raise AtomError(f"memory: this model has no trained evictors for {', '.join(missing)}")
+    return dataclasses.replace(lm, config=new, params=params)
+
+
+# Projections of no model.
+_ANY = {name: ParamSpec((1, 1, 1), (None,) * 3, zeros) for name in "qkvo"}
+
+
+def _without(tree: Any, names: set[str]) -> tuple[Any, set[str]]:
+    """Parameters less those with these names, and the policies' names that they still have."""
+    if not isinstance(tree, dict):
+        return tree, set()
+    kept = {name: _without(x, names) for name, x in tree.items() if name not in names}
+    found = set(kept) & set(POLICIES)
+    return {name: x for name, (x, _) in kept.items()}, found.union(*(found for _, found in kept.values()))

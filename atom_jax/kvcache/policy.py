@@ -13,6 +13,7 @@ from atom_jax import config
 from atom_jax.kvcache.memory import Call, Layer, Sizes
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
+from atom_jax.tokenizers import Tokenizer
 from atom_jax.typing import AtomError
 
 
@@ -78,6 +79,10 @@ class Policy:
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
     slides: ClassVar[bool] = False
+
+    def fitted(self, tokenizer: Tokenizer) -> Policy:
+        """The policy for a model with this tokenizer."""
+        return self
 
     def spec(self, projections: Tree) -> Tree:
         """ParamSpecs of what one layer learns, whose projections are "q" [d, n, k], "k" [d, h, k] and so on."""
@@ -173,3 +178,11 @@ def policies_of(memory: Any) -> tuple[Policy, ...]:
     """All different policies that a configuration's `memory` names."""
     every = (memory.default, *(p for _, p in memory.at)) if isinstance(memory, PerLayer) else (memory,)
     return tuple(p for p in dict.fromkeys(every) if p is not None)
+
+
+def fitted(memory: Any, tokenizer: Tokenizer) -> Any:
+    """A configuration's `memory` for a model with this tokenizer, see `Policy.fitted`."""
+    if isinstance(memory, PerLayer):
+        at = tuple((layer, fitted(policy, tokenizer)) for layer, policy in memory.at)
+        return PerLayer(fitted(memory.default, tokenizer), at)
+    return None if memory is None else memory.fitted(tokenizer)
