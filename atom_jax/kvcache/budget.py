@@ -294,17 +294,21 @@ class BudgetLayer(Layer):
         else:
             need = int(n.max()) + more
             most = bucket(need)
-        if need <= slots:
+        if self.policy.shrinks:
+            taken = np.asarray(self.pos) >= 0
+            need = max(need, int(taken.any(tuple(range(taken.ndim - 1))).nonzero()[0].max(initial=-1)) + 1)
+        elif need <= slots:
             return self
-        size = min(bucket(need), most)
+        size = min(bucket(need), max(most, need))
 
-        def pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
-            widths = [(0, size - slots if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        def fit(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+            x = jax.lax.slice_in_dim(x, 0, min(size, slots), axis=x.ndim + axis)
+            widths = [(0, max(size - slots, 0) if i == x.ndim + axis else 0) for i in range(x.ndim)]
             return jnp.pad(x, widths, constant_values=fill)
 
         return self.replace(
-            k=pad(self.k, -2), v=pad(self.v, -2), pos=pad(self.pos, -1, -1), score=pad(self.score, -1),
-            bias=None if self.bias is None else pad(self.bias, -1),
+            k=fit(self.k, -2), v=fit(self.v, -2), pos=fit(self.pos, -1, -1), score=fit(self.score, -1),
+            bias=None if self.bias is None else fit(self.bias, -1),
         )  # fmt: skip
 
     def held(self, length_b: jax.Array) -> jax.Array:

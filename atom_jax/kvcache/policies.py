@@ -16,6 +16,7 @@ from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
+from atom_jax.kvcache.kvcompose import KVCompose
 from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
 from atom_jax.kvcache.observed_attention import ObservedAttention
 from atom_jax.kvcache.policy import PerLayer, Policy, fitted, policies_of
@@ -47,6 +48,7 @@ POLICIES: dict[str, type[Policy]] = {
         KeyDiff,
         SepLLM,
         RazorAttention,
+        KVCompose,
         RandomPolicy,
         Quest,
     )

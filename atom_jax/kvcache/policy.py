@@ -70,8 +70,9 @@ class Policy:
 
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
-    after the time before. stepwise: reading several tokens in one call is not reading them one after another. slides:
-    it also serves layers whose queries see a window only.
+    after the time before. shrinks: its memory can be smaller after a prompt than while that is read. stepwise:
+    reading several tokens in one call is not reading them one after another. slides: it also serves layers whose
+    queries see a window only.
     """
 
     name: ClassVar[str] = ""
@@ -79,6 +80,7 @@ class Policy:
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
     slides: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
 
     def fitted(self, tokenizer: Tokenizer) -> Policy:
         """The policy for a model with this tokenizer."""

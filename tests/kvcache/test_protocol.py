@@ -77,8 +77,13 @@ def start(name: str, b: int = B, rows: Any = range(B)) -> Layer:
     """A layer that has read the prompts."""
     policy, window = CASES[name]
     stack = empty(policy, SIZES._replace(b=b), 24, (0, 1), window)
-    layer = jax.tree.map(lambda x: x[0], stack.states)
-    return extend(layer, call(name, np.zeros(b), LENGTHS[np.asarray(rows)], 24, True, rows))[1]
+    layer, lengths = jax.tree.map(lambda x: x[0], stack.states), LENGTHS[np.asarray(rows)]
+    layer = extend(layer, call(name, np.zeros(b), lengths, 24, True, rows))[1]
+    if policy is None or policy.passes == 1:
+        return layer
+    again = extend(layer, call(name, lengths, lengths, 24, rows=rows).replace(reading=1))[1]
+    settled = memory.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
+    return settled.grow(lengths, 1)
 
 
 def same(name: str, one: Layer, other: Layer, done: np.ndarray, rows: Any = range(B)) -> None:

@@ -26,6 +26,7 @@ class DMS(Settings):
 
     # The memory is compacted between the parts of a prompt.
     part: ClassVar[int] = 1024
+    shrinks: ClassVar[bool] = True
 
     def fitted(self, tokenizer: Tokenizer) -> DMS:
         """With the tokenizer's separators where they are needed and missing."""
