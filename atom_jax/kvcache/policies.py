@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from atom_jax import config
+from atom_jax import config, params
 from atom_jax.kvcache.adakv import AdaKV
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dms import DMS
@@ -29,7 +29,6 @@ from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.kvcache.window import WindowLayer
-from atom_jax.params import ParamSpec, zeros
 from atom_jax.typing import LM, AtomError
 
 POLICIES: dict[str, type[Policy]] = {
@@ -53,6 +52,10 @@ POLICIES: dict[str, type[Policy]] = {
         Quest,
     )
 }
+
+
+# Projections of some attention layer.
+_ANY = {name: params.ParamSpec((1, 1, 1), (None,) * 3, params.zeros) for name in "qkvo"}
 
 
 def parse(text: str) -> Policy | PerLayer | None:
@@ -115,35 +118,22 @@ def empty(policy: Policy | None, sizes: Sizes, capacity: int, numbers: tuple[int
 
 
 def with_memory(lm: LM, memory: Policy | PerLayer | None) -> LM:
-    """The same model with another cache policy, or, for None, with the dense cache.
+    """The same model with another cache policy, or, for None, with the dense cache; of a Bolmo in its layers over
+    patches.
 
-    What a policy has learned stays only under that policy. Raises AtomError for models without a choice of memory,
-    and for a policy whose learned evictors the model does not have.
+    What a policy has learned stays only under that policy. Raises AtomError for a policy whose learned parameters the
+    model does not have.
     """
     check(memory)
     memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
-    cfg = lm.config
-    # A Bolmo's memory is that of its layers over patches.
-    inside = getattr(cfg, "main", cfg)
-    if not any(f.name == "memory" for f in dataclasses.fields(inside)):
-        raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
-    new = dataclasses.replace(inside, memory=memory)
-    new = new if inside is cfg else dataclasses.replace(cfg, main=new)
-    names = {p.name for p in policies_of(memory) if p.spec(_ANY)}
-    params, found = _without(lm.params, set(POLICIES) - names)
-    if missing := names - found:
-        raise AtomError(f"memory: this model has no trained evictors for {', '.join(missing)}")
-    return dataclasses.replace(lm, config=new, params=params)
-
-
-# Projections of no model.
-_ANY = {name: ParamSpec((1, 1, 1), (None,) * 3, zeros) for name in "qkvo"}
-
-
-def _without(tree: Any, names: set[str]) -> tuple[Any, set[str]]:
-    """Parameters less those with these names, and the policies' names that they still have."""
-    if not isinstance(tree, dict):
-        return tree, set()
-    kept = {name: _without(x, names) for name, x in tree.items() if name not in names}
-    found = set(kept) & set(POLICIES)
-    return {name: x for name, (x, _) in kept.items()}, found.union(*(found for _, found in kept.values()))
+    where = "main" if hasattr(lm.config, "main") else None
+    inside = dataclasses.replace(getattr(lm.config, where) if where else lm.config, memory=memory)
+    cfg = dataclasses.replace(lm.config, **{where: inside}) if where else inside
+    flat = params.flatten(lm.params)
+    of = {name: {path for path in flat if f"/{name}/" in path} for name in POLICIES}
+    for policy in policies_of(memory):
+        if policy.spec(_ANY) and not of[policy.name]:
+            raise AtomError(f"memory: this model has no trained evictors for {policy.name}")
+    gone = set().union(*(of[name] for name in of.keys() - {policy.name for policy in policies_of(memory)}))
+    kept = params.unflatten({path: x for path, x in flat.items() if path not in gone}) if gone else lm.params
+    return dataclasses.replace(lm, config=cfg, params=kept)

@@ -128,6 +128,7 @@ def attention(
         k_plain=plain, ids=context.ids, said=said, learned=learned,
         derived=p["derived"] if "derived" in p else policy.derive(separate(p)), layer=number, mode=mode,
         window=kind.window, fresh=context.fresh, reading=context.reading, rope=kind.rope,
+        rotary=kind.rotary,
     )  # fmt: skip
     report = {}
     if state is None:
