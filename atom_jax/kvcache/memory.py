@@ -272,6 +272,11 @@ def passes(memory: Memory) -> int:
     return max((p.passes for p in _policies(memory)), default=1)
 
 
+def shrinks(memory: Memory) -> bool:
+    """Whether `grow` may make it smaller after a prompt."""
+    return any(p.shrinks for p in _policies(memory))
+
+
 def once_more(memory: Memory) -> Memory:
     """The memory that reads its prompt another time, at the positions after it."""
     return each(lambda node: node.replace(reading=node.reading + 1), memory)

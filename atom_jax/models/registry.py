@@ -56,6 +56,7 @@ def with_memory(lm: LM, memory: Any) -> LM:
     What other policies have learned is left out. Raises AtomError for what the new ones need and the model lacks.
     """
     policies.check(memory)
+    memory = memory if lm.tokenizer is None else policies.fitted(memory, lm.tokenizer)
     family = of(lm.config)
     cfg = family.with_memory(lm.config, memory)
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)

@@ -34,7 +34,7 @@ def plan(cfg: Any) -> Plan:
     """Of the model with this configuration."""
     cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 1))
     passes, part = memory.passes(cache), memory.part(cache)
-    return Plan(part if passes == 1 and cache.parts == () else None, passes, part is not None)
+    return Plan(part if passes == 1 and cache.parts == () else None, passes, memory.shrinks(cache))
 
 
 def read(

@@ -25,12 +25,16 @@ DMS_FORMS = {
     "dms-borrowed": DMS("borrowed", window=5, page=4, scale=1.0, offset=0.0),
     "dms-adapter": DMS("adapter", window=5, page=4, scale=1.0, offset=0.0, sinks=2, per="layer"),
     "dms-observed": DMS("observed", window=5, page=4, scale=1.0, offset=0.0),
+    "dms-separators": DMS("separators", window=5, page=4, sinks=2, separators=(1, 3)),
 }
 TEXTS = {
     "snapkv": "window=4", "pyramidkv": "window=4", "adakv": "window=4", "streaming_llm": "sinks=2",
-    "expected_attention": "sinks=2,future=5", "quest": "page=4",
+    "expected_attention": "sinks=2,future=5", "quest": "page=4", "sepllm": "sinks=2,window=3",
+    "razor_attention": "sinks=2",
 }  # fmt: skip
 BUDGETS = {name: parse(f"{name}:budget=10,{TEXTS.get(name, '')}") for name in policies.POLICIES if name != "dms"}
+BUDGETS["sepllm"] = dataclasses.replace(BUDGETS["sepllm"], separators=(1, 3))
+BUDGETS["razor_attention"] = dataclasses.replace(BUDGETS["razor_attention"], heads=((0, 1),))
 # Name: policy and window of the layer.
 CASES: dict[str, tuple[Policy | None, int | None]] = {
     "dense": (None, None), "ring": (None, 6),
@@ -73,8 +77,13 @@ def start(name: str, b: int = B, rows: Any = range(B)) -> Layer:
     """A layer that has read the prompts."""
     policy, window = CASES[name]
     stack = empty(policy, SIZES._replace(b=b), 24, (0, 1), window)
-    layer = jax.tree.map(lambda x: x[0], stack.states)
-    return extend(layer, call(name, np.zeros(b), LENGTHS[np.asarray(rows)], 24, True, rows))[1]
+    layer, lengths = jax.tree.map(lambda x: x[0], stack.states), LENGTHS[np.asarray(rows)]
+    layer = extend(layer, call(name, np.zeros(b), lengths, 24, True, rows))[1]
+    if policy is None or policy.passes == 1:
+        return layer
+    again = extend(layer, call(name, lengths, lengths, 24, rows=rows).replace(reading=1))[1]
+    settled = memory.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
+    return settled.grow(lengths, 1)
 
 
 def same(name: str, one: Layer, other: Layer, done: np.ndarray, rows: Any = range(B)) -> None:
