@@ -47,7 +47,7 @@ def from_json(cls: type[T], data: dict[str, Any], where: str = "config") -> T:
     data = dict(data)
     name = data.pop("class", None)
     if name is not None:
-        if name not in _CLASSES:
+        if not isinstance(name, str) or name not in _CLASSES:
             raise AtomError(f"{where}: unknown class {name!r}; known: {', '.join(sorted(_CLASSES))}")
         cls = _CLASSES[name]
     if not dataclasses.is_dataclass(cls):

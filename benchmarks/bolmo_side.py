@@ -17,8 +17,6 @@ from flax import struct
 
 import atom_jax
 from atom_jax import params
-from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, State, decode, decode_params, unrolls
 from atom_jax.inference.score import to_batch
 from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.models import registry
@@ -26,6 +24,8 @@ from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.bolmo.waiting import enough
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import laid_out, sampling
+from atom_jax.session.decode import CHUNK, Choice, State, decode
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
 from atom_jax.transfer.lessons import begin
 from atom_jax.typing import LM, AtomError, Batch
@@ -114,7 +114,7 @@ class Side:
         if int(lost):
             raise AtomError(f"capacity: there is no room for {int(lost)} patches of the prompt")
         if not few:
-            self.cache = registry.of(cfg).unstack(cache) if unrolls(self.lm) else cache
+            self.cache = registry.of(cfg).unstack(cache) if laid_out.unrolls(self.lm) else cache
         return taken
 
     def take(self, rows: int) -> dict[str, int]:
@@ -170,10 +170,10 @@ class Side:
 
     def _decode(self, form: str, until: jax.Array, keep: bool) -> float:
         state = self.state(form, keep)
-        laid_out = decode_params(self.lm)
-        jax.block_until_ready((laid_out, state, until))
+        params = laid_out.of(self.lm)
+        jax.block_until_ready((params, state, until))
         began = time.perf_counter()
-        state, _ = decode(laid_out, state, self.choices[form], until, cfg=self.lm.config)
+        state, _ = decode(params, state, self.choices[form], until, cfg=self.lm.config)
         made = np.asarray(state.made)
         taken = time.perf_counter() - began
         if (made < until).any():

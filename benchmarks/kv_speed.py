@@ -14,12 +14,12 @@ import numpy as np
 
 from atom_jax import config, params
 from atom_jax.evaluation.metrics import columns
-from atom_jax.inference import sampling
-from atom_jax.inference.decode import CHUNK, Choice, State, decode, start
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.dms.pool import Pool
 from atom_jax.kvcache.dms.serve import AHEAD, DMSLayer
 from atom_jax.models import registry
+from atom_jax.session import sampling
+from atom_jax.session.decode import CHUNK, Choice, State, decode, start
 from atom_jax.typing import LM, AtomError
 from benchmarks import machine
 

@@ -17,10 +17,10 @@ from atom_jax import params as params_lib
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import per_chip
 from atom_jax.checkpoint.adapters import load_adapter
-from atom_jax.inference import decode, reading, sampling
 from atom_jax.inference.generate import LEAST, ROOM
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
+from atom_jax.session import decode, reading, sampling
 from atom_jax.sharding import MeshConfig
 from atom_jax.training import start
 from atom_jax.typing import LM, AtomError, Suffix

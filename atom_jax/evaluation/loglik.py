@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
-from atom_jax.inference.score import exactly
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
+from atom_jax.session.reading import exactly
 from atom_jax.sharding import batch_sharding
 from atom_jax.typing import LM, AtomError, Batch
 

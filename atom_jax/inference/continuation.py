@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
-from atom_jax.inference.reading import read
 from atom_jax.inference.score import BLOCK, check_ids
 from atom_jax.kvcache.dense import Cache
 from atom_jax.models import transformer
+from atom_jax.session.reading import read
 from atom_jax.typing import LM, AtomError
 
 

@@ -15,25 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params as params_lib
-from atom_jax.inference import sampling
-from atom_jax.inference.decode import (
-    CHUNK,
-    Choice,
-    Made,
-    State,
-    decode,
-    decode_beside,
-    decode_params,
-    go_on,
-    start,
-    unrolls,
-)
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import laid_out, sampling
+from atom_jax.session.decode import CHUNK, Choice, Made, State, decode, decode_beside, go_on, start
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
@@ -84,7 +73,8 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
     Args:
-      prompts: texts or lists of token ids, of any lengths (or one text). Texts of byte models get the bos first.
+      prompts: texts or lists of token ids, of any lengths (or one text). Texts get the tokenizer's front first
+        (of byte models the bos).
       temperature: 0 takes the most likely token. top_k, top_p, min_p: see `sampling.restrict`.
       key: PRNG key, key(0) if None. Row r draws with fold_in(key, r); or an array of keys [rows], one for each.
       stop: a row ends before the first of these strings, and its text is cut there.
@@ -144,7 +134,7 @@ def generate(
 
 def _parts(lm: LM, rows: int) -> int:
     """Into how many equal parts a batch is split, each decoded by a thread of its own."""
-    if not unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
+    if not laid_out.unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(n for n in range(1, cores + 1) if rows % n == 0)
@@ -181,7 +171,7 @@ class _Run:
     ):  # fmt: skip
         self.lm, self.rows, self.choice, self.on_text, self.first = lm, rows, choice, on_text, first
         self.call = functools.partial(call, cfg=lm.config)
-        self.params = decode_params(lm)
+        self.params = laid_out.of(lm)
         self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
         self.made, self.reads, self.peak, self.until, self.finished = 0, 0.0, 0.0, 0, False
         self.state: State | None = None
@@ -191,7 +181,7 @@ class _Run:
         """Reads the prompts, of which the longest of the whole call has so many tokens, and chooses the first new
         tokens."""
         ids, lengths = _padded(self.rows, longest)
-        unroll = unrolls(self.lm)
+        unroll = laid_out.unrolls(self.lm)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         params = self.lm.params if unroll else self.params
         capacity = bucket(longest + room, LEAST)
@@ -317,9 +307,7 @@ def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     if tokenizer is None:
         raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
     ids = np.asarray(tokenizer.encode(text))
-    if first and tokenizer.bos_id is not None and getattr(tokenizer, "add_bos", tokenizer.name == "bytes"):
-        ids = np.concatenate([[tokenizer.bos_id], ids])
-    return ids
+    return np.concatenate([np.array(getattr(tokenizer, "front", ()), ids.dtype), ids]) if first else ids
 
 
 def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarray:

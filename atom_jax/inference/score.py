@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.models import registry
+from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
 # Logits that `logprobs` holds at once.
@@ -43,19 +43,6 @@ def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
     return exactly(lambda cfg: _logprobs(lm.params, batch, cfg=cfg, marginal=marginal), lm.config)
-
-
-def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:
-    """The result of `run(cfg)`, run again with more room until no unit is lost: few sizes, so few compilations.
-
-    run: returns (result, number of units for which there was no room, or None for models that lose none).
-    """
-    while True:
-        result, lost = run(cfg)
-        wider = None if lost is None else registry.of(cfg).roomier(cfg)
-        if wider is None or int(lost) == 0:
-            return result
-        cfg = wider
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:

@@ -16,7 +16,7 @@ from atom_jax.typing import Suffix
 
 
 class Draw(Protocol):
-    """One choice for each of b rows, as the user asked for it (`inference.sampling.Draw`)."""
+    """One choice for each of b rows, as the user asked for it (`session.sampling.Draw`)."""
 
     cold: jax.Array  # bool [], whether the likeliest is taken
 

@@ -6,9 +6,10 @@ import pytest
 
 import atom_jax
 from atom_jax import params
-from atom_jax.inference.decode import decode, decode_params
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import laid_out
+from atom_jax.session.decode import decode
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import LM, AtomError
 from benchmarks.bolmo_side import Side, schedule
@@ -46,7 +47,7 @@ def test_given_texts_are_made_by_the_loop_of_generation(folder, name):
     steps, is_bolmo = side.take(2), name == "bolmo"
     given = np.asarray(side.given["text"])
     state, made = decode(
-        decode_params(side.lm), side.state("text"), side.choices["text"], side.until, cfg=side.lm.config
+        laid_out.of(side.lm), side.state("text"), side.choices["text"], side.until, cfg=side.lm.config
     )
     for ids, row, n, text in zip(made.tokens, given, np.asarray(side.until), NEW):
         np.testing.assert_array_equal(ids[:n], row[1 : n + 1])
@@ -63,7 +64,7 @@ def test_patches_may_be_left_out_or_be_all_bytes(folder):
     side.take(1)
     lengths = {}
     for form, choice in side.choices.items():
-        state, _ = decode(decode_params(side.lm), side.state(form), choice, side.until, cfg=side.lm.config)
+        state, _ = decode(laid_out.of(side.lm), side.state(form), choice, side.until, cfg=side.lm.config)
         lengths[form] = int(state.cache.layers.main.length[0]) - int(side.begun.layers.main.length[0])
     assert lengths["never"] == 0 < lengths["text"] < lengths["always"] == len(NEW[0])
 

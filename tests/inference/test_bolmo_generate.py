@@ -13,11 +13,12 @@ import pytest
 
 import atom_jax
 from atom_jax.inference import generate as module
-from atom_jax.inference import sampling, score
-from atom_jax.inference.sampling import row_keys
+from atom_jax.inference import score
 from atom_jax.kvcache.policies import parse
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import waiting
+from atom_jax.session import sampling
+from atom_jax.session.sampling import row_keys
 from atom_jax.typing import AtomError
 from tests.models.tiny_bolmo import NAMES, ids_of, model, numbers, texts
 

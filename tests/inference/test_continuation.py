@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from atom_jax import params
-from atom_jax.inference import continuation, reading, score
+from atom_jax.inference import continuation, score
 from atom_jax.kvcache import policies
 from atom_jax.models import transformer
+from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError
 from tests.inference.toy_policy import Toy
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from safetensors.numpy import load_file
 import atom_jax
 from atom_jax import params as params_lib
 from atom_jax import sharding
-from atom_jax.inference import decode
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
-from atom_jax.inference.sampling import row_keys
 from atom_jax.kvcache.dense import bucket
-from atom_jax.models import transformer
+from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import decode, laid_out
+from atom_jax.session.sampling import row_keys
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError, Batch
 
@@ -47,8 +48,10 @@ def byte_lm():
 @pytest.fixture
 def traced(monkeypatch):
     """A list that grows whenever the model is traced."""
-    calls, hidden = [], transformer.hidden
-    monkeypatch.setattr(transformer, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls, hidden, family = [], transformer.hidden, registry.FAMILIES["olmo3"]
+    counted = lambda *a, **k: calls.append(1) or hidden(*a, **k)  # noqa: E731
+    monkeypatch.setattr(transformer, "hidden", counted)
+    monkeypatch.setitem(registry.FAMILIES, "olmo3", dataclasses.replace(family, hidden=counted))
     return calls
 
 
@@ -95,8 +98,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(tiny, temperature):
 
 def test_the_scanned_layout_of_accelerators_gives_the_same(tiny, monkeypatch):
     expected = generate(tiny, PROMPTS, 20, 1.0).ids
-    for place in (decode, module):
-        monkeypatch.setattr(place, "unrolls", lambda lm: False)
+    monkeypatch.setattr(laid_out, "unrolls", lambda lm: False)
     assert generate(dataclasses.replace(tiny), PROMPTS, 20, 1.0).ids == expected
 
 
@@ -269,16 +271,17 @@ def test_costs_are_those_of_a_dense_cache(byte_lm):
 
 def test_prepared_parameters_follow_the_model(tiny):
     lm = dataclasses.replace(tiny, params=dict(tiny.params))
-    prepared = decode.decode_params(lm)
-    assert decode.decode_params(lm) is prepared
+    prepared = laid_out.of(lm)
+    assert laid_out.of(lm) is prepared
     before = generate(lm, [[1, 2]], 8).ids
     lm.params["unembed"] = -lm.params["unembed"]
     assert generate(lm, [[1, 2]], 8).ids != before
-    name = id(lm)
-    assert name in decode._LAID_OUT
+    # They go with the model.
+    kept = weakref.ref(laid_out.of(lm)["layers"][0]["attn"]["qkv"])
+    assert kept() is not None
     del lm
     gc.collect()
-    assert name not in decode._LAID_OUT
+    assert kept() is None
 
 
 def test_buckets():

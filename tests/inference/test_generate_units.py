@@ -11,9 +11,9 @@ import atom_jax
 from atom_jax.chunking.config import Chunking
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.inference.generate import generate
-from atom_jax.inference.sampling import row_keys
 from atom_jax.inference.score import logprobs
 from atom_jax.models import hnet
+from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
 from tests.models.tiny_units import MODELS, capacity, model, stream, weights
 

@@ -11,9 +11,9 @@ import atom_jax
 from atom_jax import params
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
-from atom_jax.inference.sampling import row_keys
 from atom_jax.models import hnet, quorum
 from atom_jax.models.hnet import waiting
+from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
 from tests.models.tiny_units import MODELS, capacity, stream, weights
 

@@ -10,7 +10,6 @@ import pytest
 import atom_jax
 from atom_jax import config, params
 from atom_jax.__main__ import main
-from atom_jax.inference.decode import decode
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.policies import parse, with_memory
@@ -18,6 +17,7 @@ from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.models import hnet, transformer
 from atom_jax.models.hnet import chunking
+from atom_jax.session.decode import decode
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError, Batch
 

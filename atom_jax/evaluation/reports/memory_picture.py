@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from atom_jax.evaluation import picture
-from atom_jax.evaluation.encode import front
 from atom_jax.evaluation.reports.units import visible
 from atom_jax.inference.score import to_batch
 from atom_jax.models import registry
@@ -73,9 +72,8 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
         raise AtomError("the text is empty, so there is nothing to remember")
     ids, spans = lm.tokenizer.spans(text)
     labels = ["".join(visible(data[a:b]).splitlines()) for a, b in spans]
-    if lm.tokenizer.add_bos:
-        first = front(lm.tokenizer)
-        ids, labels = np.concatenate([np.array(first, np.int32), ids]), ["<front>", *labels]
+    first = lm.tokenizer.front
+    ids, labels = np.concatenate([np.array(first, np.int32), ids]), [*["<front>"] * len(first), *labels]
     n = min(len(ids), length or min(lm.config.max_length, _LONGEST))
     evict = _evict(lm.params, to_batch(lm, ids[None, :n]), cfg=lm.config)
     return Memory(tuple(labels[:n]), np.asarray(evict)[:, 0], dms.window, len(ids))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from atom_jax.inference import reading
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache.dms import DMS, pool, serve
 from atom_jax.models import transformer
 from atom_jax.params import init
+from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError, Batch
 from tests.kvcache.dms import tiny
 

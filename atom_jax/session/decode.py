@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax.inference import reading, sampling
-from atom_jax.inference.score import exactly
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
-from atom_jax.typing import LM, Batch
+from atom_jax.session import reading, sampling
+from atom_jax.typing import Batch
 
 # Tokens that one call of `decode` can make in each row.
 CHUNK = 128
@@ -67,30 +65,6 @@ class Made:
     peak: jax.Array
 
 
-_LAID_OUT: dict[int, tuple[list[Any], Any]] = {}
-
-
-def decode_params(lm: LM) -> Any:
-    """The model's `decode_params` for this backend, kept as long as `lm` lives and its arrays are the same."""
-    leaves = jax.tree.leaves(lm.params)
-    known, laid_out = _LAID_OUT.get(id(lm), ([], None))
-    if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves)):
-        model = registry.of(lm.config)
-        laid_out = model.decode_params(lm.params, lm.config, unroll=unrolls(lm))
-        laid_out |= jax.tree.map(jnp.asarray, model.codec(lm.config).beside(lm.tokenizer))
-        if id(lm) not in _LAID_OUT:
-            weakref.finalize(lm, _LAID_OUT.pop, id(lm), None).atexit = False
-        _LAID_OUT[id(lm)] = leaves, laid_out
-    return laid_out
-
-
-def unrolls(lm: LM) -> bool:
-    """Whether generation runs separate layers instead of stacked ones: on one CPU device."""
-    leaves = jax.tree.leaves(lm.params)
-    spread = any(len(x.sharding.device_set) > 1 for x in leaves if isinstance(x, jax.Array))
-    return jax.default_backend() == "cpu" and not spread
-
-
 def start(
     params: Any, ids_bt: Any, length_b: Any, choice: Choice, suffix: Any = None, *,
     cfg: Any, capacity: int, unroll: bool,
@@ -104,7 +78,7 @@ def start(
     model = registry.of(cfg)
     if model.read_whole(cfg):
         whole = functools.partial(read_prompt, params, ids_bt, length_b, suffix, capacity=capacity)
-        logits_bv, cache = exactly(lambda cfg: whole(cfg=cfg), cfg)
+        logits_bv, cache = reading.exactly(lambda cfg: whole(cfg=cfg), cfg)
     else:
         parts = -(-int(length_b.max()) // reading.PART)
         last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * reading.PART], length_b, cfg=cfg)

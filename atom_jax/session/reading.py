@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,19 @@ def read(
         last_bd, x_btd, cache = call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
         states.append(x_btd)
     return last_bd, cache, states
+
+
+def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:
+    """The result of `run(cfg)`, run again with more room until no unit is lost: few sizes, so few compilations.
+
+    run: returns (result, number of units for which there was no room, or None for models that lose none).
+    """
+    while True:
+        result, lost = run(cfg)
+        wider = None if lost is None else registry.of(cfg).roomier(cfg)
+        if wider is None or int(lost) == 0:
+            return result
+        cfg = wider
 
 
 def _read_part(

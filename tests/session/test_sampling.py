@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax.inference import sampling
+from atom_jax.session import sampling
 from atom_jax.typing import AtomError
 
 V = 61
