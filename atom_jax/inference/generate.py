@@ -272,8 +272,6 @@ def _padded(rows: list[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarra
 
 def _memory(lm: LM, after: Generation, rows: int) -> State:
     """What a later turn goes on from, checked."""
-    if not isinstance(lm.config, TransformerConfig):
-        raise AtomError(f"after: a {lm.family} cannot go on from an earlier generation yet")
     if after.memory is None:
         raise AtomError("after: this generation has no memory; make it with keep_memory=True")
     if len(after.ids) != rows:

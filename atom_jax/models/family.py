@@ -54,9 +54,9 @@ class Codec:
         """As `choose`, from logits in which unused ids are impossible."""
         return draw.token(logits_bv)
 
-    def begin(self, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array, draw: Draw) -> jax.Array:
-        """The last token i32 [b] of prompts ids_bt with length_b tokens each, in the form that is chosen for it from
-        the logits before it. For codecs with `pending`."""
+    def begin(self, logits_bv: jax.Array, token_b: jax.Array, first_b: jax.Array, draw: Draw) -> jax.Array:
+        """The last token i32 [b] of prompts (bool first_b: which is also the text's first) in the form that is chosen
+        for it from the logits before it. For codecs with `pending`."""
         raise NotImplementedError
 
     def forms(self, ids: np.ndarray) -> np.ndarray:

@@ -86,8 +86,7 @@ def start(
         logits_bv = _logits(params, last_bd, cfg=cfg)
     cache = memory.unstack(cache) if unroll else cache
     if choice.codec.pending:
-        token, done, made = _last(choice, logits_bv, ids_bt, length_b)
-        return State(_trimmed(cache, cfg), token, done, made), jnp.full_like(token, -1)
+        return _pending(cache, logits_bv, choice, ids_bt, length_b, length_b == 1, cfg)
     return _begin(cache, logits_bv, choice, cfg)
 
 
@@ -96,10 +95,39 @@ def go_on(
 ) -> tuple[State, jax.Array]:
     """Reads further tokens of every row after those of an earlier generation, whose memory is given up; as `start`.
 
-    ids_bt: i32, padded on the right, with `state.token` in front. length_b: i32, at least 1.
+    ids_bt: i32, padded on the right, with `state.token` in front. length_b: i32, at least 2 (1 in transformers).
     """
-    last_bd, cache, _ = reading.read(params, ids_bt, length_b, state.cache, cfg=cfg)
-    return _begin(cache, _logits(params, last_bd, cfg=cfg), choice, cfg)
+    cache = state.cache
+    if reading.plan(cfg).waits:
+        cache = _finish(params, memory.grow(cache), state.token, cfg=cfg)
+        ids_bt, length_b = ids_bt[:, 1:], length_b - 1
+    last_bd, cache, _ = reading.read(params, ids_bt, length_b, cache, cfg=cfg)
+    logits_bv = _logits(params, last_bd, cfg=cfg)
+    if choice.codec.pending:
+        return _pending(cache, logits_bv, choice, ids_bt, length_b, length_b < 1, cfg)
+    return _begin(cache, logits_bv, choice, cfg)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _finish(params: Any, cache: Any, token_b: jax.Array, *, cfg: Any) -> Any:
+    """The memory once the token that every row chose last has been read to the end, in rows that wait, too."""
+
+    def step(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        cache, left_b = loop
+        batch = Batch(token_b[:, None], cache.length[:, None], left_b[:, None].astype(jnp.int32))
+        _, cache, ready_b = registry.of(cfg).step(params, batch, cfg=cfg, cache=cache)
+        return cache, left_b & ~ready_b
+
+    everyone = jnp.ones(token_b.shape, bool)
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), step, (cache, everyone))[0]
+
+
+def _pending(
+    cache: Any, logits_bv: jax.Array, choice: Choice, ids_bt: Any, length_b: Any, first_b: Any, cfg: Any
+) -> tuple[State, jax.Array]:
+    """Nothing is made yet: the last of the tokens, the first one of its text in rows `first_b`, gets its form."""
+    token, done, made = _last(choice, logits_bv, ids_bt, length_b, first_b)
+    return State(_trimmed(cache, cfg), token, done, made), jnp.full_like(token, -1)
 
 
 def _begin(cache: Any, logits_bv: jax.Array, choice: Choice, cfg: Any) -> tuple[State, jax.Array]:
@@ -121,8 +149,8 @@ def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
 def read_prompt(
     params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
 ) -> tuple[Any, Any]:
-    """(logits after the last token of every prompt, or that before it where the codec has it pending, float32 [b, v],
-    and the cache), and what was lost."""
+    """(logits after the last token of every prompt, or, where the codec has that pending, after the one before it,
+    float32 [b, v], and the cache), and what was lost."""
     model = registry.of(cfg)
     b, t = ids_bt.shape
     positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
@@ -142,10 +170,11 @@ def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, 
 
 @jax.jit
 def _last(
-    choice: Choice, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array
+    choice: Choice, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array, first_b: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    token = jnp.take_along_axis(ids_bt, (length_b - 1)[:, None], axis=1)[:, 0]
     # No step of its own has this number.
-    token = choice.codec.begin(logits_bv, ids_bt, length_b, choice.draw(jnp.int32(-1)))
+    token = choice.codec.begin(logits_bv, token, first_b, choice.draw(jnp.int32(-1)))
     return token, token < 0, jnp.zeros_like(token)
 
 
