@@ -53,6 +53,15 @@ class Chunking:
                 raise AtomError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
+def per_stage(positions: int, chunking: tuple[Chunking, ...]) -> tuple[int, ...]:
+    """How many positions every stage has room for, the innermost included, of so many outermost ones. From the second
+    one on there is one more, for the unit that a text begins with."""
+    out = [positions]
+    for one in chunking:
+        out.append(slots_for(out[-1], one.capacity) + 1)
+    return tuple(out)
+
+
 def slots_for(positions: int, capacity: float, multiple: int = 8) -> int:
     """Chunk slots for `positions` positions: a multiple of 8, but at most one for each."""
     wanted = max(math.ceil(positions * capacity - 1e-6), 1)

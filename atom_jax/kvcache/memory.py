@@ -11,7 +11,7 @@ States are immutable: the memory of before is a fork, where it is not donated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -202,12 +202,14 @@ def full(memory: Memory) -> jax.Array:
     return functools.reduce(jnp.logical_or, found, jnp.zeros(memory.length.shape, bool))
 
 
-def grow(memory: Memory, more: int = 1) -> Memory:
-    """The same memory with room for `more` further tokens per row in every node: larger only where that is needed,
-    and smaller where a policy can make it so. Runs on the host."""
+def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
+    """The same memory with room for `more` further tokens per row in every node, or for a number of its own in each
+    of `nodes`, which then lie one inside the other: larger only where that is needed, and smaller where a policy can
+    make it so. Runs on the host."""
+    numbers = iter([more] * len(nodes(memory)) if isinstance(more, int) else reversed(more))
 
     def larger(node: Memory) -> Memory:
-        length = np.asarray(node.length)
+        length, more = np.asarray(node.length), next(numbers)
 
         def one(x: Any) -> Any:
             if (layer := _layer(x)) is None:

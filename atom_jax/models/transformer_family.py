@@ -70,6 +70,7 @@ FAMILIES = tuple(
         logits=transformer.logits,
         init_cache=transformer.init_cache,
         step=transformer.step,
+        commit=transformer.commit,
         decode_params=transformer.decode_params,
         roomier=transformer.roomier,
         flops=flops,

@@ -14,6 +14,7 @@ from atom_jax.inference.generate import generate
 from atom_jax.inference.score import logprobs
 from atom_jax.kvcache import memory
 from atom_jax.models import hnet
+from atom_jax.session import session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
 from tests.models.tiny_units import MODELS, capacity, model, stream, weights
@@ -58,7 +59,7 @@ def test_caches_grow_where_units_are_shorter_than_expected(monkeypatch, name):
     """Inner caches begin with room for an eighth of the bytes, outer ones with room for the prompt."""
     cfg = capacity(MODELS[name], 0.125)
     expected = generate(lm_of(MODELS[name]), PROMPTS, 60, 1.0).ids
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     grown = generate(LM(cfg, weights(MODELS[name]), None), PROMPTS, 60, 1.0)
     assert grown.ids == expected
@@ -75,7 +76,7 @@ def test_a_unit_per_byte_fits_too(monkeypatch):
     assert full.aux["lost"] == found.aux["lost"] == 0
     np.testing.assert_allclose(found.logits, full.logits, atol=1e-5)
     np.testing.assert_allclose(logprobs(LM(tight, p, None), ids), logprobs(LM(cfg, p, None), ids), atol=1e-5)
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     made = generate(LM(tight, p, None), PROMPTS, 40).ids
     assert made == generate(LM(cfg, p, None), PROMPTS, 40).ids
