@@ -66,8 +66,8 @@ class Session:
     ) -> Session:
         """As `prefill`, from ids i32 [b, t], padded on the right, and their lengths i32 [b], at least 1.
 
-        capacity: tokens per row for which there is room. params: as lm has them, or laid out. unroll: they are laid out
-        layer by layer, as the memory is to be.
+        capacity: tokens per row for which there is room. params: as lm has them, or laid out. unroll: they are
+        laid out layer by layer, as the memory is to be.
         """
         _check_positions(lm, int(length_b.max()))
         mask = np.arange(ids_bt.shape[1])[None] < length_b[:, None]
