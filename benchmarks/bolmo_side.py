@@ -27,6 +27,8 @@ from atom_jax.models.bolmo.forward import enough
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import laid_out, sampling
 from atom_jax.session.decode import CHUNK, Choice
+from atom_jax.session.session import Session
+from atom_jax.session.slots import Slots
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
 from atom_jax.transfer.lessons import begin
 from atom_jax.typing import LM, AtomError, Batch
