@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from absl import flags
 
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 USAGE = """python -m atom_jax COMMAND [...]
@@ -215,11 +217,12 @@ def _instructify(argv: list[str]) -> None:
 def _info(argv: list[str]) -> None:
     known = _Flags("info PATH", "Says what is in a checkpoint.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
+    known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
 
-    print(cli.info(path, values.tensors))
+    print(cli.info(path, values.tensors, values.verify))
 
 
 def _summary(argv: list[str]) -> None:
@@ -276,13 +279,13 @@ def _units(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import run
+    from atom_jax.evaluation import picture, run
     from atom_jax.evaluation.reports import unit_strip
     from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     lm = load(values.checkpoint)
     found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
     if values.out is not None:
@@ -310,10 +313,11 @@ def _memory(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation.reports import memory_picture, unit_strip
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import memory_picture
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
     if values.out is not None:
         memory_picture.draw(memory, values.out)
@@ -327,8 +331,7 @@ def _text(text: str | None, file: str | None) -> str | bytes:
     if text is not None:
         return text
     try:
-        with open(file, "rb") as opened:
-            return opened.read()
+        return read_regular(file).removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
 

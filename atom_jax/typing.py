@@ -8,14 +8,28 @@ n query heads (h * g), k head size.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
 from flax import struct
 
+_LONGEST = 299  # characters of a message
+
 
 class AtomError(ValueError):
-    """Bad input. The message is one sentence that names the file, the tensor or the flag at fault."""
+    """Bad input. The message is one sentence that names the file, the tensor or the flag at fault.
+
+    It stays under 300 characters whatever was put in: of long words, then of the message, the middle is left out.
+    """
+
+    def __init__(self, message: object):
+        text = " ".join(str(message).splitlines())
+        if len(text) > _LONGEST:
+            text = re.sub(r"\S{81,}", lambda word: f"{word[0][:50]}...{word[0][-25:]}", text)
+        if len(text) > _LONGEST:
+            text = f"{text[:200]} ... {text[-90:]}"
+        super().__init__(text)
 
 
 @struct.dataclass

@@ -18,6 +18,12 @@ hnet_ngrams, entropy_ngrams   with hashed embeddings of n-grams as BLT has them;
 blt       units end where a small byte model is unsure, pooled by maxima, read through cross-attention.
 words     units end at white space; spacebyte: at SpaceByte's places; hat: at emitted word ends, attention pooling.
 megabyte  units of four bytes, side by side, spread by a matrix for each place.
+
+blt, hat and megabyte share these parts with the papers that they are named after, and differ otherwise: byte layers
+see a sliding window that crosses units (MegaByte's and HAT's see their own unit alone; MegaByte has no layers before
+its units), and the decoder gets each byte's encoder state besides what it reads of the units. BLT's small byte model
+is trained before the other one, here next to it.
+
 hnet_1stage_xl, hnet_2stage_xl   the released sizes, for an accelerator. Compile-time figures of hnet_1stage_xl on 64
           chips of a v5p:4x4x4 with mesh.fsdp=64 (`--compile_only`, libtpu 0.0.42.1), 256 rows of 8,192 bytes: per
           chip 0.225 GiB of state and batch, temporaries 8.429, in all 8.654 of 95 (91% free); 15.2 GiB sent per

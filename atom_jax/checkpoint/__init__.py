@@ -28,7 +28,8 @@ from atom_jax.checkpoint.safetensors_io import (
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.tokenizers.json_tokenizer import MAIN, TOKENIZER_FILES, JsonTokenizer
+from atom_jax.tokenizers import json_tokenizer
+from atom_jax.tokenizers.json_tokenizer import TOKENIZER_FILES
 from atom_jax.typing import LM, AtomError
 
 __all__ = ["find", "kind_of", "load", "load_config", "save_adapter", "save_hf"]
@@ -107,7 +108,7 @@ def _described(path: Path) -> tuple[Any, Any]:
         if name != "bytes":
             raise AtomError(f"{path / CONFIG}: atom_tokenizer is {str(name)[:60]!r}; only 'bytes' is known")
         return cfg, tokenizers.from_name(name)
-    return cfg, JsonTokenizer(path) if (path / MAIN).is_file() else None
+    return cfg, json_tokenizer.in_directory(path)
 
 
 def _subwords(cfg: BolmoConfig, path: Path) -> Path | None:
@@ -152,7 +153,9 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         config["_name_or_path"] = name
     with staged(directory, stale=_is_model_file) as staging:
         write_tensors(staging, source, shard_bytes)
-        if lm.tokenizer is not None:
+        if lm.tokenizer is None:
+            logging.warning("%s: saved without a tokenizer, since the model was loaded without one", directory)
+        else:
             lm.tokenizer.save(staging)
         for file, table in ((CONFIG, config), (GENERATION, ids)):
             (staging / file).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
@@ -176,7 +179,7 @@ def kind_of(path: Path) -> str:
 def find(path: str | os.PathLike) -> Path:
     """The local path of a checkpoint, downloaded first where `path` is a hub id. AtomError when there is none."""
     local = Path(path)
-    if local.exists():
+    if os.path.exists(path):
         return local
     # A name below a directory that exists is a mistyped path, and nothing to ask the network about.
     if not _HUB_ID.fullmatch(str(path)) or local.parent.is_dir():

@@ -1,4 +1,4 @@
-"""All-or-nothing writing of a directory: a full disk or a kill leaves what was there before."""
+"""All-or-nothing writing of directories and files: a full disk or a kill leaves what was there before."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from atom_jax.typing import AtomError
 
 @contextlib.contextmanager
 def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Yields an empty directory to write flat files into; they move to `directory` only when the block succeeds.
+    """Yields an empty directory to write into; what is there moves to `directory` only when the block succeeds.
 
-    A new directory appears by one rename. Into an existing one the files move by renames, each of them
+    A new directory appears by one rename. Into an existing one files and folders move by renames, each file
     replacing its namesake whole, and files for which `stale(name)` holds and that were not written anew are
     removed; all others stay. OSError in the block becomes an AtomError that names the directory.
     """
@@ -43,13 +43,28 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file whole, in place of one that is there, or not at all. OSError where that fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _flush(staging: Path) -> None:
     mode = staging.stat().st_mode & 0o666  # what the umask allows; some writers make files private
-    for path in staging.iterdir():
-        path.chmod(mode)
-        # A rename may reach the disk before the data does: a power cut would then leave empty files in place.
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+    for path in staging.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+            # A rename may reach the disk before the data does: a power cut would then leave empty files in place.
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
 
 
 def _move_into(staging: Path, target: Path, stale: Callable[[str], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def token_ids(cfg: BolmoConfig) -> dict[str, Any]:
 def find_subwords(cfg: BolmoConfig, path: Path) -> Path | None:
     """Where a Bolmo directory has its subword tokenizer: in itself, or in a directory there that has its name."""
     places = (path, path / cfg.subword_tokenizer)
-    return next((place for place in places if (place / MAIN).is_file()), None)
+    return next((place for place in places if os.path.isfile(place / MAIN)), None)
 
 
 def tokenizer(place: Path | None) -> BolmoTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def convert(source: str, target: str, to: str | None = None) -> str:
     return f"{target}: {lm.family}, {count:,} parameters, {'Hugging Face' if to == 'hf' else 'Orbax'} directory"
 
 
-def info(source: str, tensors: bool = False) -> str:
+def info(source: str, tensors: bool = False, verify: bool = False) -> str:
     """What is in a checkpoint: format, family, sizes, parameters, stored types and bytes, tokenizer.
 
-    tensors: adds one line per tensor. Of a Hugging Face directory or GGUF file only headers are read.
-    Raises AtomError where it is not a whole, supported checkpoint.
+    tensors: adds one line per tensor. verify: reads everything, compares it with its checksums, and says how long
+    that took; else only headers are read of a Hugging Face directory or GGUF file.
+    Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
@@ -60,10 +62,30 @@ def info(source: str, tensors: bool = False) -> str:
     formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
     lines = [f"{'path':<12}{source}", f"{'format':<12}{formats[kind]}"]
     lines += [f"{key:<12}{value}" for key, value in _summary(cfg, tokenizer, rows)]
+    if verify:
+        lines += [f"{'verified':<12}{_verified(path, kind)}"]
     if tensors:
         width = max(len(row[0]) for row in rows)
         lines += ["", *(f"{name:<{width}}  {dtype:<9} {n:>14,}  {list(shape)}" for name, shape, dtype, n in rows)]
     return "\n".join(lines)
+
+
+def _verified(path: Path, kind: str) -> str:
+    """What was compared with checksums, and the seconds that it took."""
+    from atom_jax.checkpoint import store
+
+    began, where, size = time.perf_counter(), "", 0
+    if kind == "orbax":
+        step, size = store.verify(path)
+        where = f" of {step.name}" if step.name.isdigit() else ""
+    elif kind == "hf":
+        source = SafetensorsSource(path)
+        for name in source.infos:
+            source.read(name)
+        size = sum(source.infos[name].nbytes for name in source.crcs if name in source.infos)
+    if not size:
+        return "nothing: it holds no checksums"
+    return f"{size:,} bytes{where} are what was written, {time.perf_counter() - began:.2f} s"
 
 
 def _summary(cfg: Any, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:

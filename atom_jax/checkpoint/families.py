@@ -141,6 +141,7 @@ def load(
     AtomError, naming the first few, for missing, unexpected or misshapen tensors and for weights of other types.
     """
     places, specs = _places(cfg, part), _specs(cfg, part)
+    source = _as_published(source, places, cfg)
     _check(source, places, cfg, asked_by)
     placements = None if shardings is None else params_lib.flatten(shardings)
     names: dict[str, list[str]] = {}
@@ -172,10 +173,37 @@ def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+class _Renamed:
+    """A source by other names. names: the one to ask for -> the one that is stored."""
+
+    def __init__(self, source: TensorSource, names: dict[str, str]):
+        self.label, self._source, self._names = source.label, source, names
+        self.infos = {name: source.infos[stored] for name, stored in names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """See TensorSource."""
+        return self._source.read(self._names[name])
+
+
+def _as_published(source: TensorSource, places: dict[str, _Place], cfg: Any) -> TensorSource:
+    """The source by the names of `places`: base models are saved without "model." in front of them, and of a head
+    that is tied to the embedding some files hold nothing but the head."""
+    names = {}
+    for stored in source.infos:
+        whole = f"model.{stored}"
+        base = whole in places and stored not in places and whole not in source.infos
+        names[whole if base else stored] = stored
+    embedding = next((name for name, place in places.items() if place.rule.path == "embed"), None)
+    if cfg.tie_embeddings and embedding and embedding not in names and "lm_head.weight" in names:
+        names[embedding] = names.pop("lm_head.weight")
+    return _Renamed(source, names)
+
+
 def _check(source: TensorSource, places: dict[str, _Place], cfg: TransformerConfig, asked_by: str) -> None:
     missing = [name for name in places if name not in source.infos]
     if missing:
-        raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this {asked_by}")
+        hint = "; a base model has no head of its own" if missing == ["lm_head.weight"] else ""
+        raise AtomError(f"{source.label}: {_listing(missing, 'missing')} for a {cfg.family} of this {asked_by}{hint}")
     extra = [name for name in source.infos if name not in places and not _DERIVED.fullmatch(name)]
     embedding = next((name for name, place in places.items() if place.rule.path == "embed"), None)
     if cfg.tie_embeddings and embedding and "lm_head.weight" in extra:

@@ -10,13 +10,14 @@ from typing import Any
 
 from absl import logging
 
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; AtomError naming the file where there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except OSError as e:
         raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError):

@@ -1,8 +1,7 @@
-"""Rebuilds the byte-level BPE tokenizer that a GGUF file describes, as the files of a Hugging Face directory.
+"""The byte-level BPE tokenizer that a GGUF file describes, as the files of a Hugging Face directory.
 
 GGUF keeps the vocabulary and the merges, but only a *name* for the rule that splits text before merging
-(`tokenizer.ggml.pre`). A rule that is guessed wrongly still round-trips text while it yields other ids than
-the model was trained on, so a name without a known rule is refused.
+(`tokenizer.ggml.pre`).
 """
 
 from __future__ import annotations
@@ -10,78 +9,48 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 
+from atom_jax.tokenizers.byte_level import RULES, tokenizer_json
 from atom_jax.typing import AtomError
 
 _CONTROL, _USER_DEFINED = 3, 4
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    pattern = "|".join([_CONTRACTIONS, _WORDS, digits, _TAIL])
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _byte_level() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
-
-
-# tokenizer.ggml.pre -> (pre-tokenizer, NFC first, whole words bypass the merges)
-_RULES = {
-    "gpt-2": (_byte_level, False, False),
-    "smollm": (_single_digits, False, False),
-    "llama-bpe": (lambda: _split(r"\p{N}{1,3}"), False, True),
-    "qwen2": (lambda: _split(r"\p{N}"), True, False),
-}
+_WITH_BOS = ("llama-bpe",)  # where llama.cpp puts bos in front unless the file says otherwise
+# Keys that are read here.
+USED = {
+    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type",
+    "tokenizer.ggml.merges", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.eom_token_id", "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
+    "tokenizer.chat_template",
+}  # fmt: skip
 
 
 def tokenizer_files(metadata: dict[str, Any], origin: str) -> dict[str, str]:
     """Texts of tokenizer.json and tokenizer_config.json for the tokenizer described by GGUF `metadata`.
 
-    origin: the file's name, for messages. Raises AtomError for tokenizers other than byte-level BPE and for
-    an unknown splitting rule.
+    origin: the file's name, for messages. Raises AtomError for tokenizers other than byte-level BPE, for an unknown
+    splitting rule, and for values of the wrong type.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise AtomError(f"{origin}: tokenizer.ggml.model {kind!r} is not supported (only 'gpt2', byte-level BPE, is)")
-    if pre not in _RULES:
-        raise AtomError(f"{origin}: tokenizer.ggml.pre {pre!r} has no known splitting rule ( {', '.join(_RULES)})")
-    tokens, types, merges = (_listed(metadata, key, origin) for key in ("tokens", "token_type", "merges"))
+    if not isinstance(pre, str) or pre not in RULES:
+        raise AtomError(f"{origin}: tokenizer.ggml.pre {pre!r} has no known splitting rule ( {', '.join(RULES)})")
+    tokens, merges = (_listed(metadata, key, str, origin) for key in ("tokens", "merges"))
+    types = _listed(metadata, "token_type", int, origin)
     if len(types) != len(tokens):
         raise AtomError(f"{origin}: {len(tokens)} tokens but {len(types)} token types")
-    build, nfc, ignore_merges = _RULES[pre]
-    try:
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
-    except Exception as e:  # the tokenizers package raises bare Exceptions
-        raise AtomError(f"{origin}: the vocabulary and merges do not make a BPE tokenizer ({e})") from None
-    if nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = build()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, types)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    config = _tokenizer_config(metadata, tokens, origin)
+    config = _tokenizer_config(metadata, tokens, pre in _WITH_BOS, origin)
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, types)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    front = [config["bos_token"]] if config["add_bos_token"] else []
     return {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer.json": tokenizer_json(vocab, merges, pre, added, front, origin),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
     }
 
@@ -89,13 +58,13 @@ def tokenizer_files(metadata: dict[str, Any], origin: str) -> dict[str, str]:
 def special_id(metadata: dict[str, Any], name: str, origin: str) -> int | None:
     """Token id of "bos", "eos", "padding" or "unknown" in GGUF `metadata`, or None where it has none."""
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    n_tokens = len(metadata.get("tokenizer.ggml.tokens", ()))
-    if value is not None and not (isinstance(value, int) and 0 <= value < n_tokens):
+    n_tokens = len(metadata["tokenizer.ggml.tokens"])
+    if value is not None and not (type(value) is int and 0 <= value < n_tokens):
         raise AtomError(f"{origin}: tokenizer.ggml.{name}_token_id {value!r} is not one of the {n_tokens} tokens")
     return value
 
 
-def _tokenizer_config(metadata: dict[str, Any], tokens: list[str], origin: str) -> dict[str, Any]:
+def _tokenizer_config(metadata: dict[str, Any], tokens: list[str], with_bos: bool, origin: str) -> dict[str, Any]:
     # PreTrainedTokenizerFast takes tokenizer.json as it is; a named class such as GPT2Tokenizer would put its
     # own splitting rule in place of the one built here.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -103,14 +72,21 @@ def _tokenizer_config(metadata: dict[str, Any], tokens: list[str], origin: str) 
         index = special_id(metadata, theirs, origin)
         if index is not None:
             config[f"{ours}_token"] = tokens[index]
-    config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        config["chat_template"] = template
-    return config
+    for name, default in (("add_bos_token", with_bos and "bos_token" in config), ("add_eos_token", False)):
+        value = metadata.get(f"tokenizer.ggml.{name}", default)
+        if type(value) is not bool or (value and name.removeprefix("add_") not in config):
+            raise AtomError(f"{origin}: tokenizer.ggml.{name} is {value!r}; it must be a bool, and the token known")
+        config[name] = value
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise AtomError(f"{origin}: tokenizer.chat_template is not a text")
+    return config if template is None else config | {"chat_template": template}
 
 
-def _listed(metadata: dict[str, Any], key: str, origin: str) -> list[Any]:
+def _listed(metadata: dict[str, Any], key: str, kind: type, origin: str) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list):
+    if value is None:
         raise AtomError(f"{origin}: tokenizer.ggml.{key} is missing from the GGUF header")
+    if not isinstance(value, list) or any(type(item) is not kind for item in value):
+        raise AtomError(f"{origin}: tokenizer.ggml.{key} is not a list of {'texts' if kind is str else 'numbers'}")
     return value

@@ -1,13 +1,17 @@
 """Reads and writes safetensors files: one file, or shards with a model.safetensors.index.json.
 
 The safetensors package reads and writes the data. Headers are first checked here, because its messages do not
-name the tensor at fault and it accepts a header that lists one name twice.
+name the tensor at fault and it accepts a header that lists one name twice. Files written here hold the CRC-32 of
+every tensor in their metadata, "crc32": {name: number} as JSON, which is compared when the tensor is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from atom_jax.checkpoint.checksums import Damaged
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.checkpoint.tensors import TensorInfo, TensorSource, check_finite
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,8 +48,9 @@ _DTYPES = {
 class SafetensorsSource:
     """Tensors of a directory (or of one .safetensors file), read lazily.
 
-    label: the path. infos: name -> TensorInfo. Raises AtomError for files that are missing, truncated or
-    inconsistent, for a tensor found twice, and for pickled weights, which are never loaded.
+    label: the path. infos: name -> TensorInfo. crcs: name -> CRC-32, of files that say so. Raises AtomError for files
+    that are missing, truncated or inconsistent, for a tensor found twice, and for pickled weights, which are never
+    loaded.
     """
 
     def __init__(self, path: str | Path):
@@ -51,14 +59,19 @@ class SafetensorsSource:
         self.label = str(path)
         self.infos: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[Path, int]] = {}
+        self.crcs: dict[str, int] = {}
+        self._beside = ThreadPoolExecutor(1)
         for file in _weight_files(path):
-            for name, (info, offset) in _read_header(file).items():
+            tensors, crcs = _read_header(file)
+            self.crcs |= crcs
+            for name, (info, offset) in tensors.items():
                 if name in self.infos:
                     raise AtomError(f"{file}: tensor '{name}' is also in {self._places[name][0].name}")
                 self.infos[name], self._places[name] = info, (file, offset)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as numpy (bfloat16 through ml_dtypes); AtomError where it holds NaN or infinity."""
+        """The tensor as numpy (bfloat16 through ml_dtypes). Damaged where it is not what was written, AtomError where
+        it holds NaN or infinity."""
         info, (file, offset) = self.infos[name], self._places[name]
         count = math.prod(info.shape)
         try:
@@ -68,14 +81,21 @@ class SafetensorsSource:
             raise AtomError(f"{file}: tensor '{name}' cannot be read ({e})") from None
         if x.size != count:
             raise AtomError(f"{file}: ends inside tensor '{name}'; it has changed since it was opened")
-        return check_finite(x.reshape(info.shape), str(file), name)
+        # Beside the search for NaN, on another core.
+        crc = self._beside.submit(zlib.crc32, x.view(np.uint8)) if name in self.crcs else None
+        try:
+            return check_finite(x.reshape(info.shape), str(file), name)
+        finally:
+            if crc is not None and crc.result() != self.crcs[name]:
+                raise Damaged(f"{file}: tensor '{name}' is not what was written: its checksum differs")
 
 
-def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """Tensors in one .safetensors file, each with its offset in bytes; checks that the file holds exactly them."""
+def _read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, int]]:
+    """Tensors in one .safetensors file, each with its offset in bytes, and their checksums, where there are any;
+    checks that the file holds exactly these tensors."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
+        with open_regular(file) as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as e:
@@ -90,13 +110,25 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         raise AtomError(f"{file}: the safetensors header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise AtomError(f"{file}: the safetensors header is not a table of tensors")
-    entries.pop("__metadata__", None)
+    crcs = _crcs(file, entries.pop("__metadata__", None))
     tensors = {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in entries.items()}
     try:
         with safe_open(file, framework="np"):  # a second opinion, also on gaps and overlaps between tensors
-            return tensors
+            return tensors, crcs
     except (SafetensorError, OSError) as e:
         raise AtomError(f"{file}: not a valid safetensors file ({e})") from None
+
+
+def _crcs(file: Path, metadata: Any) -> dict[str, int]:
+    if not isinstance(metadata, dict) or "crc32" not in metadata:
+        return {}
+    try:
+        crcs = json.loads(metadata["crc32"])
+    except (ValueError, RecursionError, TypeError):
+        crcs = None
+    if not isinstance(crcs, dict) or not all(type(n) is int for n in crcs.values()):
+        raise AtomError(f"{file}: crc32 in the header's metadata is not a table of checksums")
+    return crcs
 
 
 def _tensor_info(file: Path, name: str, entry: Any, start: int, size: int) -> tuple[TensorInfo, int]:
@@ -154,13 +186,13 @@ def _weight_files(path: Path) -> list[Path]:
         raise AtomError(f"{path}: neither {SINGLE} nor {INDEX} is there")
     index = path / INDEX
     try:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        shards = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError):
         raise AtomError(f"{index}: not a valid index (no weight_map of tensor names to file names)") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise AtomError(f"{index}: {shard!r} is not a plain file name")
-    missing = sorted(shard for shard in shards if not (path / shard).is_file())
+    missing = sorted(shard for shard in shards if not os.path.exists(path / shard))
     if missing:
         raise AtomError(f"{path}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}")
     return [path / shard for shard in sorted(shards)]
@@ -198,11 +230,26 @@ def write_file(arrays: dict[str, np.ndarray], file: Path) -> None:
     """Writes C-contiguous arrays to one .safetensors file. OSError where that fails; not atomic by itself."""
     if not all(x.flags.c_contiguous for x in arrays.values()):
         raise ValueError("the writer reads raw memory, so every array must be contiguous")
+    crcs = {name: zlib.crc32(x.reshape(-1).view(np.uint8)) for name, x in arrays.items()}
     try:
-        # transformers refuses files without this piece of metadata.
-        save_file(arrays, file, metadata={"format": "pt"})
+        # transformers refuses files without the format.
+        save_file(arrays, file, metadata={"format": "pt", "crc32": json.dumps(crcs)})
+        _order(file)
     except SafetensorError as e:
         raise OSError(f"{file.name}: {e}") from None
+
+
+def _order(file: Path) -> None:
+    """Orders the metadata of a file, which the package writes in random order: equal tensors make equal files."""
+    with open(file, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise OSError(f"{file.name}: the header does not fit its place")
+        f.seek(8)
+        f.write(text.ljust(length))
 
 
 def is_weight_file(name: str) -> bool:

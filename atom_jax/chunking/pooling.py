@@ -104,8 +104,9 @@ def _max(p: Tree, h_btd: jax.Array, boundary: Boundary, plan: Plan, state: Tree,
 
 
 def _attention(p: Tree, h_btd: jax.Array, boundary: Boundary, plan: Plan, state: Tree, *, cfg: Chunking):
-    """What `slots` learned queries find in the chunk (Learn Your Tokens, arXiv 2310.11628; HAT, 2501.10322): softmax
-    within the chunk, with running maxima, denominators and numerators as in online softmax."""
+    """What `slots` learned queries find in the chunk: softmax within it, with running maxima, denominators and
+    numerators as in online softmax. In the papers (Learn Your Tokens, arXiv 2310.11628; HAT, 2501.10322) the queries
+    are further positions that go through the layers of the encoder; here they look at its result once."""
     m, c = plan.at.shape[1], p["q"].shape[-1]
     x_btd = rms_norm(h_btd, p["norm"], EPS)
     v_btnc = project(x_btd, p["v"]).astype(jnp.float32)

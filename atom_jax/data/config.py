@@ -20,8 +20,8 @@ class DataConfig:
         "pystdlib"    the source files of the running Python's standard library
         a file, a directory or a pattern of files, all of one kind:
             UTF-8 text (also .gz, .xz): one document per file;
-            .jsonl (also .gz, .xz): one document per line, in its field "text"; "FILE.jsonl#name" reads
-            another; *.array_record*: one document per record, which is UTF-8
+            .jsonl, .ndjson, .json, .csv and .tsv (also .gz, .xz): one document per line, object or row, in its field
+            "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, which is UTF-8
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gzip
 import json
 import lzma
+import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 PACKED = {".gz": gzip.open, ".xz": lzma.open}
+BOM = codecs.BOM_UTF8  # some editors put it before a text, of which it is no part
 _READ = 1 << 20
+# Packed text is rarely a tenth of itself; a file that says to be 200 times as long is not a text.
+_EXPANSION, _HARMLESS = 200, 1 << 26
+_SAMPLE = 32
 
 
 class Corpus(Protocol):
@@ -25,10 +32,12 @@ class Corpus(Protocol):
 
     what:  the source's name for messages.
     sizes: i64 [n] bytes of every document, or None where finding out means reading everything.
+    crc:   CRC-32 of the text, wherever it lies: what tells one text from another.
     """
 
     what: str
     sizes: np.ndarray | None
+    crc: int
 
     def __len__(self) -> int: ...
 
@@ -44,6 +53,7 @@ class Texts:
         self.what = what
         self.texts = [t for t in texts if t]
         self.sizes = np.array([len(t) for t in self.texts], np.int64)
+        self.crc = crc_of(self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -53,20 +63,23 @@ class Texts:
 
 
 class Files:
-    """One document per text file, read when asked for. Empty files are left out, others must be UTF-8."""
+    """One document per text file, read when asked for. Empty files are left out, others must be UTF-8; a mark that
+    says so, at the beginning, is no part of the document."""
 
     def __init__(self, what: str, paths: Sequence[pathlib.Path]):
         self.what = what
-        sizes = [check_file(p) for p in paths]
-        self.paths = [p for p, n in zip(paths, sizes) if n]
-        self.sizes = np.array([n for n in sizes if n], np.int64)
+        found = [(p, *check_file(p)) for p in paths]
+        self.files = [(path, first) for path, first, size, _ in found if size]
+        self.sizes = np.array([size for _, _, size, _ in found if size], np.int64)
+        self.crc = crc_of(b"%d %d " % (size, crc) for _, _, size, crc in found if size)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
-        with open_file(self.paths[i]) as f:
-            f.seek(start)
+        path, first = self.files[i]
+        with open_file(path) as f:
+            f.seek(first + start)
             return f.read(-1 if stop is None else stop - start)
 
 
@@ -77,7 +90,7 @@ class JsonLines:
         self.what = str(path)
         self.path = path
         self.field = field
-        starts, sizes, at = [], [], 0
+        starts, sizes, at, self.crc = [], [], 0, 0
         with open_file(path) as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -85,7 +98,7 @@ class JsonLines:
                     if size:
                         starts.append((at, len(line)))
                         sizes.append(size)
-                at += len(line)
+                at, self.crc = at + len(line), zlib.crc32(line, self.crc)
         self.lines = np.array(starts, np.int64).reshape(-1, 2)
         self.sizes = np.array(sizes, np.int64)
 
@@ -100,7 +113,10 @@ class JsonLines:
 
 
 class Records:
-    """One document per record of a data source (array_record, tfds); each is checked when it is read."""
+    """One document per record of a data source (array_record, tfds); each is checked when it is read.
+
+    crc is that of _SAMPLE records spread over the source and of their number: reading all would take too long.
+    """
 
     sizes = None
 
@@ -109,6 +125,12 @@ class Records:
         self.what = what
         self.source = source
         self.field = field
+
+    @functools.cached_property
+    def crc(self) -> int:
+        n = len(self)
+        chosen = sorted({i * (n - 1) // max(_SAMPLE - 1, 1) for i in range(min(_SAMPLE, n))})
+        return crc_of([b"%d " % n, *map(self.read, chosen)])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -135,6 +157,7 @@ class Subset:
         self.what = corpus.what
         self.corpus = corpus
         self.indices = indices
+        self.crc = corpus.crc
         self.sizes = None if corpus.sizes is None else corpus.sizes[np.array(indices, np.int64)]
 
     def __len__(self) -> int:
@@ -153,6 +176,7 @@ class Spans:
         self.corpus = corpus
         self.spans = spans
         self.sizes = np.array([stop - start for _, start, stop in spans], np.int64)
+        self.crc = corpus.crc
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -171,6 +195,7 @@ class Joined:
         self.ends = np.cumsum([len(p) for p in parts])
         known = all(p.sizes is not None for p in parts)
         self.sizes = np.concatenate([p.sizes for p in parts]) if known else None
+        self.crc = crc_of(b"%d " % p.crc for p in parts)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -185,19 +210,29 @@ class Joined:
 def open_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file for reading bytes; what the system refuses, then or later, becomes an AtomError."""
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             yield f
     except OSError as e:
         raise AtomError(f"{path} cannot be read: {e.strerror}.") from None
 
 
+def packing(path: pathlib.Path) -> Callable[..., BinaryIO] | None:
+    """What opens a packed file, by its name in whatever case; None for others."""
+    return PACKED.get(f".{path.name.rpartition('.')[2].lower()}")
+
+
 def read_packed(path: pathlib.Path) -> bytes:
-    """Returns the content of a .gz or .xz file; AtomError when it is damaged."""
-    try:
-        with PACKED[path.suffix](path, "rb") as f:
-            return f.read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
-        raise AtomError(f"{path} cannot be decompressed: {e}.") from None
+    """Returns the content of a .gz or .xz file; AtomError when it is damaged, or 200 times as long as the file."""
+    with open_file(path) as raw:
+        most = max(_HARMLESS, _EXPANSION * os.fstat(raw.fileno()).st_size)
+        try:
+            with packing(path)(raw, "rb") as f:
+                text = f.read(most + 1)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+            raise AtomError(f"{path} cannot be decompressed: {e}.") from None
+    if len(text) > most:
+        raise AtomError(f"{path} holds more than {most:,} bytes, {_EXPANSION} times its size: that is no text.")
+    return text
 
 
 def check_utf8(text: bytes, where: str) -> None:
@@ -208,10 +243,18 @@ def check_utf8(text: bytes, where: str) -> None:
         raise AtomError(f"{where} is not UTF-8 at byte {e.start}.") from None
 
 
-def check_file(path: pathlib.Path) -> int:
-    """Returns the size of a text file in bytes; AtomError with the byte offset if it is not UTF-8."""
-    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+def crc_of(texts: Iterable[bytes]) -> int:
+    """Returns the CRC-32 of texts one after the other."""
+    return functools.reduce(lambda crc, text: zlib.crc32(text, crc), texts, 0)
+
+
+def check_file(path: pathlib.Path) -> tuple[int, int, int]:
+    """Returns where the text of a file begins, its size in bytes and the file's CRC-32; AtomError with the byte
+    offset if it is not UTF-8."""
+    decoder, size, crc = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with open_file(path) as f:
+        first = len(BOM) if f.read(len(BOM)) == BOM else 0
+        f.seek(0)
         while True:
             block = f.read(_READ)
             held = len(decoder.getstate()[0])
@@ -220,18 +263,23 @@ def check_file(path: pathlib.Path) -> int:
             except UnicodeDecodeError as e:
                 raise AtomError(f"{path} is not UTF-8 at byte {size - held + e.start}.") from None
             if not block:
-                return size
-            size += len(block)
+                return first, size - first, crc
+            size, crc = size + len(block), zlib.crc32(block, crc)
 
 
 def json_text(line: bytes, field: str, where: str) -> bytes:
-    """Returns the string under `field` of one line of JSON as UTF-8; AtomErrors begin with `where`."""
+    """Returns the string under `field` of one line of JSON; errors as for `record_text`."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as e:
         raise AtomError(f"{where} is not UTF-8 at byte {e.start} of the line.") from None
     except (ValueError, RecursionError) as e:
         raise AtomError(f"{where} is not JSON: {one_line(e)}.") from None
+    return record_text(record, field, where)
+
+
+def record_text(record: Any, field: str, where: str) -> bytes:
+    """Returns the string under `field` of a record as UTF-8; AtomErrors begin with `where`."""
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise AtomError(f"{where} has no string under the field {field!r}.")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atom_jax.tokenizers.base import Tokenizer
+from atom_jax.tokenizers.base import Tokenizer, beginning
 from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.units import unit_ends
 
@@ -22,13 +22,11 @@ Tokens = tuple[np.ndarray, np.ndarray | None]
 def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Tokens:
     """Returns the tokens i32 [n] of {"text", "first", "last"} and, given `units`, their marks bool [n], else None.
 
-    The first piece of a document begins with bos, the last ends with eos, where the tokenizer has them.
-    Without bos, eos goes in front too: the first token of the text then has something to be predicted from.
+    The first piece of a document begins with what `beginning` says, the last ends with eos, where there is one.
     A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
     """
     end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
-    front = end if tokenizer.bos_id is None else tokenizer.bos_id
-    head = [front] if piece["first"] and front is not None else []
+    head = beginning(tokenizer) if piece["first"] else []
     tail = [end] if piece["last"] and end is not None else []
     if units is None:
         text, marks = tokenizer.encode(piece["text"]), None

@@ -145,10 +145,7 @@ class _PackedRows(grain.DatasetIterator):
     def set_state(self, state: dict) -> None:
         if not isinstance(state, dict) or state.keys() != self.get_state().keys():
             raise AtomError("The data state is not one that this iterator made.")
-        for field, value in self.identity.items():
-            if state["config"].get(field) != value:
-                saved = state["config"].get(field)
-                raise AtomError(f"The data state was saved with {field}={saved!r}, and this run has {value!r}.")
+        _compare(state["config"], self.identity)
         skip = self.first_row - state["first_row"]
         if skip < 0 or skip + len(self.lanes) > len(state["piece"]):
             raise AtomError("The data state holds other rows than this process reads: use merge_states.")
@@ -241,4 +238,19 @@ def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) ->
     for name in ("marks", "tokens"):
         if not identity[name]:
             del identity[name]  # states from before there were such rows stay valid
-    return identity | {"vocab_size": tokenizer.vocab_size, "pieces": [len(p) for p in found]}
+    content = {"pieces": [len(p) for p in found], "content": [p.corpus.crc for p in found]}
+    return identity | {"vocab_size": tokenizer.vocab_size} | content
+
+
+def _compare(saved: dict, ours: dict) -> None:
+    """Raises AtomError where two identities differ: the text counts, not what its files are called."""
+    # States from before there were checksums of the text know its name only.
+    unused = "sources" if "content" in saved else "content"
+    for field, value in ours.items():
+        if field == unused or saved.get(field) == value:
+            continue
+        before = saved.get(field)
+        if field in ("content", "pieces") and isinstance(before, list) and len(before) == len(value):
+            names = ", ".join(s for s, a, b in zip(ours["sources"], before, value) if a != b)
+            raise AtomError(f"data.sources: the text of {names} is not the one that this run began with.")
+        raise AtomError(f"The data state was saved with {field}={before!r}, and this run has {value!r}.")

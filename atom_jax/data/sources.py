@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import glob
+import os
 import pathlib
 from collections.abc import Callable
 from functools import partial
 
 import grain
 
-from atom_jax.data import builtin
-from atom_jax.data.corpus import (
-    PACKED,
-    Corpus,
-    Files,
-    Joined,
-    JsonLines,
-    Records,
-    Texts,
-    check_utf8,
-    json_text,
-    one_line,
-    read_packed,
-)
+from atom_jax.data import builtin, formats
+from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing
 from atom_jax.data.splits import take_split
 from atom_jax.typing import AtomError
 
 # What directories and tfds splits call them.
+_READERS = {"jsonl": formats.read_jsonl, "json": formats.read_json, "csv": formats.read_csv}
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -95,7 +85,7 @@ def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]]) -> 
 
 def _paths(source: str, split: str) -> Corpus:
     name, field = source, None
-    if not pathlib.Path(source).exists() and "#" in source:
+    if not os.path.exists(source) and "#" in source:
         name, _, field = source.rpartition("#")
     path = pathlib.Path(name)
     if path.is_dir():
@@ -104,8 +94,10 @@ def _paths(source: str, split: str) -> Corpus:
         if folders:
             return _choose(source, split, {p.name: partial(_directory, p, field) for p in folders})
         return take_split(_directory(path, field), split)
-    found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
-    found = [p for p in found if p.is_file()]
+    if os.path.exists(name):
+        found = [path]
+    else:
+        found = [p for p in sorted(map(pathlib.Path, glob.glob(name, recursive=True))) if p.is_file()]
     if not found:
         raise AtomError(f"There is no source {source}: no built-in has this name and no file or directory matches.")
     return take_split(_files(name, found, field), split)
@@ -129,29 +121,21 @@ def _listing(directory: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def _kind(path: pathlib.Path) -> str:
-    name = path.name.removesuffix(".gz").removesuffix(".xz")
-    if ".array_record" in name:
-        return "array_record"
-    return "jsonl" if name.endswith(".jsonl") else "text"
-
-
 def _files(what: str, paths: list[pathlib.Path], field: str | None) -> Corpus:
-    kinds = sorted({_kind(p) for p in paths})
+    kinds = sorted({formats.kind_of(p) for p in paths})
     if len(kinds) > 1:
         raise AtomError(
             f"{what} holds {' and '.join(kinds)} files: choose one kind with a pattern, such as DIR/*.jsonl."
         )
-    if field and kinds != ["jsonl"]:
-        raise AtomError(f"{what}#{field}: only .jsonl files and tfds directories have fields.")
+    if field and kinds[0] not in _READERS:
+        raise AtomError(f"{what}#{field}: only .jsonl files and tfds directories have fields, and .json and .csv.")
     if kinds == ["array_record"]:
         return Records(what, _array_record(what, paths))
-    if kinds == ["jsonl"]:
-        corpora = [_jsonl(p, field or "text") for p in paths]
-    else:
-        plain = [p for p in paths if p.suffix not in PACKED]
-        corpora = [Files(what, plain)] + [_packed_text(p) for p in paths if p.suffix in PACKED]
-    return Joined(what, corpora)
+    if kinds[0] in _READERS:
+        return Joined(what, [_READERS[kinds[0]](p, field or "text") for p in paths])
+    packed = [p for p in paths if packing(p) is not None]
+    plain = [p for p in paths if packing(p) is None]
+    return Joined(what, [Files(what, plain)] + [formats.read_packed_text(p) for p in packed])
 
 
 def _array_record(what: str, paths: list[pathlib.Path]):
@@ -159,17 +143,3 @@ def _array_record(what: str, paths: list[pathlib.Path]):
         return grain.sources.ArrayRecordDataSource([str(p) for p in paths])
     except Exception as e:  # a missing package and a damaged file come as many kinds
         raise AtomError(f"{what} cannot be opened as array_record: {one_line(e)}.") from None
-
-
-def _packed_text(path: pathlib.Path) -> Corpus:
-    text = read_packed(path)
-    check_utf8(text, f"{path}, decompressed,")
-    return Texts(str(path), [text])
-
-
-def _jsonl(path: pathlib.Path, field: str) -> Corpus:
-    if path.suffix not in PACKED:
-        return JsonLines(path, field)
-    lines = read_packed(path).splitlines()
-    texts = [json_text(line, field, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    return Texts(str(path), texts)

@@ -5,8 +5,8 @@ continuation, because most tokenizers attach a space to the word after it. Then 
 token straddles the boundary, that is the encoding; if one does, the two are encoded apart: half a token has no
 probability. With a byte tokenizer nothing straddles. The bytes counted for a continuation include what moved to it.
 
-The front token (bos, or eos for a tokenizer without bos) stands before a document in training; it comes before every
-text that is scored from its first token on, and before contexts where the tokenizer puts one before every text.
+The front (what the tokenizer puts before every text, else bos, else eos) stands before a document in training; it
+comes before every text that is scored from its first token on, and before contexts where the tokenizer has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from atom_jax.tokenizers.base import beginning
 from atom_jax.typing import AtomError
 
 
@@ -41,7 +42,7 @@ class Encoder:
 
     tokenizer: any `tokenizers.Tokenizer`.
     length: most tokens that the model may see at once.
-    always_front: whether contexts begin with the front token.
+    always_front: whether contexts begin with the front.
     """
 
     tokenizer: Any
@@ -66,7 +67,8 @@ class Encoder:
         ids, spans = self.tokenizer.spans(text)
         if not len(ids):
             return [], []
-        items = windows(np.concatenate([np.array(front(self.tokenizer), np.int32), ids]), 1, self.length, context)
+        first = np.array(front(self.tokenizer), np.int32)
+        items = windows(np.concatenate([first, ids]), len(first), self.length, context)
         firsts = np.cumsum([0] + [len(item.ids) - item.start for item in items[:-1]])
         edges = [0, *spans[firsts[1:], 0].tolist(), len(text)]
         return items, np.diff(edges).tolist()
@@ -81,12 +83,10 @@ class Encoder:
 
 
 def front(tokenizer: Any) -> list[int]:
-    """The front token. Raises AtomError for a tokenizer that has none."""
-    if tokenizer.bos_id is not None:
-        return [tokenizer.bos_id]
-    if not tokenizer.eos_ids:
+    """The front. Raises AtomError for a tokenizer that has none."""
+    if not (first := beginning(tokenizer)):
         raise AtomError("the tokenizer has neither bos nor eos, so the first token of a text has no probability")
-    return [tokenizer.eos_ids[0]]
+    return first
 
 
 def windows(ids: np.ndarray, start: int, length: int, context: int) -> list[Item]:

@@ -93,7 +93,7 @@ def make_encoder(lm: LM, cfg: EvalConfig) -> Encoder:
     length = row_length(lm, cfg)
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, and the tasks are texts")
-    front = lm.tokenizer.add_bos if cfg.front == "auto" else cfg.front == "yes"
+    front = bool(lm.tokenizer.front) if cfg.front == "auto" else cfg.front == "yes"
     return Encoder(lm.tokenizer, length, front)
 
 

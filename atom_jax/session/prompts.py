@@ -40,9 +40,7 @@ def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
     if tokenizer is None:
         raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
     ids = np.asarray(tokenizer.encode(text))
-    if first and tokenizer.bos_id is not None and getattr(tokenizer, "add_bos", tokenizer.name == "bytes"):
-        ids = np.concatenate([[tokenizer.bos_id], ids])
-    return ids
+    return np.concatenate([np.array(getattr(tokenizer, "front", ()), ids.dtype), ids]) if first else ids
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:

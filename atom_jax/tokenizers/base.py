@@ -15,7 +15,7 @@ class Tokenizer(Protocol):
     vocab_size: ids are in [0, vocab_size).
     bos_id:     id that begins a document, or None.
     eos_ids:    ids that end a document; data uses the first. () when there is none.
-    add_bos:    whether the tokenizer's makers put bos before every text (encode doesn't).
+    front:      ids that the tokenizer's makers put before every text (encode doesn't): mostly bos, or none.
     pad_id:     id that fills unused positions; it is always masked.
     """
 
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    add_bos: bool
+    front: tuple[int, ...]
     pad_id: int
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -45,3 +45,10 @@ class Tokenizer(Protocol):
     def save(self, directory) -> None:
         """Writes what `from_name(directory)` needs; a tokenizer without files writes nothing."""
         ...
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand before a document in training, so that its first token has something to be predicted from: the
+    tokenizer's front, else bos, else eos; none where it has none of them."""
+    ends = tokenizer.eos_ids[:1] if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    return list(getattr(tokenizer, "front", ()) or ends)

@@ -17,8 +17,12 @@ class ByteTokenizer:
     vocab_size = 264
     bos_id = 256
     eos_ids = (257,)
-    add_bos = True
     pad_id = 258
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Every text begins with bos, where there is one."""
+        return () if self.bos_id is None else (self.bos_id,)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], the bytes of `text`; AtomError when a str holds a lone surrogate."""

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
+from tokenizers import Encoding, models
 from tokenizers import Tokenizer as _Tokenizer
 
+from atom_jax.files import read_regular
+from atom_jax.tokenizers import byte_level
+from atom_jax.tokenizers.byte_level import MERGES, VOCABULARY, complaint
 from atom_jax.typing import AtomError
 
 MAIN = "tokenizer.json"
@@ -19,23 +24,26 @@ _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
 # What travels with a tokenizer. The two files of the model are only read, for ids of special tokens.
 TOKENIZER_FILES = (MAIN, *_SPECIAL, "added_tokens.json", "chat_template.jinja")
 _MODEL = ("config.json", "generation_config.json")
+# Tokenizers of other kinds; vocab.json is read where it is known how texts are split first.
+_UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", VOCABULARY, "vocab.txt", "tekken.json")
+_MOST_IDS = 1 << 24  # bounds the tables that are made of a vocabulary
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class JsonTokenizer:
-    """The tokenizer in `path`, a tokenizer.json or a directory that holds one, as a `tokenizers.base.Tokenizer`.
+    """The tokenizer in `path`, a tokenizer.json or a directory that holds one, as a `tokenizers.base.Tokenizer`. A
+    directory may hold vocab.json and merges.txt instead, where tokenizer_config.json names a class that is known.
 
     Special tokens come from tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json,
     where they exist. Names of special tokens inside a text ("<|im_end|>") are read as those tokens, as in
-    transformers. Raises AtomError when tokenizer.json is missing or malformed.
+    transformers. `front` is what the template of tokenizer.json puts before a text, or what add_bos_token in
+    tokenizer_config.json says; tokens that a template puts after it are left out, since a prompt goes on.
+    Raises AtomError when tokenizer.json is missing or malformed.
     """
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
-        if path.is_dir():
-            files = {name: _read(path / name) for name in TOKENIZER_FILES + _MODEL if (path / name).is_file()}
-        else:
-            files = {MAIN: _read(path)}
+        files = _files(path) if path.is_dir() else {MAIN: _read(path)}
         if MAIN not in files:
             raise AtomError(f"{path}: no {MAIN} there")
         self._setup(files, str(path))
@@ -50,29 +58,39 @@ class JsonTokenizer:
     def _setup(self, files: dict[str, str], name: str) -> None:
         self.name = name
         self._files = {key: text for key, text in files.items() if key in TOKENIZER_FILES}
-        try:
-            self._tk = _Tokenizer.from_str(files[MAIN])
-        except Exception as e:  # the tokenizers package raises bare Exceptions
-            raise AtomError(f"{name}: {MAIN} is not a valid tokenizer ({e})") from None
-        self._decoder = _decoder_kind(json.loads(files[MAIN]))
+        with complaint(f"{name}: {MAIN} is not a valid tokenizer"):
+            self._tk, parsed = _Tokenizer.from_str(files[MAIN]), json.loads(files[MAIN])
+            template = _template_front(self._tk, parsed)
+            self._decoder = _decoder_kind(parsed)
         # Stored truncation, padding and templates would change or add tokens, or trim their offsets.
         self._tk.no_truncation()
         self._tk.no_padding()
-        front = self._tk.encode("").ids[:1]
         self._tk.post_processor = None
         self._vocab = self._tk.get_vocab(with_added_tokens=True)
         if not self._vocab:
             raise AtomError(f"{name}: {MAIN} has an empty vocabulary")
         self.vocab_size = max(self._vocab.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise AtomError(f"{name}: {MAIN} has id {self.vocab_size - 1}; ids must be below {_MOST_IDS}")
         tables = {key: _table(text, f"{name}: {key}") for key, text in files.items() if key in _SPECIAL + _MODEL}
         # Embedding tables are often padded; ids of padding rows can be sampled and stand for no text.
         padded = tables.get("config.json", {}).get("vocab_size")
         self._n_ids = max(self.vocab_size, padded) if type(padded) is int else self.vocab_size
         self.bos_id = next(iter(self._special(tables, "bos")), None)
         self.eos_ids = tuple(self._special(tables, "eos"))
-        self.add_bos = front == [self.bos_id]
+        self.front = self._front(tables, template)
         self.own_pad_id = next(iter(self._special(tables, "pad")), None)
         self.pad_id = next((i for i in (self.own_pad_id, *self.eos_ids) if i is not None), 0)
+
+    def _front(self, tables: dict[str, dict], template: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = [i for i in template if not 0 <= i < self._n_ids]
+        if wrong:
+            raise AtomError(f"{self.name}: the template of {MAIN} has id {wrong[0]}, beyond the vocabulary")
+        # As transformers does: what this file says has the last word, where there is a bos.
+        explicit = tables.get("tokenizer_config.json", {}).get("add_bos_token")
+        if type(explicit) is not bool or self.bos_id is None:
+            return template
+        return (self.bos_id,) if explicit else ()
 
     def _special(self, tables: dict[str, dict], kind: str) -> list[int]:
         found = []
@@ -88,7 +106,11 @@ class JsonTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], without bos or eos. Bytes are UTF-8; AtomError when they, or a lone surrogate, are not."""
-        return np.asarray(self._tk.encode(_valid(text), add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._encoding(_valid(text)).ids, np.int32)
+
+    def _encoding(self, text: str) -> Encoding:
+        with complaint(f"{self.name}: {MAIN} cannot encode this text"):
+            return self._tk.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Any) -> str:
         """Returns the text of `ids`, names of special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -104,7 +126,8 @@ class JsonTokenizer:
         if wrong.size:
             raise AtomError(f"Token id {wrong[0]} is outside the vocabulary of {self._n_ids} ({self.name}).")
         if self._decoder == "other":
-            return self._tk.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
+            with complaint(f"{self.name}: {MAIN} cannot decode these ids"):
+                return self._tk.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
         out = b"".join(self.pieces.get(i, b"") for i in ids.tolist())
         if self._decoder == "spaces, first dropped" and out.startswith(b" "):
             return out[1:]
@@ -118,7 +141,7 @@ class JsonTokenizer:
         that each token came from, so that several tokens of one character share its span.
         """
         text = _valid(text)
-        encoding = self._tk.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         ids = np.asarray(encoding.ids, np.int32)
         if self._decoder == "bytes":
             pieces = [self.pieces.get(i, b"") for i in encoding.ids]
@@ -155,6 +178,46 @@ class JsonTokenizer:
         # Added tokens are matched in the raw text, so they stand for their own name.
         added = self._tk.get_added_tokens_decoder()
         return pieces | {i: token.content.encode("utf-8") for i, token in added.items()}
+
+
+def in_directory(path: Path) -> JsonTokenizer | None:
+    """The tokenizer of a model's directory. None where there is none, with a warning that names its file where it is
+    of a kind that is not read."""
+    files = _files(path)
+    if MAIN in files:
+        return JsonTokenizer.from_files(files, str(path))
+    unread = next((name for name in _UNREAD if (path / name).exists()), None)
+    if unread is not None:
+        way = "transformers writes a tokenizer.json: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        logging.warning("%s: %s is not read, so the model has no tokenizer; %s", path, unread, way)
+    return None
+
+
+def _files(path: Path) -> dict[str, str]:
+    """What a directory says about its tokenizer, by file name; vocab.json and merges.txt as the tokenizer.json that
+    they are equal to."""
+    files = {name: _read(path / name) for name in TOKENIZER_FILES + _MODEL if (path / name).exists()}
+    if MAIN not in files and (path / VOCABULARY).exists() and (path / MERGES).exists():
+        tables = {name: _table(text, str(path / name)) for name, text in files.items() if name.endswith(".json")}
+        vocab = _table(_read(path / VOCABULARY), str(path / VOCABULARY))
+        main = byte_level.from_tables(vocab, _read(path / MERGES), tables, str(path))
+        files |= {} if main is None else {MAIN: main}
+    return files
+
+
+def _template_front(tk: _Tokenizer, parsed: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that a tokenizer's template puts before a text; found with a text of one token, whatever its words.
+    KeyError for a template whose tokens it does not list."""
+    processor = parsed.get("post_processor") or {}
+    for template in processor.get("processors", [processor]):
+        named = {piece["SpecialToken"]["id"] for piece in template.get("single", ()) if "SpecialToken" in piece}
+        if unknown := named - template.get("special_tokens", {}).keys():
+            raise KeyError(*unknown)  # the package itself would panic
+    probe = _Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if tk.post_processor is not None:
+        probe.post_processor = tk.post_processor
+    encoding = probe.encode("a")
+    return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
 
 
 def _decoder_kind(parsed: dict[str, Any]) -> str:
@@ -212,7 +275,7 @@ def _valid(text: str | bytes) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_regular(path).decode("utf-8")
     except OSError as e:
         raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:

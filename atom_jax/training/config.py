@@ -125,8 +125,13 @@ class Experiment:
     seed: int = 0
 
 
-# Differences with which a run may be resumed; all others would silently make it another run.
-RESUMABLE = ("train.", "mesh.", "model.remat", "init_from", "first.train.", "first.mesh.", "first.model.remat")
+# Differences with which a run may be resumed; all others would silently make it another run. Whether data.sources
+# are the same is seen by their text (`data.pipeline`).
+_ANYWHERE = ("train.", "mesh.", "model.remat", "data.sources", *(
+    f"optim.{name}"
+    for name in ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "final_fraction", "clip_norm")
+))  # fmt: skip
+RESUMABLE = ("init_from", *_ANYWHERE, *(f"first.{name}" for name in _ANYWHERE))
 
 
 def check_resumable(old: Experiment, new: Experiment, where: str) -> list[str]:

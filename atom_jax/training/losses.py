@@ -39,7 +39,7 @@ class Sums:
 def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     """i32 [vocab_size]: UTF-8 bytes of each token id; 0 for specials and for ids past the tokenizer's own."""
     known = min(tokenizer.vocab_size, vocab_size)
-    specials = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.eos_ids}
+    specials = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.eos_ids, *tokenizer.front}
     lengths = [0 if i in specials else len(tokenizer.decode_bytes([i])) for i in range(known)]
     return np.array(lengths + [0] * (vocab_size - known), np.int32)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -12,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from atom_jax.checkpoint.atomic import write_text
+from atom_jax.files import read_regular
 from atom_jax.training.board import Board
 from atom_jax.typing import AtomError
 
@@ -99,12 +100,19 @@ class Recorder:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line cut off by a kill is left out."""
+    """The lines of a metrics.jsonl; what a kill or a failing disk made of others is left out. AtomError where the
+    file cannot be read."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        raw = read_regular(path) if path.exists() else b""
+    except OSError as e:
+        raise AtomError(f"{path}: cannot be read ({e.strerror})") from None
+    for text in raw.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            if type(line["step"]) is int and isinstance(line["kind"], str):
+                lines.append(line)
+        except (ValueError, RecursionError, TypeError, KeyError):
             continue
     return lines
 
@@ -113,6 +121,7 @@ def rewind(path: pathlib.Path, step: int) -> None:
     """Removes the lines after `step`, all at once or not at all."""
     if path.exists():
         kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
+        try:
+            write_text(path, "".join(kept))
+        except OSError as e:
+            raise AtomError(f"{path} cannot be written ({e.strerror})") from e

@@ -14,10 +14,11 @@ WINDOW = 50
 
 
 class Watch:
-    """Looks at every step's metrics."""
+    """Looks at every step's metrics. suspect: the last one looked at went wrong."""
 
     def __init__(self, max_bad_steps: int):
         self._limit = max_bad_steps
+        self.suspect = False
         self._recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def look(self, step: int, metrics: dict[str, Any]) -> str:
@@ -26,6 +27,11 @@ class Watch:
         Raises AtomError after too many steps in a row without a finite gradient.
         """
         loss, bad = float(metrics["loss"]), int(metrics["bad"])
+        warning = self._warning(step, metrics, loss, bad)
+        self.suspect = bool(warning)
+        return warning
+
+    def _warning(self, step: int, metrics: dict[str, Any], loss: float, bad: int) -> str:
         if bad >= self._limit:
             raise AtomError(
                 f"loss or gradient was not finite in {bad} steps in a row, from step {step - bad + 1} on: training "

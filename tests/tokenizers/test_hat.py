@@ -40,7 +40,7 @@ def test_is_a_tokenizer_with_the_byte_ids_and_a_word_end():
     assert isinstance(TOKENIZER, Tokenizer)
     assert isinstance(from_name("hat"), HatTokenizer)
     assert (TOKENIZER.name, TOKENIZER.vocab_size, TOKENIZER.word_end_id) == ("hat", 264, 259)
-    assert (TOKENIZER.bos_id, TOKENIZER.eos_ids, TOKENIZER.pad_id, TOKENIZER.add_bos) == (256, (257,), 258, True)
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_ids, TOKENIZER.pad_id, TOKENIZER.front) == (256, (257,), 258, (256,))
 
 
 def test_ids_and_spans():

@@ -46,7 +46,7 @@ def test_names_of_special_tokens_in_a_text_are_text(tokenizer):
     ids = tokenizer.encode(text)
     assert ids.min() > 2 and tokenizer.decode_bytes(ids) == text
     assert byte_lengths(tokenizer, tokenizer.vocab_size)[ids].sum() == len(text)
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (0, (1,), 2, True)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.front) == (0, (1,), 2, (0,))
 
 
 def test_learns_the_words(tokenizer):
@@ -60,7 +60,7 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     again = tokenizers.from_name(tmp_path)
     assert isinstance(again, JsonTokenizer) and again.vocab_size == tokenizer.vocab_size
     np.testing.assert_array_equal(again.encode(b"that cat <|eos|>"), tokenizer.encode(b"that cat <|eos|>"))
-    ours, theirs = ((t.bos_id, t.eos_ids, t.pad_id, t.add_bos) for t in (tokenizer, again))
+    ours, theirs = ((t.bos_id, t.eos_ids, t.pad_id, t.front) for t in (tokenizer, again))
     assert ours == theirs
 
 

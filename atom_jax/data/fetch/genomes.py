@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 
 from atom_jax.data.config import SPLITS
-from atom_jax.data.corpus import PACKED, read_packed
+from atom_jax.data.corpus import packing, read_packed
 from atom_jax.data.fetch import debian
 from atom_jax.typing import AtomError
 
@@ -72,7 +72,7 @@ def build(folders: list[pathlib.Path], target: pathlib.Path) -> str:
 def read_fasta(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """Yields (description, upper-case sequence) of every record of a FASTA file, plain, .gz or .xz, that has a
     sequence. Raises AtomError when it is damaged or not FASTA."""
-    content = read_packed(path) if path.suffix in PACKED else path.read_bytes()
+    content = read_packed(path) if packing(path) else path.read_bytes()
     before, *records = re.split(rb"^>", content, flags=re.M)
     if before.strip() or not records:
         raise AtomError(f"{path} is not FASTA: it does not begin with >")

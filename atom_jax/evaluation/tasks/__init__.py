@@ -57,8 +57,8 @@ class _Common:
     batch_tokens: tokens of one batch.
     max_length: tokens that the model sees at once (0: the row length it was trained with, where the checkpoint is a
         training directory, else what the model was made for, but no more than 2048).
-    front: "yes" puts the front token (bos) before every context, "no" only before texts that are scored from their
-        first token on, "auto" follows the tokenizer's add_bos.
+    front: "yes" puts the front before every context, "no" only before texts that are scored from their
+        first token on, "auto" follows the tokenizer's own.
     mesh: how the devices are used when there are several.
     """
 
