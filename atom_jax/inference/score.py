@@ -11,6 +11,7 @@ import numpy as np
 
 from atom_jax.models import registry
 from atom_jax.nn import scoring
+from atom_jax.session.prompts import check_ids
 from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
@@ -59,13 +60,6 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     clean = np.where(mask, ids, 0)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
     return batch.replace(suffix=registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, clean, mask))
-
-
-def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Raises AtomError when an id is outside [0, vocab_size)."""
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.size:
-        raise AtomError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -51,8 +51,8 @@ def read(
     Returns the states [b, d] of every row's last token (arbitrary in rows without one), the memory, and the states of
     all tokens, [b, n, d] part by part.
     """
-    t, part = ids_bt.shape[1], plan(cfg).part
-    size = t if part is None else min(t, part)
+    t, how = ids_bt.shape[1], plan(cfg)
+    size = t if how.part is None else min(t, how.part)
     ids_bt, lengths_b = jnp.pad(jnp.asarray(ids_bt), ((0, 0), (0, -t % size))), jnp.asarray(lengths_b)
     last_bd, states = None, []
     for at in range(0, ids_bt.shape[1], size):
@@ -60,13 +60,42 @@ def read(
         def once(cfg: Any, at: int = at, last_bd: Any = last_bd, cache: Memory | None = cache) -> tuple[Any, Any]:
             if cache is not None:
                 cache = memory.grow(cache, per_stage(size, getattr(cfg, "chunking", ())))
-            # A dense or budgeted memory changes its size on the way, so its buffers can't be used again.
-            call = _part if part is None else part_in_place
+            # Where units are lost, the same memory is read after once more.
+            call = _part if how.waits else part_in_place
             return call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
 
         last_bd, x_btd, cache = exactly(once, cfg)
         states.append(x_btd)
     return last_bd, cache, states
+
+
+def first(
+    params: Any, ids_bt: Any, length_b: Any, suffix: Any = None, *, cfg: Any, capacity: int
+) -> tuple[jax.Array, Memory]:
+    """As `read`, prompts of at least one token each, in an empty memory with room for `capacity` tokens per row.
+    suffix: as in Batch."""
+    part = plan(cfg).part
+    if part is None:
+        return exactly(lambda cfg: read_prompt(params, ids_bt, length_b, suffix, cfg=cfg, capacity=capacity), cfg)
+    parts = -(-int(length_b.max()) // part)
+    return read(params, ids_bt[:, : parts * part], length_b, cfg=cfg)[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
+def read_prompt(
+    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
+) -> tuple[tuple[jax.Array, Memory], Any]:
+    """What `first` gives, in one call, and how many units were lost."""
+    positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1])[None], ids_bt.shape)
+    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
+    x_btd, cache, aux = prompt(params, batch, cfg=cfg, capacity=capacity)
+    last = jnp.maximum(length_b - 1, 0)
+    return (jnp.take_along_axis(x_btd, last[:, None, None], axis=1)[:, 0], cache), aux.get("lost")
+
+
+def trimmed(cache: Memory, cfg: Any) -> Memory:
+    """The memory no larger than what is retained: of every layer alone where they are apart."""
+    return memory.grow(cache) if plan(cfg).shrinks else cache
 
 
 def prompt(params: Any, batch: Batch, *, cfg: Any, capacity: int) -> tuple[jax.Array, Memory, dict[str, Any]]:

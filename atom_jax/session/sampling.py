@@ -41,9 +41,17 @@ def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p:
     return Sampler(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """One key per row [rows]: row r gets fold_in(key, r), whatever the batch it is in."""
-    return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+def row_keys(key: jax.Array | None, rows: int) -> jax.Array:
+    """One key per row [rows]: of one key (None: key(0)) row r gets fold_in(key, r), whatever the batch it is in; as
+    many keys as there are rows are those. Raises AtomError for another number of them."""
+    key = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+    if key.shape != (rows,):
+        raise AtomError(f"key has shape {list(key.shape)}; expected one key, or one for each of the {rows} prompts")
+    return key
 
 
 @struct.dataclass

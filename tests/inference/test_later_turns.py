@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax.inference import decode, sampling, score
+from atom_jax.inference import score
 from atom_jax.inference.generate import generate
 from atom_jax.models import bolmo, hnet
 from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.hnet import forward
+from atom_jax.session.session import Session
 from atom_jax.typing import LM, Batch
 from tests.models import tiny_bolmo
 from tests.models.tiny_units import MODELS, capacity, stream, weights
@@ -88,11 +89,9 @@ def test_rows_that_wait_are_read_to_the_end_first(monkeypatch, name):
     # Those that do not wait have chosen a further one.
     token = jnp.where(read, 65, token)
     rows = [row + [65] * int(r) for row, r in zip(rows, read)]
-    choice = decode.Choice(sampling.row_keys(jax.random.key(0), 3), sampling.sampler(), jnp.full(8, -1, jnp.int32))
-    state = decode.State(cache, token, jnp.zeros(3, bool), jnp.zeros(3, jnp.int32))
-    more, lengths = padded([[0, *row] for row in SECOND])
-    state, token = decode.go_on(lm.params, state, more, lengths.sum(1), choice, cfg=lm.config)
-    np.testing.assert_array_equal(state.cache.length, [len(a) + len(b) for a, b in zip(rows, SECOND)])
+    session = Session(lm, lm.params, cache, token, None).extend(SECOND)
+    np.testing.assert_array_equal(session.length, [len(a) + len(b) for a, b in zip(rows, SECOND)])
+    token = session.logits.argmax(-1)
     likely(lm, [a + b + [int(t)] for a, b, t in zip(rows, SECOND, token)], 1)
 
 
