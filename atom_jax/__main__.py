@@ -279,13 +279,13 @@ def _units(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import run
+    from atom_jax.evaluation import picture, run
     from atom_jax.evaluation.reports import unit_strip
     from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     lm = load(values.checkpoint)
     found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
     if values.out is not None:
@@ -313,10 +313,11 @@ def _memory(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation.reports import memory_picture, unit_strip
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import memory_picture
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
     if values.out is not None:
         memory_picture.draw(memory, values.out)

@@ -184,3 +184,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint in (int, float, str, bool) and (type(value) is not hint):
         raise AtomError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def at_least_one(cfg: Any, *names: str) -> None:
+    """Raises AtomError unless these fields of a configuration, or all of its fields, are 1 or more."""
+    for name in names or [field.name for field in dataclasses.fields(cfg)]:
+        if getattr(cfg, name) < 1:
+            raise AtomError(f"{name}: expected at least 1, got {getattr(cfg, name)}")

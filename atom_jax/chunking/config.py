@@ -48,9 +48,7 @@ class Chunking:
             raise AtomError(f"mix: expected none or ema, got {self.mix!r}")
         if self.residual not in ("linear", "identity", "none"):
             raise AtomError(f"residual: expected linear, identity or none, got {self.residual!r}")
-        for name in ("slots", "max_positions", "heads"):
-            if getattr(self, name) < 1:
-                raise AtomError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        config.at_least_one(self, "slots", "max_positions", "heads")
 
 
 def slots_for(positions: int, capacity: float, multiple: int = 8) -> int:

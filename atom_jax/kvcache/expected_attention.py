@@ -13,6 +13,7 @@ from atom_jax.kvcache.budget import Budget, Entries
 from atom_jax.kvcache.memory import Call
 from atom_jax.nn import rope
 from atom_jax.typing import AtomError
+from pallas_kernels.dispatch import NEGATIVE
 
 
 @config.register
@@ -42,7 +43,7 @@ class ExpectedAttention(Budget):
             mean_bhk, cov_bhkl = of
             spread = (jnp.einsum("bhsk,bhkl->bhsl", k, cov_bhkl) * k).sum(-1)
             scores = jnp.einsum("bhsk,bhk->bhs", k, mean_bhk) * size**-0.5 + spread / (2 * size)
-            return jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1)
+            return jax.nn.softmax(jnp.where(valid, scores, NEGATIVE), axis=-1)
 
         heads = jax.lax.map(expected, (jnp.moveaxis(mean, 2, 0), jnp.moveaxis(cov, 2, 0)))
         return (heads.mean(0) + self.eps) * jnp.linalg.norm(call.v.astype(jnp.float32), axis=-1)

@@ -13,8 +13,8 @@ from atom_jax.chunking import rules
 from atom_jax.chunking.rules.entropy import entropies
 from atom_jax.chunking.types import START
 from atom_jax.evaluation.encode import Item, front, windows
-from atom_jax.evaluation.loglik import bucket
 from atom_jax.inference import score
+from atom_jax.kvcache.dense import bucket
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError
 

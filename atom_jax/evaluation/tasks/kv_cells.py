@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atom_jax.evaluation.loglik import bucket
 from atom_jax.evaluation.metrics import Metric, columns, mean, proportion
 from atom_jax.inference import continuation
+from atom_jax.kvcache.dense import bucket
 from atom_jax.typing import LM, AtomError
 
 
