@@ -81,7 +81,8 @@ FAMILIES = tuple(
         name=name, config=TransformerConfig, spec=transformer.spec, apply=transformer.apply,
         hidden=transformer.hidden, logits=transformer.logits, init_cache=transformer.init_cache,
         step=transformer.step, commit=transformer.commit, decode_params=transformer.decode_params,
-        roomier=transformer.roomier, flops=flops, describe=describe, examples=functools.partial(_examples, name), published=_published(name),
+        roomier=transformer.roomier, flops=flops, describe=describe, examples=functools.partial(_examples, name),
+        published=_published(name),
     )
     for name in transformer_variants.FAMILIES
 )  # fmt: skip
