@@ -21,7 +21,7 @@ from atom_jax.typing import LM
 # Policies that kvpress has too, under other names (`benchmarks.press`).
 SHARED = (
     "none", "streaming_llm", "tova", "observed_attention", "snapkv", "pyramidkv", "adakv", "knorm", "keydiff",
-    "expected_attention",
+    "expected_attention", "kvcompose",
 )  # fmt: skip
 # Largest difference of mean nats that the order of float32 sums, and near ties between scores, explain.
 CLOSE = 1e-3
