@@ -1,6 +1,7 @@
 """Any policy in any attention layer that sees everything, whatever stands next to it, in every family."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +50,8 @@ def learned(tree):
 
 def kinds_of(lm):
     cache = registry.of(lm.config).init_cache(lm.config, 2, 64)
-    return [
-        [
-            type(one.states).__name__
-            for one in jax.tree.leaves(node.layers, is_leaf=lambda x: isinstance(x, memory.Stack))
-        ]
-        for node in memory.nodes(cache)
-    ]
+    stacks = lambda node: jax.tree.leaves(node.layers, is_leaf=lambda x: isinstance(x, memory.Stack))  # noqa: E731
+    return [[type(one.states).__name__ for one in stacks(node)] for node in memory.nodes(cache)]
 
 
 def test_sliding_layers_keep_their_ring_and_full_ones_the_policy():
@@ -95,8 +91,8 @@ def test_learned_evictors_beside_sliding_layers_decode_as_they_are_trained(polic
     for t in range(40, 60):
         out, cache = step(Batch(ids[:, t, None], cache.length[:, None], jnp.ones((2, 1), jnp.int32)), cache)
         np.testing.assert_allclose(out.logits[:, 0], expected[:, t], atol=1e-4)
-    held = [np.asarray(x) for x in (layers.ask(lm.config.attentions, cache.layers, lambda x: x.held(cache.length)))]
-    np.testing.assert_array_equal(np.stack([held[2], held[5]]), aux["occupancy"])
+    held = layers.ask(lm.config.attentions, cache.layers, lambda x: x.held(cache.length))
+    np.testing.assert_array_equal(held[jnp.array([2, 5])], aux["occupancy"])
 
 
 def places(t, b=2, start=0):
@@ -112,23 +108,22 @@ def test_tokens_that_were_tried_leave_no_trace(policy, unroll):
     (_, cache), _ = decode.read_prompt(lm.params, ids[:, :30], np.array([30, 17]), cfg=cfg, capacity=64)
     p = transformer.decode_params(lm.params, cfg, unroll)
     cache = memory.grow(memory.unstack(cache) if unroll else cache, 8)
-    run = jax.jit(lambda batch, cache, tentative: transformer.hidden(p, batch, cfg=cfg, cache=cache, tentative=tentative),
-                  static_argnums=2)  # fmt: skip
+    run = functools.partial(jax.jit(transformer.hidden, static_argnames=("cfg", "tentative")), p, cfg=cfg)
     draft = Batch(ids[:, 30:36], cache.length[:, None] + jnp.arange(6)[None], jnp.ones((2, 6), jnp.int32))
-    states, pending, _ = run(draft, cache, True)
+    states, pending, _ = run(draft, cache=cache, tentative=True)
     accepted = np.array([4, 2])
     found = jax.jit(transformer.commit)(cache, pending, accepted)
     plain = cache
     for i in range(4):
         real = (i < accepted).astype(np.int32)[:, None]
         one = Batch(draft.ids[:, i : i + 1], plain.length[:, None], jnp.asarray(real))
-        x, plain, _ = run(one, plain, False)
+        x, plain, _ = run(one, cache=plain)
         for row in np.flatnonzero(real):
             np.testing.assert_allclose(states[row, i], x[row, 0], atol=2e-5)
     np.testing.assert_array_equal(found.length, plain.length)
     for t in range(3):
         after = Batch(ids[:, 40 + t, None], found.length[:, None], jnp.ones((2, 1), jnp.int32))
-        (x, found, _), (y, plain, _) = run(after, found, False), run(after, plain, False)
+        (x, found, _), (y, plain, _) = run(after, cache=found), run(after, cache=plain)
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -173,13 +168,12 @@ def test_bolmo_over_sliding_layers(text):
         assert found.stats["kv_reads"] < dense.stats["kv_reads"]
 
 
-def bolmo_over(policy, window=9):
+def bolmo_over(policy):
     main = dataclasses.replace(build().config, layer_types=("sliding", "full"), n_layers=2, memory=policy)
     cfg = BolmoConfig(main=main, subwords=0, decoder_layers=1, local_heads=2, local_d_ff=48, capacity=1.0)
     p = params.init(jax.random.key(1), bolmo.spec(cfg))
-    return LM(
-        cfg, p | {"rule": {k: jax.random.normal(jax.random.key(2), v.shape) for k, v in p["rule"].items()}}, None
-    )
+    rule = {name: jax.random.normal(jax.random.key(2), x.shape) for name, x in p["rule"].items()}
+    return LM(cfg, p | {"rule": rule}, None)
 
 
 def test_bolmo_gives_back_the_pages_of_what_it_evicts():
