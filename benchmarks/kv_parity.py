@@ -139,4 +139,5 @@ def table(rows: Sequence[Row]) -> str:
 
 def default_policies() -> tuple[str, ...]:
     """Everything with a budget that selects entries, as kvpress's presses do."""
-    return ("none", *(name for name in policies.POLICIES if name not in ("dms", "quest")))
+    names = [name for name in policies.POLICIES if name not in ("dms", "quest")]
+    return ("none", *(f"{name}:first=true" if name == "kvcompose" else name for name in names))

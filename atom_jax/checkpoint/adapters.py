@@ -26,6 +26,7 @@ from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.fields import Fields, read_json
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms.config import LEARNED
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.typing import LM, AtomError
@@ -47,7 +48,7 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
     cfg = _transformer(lm)
     if not isinstance(cfg.memory, DMS):
         raise AtomError("the model has no learned evictors (its memory is not DMS), so there is no adapter to save")
-    if cfg.memory.form == "borrowed":
+    if cfg.memory.form not in LEARNED:
         raise AtomError(f"evictors of form {cfg.memory.form!r} have no parameters of their own: save the whole model")
     source = families.ExportSource(cfg, lm.params, PART)
     base = {"family": cfg.family, **{size: getattr(cfg, size) for size in _SIZES}, "name": name}
@@ -127,7 +128,7 @@ def _check(cfg: TransformerConfig, data: dict[str, Any], where: str) -> DMS:
         raise AtomError(f"{where}: {e}") from None
     if not isinstance(memory, DMS):
         raise AtomError(f"{where}: memory is {type(memory).__name__}, not DMS")
-    if memory.form == "borrowed":
+    if memory.form not in LEARNED:
         raise AtomError(f"{where}: memory.form is {memory.form!r}, which needs a whole model")
     if isinstance(cfg.memory, DMS) and cfg.memory.form == "borrowed":
         raise AtomError(

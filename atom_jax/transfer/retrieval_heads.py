@@ -60,14 +60,14 @@ def scores(call: Call, period: int) -> jax.Array:
     places = (call.tokens.positions, call.tokens.segments) * 2
     _, lse = blockwise_lse(call.q, call.k, call.v, places, call.window, True, block_size(t))
 
-    def at(distance: int) -> jax.Array:
-        """The sum of attention to the keys so far back."""
-        if call.window is not None and distance >= call.window:
+    def at(first: int, back: int) -> jax.Array:
+        """The sum of attention from all tokens from `first` on to the keys so far back."""
+        if call.window is not None and back >= call.window:
             return jnp.zeros(call.q.shape[1:3])
-        q, k = call.q[..., distance:, :], call.k[:, :, None, : t - distance]
+        q, k = call.q[..., first:, :], call.k[:, :, None, first - back : t - back]
         score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(-1) * size**-0.5
-        return jnp.exp(score - lse[..., distance:]).sum((0, 3))
+        return jnp.exp(score - lse[..., first:]).sum((0, 3))
 
-    back = range(period, t, period)
-    totals = jnp.stack([sum(at(d) for d in back), sum(at(d - 1) for d in back)])
+    ago = range(period, t, period)
+    totals = jnp.stack([sum(at(d, d) for d in ago), sum(at(d, d - 1) for d in ago)])
     return totals / (call.q.shape[0] * (t - period))

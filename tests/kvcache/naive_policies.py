@@ -211,7 +211,7 @@ def kvcompose(p, layers, total):
         scores.append(most + most.mean(0))
     ranked = [-np.sort(-s, axis=1) for s in scores]
     lists = [r.mean(0) for r in ranked] if p.structured else [row for r in ranked for row in r]
-    if p.first:
+    if p.first and p.structured:
         lists[0] = np.max(lists, axis=0)
     best = sorted(((x, i) for i, row in enumerate(lists) for x in row), reverse=True)[:total]
     counts = [max(sum(i == n for _, i in best), 1) for n in range(len(lists))]

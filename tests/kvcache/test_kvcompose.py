@@ -79,7 +79,9 @@ def test_budgets_are_used_and_nested():
     sets = []
     for budget in (3, 6, 9):
         state = read(KVCompose(budget=budget))[0].layers[0].states
-        np.testing.assert_array_equal(state.n[:, 0].sum(0), [3 * budget] * 2)
+        # One entry stays in a layer that would get none.
+        total = np.asarray(state.n[:, 0]).sum(0)
+        assert total[0] == total[1] and 3 * budget <= total[0] <= 3 * budget + 2
         sets.append([set(int(i) for i in pos if i >= 0) for pos in np.asarray(state.pos)[:, 0].reshape(-1, 20)])
     assert all(a <= b for small, large in itertools.pairwise(sets) for a, b in zip(small, large))
 
@@ -110,7 +112,7 @@ def test_equal_to_kvpress(golden, family):
             model = with_memory(lm, KVCompose(budget=budget, structured=structured, first=True))
             _, cache, _ = reading.read(model.params, context[None], np.array([60]), cfg=model.config)
             expected = io[f"{family}.{name}.{budget}.kept"]
-            pos = np.asarray(cache.layers.states.pos)[:, 0]
+            pos = np.asarray(cache.layers[0][0].states.pos)[:, 0]
             kept = (pos[..., None] == np.arange(60)).any(2)
             np.testing.assert_array_equal(kept, expected > 0)
             if structured:

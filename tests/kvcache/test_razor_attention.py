@@ -32,13 +32,13 @@ def expected(p, length, retrieves, near):
 
 def test_tokens_see_what_the_definition_says():
     _, state = extend(layer(POLICY.init(SIZES, 60, (0, 1, 2))), prompt())
-    for i in range(14):
+    for i in range(10):
         out, state = extend(state, later(LENGTHS + i))
         want = expected(POLICY, LENGTHS + i + 1, (False, True), 9)
         np.testing.assert_allclose(out[..., 0, :], want, atol=2e-5)
         np.testing.assert_array_equal(state.held(LENGTHS), [[min(n + i + 1, 12), n + i + 1] for n in LENGTHS])
     # A turn is stored whole, and leaves token by token.
-    done = LENGTHS + 14
+    done = LENGTHS + 10
     _, state = extend(state.grow(done, 4), later(done, 4, [4, 0, 3]))
     done = done + np.array([4, 0, 3])
     for i in range(5):
