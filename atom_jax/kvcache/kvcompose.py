@@ -58,11 +58,12 @@ class KVCompose(Budget):
         score, order = steady(score, self.digits), self.order(layers.pos)
         best = -jnp.sort(-score, axis=-1)
         best = best.mean(2) if self.structured else jnp.moveaxis(best, 2, 1).reshape(n * h, b, c)
-        if self.first:
+        if self.first and self.structured:
             best = best.at[0].set(best.max(0))
         best = jnp.moveaxis(best, 1, 0)
         total = self._total(length_b, best.shape[1], c)
-        places = jnp.broadcast_to(-jnp.arange(best[0].size)[None], (b, best[0].size))
+        # Of equal means the later layer's count, as they do in kvpress, where the first layer has others' means.
+        places = jnp.broadcast_to(jnp.arange(best[0].size)[None], (b, best[0].size))
         count = keep_largest(best.reshape(b, -1), places, total).reshape(best.shape).sum(-1, dtype=jnp.int32)
         count = jnp.maximum(count, 1)
         count = count.T[..., None] if self.structured else jnp.moveaxis(count.reshape(b, n, h), 1, 0)

@@ -48,7 +48,9 @@ class RazorAttention(StreamingLLM):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "heads", tuple((layer, head) for layer, head in self.heads))
+        object.__setattr__(self, "heads", tuple(map(tuple, self.heads)))
+        if any(len(pair) != 2 for pair in self.heads):
+            raise AtomError(f"memory {self.name}: expected heads as pairs of a layer and a head, got {self.heads}")
         if self.least < 1 or (self.budget and self.budget < self.sinks + 2):
             raise AtomError(f"memory {self.name}: expected least of at least 1 and a budget of at least sinks + 2")
 

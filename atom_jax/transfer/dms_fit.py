@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache.dms import DMS, observed
-from atom_jax.kvcache.dms.config import FEATURES
+from atom_jax.kvcache.dms.config import FEATURES, LEARNED
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
@@ -70,7 +70,7 @@ def fit(
     model without a projection to fit, or rows that are too short for the window or the entries.
     """
     dms = cfg.memory
-    if not isinstance(dms, DMS) or dms.form == "borrowed" or not dms.bias:
+    if not isinstance(dms, DMS) or dms.form not in LEARNED or not dms.bias:
         raise AtomError("fit: the model's memory must be dms of the form adapter or observed, with bias=true")
     rows = iter(rows)
     sums = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from atom_jax import config
 from atom_jax.kvcache import memory, policies
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.memory import Call, Layer, Memory, Sizes, Stack
@@ -220,6 +222,9 @@ def test_every_layer_may_have_its_own_policy():
     assert [policy_of(chosen, i, "sliding") for i in range(5)] == [None, None, None, tova, None]
     assert policy_of(quest, 7) == quest and policy_of(quest, 7, "sliding") is None and policy_of(None, 1) is None
     assert policies_of(chosen) == (quest, tova) and policies_of(None) == ()
+    assert config.from_json(object, json.loads(json.dumps(config.to_json(chosen)))) == chosen
+    with pytest.raises(AtomError, match="pairs of a layer"):
+        PerLayer(None, ((1,),))
     with pytest.raises(AtomError, match="layer 1 sees a window only"):
         policy_of(PerLayer(None, ((1, quest),)), 1, "sliding")
     for wrong, says in (("none;x=tova:budget=4", "LAYER=POLICY"), ("none;1=tofa", "'tofa'"),
