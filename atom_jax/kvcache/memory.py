@@ -47,7 +47,7 @@ class Call:
     derived: what its `derive` made of the layer, or None. layer: i32 [], number of the layer in the model. mode: how
     decisions are made where there is no memory (`policy.Mode`).
     window: of a sliding layer, else None. fresh: nothing is stored yet. reading: how often the tokens were read
-    before. rope: as in Sizes. All four are static.
+    before. rope: as in Sizes; rotary: channels of every head that it turns. All five are static.
     """
 
     q: jax.Array
@@ -66,6 +66,7 @@ class Call:
     fresh: bool = struct.field(pytree_node=False, default=False)
     reading: int = struct.field(pytree_node=False, default=0)
     rope: tuple = struct.field(pytree_node=False, default=(10000.0, None))
+    rotary: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def real(self) -> jax.Array:

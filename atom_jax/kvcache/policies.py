@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atom_jax import config
+from atom_jax import config, params
 from atom_jax.kvcache.adakv import AdaKV
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dms import DMS
@@ -92,24 +92,22 @@ def empty(policy: Policy | None, sizes: Sizes, capacity: int, numbers: tuple[int
     return Stack(stack_layers(layer, len(numbers)))
 
 
-def with_memory(lm: LM, policy: Policy | None) -> LM:
-    """The same model with another cache policy, or, for None, with the dense cache.
+def with_memory(lm: LM, memory: Policy | PerLayer | None) -> LM:
+    """The same model with another cache policy, or, for None, with the dense cache; of a Bolmo in its layers over
+    patches.
 
-    Learned evictors stay only under a DMS policy. Raises AtomError for models without a choice of memory, and for a
-    DMS policy whose evictors the model does not have.
+    Learned evictors stay only under a DMS policy. Raises AtomError for a DMS policy whose evictors the model does not
+    have.
     """
-    check(policy)
-    if hasattr(lm.config, "main"):
-        # A Bolmo: its memory is that of its layers over patches.
-        inside = with_memory(LM(lm.config.main, {"layers": lm.params["main"]}, None), policy)
-        cfg = dataclasses.replace(lm.config, main=inside.config)
-        return dataclasses.replace(lm, config=cfg, params={**lm.params, "main": inside.params["layers"]})
-    if not any(f.name == "memory" for f in dataclasses.fields(lm.config)):
-        raise AtomError(f"memory: models of family {lm.family} have no choice of cache policies")
-    params = lm.params
-    if not isinstance(policy, DMS):
-        attn = {name: x for name, x in params["layers"]["attn"].items() if name != "dms"}
-        params = {**params, "layers": {**params["layers"], "attn": attn}}
-    elif policy.form != "borrowed" and "dms" not in params["layers"]["attn"]:
-        raise AtomError(f"memory: this model has no trained evictors for dms:form={policy.form}")
-    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=policy), params=params)
+    check(memory)
+    where = "main" if hasattr(lm.config, "main") else None
+    inside = dataclasses.replace(getattr(lm.config, where) if where else lm.config, memory=memory)
+    cfg = dataclasses.replace(lm.config, **{where: inside}) if where else inside
+    flat = params.flatten(lm.params)
+    learned = {path for path in flat if f"/{DMS.name}/" in path}
+    wanted = [policy for policy in policies_of(memory) if isinstance(policy, DMS)]
+    for policy in wanted:
+        if policy.form != "borrowed" and not learned:
+            raise AtomError(f"memory: this model has no trained evictors for dms:form={policy.form}")
+    kept = lm.params if wanted else params.unflatten({path: x for path, x in flat.items() if path not in learned})
+    return dataclasses.replace(lm, config=cfg, params=kept)

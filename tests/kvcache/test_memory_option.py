@@ -15,8 +15,7 @@ from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.policies import parse, with_memory
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.tova import TOVA
-from atom_jax.models import hnet, transformer
-from atom_jax.models.hnet import chunking
+from atom_jax.models import transformer
 from atom_jax.session.decode import decode
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError, Batch
@@ -119,12 +118,6 @@ def test_learned_evictors_stay_only_under_their_policy(lm):
     assert "dms" in with_memory(learned, DMS(window=8)).params["layers"]["attn"]
     with pytest.raises(AtomError, match="no trained evictors"):
         with_memory(lm, DMS())
-
-
-def test_models_without_the_choice_say_so():
-    cfg = hnet.HNetConfig(chunking=(chunking(4.0, 0.5),))
-    with pytest.raises(AtomError, match="no choice of cache policies"):
-        with_memory(LM(cfg, {}, ByteTokenizer()), None)
 
 
 def test_the_command_line(lm, tmp_path, capsys):
