@@ -7,7 +7,7 @@ from typing import Any
 
 from atom_jax import params
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.policy import policies_of
+from atom_jax.kvcache.policy import fitted, policies_of
 from atom_jax.models import bolmo, hnet, transformer_family
 from atom_jax.models.family import Family
 from atom_jax.models.published import Published
@@ -56,7 +56,7 @@ def with_memory(lm: LM, memory: Any) -> LM:
     What other policies have learned is left out. Raises AtomError for what the new ones need and the model lacks.
     """
     policies.check(memory)
-    memory = memory if lm.tokenizer is None else policies.fitted(memory, lm.tokenizer)
+    memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
     family = of(lm.config)
     cfg = family.with_memory(lm.config, memory)
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)

@@ -10,7 +10,6 @@ import pytest
 
 import atom_jax
 from atom_jax import params
-from atom_jax.inference import decode
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.budget import BudgetLayer
 from atom_jax.kvcache.dense import DenseLayer
@@ -23,6 +22,7 @@ from atom_jax.models import bolmo, layers, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.registry import with_memory
 from atom_jax.models.transformer import TransformerConfig
+from atom_jax.session import decode
 from atom_jax.typing import LM, AtomError, Batch
 from tests.models.tiny_units import MODELS, stream, weights
 
