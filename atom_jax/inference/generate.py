@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
@@ -87,9 +88,10 @@ def generate(
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if max_new_tokens < 1:
-        raise AtomError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    max_new_tokens = config.whole("max_new_tokens", max_new_tokens, 1)
+    stop = [stop] if isinstance(stop, str) else _listed("stop", stop)
+    if any(not isinstance(text, str) for text in stop):
+        raise AtomError(f"stop: expected a string or a list of strings, got {stop!r}")
     if lm.tokenizer is None and (stop or on_text):
         raise AtomError("this model has no tokenizer: stop strings and streaming need one")
     if stop and keep_memory:
@@ -284,7 +286,7 @@ def _memory(lm: LM, after: Generation, rows: int) -> State:
 
 def _token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
     """Prompts as i32 arrays, checked. first: whether they begin a text."""
-    prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str | bytes) else _listed("prompts", prompts)
     if not prompts:
         raise AtomError("prompts: there is none")
     rows = []
@@ -292,7 +294,10 @@ def _token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
         if isinstance(prompt, str | bytes):
             ids = _encode(lm, prompt, first)
         else:
-            ids = np.asarray(prompt)
+            try:
+                ids = np.asarray(prompt)
+            except ValueError:  # lists of different lengths
+                raise AtomError(f"prompts[{i}]: expected a text or a list of token ids") from None
             if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
                 raise AtomError(f"prompts[{i}]: expected a text or a list of token ids")
         if not ids.size:
@@ -300,6 +305,13 @@ def _token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
         check_ids(ids, lm.config.vocab_size)
         rows.append(ids.astype(np.int32))
     return rows
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise AtomError(f"{name}: expected a list, got {values!r}") from None
 
 
 def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
@@ -315,16 +327,24 @@ def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarra
     if stop_ids is None:
         known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
         stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
-    ids = np.array(sorted(stop_ids), np.int64)
-    check_ids(ids, lm.config.vocab_size)
+    vocab = lm.config.vocab_size
+    ids = np.array(
+        sorted(config.whole("a token id of stop_ids", i, 0, vocab - 1) for i in _listed("stop_ids", stop_ids)),
+        np.int64,
+    )
     ids = codec.forms(ids)
     return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
 
 
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
     key = jax.random.key(0) if key is None else key
+    if not hasattr(key, "dtype"):
+        raise AtomError(f"key: expected a key such as jax.random.key({key!r}), not the number or text itself")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+        try:
+            key = jax.random.wrap_key_data(key)
+        except (TypeError, ValueError) as e:
+            raise AtomError(f"key: expected a key such as jax.random.key(0) ({e})") from None
     if key.ndim == 0:
         return sampling.row_keys(key, rows)
     if key.shape != (rows,):

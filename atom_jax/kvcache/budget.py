@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Call, Policy, Sizes, stack_layers
@@ -45,6 +46,7 @@ class Budget(Policy):
     sinks: int = 0
 
     def __post_init__(self):
+        config.check(self)
         if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
             raise AtomError(
                 f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"

@@ -30,9 +30,14 @@ class Sampler:
 
 def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
     """Checks the values and packs them. Raises AtomError for a value outside its range."""
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+        try:
+            float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise AtomError(f"{name}: expected a number, got a {type(value).__name__}") from None
     if not 0 <= temperature < float("inf"):
         raise AtomError(f"temperature is {temperature}; expected 0 or more")
-    if top_k != int(top_k) or not 0 <= top_k < 2**31:
+    if not 0 <= top_k < 2**31 or top_k != int(top_k):
         raise AtomError(f"top_k is {top_k}; expected a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
         raise AtomError(f"top_p is {top_p}; expected more than 0 and at most 1")

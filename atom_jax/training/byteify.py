@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.bolmo.config import FUSED
@@ -42,6 +43,7 @@ class ByteifyConfig:
     official_means: bool = False
 
     def __post_init__(self):
+        config.check(self)
         if self.stage not in (1, 2):
             raise AtomError(f"byteify.stage: expected 1 or 2, got {self.stage}")
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.kvcache.dms import decide
 from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
@@ -36,6 +37,7 @@ class DistillConfig:
     remat: bool = True
 
     def __post_init__(self):
+        config.check(self)
         if self.direction not in ("reverse", "forward", "both"):
             raise AtomError(f"distill.direction: expected reverse, forward or both, got {self.direction!r}")
         if min(self.cr_start, self.cr_end) < 1 or self.cr_steps < 1 or self.fade_steps < 0:

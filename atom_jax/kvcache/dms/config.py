@@ -54,6 +54,7 @@ class DMS(Policy):
     block_size: int = 256
 
     def __post_init__(self):
+        config.check(self)
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):
