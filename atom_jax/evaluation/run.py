@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -16,6 +15,7 @@ import jax
 from tqdm import tqdm
 
 from atom_jax import config, sharding
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.data.config import DataConfig
 from atom_jax.evaluation import cache, loglik
 from atom_jax.evaluation.encode import Encoder, Item
@@ -144,8 +144,8 @@ def _training_data(checkpoint: str) -> DataConfig | None:
         file = folder / "experiment.json"
         if file.is_file() and (folder == path or path.parent.name == "checkpoints"):
             try:
-                data = json.loads(file.read_text(encoding="utf-8"))["data"]
-            except (ValueError, KeyError, TypeError):
+                data = read_json(file)["data"]
+            except (AtomError, KeyError):
                 raise AtomError(f"{file} has no readable data configuration") from None
             return config.from_json(DataConfig, data, f"{file}: data")
     return None

@@ -339,7 +339,7 @@ def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarra
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
     key = jax.random.key(0) if key is None else key
     if not hasattr(key, "dtype"):
-        raise AtomError(f"key: expected a key such as jax.random.key({key!r}), not the number or text itself")
+        raise AtomError(f"key: expected a key such as jax.random.key(0), got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         try:
             key = jax.random.wrap_key_data(key)

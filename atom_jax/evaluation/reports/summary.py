@@ -15,6 +15,7 @@ import jax
 import atom_jax
 from atom_jax import config
 from atom_jax.checkpoint import hnet_hf
+from atom_jax.checkpoint.fields import read_json
 from atom_jax.data.config import DataConfig
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
@@ -114,7 +115,7 @@ def _experiment(folder: pathlib.Path) -> Experiment:
     file = folder / "experiment.json"
     if not file.is_file():
         raise AtomError(f"{folder} is not a training directory: it has no experiment.json")
-    return config.from_json(Experiment, json.loads(file.read_text()), str(file))
+    return config.from_json(Experiment, read_json(file), str(file))
 
 
 def _piece(data: DataConfig) -> bytes:
@@ -142,7 +143,7 @@ def _text(data: DataConfig, split: str) -> bytes:
 def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
     file = folder / "baselines.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_json(file)
     train, text = _text(data, "train"), _text(data, "validation")
     if len(train) > LARGEST:
         return {}
