@@ -42,6 +42,7 @@ class Chunking:
     pack: bool = False
 
     def __post_init__(self):
+        config.check(self, capacity=(0, 1))
         if not 0 < self.capacity <= 1:
             raise AtomError(f"capacity: expected chunks per position in (0, 1], got {self.capacity}")
         if self.mix not in ("none", "ema"):

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.inference.stream import TextStream
 from atom_jax.models import registry
 from atom_jax.session import laid_out, reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
-from atom_jax.session.prompts import end_ids, token_rows
+from atom_jax.session.prompts import end_ids, listed, token_rows
 from atom_jax.session.session import ROOM, Session
 from atom_jax.session.slots import Slots
 from atom_jax.typing import LM, AtomError
@@ -81,9 +82,10 @@ def generate(
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if max_new_tokens < 1:
-        raise AtomError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    max_new_tokens = config.whole("max_new_tokens", max_new_tokens, 1)
+    stop = [stop] if isinstance(stop, str) else listed("stop", stop)
+    if any(not isinstance(text, str) for text in stop):
+        raise AtomError(f"stop: expected a string or a list of strings, got {stop!r}")
     if lm.tokenizer is None and (stop or on_text):
         raise AtomError("this model has no tokenizer: stop strings and streaming need one")
     if stop and keep_memory:

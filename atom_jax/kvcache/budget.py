@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
@@ -53,6 +54,7 @@ class Budget(Policy):
     sinks: int = 0
 
     def __post_init__(self):
+        config.check(self)
         if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
             raise AtomError(
                 f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"

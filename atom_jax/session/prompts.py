@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from atom_jax import config
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
@@ -17,7 +18,7 @@ def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
 
     Raises AtomError where there is none, for ids out of range, and for an empty prompt.
     """
-    prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str | bytes) else listed("prompts", prompts)
     if not prompts:
         raise AtomError("prompts: there is none")
     rows = []
@@ -25,7 +26,10 @@ def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
         if isinstance(prompt, str | bytes):
             ids = _encode(lm, prompt, first)
         else:
-            ids = np.asarray(prompt)
+            try:
+                ids = np.asarray(prompt)
+            except ValueError:  # lists of different lengths
+                raise AtomError(f"prompts[{i}]: expected a text or a list of token ids") from None
             if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
                 raise AtomError(f"prompts[{i}]: expected a text or a list of token ids")
         if not ids.size:
@@ -33,6 +37,14 @@ def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
         check_ids(ids, lm.config.vocab_size)
         rows.append(ids.astype(np.int32))
     return rows
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """The values of the argument `name` as a list; AtomError for what is none."""
+    try:
+        return list(values)
+    except TypeError:
+        raise AtomError(f"{name}: expected a list, got {values!r}") from None
 
 
 def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
@@ -66,7 +78,8 @@ def end_ids(lm: LM, ids: Sequence[int] | None) -> np.ndarray:
     if ids is None:
         known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
         ids = {i for i in known if 0 <= i < lm.config.vocab_size}
-    out = np.array(sorted(ids), np.int64)
-    check_ids(out, lm.config.vocab_size)
+    last = lm.config.vocab_size - 1
+    found = sorted(config.whole("a token id of stop_ids", i, 0, last) for i in listed("stop_ids", ids))
+    out = np.array(found, np.int64)
     out = registry.of(lm.config).codec(lm.config).forms(out)
     return np.pad(out, (0, 8 - len(out) % 8), constant_values=-1).astype(np.int32)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.kvcache.dms import DMS, observed
 from atom_jax.kvcache.dms.config import FEATURES, LEARNED
 from atom_jax.kvcache.policy import Mode
@@ -53,6 +54,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self):
+        config.check(self, windows=(0, 2**20), calibration=(1, 2**20), ridge=(0, 1e6), entries=(1, 2**31 - 1))
         if self.target not in TARGETS:
             raise AtomError(f"fit.target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from atom_jax import config
 from atom_jax.kvcache.dms import low_rank
 from atom_jax.kvcache.policy import Policy
 from atom_jax.params import ParamSpec, Tree, ones, zeros
@@ -58,6 +59,7 @@ class Settings(Policy):
     block_size: int = 256
 
     def __post_init__(self):
+        config.check(self)
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):
