@@ -8,7 +8,7 @@ EXTRAS ?= gguf,tfds,dev
 AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
-.PHONY: quickstart test lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
+.PHONY: quickstart test check lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
   bench bench-kv aot clean help
 
 help:  ## list the targets
@@ -29,10 +29,17 @@ quickstart: $(VENV)/.installed-core  ## train a model that finds its own units i
 	$(BIN)/python train.py --config=configs/units.py:quick --workdir=runs/quickstart
 	$(BIN)/python -m atom_jax summary runs/quickstart
 
-test: $(VENV)/.installed-$(EXTRAS)  ## lint, then the whole test suite
+lint: $(VENV)/.installed-$(EXTRAS)  ## style and obvious mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
+check: lint  ## lint, then the quick tests
+	$(PYTEST) -m "not slow"
+
+test: lint  ## lint, then the whole test suite
+	$(PYTEST)
 
 install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the live parity tests and the benchmark
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch$(TORCH)' --editable '.[torch]'

@@ -59,16 +59,15 @@ def run(settings: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status; settings may follow one --set without repeating it."""
-    from atom_jax.typing import AtomError
+    from atom_jax import terminal
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it reads.
-    try:
-        return run([*_SET.value, *arguments[1:]])
-    except AtomError as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 1
+    return terminal.run("eval.py", lambda: run([*_SET.value, *arguments[1:]]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    from atom_jax import terminal
+
+    # Also for what is said about flags before `main`.
+    sys.exit(terminal.run("eval.py", lambda: app.run(main)))

@@ -48,25 +48,26 @@ def _unraisable(report: sys.UnraisableHookArgs) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prints bad input and a full disk as one sentence."""
+    """Prints bad input and what the system refuses as one sentence."""
+    from atom_jax import terminal
     from atom_jax.typing import AtomError
+
+    def command() -> int:
+        if len(argv) > 1:
+            raise AtomError(f"unexpected argument {argv[1]!r}")
+        if not COMPILE_ONLY.value and not WORKDIR.value:
+            raise AtomError("--workdir is missing")
+        return run()
 
     sys.unraisablehook = _unraisable
     if not flags.FLAGS["verbosity"].present:
         # Orbax logs every file that it writes, and tracebacks of what arrives here as one sentence.
         logging.set_verbosity(logging.FATAL)
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        if not COMPILE_ONLY.value and not WORKDIR.value:
-            raise AtomError("--workdir is missing")
-        sys.exit(run())
-    except (AtomError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(terminal.run("train.py", command))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    from atom_jax import terminal
+
+    # Also for what is said about flags before `main`.
+    sys.exit(terminal.run("train.py", lambda: app.run(main)))

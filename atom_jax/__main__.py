@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from atom_jax import terminal
 from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
@@ -41,27 +43,17 @@ def main(argv: list[str]) -> int:
         "units": _units,
         "memory": _memory,
     }
-    if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
-        print(USAGE)
-        return 0 if len(argv) > 1 else 1
-    try:
+
+    def command() -> int | None:
+        if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
+            print(USAGE)
+            return 0 if len(argv) > 1 else 1
         if argv[1] not in commands:
             raise AtomError(f"unknown command {argv[1]!r}; known: {', '.join(commands)}")
-        code = commands[argv[1]](argv[1:])
-        sys.stdout.flush()
-    except _Done:
-        return 0
-    except (AtomError, flags.Error) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output is gone (head, a closed pager); keep Python from complaining on the way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code or 0
+        with contextlib.suppress(_Done):
+            return commands[argv[1]](argv[1:])
+
+    return terminal.run("error", command)
 
 
 class _Flags:
@@ -149,7 +141,8 @@ def _generate(argv: list[str]) -> int | None:
         on_text=_write if alone else None,
     )
     if values.json:
-        print(json.dumps({"text": result.text, "ids": result.ids, "stats": result.stats}, ensure_ascii=False))
+        table = {"text": result.text, "ids": result.ids, "stats": result.stats}
+        print(json.dumps(table, ensure_ascii=not terminal.is_utf8()))
     elif alone:
         print()
     else:
@@ -281,13 +274,13 @@ def _units(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import run
+    from atom_jax.evaluation import picture, run
     from atom_jax.evaluation.reports import unit_strip
     from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     lm = load(values.checkpoint)
     found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
     if values.out is not None:
@@ -315,10 +308,11 @@ def _memory(argv: list[str]) -> None:
     text = _text(values.text, values.file)
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation.reports import memory_picture, unit_strip
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import memory_picture
 
     if values.out is not None:
-        unit_strip.check_name(values.out)
+        picture.check_name(values.out)
     memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
     if values.out is not None:
         memory_picture.draw(memory, values.out)

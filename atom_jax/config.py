@@ -5,8 +5,13 @@ A configuration file defines `VARIANTS: dict[str, Callable[[], Config]]`; its fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
+import math
+import numbers
+import operator
 import pathlib
 import types
 import typing
@@ -104,16 +109,23 @@ def load_file(reference: str) -> Any:
     path = pathlib.Path(file)
     if not path.is_file():
         raise AtomError(f"--config={reference}: there is no file {file}")
+    if path.suffix != ".py":
+        raise AtomError(f"--config={reference}: {file} is not a .py file")
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    variants = getattr(module, "VARIANTS", None)
-    if not variants:
-        raise AtomError(f"--config={reference}: {file} defines no VARIANTS")
-    variant = variant or next(iter(variants))
-    if variant not in variants:
-        raise AtomError(f"--config={reference}: no variant {variant!r}; {file} has {', '.join(variants)}")
-    return variants[variant]()
+    try:
+        module_spec.loader.exec_module(module)
+        variants = getattr(module, "VARIANTS", None)
+        if not variants:
+            raise AtomError(f"--config={reference}: {file} defines no VARIANTS")
+        variant = variant or next(iter(variants))
+        if variant not in variants:
+            raise AtomError(f"--config={reference}: no variant {variant!r}; {file} has {', '.join(variants)}")
+        return variants[variant]()
+    except AtomError:
+        raise
+    except Exception as e:  # it is a program, in which anything may go wrong
+        raise AtomError(f"--config={reference}: {type(e).__name__}: {e}") from e
 
 
 def diff(old: Any, new: Any, where: str = "") -> list[str]:
@@ -135,7 +147,10 @@ def _replace(cfg: Any, names: list[str], text: str, flag: str) -> Any:
         value = _replace(getattr(cfg, name), rest, text, flag)
     else:
         value = _parse(text, typing.get_type_hints(type(cfg))[name], flag)
-    return dataclasses.replace(cfg, **{name: value})
+    try:
+        return dataclasses.replace(cfg, **{name: value})
+    except AtomError as e:
+        raise e if flag in str(e) or rest else AtomError(f"{flag}: {e}") from None
 
 
 def _parse(text: str, hint: Any, flag: str) -> Any:
@@ -152,15 +167,20 @@ def _parse(text: str, hint: Any, flag: str) -> Any:
         if text.lower() in ("true", "1", "yes", "false", "0", "no"):
             return text.lower() in ("true", "1", "yes")
         raise AtomError(f"{flag}: expected true or false")
-    if hint is int and text.lower().replace("e", "", 1).replace(".", "", 1).isdigit():
-        number = float(text) if not text.isdigit() else int(text)
-        if number == int(number):
-            return int(number)
-    if hint in (int, float, str):
+    if hint is str:
+        return text
+    if hint in (int, float):
         try:
-            return hint(text)
+            # A whole number may be written as 1e6.
+            value = float(text) if hint is float or "e" in text.lower() or "." in text else int(text)
         except ValueError:
-            raise AtomError(f"{flag}: {text!r} is not {'an integer' if hint is int else 'a number'}") from None
+            raise AtomError(f"{flag}: {text[:60]!r} is not {'an integer' if hint is int else 'a number'}") from None
+        if hint is int and isinstance(value, float):
+            if value.is_integer():
+                value = int(value)
+            elif math.isfinite(value):
+                raise AtomError(f"{flag}: {text[:60]!r} is not an integer")
+        return in_range(flag, value, hint)
     raise AtomError(f"{flag}: this field holds {hint}; set its parts instead, or write a config file")
 
 
@@ -183,4 +203,69 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint in (int, float, str, bool) and (type(value) is not hint):
         raise AtomError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return in_range(where, value, hint) if hint in (int, float) else value
+
+
+# What counts, positions and seeds are made of in JAX; and what no number of a configuration exceeds.
+_WHOLE, _REAL = (-(2**31), 2**31 - 1), (-1e30, 1e30)
+
+
+def in_range(where: str, value: Any, kind: type, least: float | None = None, most: float | None = None) -> Any:
+    """`value`, where it is a number of a kind (int or float) from `least` to `most`; by default what fits 32 bits, or
+    is finite. Raises AtomError, whose message begins with `where` and names the range, where it is not."""
+    low, high = _WHOLE if kind is int else _REAL
+    low, high = low if least is None else least, high if most is None else most
+    right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if not (right and low <= value <= high):
+        what = "a whole number" if kind is int else "a number"
+        raise AtomError(f"{where}: expected {what} from {low:.10g} to {high:.10g}, got {_shown(value)}")
     return value
+
+
+def whole(name: str, value: Any, least: int = 0, most: int = 2**31 - 1) -> int:
+    """An argument of a function as an int: whatever Python takes for an index, but no bool. Raises AtomError, which
+    names the argument and the range, for anything else."""
+    number = value
+    with contextlib.suppress(TypeError):
+        number = value if isinstance(value, bool) else operator.index(value)
+    if type(number) is not int or not least <= number <= most:
+        raise AtomError(f"{name} is {_shown(value)}; expected a whole number from {least} to {most}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """The value in a message; Python refuses to write very long numbers."""
+    return "a number of hundreds of digits" if type(value) is int and abs(value) > 10**300 else repr(value)
+
+
+def check(cfg: Any, **ranges: tuple[float | None, float | None]) -> None:
+    """Raises AtomError, naming the field and the range, unless every number in a configuration is one of its field's
+    kind and in its range (`in_range`'s by default). Nones of optional fields, and texts, are not looked at."""
+    for name, hint in _hints(type(cfg)).items():
+        kind = _number_kind(hint)
+        value = getattr(cfg, name)
+        if kind is None or value is None:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            in_range(name, item, kind, *ranges.get(name, (None, None)))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _number_kind(hint: Any) -> type | None:
+    """int or float for fields of such numbers, also optional ones and tuples of them."""
+    args = [a for a in typing.get_args(hint) if a not in (type(None), Ellipsis)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
+        return _number_kind(args[0]) if len(set(args)) == 1 else None
+    return hint if hint in (int, float) else None
+
+
+def at_least_one(cfg: Any, *names: str) -> None:
+    """Raises AtomError unless these fields of a configuration, or all of its fields, are 1 or more."""
+    for name in names or [field.name for field in dataclasses.fields(cfg)]:
+        if getattr(cfg, name) < 1:
+            raise AtomError(f"{name}: expected at least 1, got {getattr(cfg, name)}")

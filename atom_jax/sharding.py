@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.typing import AtomError
 from pallas_kernels.dispatch import choose
@@ -44,6 +45,9 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+
+    def __post_init__(self):
+        config.check(self)
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:

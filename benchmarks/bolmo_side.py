@@ -26,7 +26,9 @@ from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.bolmo.forward import enough
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import laid_out, sampling
-from atom_jax.session.decode import CHUNK, Choice, State, decode
+from atom_jax.session.decode import CHUNK, Choice
+from atom_jax.session.session import Session
+from atom_jax.session.slots import Slots
 from atom_jax.tokenizers import BolmoTokenizer, ByteTokenizer
 from atom_jax.transfer.lessons import begin
 from atom_jax.typing import LM, AtomError, Batch
@@ -123,8 +125,8 @@ class Side:
         `runs` of the layers over patches among them."""
         codec = registry.of(self.lm.config).codec(self.lm.config)
         self.begun = memory.rows(self.cache, jnp.zeros(rows, jnp.int32))
-        self.done, texts, ends = jnp.zeros(rows, bool), self.rows[:rows], self.marks[:rows]
-        self.until = jnp.array([len(ids) for ids in texts], jnp.int32)
+        texts, ends = self.rows[:rows], self.marks[:rows]
+        self.until = np.array([len(ids) for ids in texts], np.int32)
         if self.until.max() > CHUNK:
             raise AtomError(f"--new_bytes: at most {CHUNK} at once")
         keys, none = sampling.row_keys(jax.random.key(0), rows), jnp.full(8, -1, jnp.int32)
@@ -164,18 +166,17 @@ class Side:
         found = {"held": entries * self._entry(), "buffers": buffers, "states": everything - buffers}
         return {name: value / self.bytes for name, value in found.items()}
 
-    def state(self, form: str, keep: bool = True) -> State:
-        """Where all rows begin. keep: a copy, since `decode` uses it up."""
-        cache = jax.tree.map(jnp.copy, self.begun) if keep else self.begun
-        return State(cache, jnp.copy(self.given[form][:, 0]), jnp.copy(self.done), jnp.zeros_like(self.until))
+    def slots(self, form: str, keep: bool = True) -> Slots:
+        """Where all rows begin. keep: a copy, since decoding uses it up."""
+        begun = Session(self.lm, laid_out.of(self.lm), self.begun, self.given[form][:, 0], None)
+        return Slots(begun.fork() if keep else begun, self.choices[form])
 
-    def _decode(self, form: str, until: jax.Array, keep: bool) -> float:
-        state = self.state(form, keep)
-        params = laid_out.of(self.lm)
-        jax.block_until_ready((params, state, until))
+    def _decode(self, form: str, until: np.ndarray, keep: bool) -> float:
+        slots = self.slots(form, keep)
+        jax.block_until_ready((slots.session.params, slots.session.memory))
         began = time.perf_counter()
-        state, _ = decode(params, state, self.choices[form], until, cfg=self.lm.config)
-        made = np.asarray(state.made)
+        slots.decode(until)
+        made = slots.made
         taken = time.perf_counter() - began
         if (made < until).any():
             raise AtomError("capacity: there is no room for all patches of the new text")

@@ -21,7 +21,7 @@ from atom_jax.typing import LM
 # Policies that kvpress has too, under other names (`benchmarks.press`).
 SHARED = (
     "none", "streaming_llm", "tova", "observed_attention", "snapkv", "pyramidkv", "adakv", "knorm", "keydiff",
-    "expected_attention",
+    "expected_attention", "kvcompose",
 )  # fmt: skip
 # Largest difference of mean nats that the order of float32 sums, and near ties between scores, explain.
 CLOSE = 1e-3
@@ -139,4 +139,5 @@ def table(rows: Sequence[Row]) -> str:
 
 def default_policies() -> tuple[str, ...]:
     """Everything with a budget that selects entries, as kvpress's presses do."""
-    return ("none", *(name for name in policies.POLICIES if name not in ("dms", "quest")))
+    names = [name for name in policies.POLICIES if name not in ("dms", "quest")]
+    return ("none", *(f"{name}:first=true" if name == "kvcompose" else name for name in names))

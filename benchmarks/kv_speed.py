@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import config, params
+from atom_jax import config
 from atom_jax.evaluation.metrics import columns
-from atom_jax.kvcache import memory
-from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.dms.serve import AHEAD
 from atom_jax.models import registry
-from atom_jax.session import reading, sampling
-from atom_jax.session.decode import CHUNK, Choice, State, decode, start
+from atom_jax.session import sampling
+from atom_jax.session.decode import CHUNK, Choice
+from atom_jax.session.prompts import padded
+from atom_jax.session.session import Session
+from atom_jax.session.slots import Slots
 from atom_jax.typing import LM, AtomError
 from benchmarks import machine
 
@@ -81,50 +80,36 @@ class Runner:
 
     def __init__(self, name: str, lm: LM, layers: Any, prompt: np.ndarray, capacity: int, alike: bool = True):
         """layers: `decode_params` of the model, unrolled. capacity: tokens for which a dense cache has room."""
-        self.name, self.lm, self.params, self.rows, self.fewer = name, lm, layers, 1, not alike
-        size = bucket(len(prompt))
-        ids = np.zeros((1, size), np.int32)
-        ids[0, : len(prompt)] = prompt
-        self.choice = _greedy(1)
-        self.state, _ = start(
-            lm.params, ids, np.array([len(prompt)], np.int32), self.choice, cfg=lm.config,
-            capacity=max(capacity, size), unroll=True,
-        )  # fmt: skip
+        self.name, self.lm, self.rows, self.fewer = name, lm, 1, not alike
+        ids, lengths = padded([prompt])
+        capacity = max(capacity, ids.shape[1])
+        session = Session.begin(lm, ids, lengths, capacity=capacity, params=layers, unroll=True)
+        keys, none = sampling.row_keys(None, 1), np.full(8, -1, np.int32)
+        self.slots = Slots(session, Choice(keys, sampling.sampler(), none))
 
     def batch(self, rows: int) -> None:
         """The same state in every one of `rows` rows; there is one before. Compiles."""
         if rows > 1:
-            cache = self.state.cache
-            row = lambda x: jnp.repeat(x, rows, axis=0)  # noqa: E731
-            state, cache = self.state, memory.rows(cache, jnp.zeros(rows, jnp.int32))
-            self.state = State(cache, row(state.token), row(state.done), row(state.made))
-            self.choice, self.rows = _greedy(rows), rows
-        elif reading.plan(self.lm.config).shrinks:
-            self.state = self.state.replace(cache=memory.grow(self.state.cache))
-        self._decode(0)
+            self.slots, self.rows = self.slots.rows([0] * rows), rows
+        self.slots.prepare(0)
 
     def step(self, new: int) -> float:
         """Makes `new` tokens in every row; seconds per token of a row."""
         began = time.perf_counter()
-        tokens = self._decode(new)
+        tokens = self.slots.decode(self.slots.made[0] + new).tokens
         taken = (time.perf_counter() - began) / new
         if (tokens[:, :new] < 0).any():
             raise RuntimeError(f"{self.name}: the cache was full before {new} tokens were made")
         return taken
 
-    def _decode(self, new: int) -> np.ndarray:
-        until = jnp.int32(int(self.state.made[0]) + new)
-        self.state, made = decode(self.params, self.state, self.choice, until, cfg=self.lm.config)
-        return np.asarray(made.tokens)
-
     def result(self, seconds: list[float]) -> Row:
         """What was measured, and what the memory holds now."""
-        cfg, cache = self.lm.config, self.state.cache
-        held = float(memory.use(cache)[0].mean())
+        cfg, session = self.lm.config, self.slots.session
+        held = float(session.use()[0].mean())
         entry = 2 * cfg.head_dim * machine.FLOAT
         return Row(
-            self.name, self.rows, int(cache.length[0]), held, machine.weight_bytes(config.to_json(cfg)),
-            held * entry * cfg.n_layers * cfg.n_kv_heads * self.rows, params.nbytes(cache.layers), seconds,
+            self.name, self.rows, int(session.length[0]), held, machine.weight_bytes(config.to_json(cfg)),
+            held * entry * cfg.n_layers * cfg.n_kv_heads * self.rows, session.nbytes, seconds,
         )  # fmt: skip
 
 
@@ -193,7 +178,3 @@ def table(rows: Sequence[Row]) -> str:
             *factor,
         ))  # fmt: skip
     return columns(lines, 1)
-
-
-def _greedy(rows: int) -> Choice:
-    return Choice(sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.full(8, -1, jnp.int32))

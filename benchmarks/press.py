@@ -42,6 +42,15 @@ class Several(kvpress.BasePress):
         return keys, values
 
 
+class Composed(kvpress.KVComposePress):
+    """KVCompose, which reads the context twice by itself; `kept` are the masks of entries by layer and head."""
+
+    def compress_cache(self, model: Any) -> None:
+        """Notes the masks, too."""
+        self.kept = self.important_mask_per_kv_head
+        super().compress_cache(model)
+
+
 class Presses:
     """Every public method is one call over the pipe: plain values in, plain values out."""
 
@@ -65,10 +74,16 @@ class Presses:
         policy's own settings.
         """
         found: list[Any] = [None] * len(asks)
+        for i, ask in enumerate(asks):
+            if ask["policy"] == "kvcompose":
+                last, cache, _ = self._composed(context, ask)
+                found[i] = self._after(last, cache, [None] * len(cache.layers), len(context), target)
         # Observed attention needs the weights, which only the eager attention has; AdaKV refuses eager attention.
         for attention in ("sdpa", "eager"):
             chosen = [
-                i for i, a in enumerate(asks) if (a["policy"] == "observed_attention") == (attention == "eager")
+                i
+                for i, a in enumerate(asks)
+                if found[i] is None and (a["policy"] == "observed_attention") == (attention == "eager")
             ]
             if not chosen:
                 continue
@@ -81,6 +96,21 @@ class Presses:
             for i, cache, masked in zip(chosen, several.caches, several.masked, strict=True):
                 found[i] = self._after(last, cache, masked, len(context), target)
         return found
+
+    @torch.inference_mode()
+    def kept(self, context: list[int], ask: dict[str, Any]) -> list[list[list[int]]]:
+        """The places that KVCompose keeps of a context, by layer and head."""
+        masks = self._composed(context, ask)[2]
+        return [[mask.nonzero()[:, 0].tolist() for mask in layer] for layer in masks]
+
+    def _composed(self, context: list[int], ask: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """The context's last states, the compressed cache, and the masks of what is kept."""
+        # The share of all layers together, which is rounded down.
+        ratio, cache = 1 - (ask["keep"] + 0.01) / len(context), DynamicCache()
+        press = Composed(structured=ask["structured"], compression_ratio=max(ratio, 0.0))
+        with press(self.model):
+            states = self.model.model(input_ids=torch.tensor([context]), past_key_values=cache)
+        return states.last_hidden_state[:, -1:], cache, press.kept
 
     def _after(self, last: Any, cache: Any, masked: list[Any], start: int, target: list[int]) -> dict[str, Any]:
         """Scores a target that begins at position `start`, its first token by the states `last` [1, 1, d]."""

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 
 IMPLEMENTATIONS = ("reference", "tpu", "interpret")
+# Stands for minus infinity among scores; finite, so that differences and gradients are.
+NEGATIVE = -1e30
 # What None stands for in `choose`; set by tests only.
 DEFAULT: str | None = None
 

@@ -21,6 +21,32 @@ jax.config.update("jax_debug_key_reuse", True)
 flags.FLAGS.mark_as_parsed()
 
 
+# Files and directories that train, compile large programs or start other processes: `make check` leaves them out.
+SLOW = (
+    "aot/test_generation.py", "aot/test_training.py", "benchmarks", "checkpoint/test_adapters.py",
+    "checkpoint/test_bolmo_1b.py", "checkpoint/test_bolmo_hf.py", "checkpoint/test_dms_checkpoints.py",
+    "checkpoint/test_hnet_hf.py", "checkpoint/test_shipped_adapters.py", "chunking/rules/test_predictor.py",
+    "chunking/rules/test_rule_properties.py", "chunking/test_pools_and_upsamplers.py", "configs",
+    "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
+    "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_kv.py", "evaluation/test_loglik.py",
+    "evaluation/test_run.py", "inference", "kvcache", "models/test_bolmo.py", "models/test_dynpool.py",
+    "models/test_hnet.py", "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
+    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "test_eval_script.py",
+    "test_flax_bridge.py", "test_kernels.py", "test_main.py", "test_notebooks.py", "test_train_script.py",
+    "training/test_byteify_run.py", "training/test_distill.py", "training/test_distill_mesh.py",
+    "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py", "training/test_step.py",
+    "training/test_training_units.py", "transfer",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is in SLOW."""
+    slow = [ROOT / "tests" / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """Directory of the small reference numbers."""

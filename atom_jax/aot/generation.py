@@ -16,10 +16,10 @@ from atom_jax import params as params_lib
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import per_chip
 from atom_jax.checkpoint.adapters import load_adapter
-from atom_jax.inference.generate import LEAST, ROOM
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.session import decode, reading, sampling
+from atom_jax.session.session import LEAST, ROOM
 from atom_jax.sharding import MeshConfig
 from atom_jax.training import start
 from atom_jax.typing import LM, AtomError, Suffix
@@ -99,7 +99,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
         if (size := reading.plan(cfg).part) is None:
             padded = bucket(length)
             suffix = chips.suffix(rows, padded)
-            prompt = decode.read_prompt.lower(
+            prompt = reading.read_prompt.lower(
                 params, chips.ints(rows, padded), chips.ints(rows), suffix,
                 cfg=cfg, capacity=bucket(length + ROOM, LEAST),
             )  # fmt: skip

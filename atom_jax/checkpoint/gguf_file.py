@@ -51,6 +51,9 @@ class GGUFFile:
         for number, part in enumerate(self._other_parts(), 1):
             if self._add(part).get("split.no") != number:
                 raise AtomError(f"{part}: its split.no does not say that it is part {number + 1}, as its name does")
+        whole = self.metadata.get("split.tensors.count", len(self._infos))
+        if whole != len(self._infos):
+            raise AtomError(f"{self.path}: split.tensors.count is {whole!r}, and {len(self._infos)} were found")
         self.shapes = {name: info.shape for name, info in self._infos.items()}
 
     def _other_parts(self) -> Iterator[Path]:

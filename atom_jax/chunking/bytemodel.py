@@ -38,9 +38,7 @@ class ByteModel:
     window: int = 64
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise AtomError(f"{field.name}: expected at least 1, got {getattr(self, field.name)}")
+        config.at_least_one(self)
         if self.d_model % (2 * self.n_heads):
             raise AtomError(f"d_model {self.d_model} is not an even number of channels for {self.n_heads} heads")
 

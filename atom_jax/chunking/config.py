@@ -42,15 +42,23 @@ class Chunking:
     pack: bool = False
 
     def __post_init__(self):
+        config.check(self, capacity=(0, 1))
         if not 0 < self.capacity <= 1:
             raise AtomError(f"capacity: expected chunks per position in (0, 1], got {self.capacity}")
         if self.mix not in ("none", "ema"):
             raise AtomError(f"mix: expected none or ema, got {self.mix!r}")
         if self.residual not in ("linear", "identity", "none"):
             raise AtomError(f"residual: expected linear, identity or none, got {self.residual!r}")
-        for name in ("slots", "max_positions", "heads"):
-            if getattr(self, name) < 1:
-                raise AtomError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        config.at_least_one(self, "slots", "max_positions", "heads")
+
+
+def per_stage(positions: int, chunking: tuple[Chunking, ...]) -> tuple[int, ...]:
+    """How many positions every stage has room for, the innermost included, of so many outermost ones. From the second
+    one on there is one more, for the unit that a text begins with."""
+    out = [positions]
+    for one in chunking:
+        out.append(slots_for(out[-1], one.capacity) + 1)
+    return tuple(out)
 
 
 def slots_for(positions: int, capacity: float, multiple: int = 8) -> int:

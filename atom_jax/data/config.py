@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atom_jax import config
 from atom_jax.tokenizers import is_trained
 from atom_jax.typing import AtomError
 
@@ -54,6 +55,7 @@ class DataConfig:
     tokens: int = 0
 
     def __post_init__(self):
+        config.check(self, seq_len=(None, 2**26), batch_size=(None, 2**24))
         if not self.sources or isinstance(self.sources, str):
             raise AtomError("data.sources must be a tuple that names at least one source.")
         if self.weights and len(self.weights) != len(self.sources):

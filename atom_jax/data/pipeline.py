@@ -62,7 +62,7 @@ class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
     """Grain's prefetching, closed once: a second time fails when the interpreter is shutting down."""
 
     def close(self) -> None:
-        if not self._closed:
+        if not getattr(self, "_closed", True):
             super().close()
 
 
@@ -115,13 +115,14 @@ class _PackedRows(grain.DatasetIterator):
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces], numbers: range):
         super().__init__()
+        # First, since Grain closes also what could not be made.
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
         stream = piece_stream(cfg, found)
         self.seq_len = cfg.seq_len
         self.first_row = numbers.start
         self.pad_id = tokenizer.pad_id
         self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
-        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
         if cfg.tokens:
             tokens = functools.partial(subwords, tokenizer=tokenizer)
         else:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.evaluation.encode import Item
+from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.nn import scoring
 from atom_jax.session.reading import exactly
@@ -70,12 +71,6 @@ def plan(items: Sequence[Item], batch_tokens: int, multiple: int = 1) -> list[Wo
         work[-1].row_of.extend([len(work[-1].rows)] * len(group))
         work[-1].rows.append(row)
     return work
-
-
-def bucket(n: int) -> int:
-    """The padded length of a sequence of n tokens: 16, 24, 32, 48, 64, 96, ..."""
-    power = 1 << max(4, math.ceil(math.log2(n)))
-    return power * 3 // 4 if n <= power * 3 // 4 and power > 16 else power
 
 
 def row_count(length: int, batch_tokens: int, multiple: int = 1) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.metrics import Result, columns
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
 from atom_jax.evaluation.tasks.task import Runner
+from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
@@ -144,8 +144,8 @@ def _training_data(checkpoint: str) -> DataConfig | None:
         file = folder / "experiment.json"
         if file.is_file() and (folder == path or path.parent.name == "checkpoints"):
             try:
-                data = json.loads(file.read_text(encoding="utf-8"))["data"]
-            except (ValueError, KeyError, TypeError):
+                data = read_json(file)["data"]
+            except (AtomError, KeyError):
                 raise AtomError(f"{file} has no readable data configuration") from None
             return config.from_json(DataConfig, data, f"{file}: data")
     return None

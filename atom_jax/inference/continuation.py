@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import params as params_lib
-from atom_jax.inference.score import check_ids
-from atom_jax.kvcache import memory
+from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import layers, transformer
 from atom_jax.nn import scoring
-from atom_jax.session.reading import read
+from atom_jax.session.prompts import check_ids
+from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 
 
@@ -37,9 +36,9 @@ class Scores(NamedTuple):
 def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes: Any = None) -> Scores:
     """Reads contexts through the model's cache, then their continuations, and scores the latter.
 
-    Both are read as the policy `lm.config.memory` has it: a whole context in one call, or in parts
-    (`reading.plan`). The last token of a context predicts the first one of its
-    continuation; the further ones are given (teacher forcing) in one call.
+    Both are read as the policy `lm.config.memory` has it: a whole context in one call, or in parts (`reading.plan`).
+    The last token of a context predicts the first one of its continuation; the further ones are given (teacher
+    forcing) in one call.
 
     Args:
       contexts: ids [b, t], padded on the right. lengths: their lengths [b], at least 1; None: t.
@@ -52,17 +51,18 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     continuations, sizes = _rows("continuations", continuations, sizes, lm.config.vocab_size)
     if len(contexts) != len(continuations):
         raise AtomError(f"there are {len(contexts)} contexts, but {len(continuations)} continuations")
-    x_bd, cache, _ = read(lm.params, contexts, lengths, cfg=lm.config)
-    cache = memory.grow(cache, 0)
-    held, nbytes = _held(cache, cfg=lm.config), params_lib.nbytes(cache.layers)
-    states = [x_bd[:, None]]
+    capacity = bucket(contexts.shape[1])
+    session = Session.begin(lm, contexts, lengths, capacity=capacity, params=lm.params, unroll=False)
+    held, nbytes = _held(session.memory, cfg=lm.config), session.nbytes
+    states = [session.x_bd[:, None]]
     if continuations.shape[1] > 1:
-        _, cache, rest = read(lm.params, continuations[:, :-1], sizes - 1, cache, cfg=lm.config)
+        session, rest = session.read(continuations[:, :-1], sizes - 1)
         states += rest
     logprobs, hits = _judge(
         lm.params, jnp.concatenate(states, 1)[:, : continuations.shape[1]], continuations, sizes, cfg=lm.config
     )
-    return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(_held(cache, cfg=lm.config)))
+    held_after = _held(session.memory, cfg=lm.config)
+    return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(held_after))
 
 
 def _rows(what: str, ids: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

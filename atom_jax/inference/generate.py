@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,27 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax import params as params_lib
-from atom_jax.inference.score import check_ids
 from atom_jax.inference.stream import TextStream
-from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import full, grow, use
 from atom_jax.models import registry
-from atom_jax.models.family import Codec
-from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import laid_out, reading, sampling
-from atom_jax.session.decode import CHUNK, Choice, Made, State, decode, decode_beside, go_on, start
+from atom_jax.session.decode import CHUNK, Choice, Made
+from atom_jax.session.prompts import end_ids, listed, token_rows
+from atom_jax.session.session import ROOM, Session
+from atom_jax.session.slots import Slots
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
 LOOK = 8
-# Room for new tokens that a cache starts with (fewer when fewer are asked for), and its least size. A larger one
-# is read for nothing, a smaller one is compiled for sooner.
-ROOM = 128
-LEAST = 256
 # Bytes of weights up to which the rows of a batch are dealt out to the cores of a CPU: about what a cache holds that
 # the cores share. Every core reads all weights then; larger ones are better read once, by all cores for all rows.
 SHARED = 32 * 2**20
@@ -46,13 +39,14 @@ class Generation:
     entries that unfinished rows held together (the sum of these for the parts of a batch on several cores); kv_reads:
     entries that decoding read (both averaged over layers and key/value heads; sliding layers read at most their
     window); kv_bytes: size of the cache buffers at the end.
-    memory: what the model has read and chosen, with `keep_memory`: `generate(..., after=)` goes on from it.
+    memory: with `keep_memory`, where the model stands after all that it has read and chosen: `generate(..., after=)`
+    goes on from it.
     """
 
     ids: list[list[int]]
     text: list[str] | None
     stats: dict[str, float]
-    memory: State | None = dataclasses.field(default=None, repr=False, compare=False)
+    memory: Session | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def generate(
@@ -88,9 +82,10 @@ def generate(
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if max_new_tokens < 1:
-        raise AtomError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    max_new_tokens = config.whole("max_new_tokens", max_new_tokens, 1)
+    stop = [stop] if isinstance(stop, str) else listed("stop", stop)
+    if any(not isinstance(text, str) for text in stop):
+        raise AtomError(f"stop: expected a string or a list of strings, got {stop!r}")
     if lm.tokenizer is None and (stop or on_text):
         raise AtomError("this model has no tokenizer: stop strings and streaming need one")
     if stop and keep_memory:
@@ -98,33 +93,33 @@ def generate(
     if "" in stop:
         raise AtomError("stop: an empty string would stop everywhere")
     how = sampling.sampler(temperature, top_k, top_p, min_p)
-    rows = _token_rows(lm, prompts, first=after is None)
-    memory = None if after is None else _memory(lm, after, len(rows))
+    rows = token_rows(lm, prompts, first=after is None)
+    before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
-    longest = (lengths if memory is None else lengths + 1 + np.asarray(memory.cache.length)).max()
+    longest = int((lengths if before is None else lengths + 1 + before.length).max())
     if longest + max_new_tokens > lm.config.max_length:
         raise AtomError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
             " positions of the model"
         )
-    codec, keys = registry.of(lm.config).codec(lm.config), _row_keys(key, len(rows))
-    choice = Choice(keys, how, _stop_ids(lm, stop_ids, codec), codec)
-    parts = 1 if keep_memory or memory is not None else _parts(lm, len(rows))
+    keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
+    parts = 1 if keep_memory or before is not None else _parts(lm, len(rows))
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
-        mine = dataclasses.replace(choice, keys=keys[part])
-        call = decode if parts == 1 else decode_beside()
-        runs.append(_Run(lm, [rows[i] for i in part], mine, stop, on_text, call, first=int(part[0])))
-    if memory is None:
-        for run in runs:
-            run.start(int(longest), min(max_new_tokens, ROOM))
-    else:
-        runs[0].go_on(memory)
+        mine = [rows[i] for i in part]
+        if before is None:
+            session = Session.prefill(lm, mine, room=min(max_new_tokens, ROOM), longest=longest)
+        else:
+            session = before.extend(mine)
+        choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
+        peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
+        runs.append(_Run(Slots(session, choice, parts > 1), mine, stop, on_text, int(part[0]), peak))
     started, busy = time.perf_counter(), 0.0
     with ThreadPoolExecutor(parts) as threads:
         while going := [run for run in runs if run.made < max_new_tokens and not run.finished]:
             for run in going:
-                run.prepare(min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens))
+                run.until = min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens)
+                run.slots.prepare(run.until)
             at = time.perf_counter()
             made = list((threads.map if len(going) > 1 else map)(_Run.decode, going))
             busy += time.perf_counter() - at
@@ -141,6 +136,24 @@ def _parts(lm: LM, rows: int) -> int:
     return max(n for n in range(1, cores + 1) if rows % n == 0)
 
 
+def _drops(lm: LM) -> bool:
+    """Whether a policy takes away from prompts that have been whole in memory."""
+    plan = reading.plan(lm.config)
+    return plan.part is None and not plan.waits and lm.config.memory is not None
+
+
+def _memory(after: Generation, rows: int) -> Session:
+    """What a later turn goes on from, checked."""
+    if after.memory is None:
+        raise AtomError("after: this generation has no memory; make it with keep_memory=True")
+    if len(after.ids) != rows:
+        raise AtomError(f"after: it has {len(after.ids)} rows, but there are {rows} prompts")
+    if after.memory.spent:
+        raise AtomError("after: this generation has been continued already, and its memory is given up")
+    # Memory that is compacted while it reads may be large, and is written over.
+    return after.memory if reading.plan(after.memory.lm.config).shrinks else after.memory.fork()
+
+
 def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:
     """Ends all rows and adds up. busy: seconds of decoding without compilation."""
     for run in runs:
@@ -155,79 +168,31 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
         "tokens_per_second": max(new - len(streams), 0) / busy if busy else 0.0,
         "kv_entries_peak": sum(run.peak for run in runs),
         "kv_reads": sum(run.reads for run in runs),
-        "kv_bytes": sum(params_lib.nbytes((run.state.cache.layers, run.state.cache.parts)) for run in runs),
+        "kv_bytes": sum(run.slots.session.nbytes for run in runs),
     }
     text = None if lm.tokenizer is None else [s.text for s in streams]
-    return Generation([s.ids for s in streams], text, stats, runs[0].state if keep_memory else None)
+    return Generation([s.ids for s in streams], text, stats, runs[0].slots.session if keep_memory else None)
 
 
 class _Run:
-    """Rows of one call of `generate` that are decoded together: their device state and the text of each.
+    """Rows of one call of `generate` that are decoded together, and the text of each.
 
-    call: `decode` or its like. first: the number of the first of these rows.
+    slots: go on from the prompts `rows`. first: the number of the first of these rows. peak: entries that they held
+    while they were read.
     """
 
     def __init__(
-        self, lm: LM, rows: list[np.ndarray], choice: Choice, stop: list[str], on_text: Any, call: Any, first: int
+        self, slots: Slots, rows: list[np.ndarray], stop: list[str], on_text: Any, first: int, peak: float
     ):  # fmt: skip
-        self.lm, self.rows, self.choice, self.on_text, self.first = lm, rows, choice, on_text, first
-        self.call = functools.partial(call, cfg=lm.config)
-        self.params = laid_out.of(lm)
-        self.streams = [TextStream(lm.tokenizer, stop, before=int(row[-1])) for row in rows]
-        self.made, self.reads, self.peak, self.until, self.finished = 0, 0.0, 0.0, 0, False
-        self.state: State | None = None
-        self.compiled: list[Any] = []  # shapes of the cache that `decode` was last compiled for
-
-    def start(self, longest: int, room: int) -> None:
-        """Reads the prompts, of which the longest of the whole call has so many tokens, and chooses the first new
-        tokens."""
-        ids, lengths = _padded(self.rows, longest)
-        unroll = laid_out.unrolls(self.lm)
-        # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
-        params = self.lm.params if unroll else self.params
-        capacity = bucket(longest + room, LEAST)
-        mask = np.arange(ids.shape[1])[None] < lengths[:, None]
-        suffix = self.choice.codec.suffix(self.lm.tokenizer, ids, mask)
-        self.state, token = start(
-            params, ids, lengths, self.choice, suffix, cfg=self.lm.config, capacity=capacity, unroll=unroll
-        )
-        cfg = self.lm.config
-        if isinstance(cfg, TransformerConfig) and cfg.memory is not None and reading.plan(cfg).part is None:
-            self.peak = float(lengths.sum())  # a policy takes away from what was whole
-        else:
-            self._count()
-        self._take(np.asarray(token)[:, None])
-
-    def go_on(self, memory: State) -> None:
-        """Reads the prompts after what `memory` has seen and chooses the first tokens."""
-        last = np.asarray(memory.token)
-        rows = [np.append(token, row) for token, row in zip(last, self.rows)]
-        ids, lengths = _padded(rows, max(map(len, rows)))
-        self.state, token = go_on(self.params, memory, ids, lengths, self.choice, cfg=self.lm.config)
-        self._count()
-        self._take(np.asarray(token)[:, None])
-
-    def _count(self) -> None:
-        """Takes what is held now into the peak."""
-        held_b, _ = use(self.state.cache)
-        self.peak = max(self.peak, float(held_b.sum()))
-
-    def prepare(self, until: int) -> None:
-        """Gets ready to make `until` tokens in every unfinished row, or fewer where the cache ends, which is made
-        larger first."""
-        self.until = until
-        if bool(jnp.any(full(self.state.cache) & ~self.state.done & (self.state.made < until))):
-            self.state = self.state.replace(cache=grow(self.state.cache))
-        shapes = [x.shape for x in jax.tree.leaves(self.state.cache)]
-        if shapes != self.compiled:
-            # No step is taken: rates are to count decoding, not compiling.
-            self.state, _ = self.call(self.params, self.state, self.choice, np.int32(0))
-            self.compiled = shapes
+        self.slots, self.rows, self.on_text, self.first, self.peak = slots, rows, on_text, first, peak
+        self.tokenizer = slots.session.lm.tokenizer
+        self.streams = [TextStream(self.tokenizer, stop, before=int(row[-1])) for row in rows]
+        self.made, self.reads, self.until, self.finished = 0, 0.0, 0, False
+        self._take(slots.first[:, None])
 
     def decode(self) -> Made:
-        """Makes these tokens, and waits for them."""
-        self.state, made = self.call(self.params, self.state, self.choice, np.int32(self.until))
-        return jax.tree.map(np.asarray, made)
+        """Makes `until` tokens in every unfinished row, or fewer where the memory ends."""
+        return self.slots.decode(self.until)
 
     def take(self, made: Made) -> None:
         """Adds what was made to the texts and the counts."""
@@ -238,96 +203,24 @@ class _Run:
     def finish(self) -> None:
         """Ends the texts."""
         for r, stream in enumerate(self.streams):
-            if self.lm.tokenizer is not None:
+            if self.tokenizer is not None:
                 self._say(r, stream.finish())
 
     def _take(self, tokens: np.ndarray) -> None:
         """Adds new tokens, -1 = none, to the texts; rows that met a stop string are done from here on."""
-        done = np.array(self.state.done)
+        done = np.array(self.slots.done)
         for r, (stream, new) in enumerate(zip(self.streams, tokens)):
             new = new[new >= 0].tolist()
-            if self.lm.tokenizer is None:
+            if self.tokenizer is None:
                 stream.ids += new
             else:
                 self._say(r, stream.push(new))
             done[r] |= stream.stopped
         self.finished = bool(done.all())
         # Tokens in every unfinished row: some may have more.
-        self.made = int(np.asarray(self.state.made).min(where=~done, initial=np.iinfo(np.int32).max))
-        self.state = self.state.replace(done=self.state.done | done)
+        self.made = int(self.slots.made.min(where=~done, initial=np.iinfo(np.int32).max))
+        self.slots.end(done)
 
     def _say(self, row: int, piece: str) -> None:
         if piece and self.on_text is not None:
             self.on_text(self.first + row, piece)
-
-
-def _padded(rows: list[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids i32 [b, t], padded on the right to the first of few sizes that holds `longest`, and the lengths i32 [b]."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.zeros((len(rows), bucket(longest)), np.int32)
-    for row, out in zip(rows, ids):
-        out[: len(row)] = row
-    return ids, lengths
-
-
-def _memory(lm: LM, after: Generation, rows: int) -> State:
-    """What a later turn goes on from, checked."""
-    if not isinstance(lm.config, TransformerConfig):
-        raise AtomError(f"after: a {lm.family} cannot go on from an earlier generation yet")
-    if after.memory is None:
-        raise AtomError("after: this generation has no memory; make it with keep_memory=True")
-    if len(after.ids) != rows:
-        raise AtomError(f"after: it has {len(after.ids)} rows, but there are {rows} prompts")
-    if any(x.is_deleted() for x in jax.tree.leaves(after.memory)):
-        raise AtomError("after: this generation has been continued already, and its memory is given up")
-    return after.memory
-
-
-def _token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
-    """Prompts as i32 arrays, checked. first: whether they begin a text."""
-    prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
-    if not prompts:
-        raise AtomError("prompts: there is none")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str | bytes):
-            ids = _encode(lm, prompt, first)
-        else:
-            ids = np.asarray(prompt)
-            if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
-                raise AtomError(f"prompts[{i}]: expected a text or a list of token ids")
-        if not ids.size:
-            raise AtomError(f"prompts[{i}] is empty, and the model has no token that begins a text")
-        check_ids(ids, lm.config.vocab_size)
-        rows.append(ids.astype(np.int32))
-    return rows
-
-
-def _encode(lm: LM, text: str | bytes, first: bool) -> np.ndarray:
-    tokenizer = lm.tokenizer
-    if tokenizer is None:
-        raise AtomError("this model has no tokenizer: give prompts as lists of token ids")
-    ids = np.asarray(tokenizer.encode(text))
-    return np.concatenate([np.array(getattr(tokenizer, "front", ()), ids.dtype), ids]) if first else ids
-
-
-def _stop_ids(lm: LM, stop_ids: Sequence[int] | None, codec: Codec) -> np.ndarray:
-    """i32 array, filled up with -1 to a multiple of 8, so that their number does not recompile."""
-    if stop_ids is None:
-        known = {*lm.config.eos_ids, *(lm.tokenizer.eos_ids if lm.tokenizer is not None else ())}
-        stop_ids = {i for i in known if 0 <= i < lm.config.vocab_size}
-    ids = np.array(sorted(stop_ids), np.int64)
-    check_ids(ids, lm.config.vocab_size)
-    ids = codec.forms(ids)
-    return np.pad(ids, (0, 8 - len(ids) % 8), constant_values=-1).astype(np.int32)
-
-
-def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
-    key = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return sampling.row_keys(key, rows)
-    if key.shape != (rows,):
-        raise AtomError(f"key has shape {list(key.shape)}; expected one key, or one for each of the {rows} prompts")
-    return key

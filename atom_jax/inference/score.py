@@ -11,6 +11,7 @@ import numpy as np
 
 from atom_jax.models import registry
 from atom_jax.nn import scoring
+from atom_jax.session.prompts import check_ids
 from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
@@ -21,7 +22,8 @@ def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
     Args:
       ids: integers [b, t].
       mask: bool [b, t], True = real; None = all real. Padding may be on the left or on the right of a row.
-    Raises AtomError for wrong shapes, ids out of range, or a row whose real positions are not contiguous.
+    Raises AtomError for wrong shapes, ids out of range, rows longer than the model's positions, or a row whose real
+    positions are not contiguous.
     """
     batch = to_batch(lm, ids, mask)
     return exactly(lambda cfg: _apply(lm.params, batch, cfg=cfg), lm.config)
@@ -45,7 +47,10 @@ def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     """Checks ids and mask as `apply` describes them; positions count the real tokens of a row from 0."""
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:
+        raise AtomError("ids must be integers of shape [B, T], got rows of different lengths") from None
     if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) and ids.size):
         raise AtomError(f"ids must be integers of shape [B, T], got {ids.dtype} of shape {list(ids.shape)}")
     mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask).astype(bool)
@@ -54,18 +59,13 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     if (np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1).sum(1).max() > 1:
         raise AtomError("mask: the real positions of a row must be contiguous")
     check_ids(np.where(mask, ids, 0), lm.config.vocab_size)
+    if (longest := int(mask.sum(1).max())) > lm.config.max_length:
+        raise AtomError(f"ids: a row of {longest} tokens exceeds the {lm.config.max_length} positions of the model")
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     # Ids of padding may be anything, for example -1.
     clean = np.where(mask, ids, 0)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (clean, positions, mask)))
     return batch.replace(suffix=registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, clean, mask))
-
-
-def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Raises AtomError when an id is outside [0, vocab_size)."""
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.size:
-        raise AtomError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

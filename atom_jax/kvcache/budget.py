@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
@@ -40,17 +41,20 @@ class Budget(Policy):
 
     budget: entries per row and key/value head. ratio: entries as a share of the row's prompt, rounded down, at
     least one. sinks: positions at the start of a text that are never evicted.
-    biased: entries may stand for several tokens, see `absorb`.
+    biased: entries may stand for several tokens, see `absorb`. digits: binary digits of a score that count: where
+    they are equal the position decides, so that rounding, which is another in other company, does not.
     """
 
     stepwise: ClassVar[bool] = True
     slides: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    digits: ClassVar[int] = 17
     budget: int = 0
     ratio: float = 0.0
     sinks: int = 0
 
     def __post_init__(self):
+        config.check(self)
         if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
             raise AtomError(
                 f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"
@@ -68,6 +72,11 @@ class Budget(Policy):
         """The limit, or less of a shorter text."""
         return min(length, self.budget or max(1, math.floor(length * self.ratio)))
 
+    @property
+    def fixed(self) -> int:
+        """Positions at the start of a text that are never evicted."""
+        return self.sinks
+
     def slots(self, sizes: Sizes, capacity: int) -> int:
         """Length of the buffers."""
         return min(capacity, self.budget) if self.budget else max(1, math.ceil(capacity * self.ratio))
@@ -77,11 +86,11 @@ class Budget(Policy):
         table = np.floor(np.arange(longest + 1) * self.ratio).astype(np.int32)
         return jnp.asarray(np.maximum(table, 1))[length_b]
 
-    def allow(self, layer: BudgetLayer, length_b: jax.Array, longest: int) -> jax.Array:
-        """i32 [b, h]: entries that prompts of these lengths (at most `longest`) leave room for."""
+    def allow(self, layer: BudgetLayer, call: Call) -> jax.Array:
+        """i32 [b, h]: entries that the prompts of a call leave room for."""
         if self.budget:
             return layer.limit
-        return jnp.broadcast_to(self.share(length_b, longest)[:, None], layer.limit.shape)
+        return jnp.broadcast_to(self.share(call.after, call.k.shape[2])[:, None], layer.limit.shape)
 
     def recent(self, limit_bh: jax.Array) -> jax.Array:
         """i32 [b, h]: how many of the newest entries are not to be evicted."""
@@ -107,10 +116,10 @@ class Budget(Policy):
         """float32 [b, h, c]: scores of a prompt's entries when it is read again; the last t are the call's own."""
         return entries.score[..., : -call.k.shape[2]]
 
-    def gather(self, entries: Entries, keep: jax.Array) -> Entries:
+    def gather(self, layer: BudgetLayer, entries: Entries, keep: jax.Array) -> tuple[BudgetLayer, Entries]:
         """A prompt's entries, of which those `keep`, bool [b, h, t], are about to stay: they may take up what the
-        others held."""
-        return entries
+        others held. And the empty layer, which may keep something besides."""
+        return layer, entries
 
     def absorb(self, layer: BudgetLayer, slot_bh: jax.Array, live_bh: jax.Array) -> BudgetLayer:
         """The layer before the entry in a slot leaves it, where `live`: others may take up what it held."""
@@ -124,13 +133,13 @@ class Budget(Policy):
 
     def guarded(self, entries: Entries, last_b: jax.Array, limit_bh: jax.Array) -> jax.Array:
         """Scores, +inf for sinks and recent entries; -inf for empty slots. last: i32 [b], the newest position."""
-        guard = entries.pos < self.sinks
+        guard = entries.pos < self.fixed
         guard |= entries.pos > last_b[:, None, None] - self.recent(limit_bh)[:, :, None]
-        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, steady(entries.score)))
+        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, steady(entries.score, self.digits)))
 
     def order(self, pos: jax.Array) -> jax.Array:
         """What decides between equal scores, larger is better: sinks first, then the newest."""
-        return jnp.where((pos >= 0) & (pos < self.sinks), FAR - pos, pos)
+        return jnp.where((pos >= 0) & (pos < self.fixed), FAR - pos, pos)
 
 
 @struct.dataclass
@@ -149,10 +158,9 @@ class Entries:
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2), self, other)
 
 
-def steady(score: jax.Array) -> jax.Array:
-    """Scores to one part in 8192: those that differ by rounding alone, as they do in other company, are equal, so
-    that their order decides."""
-    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=13)
+def steady(score: jax.Array, digits: int) -> jax.Array:
+    """Scores rounded to so many binary digits."""
+    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=digits)
 
 
 def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Array:
@@ -201,7 +209,6 @@ class BudgetLayer(Layer):
         """Attends, stores and evicts as the module says; see `memory.Layer`."""
         if not call.fresh and call.q.shape[3] == 1:
             return self._step(call)
-        t = call.k.shape[2]
         pos = jnp.where(call.real, call.tokens.positions, -1)
         pos = jnp.broadcast_to(pos[:, None], call.k.shape[:3])
         bias = None if self.bias is None else jnp.zeros(pos.shape)
@@ -209,8 +216,9 @@ class BudgetLayer(Layer):
         if call.fresh:
             out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
             new = new.replace(score=self.policy.prompt(new, call))
-            keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call.after, t))
-            return out, self._put(self.policy.gather(new, keep), keep).replace(limit=limit)
+            keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call))
+            layer, new = self.policy.gather(self, new, keep)
+            return out, layer._put(new, keep).replace(limit=limit)
         new = self.entries.join(new)
         out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos, new.bias, call.window)
         if call.reading:
@@ -288,17 +296,21 @@ class BudgetLayer(Layer):
         else:
             need = int(n.max()) + more
             most = bucket(need)
-        if need <= slots:
+        if self.policy.shrinks:
+            taken = np.asarray(self.pos) >= 0
+            need = max(need, int(taken.any(tuple(range(taken.ndim - 1))).nonzero()[0].max(initial=-1)) + 1)
+        elif need <= slots:
             return self
-        size = min(bucket(need), most)
+        size = min(bucket(need), max(most, need))
 
-        def pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
-            widths = [(0, size - slots if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        def fit(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+            x = jax.lax.slice_in_dim(x, 0, min(size, slots), axis=x.ndim + axis)
+            widths = [(0, max(size - slots, 0) if i == x.ndim + axis else 0) for i in range(x.ndim)]
             return jnp.pad(x, widths, constant_values=fill)
 
         return self.replace(
-            k=pad(self.k, -2), v=pad(self.v, -2), pos=pad(self.pos, -1, -1), score=pad(self.score, -1),
-            bias=None if self.bias is None else pad(self.bias, -1),
+            k=fit(self.k, -2), v=fit(self.v, -2), pos=fit(self.pos, -1, -1), score=fit(self.score, -1),
+            bias=None if self.bias is None else fit(self.bias, -1),
         )  # fmt: skip
 
     def held(self, length_b: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from atom_jax.kvcache.budget import Budget, Entries
 from atom_jax.kvcache.memory import Call
 from atom_jax.nn import rope
 from atom_jax.typing import AtomError
+from pallas_kernels.dispatch import NEGATIVE
 
 
 @config.register
@@ -42,7 +43,7 @@ class ExpectedAttention(Budget):
             mean_bhk, cov_bhkl = of
             spread = (jnp.einsum("bhsk,bhkl->bhsl", k, cov_bhkl) * k).sum(-1)
             scores = jnp.einsum("bhsk,bhk->bhs", k, mean_bhk) * size**-0.5 + spread / (2 * size)
-            return jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1)
+            return jax.nn.softmax(jnp.where(valid, scores, NEGATIVE), axis=-1)
 
         heads = jax.lax.map(expected, (jnp.moveaxis(mean, 2, 0), jnp.moveaxis(cov, 2, 0)))
         return (heads.mean(0) + self.eps) * jnp.linalg.norm(call.v.astype(jnp.float32), axis=-1)
@@ -50,9 +51,9 @@ class ExpectedAttention(Budget):
     def queries(self, call: Call) -> tuple[jax.Array, jax.Array]:
         """Mean [b, h, g, k] and covariance [b, h, g, k, k] of queries to come, float32, after RoPE."""
         t, size = call.q.shape[3:]
-        theta, scaling = call.rope
-        factor = rope.frequencies(size, theta, scaling)[1]
-        cos, sin = (x[:, None, None, :, 0] for x in rope.tables(call.tokens.positions, size, theta, scaling))
+        turned, (theta, scaling) = size if call.rotary is None else call.rotary, call.rope
+        factor = rope.frequencies(turned, theta, scaling)[1]
+        cos, sin = (x[:, None, None, :, 0] for x in rope.tables(call.tokens.positions, turned, theta, scaling))
         q = rope.rotate(call.q.astype(jnp.float32), cos, -sin) / factor**2
         index = jnp.arange(t)[None]
         used = (call.real & (index >= self.sinks)).astype(jnp.float32)
@@ -61,7 +62,7 @@ class ExpectedAttention(Budget):
         q = (q - mean[..., None, :]) * used[:, None, None, :, None]
         cov = jnp.einsum("bhgtk,bhgtl->bhgkl", q, q) / count[..., None]
         ahead = call.after[:, None] + jnp.arange(self.future)[None]
-        turn = [x.mean(1)[:, None, None] for x in rope.tables(ahead, size, theta, scaling)]
+        turn = [x.mean(1)[:, None, None] for x in rope.tables(ahead, turned, theta, scaling)]
         mean = rope.rotate(mean[..., None, :], *turn)[..., 0, :]
         cov = rope.rotate(jnp.swapaxes(rope.rotate(cov, *turn), -1, -2), *turn)
         return mean, cov

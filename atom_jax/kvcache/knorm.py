@@ -16,9 +16,11 @@ from atom_jax.kvcache.memory import Call
 @config.register
 @dataclasses.dataclass(frozen=True)
 class KNorm(Budget):
-    """Score: minus the Euclidean norm of the key."""
+    """Score: minus the Euclidean norm of the key. In a first layer, or after a norm on keys, these are equal but for
+    rounding, and for the epsilon of the norm."""
 
     name: ClassVar[str] = "knorm"
+    digits: ClassVar[int] = 13
 
     def token_score(self, call: Call) -> jax.Array:
         """Minus the norm."""

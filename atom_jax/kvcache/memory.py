@@ -11,7 +11,7 @@ States are immutable: the memory of before is a fork, where it is not donated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class Call:
     derived: what its `derive` made of the layer, or None. layer: i32 [], number of the layer in the model. mode: how
     decisions are made where there is no memory (`policy.Mode`).
     window: of a sliding layer, else None. fresh: nothing is stored yet. reading: how often the tokens were read
-    before. rope: as in Sizes. All four are static.
+    before. rope: as in Sizes; rotary: channels of every head that it turns. All five are static.
     """
 
     q: jax.Array
@@ -66,6 +66,7 @@ class Call:
     fresh: bool = struct.field(pytree_node=False, default=False)
     reading: int = struct.field(pytree_node=False, default=0)
     rope: tuple = struct.field(pytree_node=False, default=(10000.0, None))
+    rotary: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def real(self) -> jax.Array:
@@ -202,12 +203,14 @@ def full(memory: Memory) -> jax.Array:
     return functools.reduce(jnp.logical_or, found, jnp.zeros(memory.length.shape, bool))
 
 
-def grow(memory: Memory, more: int = 1) -> Memory:
-    """The same memory with room for `more` further tokens per row in every node: larger only where that is needed,
-    and smaller where a policy can make it so. Runs on the host."""
+def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
+    """The same memory with room for `more` further tokens per row in every node, or for a number of its own in each
+    of `nodes`, which then lie one inside the other: larger only where that is needed, and smaller where a policy can
+    make it so. Runs on the host."""
+    numbers = iter([more] * len(nodes(memory)) if isinstance(more, int) else reversed(more))
 
     def larger(node: Memory) -> Memory:
-        length = np.asarray(node.length)
+        length, more = np.asarray(node.length), next(numbers)
 
         def one(x: Any) -> Any:
             if (layer := _layer(x)) is None:
@@ -269,6 +272,11 @@ def part(memory: Memory) -> int | None:
 def passes(memory: Memory) -> int:
     """How often a prompt is read."""
     return max((p.passes for p in policies(memory)), default=1)
+
+
+def shrinks(memory: Memory) -> bool:
+    """Whether `grow` may make it smaller after a prompt."""
+    return any(p.shrinks for p in policies(memory))
 
 
 def once_more(memory: Memory) -> Memory:

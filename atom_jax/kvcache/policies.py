@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 from atom_jax import config
@@ -14,12 +16,15 @@ from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
+from atom_jax.kvcache.kvcompose import KVCompose
 from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
 from atom_jax.kvcache.observed_attention import ObservedAttention
 from atom_jax.kvcache.policy import PerLayer, Policy, policies_of
 from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
+from atom_jax.kvcache.razor_attention import RazorAttention
+from atom_jax.kvcache.sepllm import SepLLM
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
@@ -41,6 +46,9 @@ POLICIES: dict[str, type[Policy]] = {
         KNorm,
         ExpectedAttention,
         KeyDiff,
+        SepLLM,
+        RazorAttention,
+        KVCompose,
         RandomPolicy,
         Quest,
     )
@@ -49,10 +57,12 @@ POLICIES: dict[str, type[Policy]] = {
 
 def parse(text: str) -> Policy | PerLayer | None:
     """The policy that a text such as "tova:budget=512" names; None for "none". After it, ";LAYER=POLICY" names other
-    ones for single layers.
+    ones for single layers. A text that ends in .json is a file with a policy as `config.to_json` writes it.
 
-    Raises AtomError for an unknown name, an unknown field or an unreadable value.
+    Raises AtomError for an unknown name, an unknown field or an unreadable value or file.
     """
+    if text.endswith(".json"):
+        return _read(pathlib.Path(text))
     first, *others = text.split(";")
     if not others:
         return _parse(first)
@@ -63,6 +73,17 @@ def parse(text: str) -> Policy | PerLayer | None:
             raise AtomError(f"memory {other!r}: expected LAYER=POLICY")
         at.append((int(layer), _parse(one)))
     return PerLayer(_parse(first), tuple(at))
+
+
+def _read(path: pathlib.Path) -> Policy | PerLayer:
+    try:
+        memory = config.from_json(object, json.loads(path.read_bytes()), str(path))
+    except OSError as e:
+        raise AtomError(f"memory {path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        raise AtomError(f"memory {path}: not valid JSON") from None
+    check(memory)
+    return memory
 
 
 def _parse(text: str) -> Policy | None:

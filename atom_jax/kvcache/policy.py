@@ -15,6 +15,7 @@ from atom_jax.kvcache.memory import Call, Layer, Sizes
 from atom_jax.naming import Rule
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import Tree
+from atom_jax.tokenizers import Tokenizer
 from atom_jax.typing import AtomError
 
 
@@ -71,8 +72,9 @@ class Policy:
 
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
-    after the time before. stepwise: reading several tokens in one call is not reading them one after another. slides:
-    it also serves layers whose queries see a window only. fields: of config.json that `from_hf` knows.
+    after the time before. shrinks: its memory can be smaller after a prompt than while that is read. stepwise:
+    reading several tokens in one call is not reading them one after another. slides: it also serves layers whose
+    queries see a window only. fields: of config.json that `from_hf` knows.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +83,11 @@ class Policy:
     stepwise: ClassVar[bool] = False
     slides: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
+    shrinks: ClassVar[bool] = False
+
+    def fitted(self, tokenizer: Tokenizer) -> Policy:
+        """The policy for a model with this tokenizer."""
+        return self
 
     def spec(self, projections: Tree) -> Tree:
         """ParamSpecs of what one layer learns, whose projections are "q" [d, n, k], "k" [d, h, k] and so on."""
@@ -162,6 +169,8 @@ class PerLayer:
     at: tuple[Any, ...] = ()
 
     def __post_init__(self):
+        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in self.at):
+            raise AtomError(f"memory: expected pairs of a layer and a policy, got {self.at}")
         # JSON has lists, and policies as objects.
         read = lambda p: config.from_json(object, p, "memory.at") if isinstance(p, dict) else p  # noqa: E731
         object.__setattr__(self, "at", tuple((layer, read(policy)) for layer, policy in self.at))
@@ -194,3 +203,11 @@ def policies_of(memory: Any) -> tuple[Policy, ...]:
     """All different policies that a configuration's `memory` names."""
     every = (memory.default, *(p for _, p in memory.at)) if isinstance(memory, PerLayer) else (memory,)
     return tuple(p for p in dict.fromkeys(every) if p is not None)
+
+
+def fitted(memory: Any, tokenizer: Tokenizer) -> Any:
+    """A configuration's `memory` for a model with this tokenizer, see `Policy.fitted`."""
+    if isinstance(memory, PerLayer):
+        at = tuple((layer, fitted(policy, tokenizer)) for layer, policy in memory.at)
+        return PerLayer(fitted(memory.default, tokenizer), at)
+    return None if memory is None else memory.fitted(tokenizer)

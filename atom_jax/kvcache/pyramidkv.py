@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.kvcache.budget import BudgetLayer
-from atom_jax.kvcache.memory import Sizes
+from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.typing import AtomError
 
@@ -58,13 +58,13 @@ class PyramidKV(SnapKV):
             return min(capacity, max(self.budgets(sizes.layers)))
         return min(capacity, self.window + math.ceil(2 * capacity * self.ratio))
 
-    def allow(self, layer: BudgetLayer, length_b: jax.Array, longest: int) -> jax.Array:
+    def allow(self, layer: BudgetLayer, call: Call) -> jax.Array:
         """This layer's part of the mean."""
         if self.budget:
             return layer.limit
-        mean = self.share(length_b, longest)
+        mean = self.share(call.after, call.k.shape[2])
         past = jnp.maximum(mean - self.window, 0).astype(jnp.float32)
-        high = jnp.minimum(past * (2 - 1 / self.beta), (length_b - self.window).astype(jnp.float32))
+        high = jnp.minimum(past * (2 - 1 / self.beta), (call.after - self.window).astype(jnp.float32))
         low = 2 * past - high
         own = self.window + jnp.round(low + (high - low) * layer.extra[:, 0]).astype(jnp.int32)
         return jnp.broadcast_to(jnp.where(past > 0, own, mean)[:, None], layer.limit.shape)

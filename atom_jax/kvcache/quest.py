@@ -133,7 +133,7 @@ class QuestLayer(Layer):
         bound += jnp.einsum("bhgk,bhpk->bhp", jnp.minimum(q, 0.0), low)
         sink = jnp.broadcast_to((number * self.policy.page < self.policy.sinks)[None, None], past.shape)
         # Of equal bounds the first pages are read.
-        bound = jnp.where(past, jnp.where(sink, jnp.inf, steady(bound)), -jnp.inf)
+        bound = jnp.where(past, jnp.where(sink, jnp.inf, steady(bound, self.policy.digits)), -jnp.inf)
         best, index = jax.lax.top_k(bound, min(self.most, bound.shape[-1]))
         used = (jnp.arange(index.shape[-1])[None, None] < self.limit[..., None]) & (best > -jnp.inf)
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))

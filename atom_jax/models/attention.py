@@ -90,9 +90,13 @@ class Context:
         for policy, h in {a.policy: a.h for a in attentions if a.policy is not None}.items():
             drawn = Mode() if self.key is None else policy.mode(self.key, len(kinds), b, h, t)
             modes[policy] = drawn if self.mode is None else self.mode
-        noise = {policy: mode.noise for policy, mode in modes.items()}
-        others = first + jnp.arange(len(kinds), dtype=jnp.int32), noise
+        others = first + jnp.arange(len(kinds), dtype=jnp.int32), tuple(mode.noise for mode in modes.values())
         return dataclasses.replace(self, tables=tables, modes=modes), others
+
+    def mode_of(self, policy: Policy, noise: tuple) -> Mode:
+        """How a policy decides in the layer with this noise of all modes."""
+        mode = self.modes.get(policy)
+        return Mode() if mode is None else mode.replace(noise=noise[list(self.modes).index(policy)])
 
 
 def ranks(kinds: Iterable[Any]) -> list[tuple[int, int]]:
@@ -112,7 +116,7 @@ def attention(
     x_btd: the residual stream at the layer's input. y_btd: what the projections read. others: see `Context.over`.
     """
     policy, tokens, (number, noise) = kind.policy or PLAIN, context.tokens, others
-    mode = context.modes.get(policy, Mode()).replace(noise=noise.get(policy))
+    mode = context.mode_of(policy, noise)
     learned = p.get(policy.name)
     if learned is not None:
         p = policy.projections(separate(p), mode)
@@ -128,6 +132,7 @@ def attention(
         k_plain=plain, ids=context.ids, said=said, learned=learned,
         derived=p["derived"] if "derived" in p else policy.derive(separate(p)), layer=number, mode=mode,
         window=kind.window, fresh=context.fresh, reading=context.reading, rope=kind.rope,
+        rotary=kind.rotary,
     )  # fmt: skip
     report = {}
     if state is None:

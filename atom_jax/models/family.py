@@ -54,9 +54,9 @@ class Codec:
         """As `choose`, from logits in which unused ids are impossible."""
         return draw.token(logits_bv)
 
-    def begin(self, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array, draw: Draw) -> jax.Array:
-        """The last token i32 [b] of prompts ids_bt with length_b tokens each, in the form that is chosen for it from
-        the logits before it. For codecs with `pending`."""
+    def begin(self, logits_bv: jax.Array, token_b: jax.Array, first_b: jax.Array, draw: Draw) -> jax.Array:
+        """The last token i32 [b] of prompts (bool first_b: which is also the text's first) in the form that is chosen
+        for it from the logits before it. For codecs with `pending`."""
         raise NotImplementedError
 
     def forms(self, ids: np.ndarray) -> np.ndarray:
@@ -96,6 +96,8 @@ class Family:
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
     init_cache(cfg, batch_size, capacity, dtype=None) -> an empty `Memory` with room for so many tokens per row.
     step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
+    commit(cache, pending, count_b): the cache after the first count_b of the tokens for which `hidden(...,
+        tentative=True)` gave `pending` in its place; None where it can't try tokens.
     decode_params(p, cfg, unroll): parameters laid out for generation.
     roomier(cfg): the same model with room for more units, or None where it loses none.
     flops(cfg, length): operations (two per multiply-add) of the forward pass over one row of `length` tokens, per
@@ -124,6 +126,7 @@ class Family:
     describe: Callable[[Any], list[tuple[str, str]]]
     examples: Callable[[], Mapping[str, Any]]
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
+    commit: Callable[..., Memory] | None = None
     published: Published | None = None
     memory: Callable[[Any], Any] = lambda cfg: cfg.memory
     with_memory: Callable[[Any, Any], Any] = lambda cfg, memory: dataclasses.replace(cfg, memory=memory)

@@ -10,7 +10,7 @@ import jax
 from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
-from atom_jax.kvcache.policy import policies_of
+from atom_jax.kvcache.policy import fitted, policies_of
 from atom_jax.models import bolmo, hnet, transformer_family
 from atom_jax.models.family import Family
 from atom_jax.models.published import Published
@@ -60,12 +60,15 @@ def with_memory(lm: LM, memory: Any) -> LM:
     for one that no layer could have.
     """
     policies.check(memory)
+    memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
     family = of(lm.config)
     cfg = family.with_memory(lm.config, memory)
     used = set(policies_in(jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))))
     for policy in policies_of(memory):
         if policy not in used:
-            raise AtomError(f"memory: {policy.name} is for layers that see everything before them; there is none here")
+            raise AtomError(
+                f"memory: {policy.name} is for layers that see everything before them; there is none here"
+            )
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)
     if missing := [path for path in wanted if path not in there]:
         names = ", ".join(policy.name for policy in policies_of(memory))

@@ -60,6 +60,11 @@ class TransformerConfig:
     memory: Any = None
 
     def __post_init__(self):
+        config.check(
+            self, vocab_size=(1, 2**28), d_model=(1, 2**20), n_layers=(1, 10_000), n_heads=(1, 2**16),
+            n_kv_heads=(1, 2**16), head_dim=(2, 2**16), d_ff=(1, 2**24), norm_eps=(0, 1), rope_theta=(1.01, 1e30),
+            sliding_window=(1, 2**31 - 1), max_length=(1, 2**31 - 1),
+        )  # fmt: skip
         if self.family not in FAMILIES:
             raise AtomError(f"family: unknown {self.family!r}; known: {', '.join(FAMILIES)}")
         if self.n_heads % self.n_kv_heads:

@@ -78,20 +78,11 @@ def _published(name: str) -> Published:
 
 FAMILIES = tuple(
     Family(
-        name=name,
-        config=TransformerConfig,
-        spec=transformer.spec,
-        apply=transformer.apply,
-        hidden=transformer.hidden,
-        logits=transformer.logits,
-        init_cache=transformer.init_cache,
-        step=transformer.step,
-        decode_params=transformer.decode_params,
-        roomier=transformer.roomier,
-        flops=flops,
-        describe=describe,
-        examples=functools.partial(_examples, name),
+        name=name, config=TransformerConfig, spec=transformer.spec, apply=transformer.apply,
+        hidden=transformer.hidden, logits=transformer.logits, init_cache=transformer.init_cache,
+        step=transformer.step, commit=transformer.commit, decode_params=transformer.decode_params,
+        roomier=transformer.roomier, flops=flops, describe=describe, examples=functools.partial(_examples, name),
         published=_published(name),
     )
     for name in transformer_variants.FAMILIES
-)
+)  # fmt: skip

@@ -94,7 +94,10 @@ def _scaling(fields: Fields, max_length: int) -> RopeScaling | None:
             values[ours] = fields.size(name) if ours == "original_max_length" else fields.number(name)
     if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
         raise AtomError(f"{where}: low_freq_factor must be smaller than high_freq_factor")
-    return RopeScaling(kind=kind, **values)
+    try:
+        return RopeScaling(kind=kind, **values)
+    except AtomError as e:
+        raise AtomError(f"{where}: {e}") from None
 
 
 def _kind(fields: Fields) -> str:

@@ -8,9 +8,7 @@ from flax import struct
 
 from atom_jax.nn.blockwise import blockwise
 from atom_jax.params import ParamSpec, normal, ones
-from pallas_kernels.dispatch import platform
-
-NEGATIVE = -1e30
+from pallas_kernels.dispatch import NEGATIVE, platform
 
 
 @struct.dataclass

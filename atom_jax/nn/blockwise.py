@@ -15,10 +15,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from atom_jax.sharding import partition
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import NEGATIVE, choose
 from pallas_kernels.evict_attention.api import evict_attention
 
-NEGATIVE = -1e30
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 

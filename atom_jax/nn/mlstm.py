@@ -18,13 +18,12 @@ from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, constant, normal, ones, zeros
 from atom_jax.sharding import constrain, split
 from atom_jax.typing import AtomError
+from pallas_kernels.dispatch import NEGATIVE
 from pallas_kernels.mlstm_chunk.api import mlstm_chunk
 
 # Bound on the gates' logits, and what is added to the normaliser and to the variance of a head.
 CAP = 15.0
 EPS = 1e-6
-# Stands for minus infinity in logarithms of weights.
-NEVER = -1e30
 
 
 @struct.dataclass
@@ -126,7 +125,7 @@ def recur(
     Args: input_bth, forget_bth: f32 logits of the gates. The others as for `mlstm`.
     """
     t, real = q_bthk.shape[1], (tokens.segments > 0)[..., None]
-    i_bth = jnp.where(real, input_bth, NEVER)
+    i_bth = jnp.where(real, input_bth, NEGATIVE)
     f_bth = jnp.where(real, jax.nn.log_sigmoid(forget_bth), 0.0)
     parts = (q_bthk, k_bthk, v_bthv, i_bth, f_bth, documents(tokens))
     return _step(parts, state) if t == 1 else _blocks(parts, state, min(chunk, t))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.typing import AtomError
 
 KINDS = ("linear", "llama3", "yarn")
@@ -33,6 +34,11 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self):
+        positive = (1e-6, 1e9)
+        config.check(
+            self, factor=positive, original_max_length=(1, 2**31 - 1), low_freq_factor=positive,
+            high_freq_factor=positive, beta_fast=positive, beta_slow=positive, attention_factor=positive,
+        )  # fmt: skip
         if self.kind not in KINDS:
             raise AtomError(f"rope_scaling: unknown kind {self.kind!r}; known: {', '.join(KINDS)}")
 

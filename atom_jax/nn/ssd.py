@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from atom_jax import config
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.conv import causal_conv, documents
 from atom_jax.nn.linear import project
@@ -41,9 +42,7 @@ class Mamba2Config:
     chunk: int = 256
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise AtomError(f"{field.name}: expected at least 1, got {getattr(self, field.name)}")
+        config.at_least_one(self)
 
     def sizes(self, d: int) -> tuple[int, int, int]:
         """Inner width e, heads h and convolution channels c for model width d."""

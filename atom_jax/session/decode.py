@@ -1,4 +1,4 @@
-"""The compiled halves of generation: reading prompts, and choosing tokens one after another."""
+"""The compiled loop of generation: tokens are chosen and read, one after another."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax.kvcache import memory
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
-from atom_jax.session import reading, sampling
+from atom_jax.session import sampling
 from atom_jax.typing import Batch
 
 # Tokens that one call of `decode` can make in each row.
@@ -23,11 +23,11 @@ CHUNK = 128
 class State:
     """Where generation stands.
 
-    cache: the model's memory. token: i32 [b], chosen, but not yet read to the end by the model. done: bool [b].
+    memory: what the model keeps. token: i32 [b], chosen, but not yet read to the end by the model. done: bool [b].
     made: i32 [b], tokens chosen so far.
     """
 
-    cache: Any
+    memory: Any
     token: jax.Array
     done: jax.Array
     made: jax.Array
@@ -66,94 +66,32 @@ class Made:
     peak: jax.Array
 
 
-def start(
-    params: Any, ids_bt: Any, length_b: Any, choice: Choice, suffix: Any = None, *,
-    cfg: Any, capacity: int, unroll: bool,
-) -> tuple[State, jax.Array]:  # fmt: skip
-    """Reads prompts and chooses the first new token of every row.
-
-    ids_bt: i32, prompts padded on the right; length_b: i32, their lengths, at least 1. unroll: one cache per layer
-    instead of a stacked one. suffix: as in Batch. Returns the state and the tokens i32 [b], -1 where a stop id was
-    chosen, and everywhere where the form of the prompt's last token is to be chosen first (`Codec.pending`).
-    """
-    how = reading.plan(cfg)
-    if how.part is None:
-        whole = functools.partial(read_prompt, params, ids_bt, length_b, suffix, capacity=capacity)
-        logits_bv, cache = reading.exactly(lambda cfg: whole(cfg=cfg), cfg)
-    else:
-        parts = -(-int(length_b.max()) // how.part)
-        last_bd, cache, _ = reading.read(params, ids_bt[:, : parts * how.part], length_b, cfg=cfg)
-        logits_bv = _logits(params, last_bd, cfg=cfg)
-    cache = memory.unstack(cache) if unroll else cache
-    if choice.codec.pending:
-        token, done, made = _last(choice, logits_bv, ids_bt, length_b)
-        return State(_trimmed(cache, cfg), token, done, made), jnp.full_like(token, -1)
-    return _begin(cache, logits_bv, choice, cfg)
-
-
-def go_on(
-    params: Any, state: State, ids_bt: Any, length_b: Any, choice: Choice, *, cfg: Any
-) -> tuple[State, jax.Array]:
-    """Reads further tokens of every row after those of an earlier generation, whose memory is given up; as `start`.
-
-    ids_bt: i32, padded on the right, with `state.token` in front. length_b: i32, at least 1.
-    """
-    last_bd, cache, _ = reading.read(params, ids_bt, length_b, state.cache, cfg=cfg)
-    return _begin(cache, _logits(params, last_bd, cfg=cfg), choice, cfg)
-
-
-def _begin(cache: Any, logits_bv: jax.Array, choice: Choice, cfg: Any) -> tuple[State, jax.Array]:
-    token, done, made = _first(choice, logits_bv)
-    return State(_trimmed(cache, cfg), token, done, made), jnp.where(done, -1, token)
-
-
-def _trimmed(cache: Any, cfg: Any) -> Any:
-    """The memory no larger than what is retained: of every layer alone where they are apart."""
-    return memory.grow(cache) if reading.plan(cfg).shrinks else cache
-
-
 @functools.partial(jax.jit, static_argnames="cfg")
-def _logits(params: Any, x_bd: jax.Array, *, cfg: Any) -> jax.Array:
-    return registry.of(cfg).logits(params, x_bd[:, None], cfg=cfg)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
-def read_prompt(
-    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
-) -> tuple[Any, Any]:
-    """(logits after the last token of every prompt, or that before it where the codec has it pending, float32 [b, v],
-    and the cache), and what was lost."""
-    model = registry.of(cfg)
-    b, t = ids_bt.shape
-    positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
-    x_btd, cache, aux = reading.prompt(params, batch, cfg=cfg, capacity=capacity)
-    last = jnp.maximum(length_b - 1, 0)
-    last_b1d = jnp.take_along_axis(x_btd, last[:, None, None], axis=1)
-    return (model.logits(params, last_b1d, cfg=cfg)[:, 0], cache), aux.get("lost")
-
-
-@jax.jit
-def _first(choice: Choice, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The count comes from here to lie where the model lies: `decode` compiles again for a state that lies elsewhere.
+def begin(
+    params: Any, length_b: jax.Array, token_b: jax.Array, x_bd: jax.Array | None, open_b: jax.Array | None,
+    choice: Choice, *, cfg: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The first tokens after what a session has read (see `Session`; length_b: i32 [b], its length), or the latest
+    ones, where these wait to be read or to get their form; whether a row ends with it, bool [b]; and how many tokens
+    were chosen, i32 [b]."""
+    # All of it comes from here to lie where the model lies: `decode` compiles again for a state that lies elsewhere.
+    made = jnp.zeros_like(token_b)
+    if x_bd is None:
+        return token_b, made > 0, made
+    logits_bv = registry.of(cfg).logits(params, x_bd[:, None], cfg=cfg)[:, 0]
     token, done = choice.take(logits_bv, jnp.int32(0))
-    return token, done, jnp.ones_like(token)
-
-
-@jax.jit
-def _last(
-    choice: Choice, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if open_b is None:
+        return token, done, made + 1
     # No step of its own has this number.
-    token = choice.codec.begin(logits_bv, ids_bt, length_b, choice.draw(jnp.int32(-1)))
-    return token, token < 0, jnp.zeros_like(token)
+    same = choice.codec.begin(logits_bv, token_b, length_b == 1, choice.draw(jnp.int32(-1)))
+    return jnp.where(open_b, same, token), done & ~open_b, (~open_b).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
     """Makes tokens until every row that is not done has `until` of them, at most CHUNK more than it had.
 
-    Ends early when the next token of one of these rows no longer fits the cache. Rows need not keep step with each
+    Ends early when the next token of one of these rows no longer fits the memory. Rows need not keep step with each
     other (`step` of the model says which are ready for their next token), and nothing changes in rows that are done
     or have enough, although they are computed along.
     """
@@ -165,13 +103,13 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
 
     def going(loop: tuple[State, Made]) -> jax.Array:
         live_b = live(loop[0])
-        return jnp.any(live_b) & ~jnp.any(memory.full(loop[0].cache) & live_b)
+        return jnp.any(live_b) & ~jnp.any(memory_lib.full(loop[0].memory) & live_b)
 
     def step(loop: tuple[State, Made]) -> tuple[State, Made]:
         state, made = loop
-        batch = Batch(state.token[:, None], state.cache.length[:, None], live(state)[:, None].astype(jnp.int32))
-        x_b1d, cache, ready = model.step(params, batch, cfg=cfg, cache=state.cache)
-        held_b, read_b = memory.use(cache)
+        batch = Batch(state.token[:, None], state.memory.length[:, None], live(state)[:, None].astype(jnp.int32))
+        x_b1d, memory, ready = model.step(params, batch, cfg=cfg, cache=state.memory)
+        held_b, read_b = memory_lib.use(memory)
         token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
         # Past the end, where nothing is written, in rows without a new token.
         at = jnp.where(ready, state.made - before, CHUNK)
@@ -180,8 +118,8 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
             reads=made.reads + jnp.where(ready, read_b, 0.0),
             peak=jnp.maximum(made.peak, jnp.where(state.done, 0.0, held_b).sum()),
         )
-        state = State(cache, jnp.where(ready, token, state.token), state.done | (ready & stopped), state.made + ready)
-        return state, made
+        token, done = jnp.where(ready, token, state.token), state.done | (ready & stopped)
+        return State(memory, token, done, state.made + ready), made
 
     nothing = Made(jnp.full((len(rows), CHUNK), -1, jnp.int32), jnp.zeros(len(rows), jnp.float32), jnp.float32(0))
     return jax.lax.while_loop(going, step, (state, nothing))

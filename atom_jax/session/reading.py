@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from atom_jax.chunking.config import per_stage
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
@@ -21,12 +22,14 @@ class Plan(NamedTuple):
 
     part: most tokens of one call, where the memory is compacted between the parts of a prompt; None: any number, as
     in models with units of their own. passes: how often it reads a prompt. shrinks: whether it can be smaller after a
-    prompt than while that is read.
+    prompt than while that is read. waits: whether rows may wait with the token that they chose last (`Family.step`),
+    which therefore goes through that before a later turn.
     """
 
     part: int | None
     passes: int
     shrinks: bool
+    waits: bool = False
 
 
 @functools.cache
@@ -34,7 +37,8 @@ def plan(cfg: Any) -> Plan:
     """Of the model with this configuration."""
     cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 1))
     passes, part = memory.passes(cache), memory.part(cache)
-    return Plan(part if passes == 1 and cache.parts == () else None, passes, part is not None)
+    waits = cache.parts != ()
+    return Plan(part if passes == 1 and not waits else None, passes, memory.shrinks(cache), waits)
 
 
 def read(
@@ -47,17 +51,51 @@ def read(
     Returns the states [b, d] of every row's last token (arbitrary in rows without one), the memory, and the states of
     all tokens, [b, n, d] part by part.
     """
-    t, part = ids_bt.shape[1], plan(cfg).part
-    size = t if part is None else min(t, part)
+    t, how = ids_bt.shape[1], plan(cfg)
+    size = t if how.part is None else min(t, how.part)
     ids_bt, lengths_b = jnp.pad(jnp.asarray(ids_bt), ((0, 0), (0, -t % size))), jnp.asarray(lengths_b)
     last_bd, states = None, []
     for at in range(0, ids_bt.shape[1], size):
-        cache = None if cache is None else memory.grow(cache, size)
-        # A dense or budgeted memory changes its size on the way, so its buffers can't be used again.
-        call = _part if part is None else part_in_place
-        last_bd, x_btd, cache = call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
+
+        def once(cfg: Any, at: int = at, last_bd: Any = last_bd, cache: Memory | None = cache) -> tuple[Any, Any]:
+            if cache is not None:
+                cache = memory.grow(cache, per_stage(size, getattr(cfg, "chunking", ())))
+            # Where units are lost, the same memory is read after once more.
+            call = _part if how.waits else part_in_place
+            return call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
+
+        last_bd, x_btd, cache = exactly(once, cfg)
         states.append(x_btd)
     return last_bd, cache, states
+
+
+def first(
+    params: Any, ids_bt: Any, length_b: Any, suffix: Any = None, *, cfg: Any, capacity: int
+) -> tuple[jax.Array, Memory]:
+    """As `read`, prompts of at least one token each, in an empty memory with room for `capacity` tokens per row.
+    suffix: as in Batch."""
+    part = plan(cfg).part
+    if part is None:
+        return exactly(lambda cfg: read_prompt(params, ids_bt, length_b, suffix, cfg=cfg, capacity=capacity), cfg)
+    parts = -(-int(length_b.max()) // part)
+    return read(params, ids_bt[:, : parts * part], length_b, cfg=cfg)[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
+def read_prompt(
+    params: Any, ids_bt: jax.Array, length_b: jax.Array, suffix: Any = None, *, cfg: Any, capacity: int
+) -> tuple[tuple[jax.Array, Memory], Any]:
+    """What `first` gives, in one call, and how many units were lost."""
+    positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1])[None], ids_bt.shape)
+    batch = Batch(ids_bt, positions, (positions < length_b[:, None]).astype(jnp.int32), suffix=suffix)
+    x_btd, cache, aux = prompt(params, batch, cfg=cfg, capacity=capacity)
+    last = jnp.maximum(length_b - 1, 0)
+    return (jnp.take_along_axis(x_btd, last[:, None, None], axis=1)[:, 0], cache), aux.get("lost")
+
+
+def trimmed(cache: Memory, cfg: Any) -> Memory:
+    """The memory no larger than what is retained: of every layer alone where they are apart."""
+    return memory.grow(cache) if plan(cfg).shrinks else cache
 
 
 def prompt(params: Any, batch: Batch, *, cfg: Any, capacity: int) -> tuple[jax.Array, Memory, dict[str, Any]]:
@@ -89,19 +127,20 @@ def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:
 
 def _read_part(
     params: Any, ids_bt: jax.Array, left_b: jax.Array, last_bd: Any, cache: Any, *, cfg: Any
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
     """Reads the next t tokens of every row, of those that have `left_b` left: the states [b, d] of the last tokens of
-    rows that end here (`last_bd` in the others), all states, and the memory."""
+    rows that end here (`last_bd` in the others), all states, and the memory; and what was lost."""
     offsets = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
     real = (offsets < left_b[:, None]).astype(jnp.int32)
     if cache is None:
-        x_btd, cache, _ = prompt(params, Batch(ids_bt, offsets, real), cfg=cfg, capacity=bucket(ids_bt.shape[1]))
+        x_btd, cache, aux = prompt(params, Batch(ids_bt, offsets, real), cfg=cfg, capacity=bucket(ids_bt.shape[1]))
     else:
         batch = Batch(ids_bt, cache.length[:, None] + offsets, real)
-        x_btd, cache, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
+        x_btd, cache, aux = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
     at = jnp.clip(left_b - 1, 0, ids_bt.shape[1] - 1)
     here_bd = jnp.take_along_axis(x_btd, at[:, None, None], axis=1)[:, 0]
-    return here_bd if last_bd is None else jnp.where((left_b > 0)[:, None], here_bd, last_bd), x_btd, cache
+    last_bd = here_bd if last_bd is None else jnp.where((left_b > 0)[:, None], here_bd, last_bd)
+    return (last_bd, x_btd, cache), aux.get("lost")
 
 
 _part = jax.jit(_read_part, static_argnames="cfg")

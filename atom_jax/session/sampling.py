@@ -30,9 +30,14 @@ class Sampler:
 
 def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
     """Checks the values and packs them. Raises AtomError for a value outside its range."""
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+        try:
+            float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise AtomError(f"{name}: expected a number, got a {type(value).__name__}") from None
     if not 0 <= temperature < float("inf"):
         raise AtomError(f"temperature is {temperature}; expected 0 or more")
-    if top_k != int(top_k) or not 0 <= top_k < 2**31:
+    if not 0 <= top_k < 2**31 or top_k != int(top_k):
         raise AtomError(f"top_k is {top_k}; expected a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
         raise AtomError(f"top_p is {top_p}; expected more than 0 and at most 1")
@@ -41,9 +46,22 @@ def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p:
     return Sampler(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """One key per row [rows]: row r gets fold_in(key, r), whatever the batch it is in."""
-    return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+def row_keys(key: jax.Array | None, rows: int) -> jax.Array:
+    """One key per row [rows]: of one key (None: key(0)) row r gets fold_in(key, r), whatever the batch it is in; as
+    many keys as there are rows are those. Raises AtomError for another number of them, and for what is no key."""
+    key = jax.random.key(0) if key is None else key
+    if not hasattr(key, "dtype"):
+        raise AtomError(f"key: expected a key such as jax.random.key(0), got {key!r}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        try:
+            key = jax.random.wrap_key_data(key)
+        except (TypeError, ValueError) as e:
+            raise AtomError(f"key: expected a key such as jax.random.key(0) ({e})") from None
+    if key.ndim == 0:
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+    if key.shape != (rows,):
+        raise AtomError(f"key has shape {list(key.shape)}; expected one key, or one for each of the {rows} prompts")
+    return key
 
 
 @struct.dataclass

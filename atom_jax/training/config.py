@@ -22,6 +22,9 @@ class Group:
     pattern: str
     factor: float = 0.0
 
+    def __post_init__(self):
+        config.check(self, factor=(0, 1e6))
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -58,6 +61,10 @@ class OptimConfig:
     groups: tuple[Group, ...] = ()
 
     def __post_init__(self):
+        config.check(
+            self, learning_rate=(0, 1e6), warmup_steps=(0, 2**31 - 1), decay_fraction=(0, 1), final_fraction=(0, 1e6),
+            b1=(0, 1), b2=(0, 1), eps=(0, 1), weight_decay=(0, 1e6), clip_norm=(0, 1e30), z_loss=(0, 1e6),
+        )  # fmt: skip
         if self.optimizer not in ("adamw", "muon"):
             raise AtomError(f"optim.optimizer: expected adamw or muon, got {self.optimizer!r}")
         if self.schedule not in ("cosine", "wsd", "constant"):
@@ -93,6 +100,8 @@ class TrainConfig:
     sample_tokens: int = 200
 
     def __post_init__(self):
+        every = (0, 2**31 - 1)
+        config.check(self, eval_every=every, checkpoint_every=every, checkpoint_minutes=(0, 1e9), sample_tokens=every)
         for name in ("steps", "log_every", "eval_batches", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise AtomError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
@@ -130,6 +139,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
+        config.check(self)
         for name in ("fit", "distill", "byteify", "objective"):
             held = getattr(self, name)
             known = [OBJECTIVES[name]] if name in OBJECTIVES else list(OBJECTIVES.values())

@@ -16,11 +16,14 @@ from jax.experimental import multihost_utils
 
 from atom_jax import config, sharding
 from atom_jax import params as params_lib
+from atom_jax.checkpoint.atomic import staged
+from atom_jax.checkpoint.lock import locked
+from atom_jax.checkpoint.steps import is_suspect
 from atom_jax.checkpoint.store import Store, has_begun
 from atom_jax.data.pipeline import make_iterator, merge_states
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
-from atom_jax.training import plots, start
+from atom_jax.training import optim, plots, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
 from atom_jax.training.program import Program
@@ -62,7 +65,7 @@ def _stage(exp: Experiment, workdir: pathlib.Path) -> Result:
     except OSError as e:
         raise AtomError(f"--workdir={workdir}: {e.strerror}") from None
     mesh = sharding.make_mesh(exp.mesh)
-    with jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
+    with locked(workdir), jax.set_mesh(mesh), Interrupts() as interrupts, contextlib.ExitStack() as opened:
         run = _Run(exp, workdir, Program(exp, mesh, start.tokenizer(exp)), opened)
         return run.train(interrupts)
 
@@ -80,8 +83,9 @@ class _Run:
         self.saved = self.at
         first = jax.process_index() == 0
         if first:
-            program.setting.tokenizer.save(workdir)
-            (workdir / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
+            with staged(workdir) as staging:
+                program.setting.tokenizer.save(staging)
+                (staging / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
         cfg = exp.train
         self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
         opened.callback(self._finish)
@@ -125,21 +129,32 @@ class _Run:
 
     def _begin(self) -> tuple[State, int, list[str]]:
         """The newest checkpoint's state, with the data where it was; else the first state."""
-        step = self.store.latest()
-        if step is None:
+        found, damaged = self.store.resume(self._restored)
+        if found is None:
             params, notes = start.begin(self.program, self.data)
             flops = registry.of(self.exp.model).flops(self.exp.model, self.exp.data.seq_len)
             own = {k: spec for k, spec in self.program.spec.items() if k not in self.program.extra}
             size = f"{params_lib.count(own):,} parameters on {self.program.setting.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"
             return self.program.initial(params), 0, [size, *notes]
+        step, state, data, changes = found
+        self.data.set_state(data)
+        notes = [*damaged, f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
+        if is_suspect(self.store.directory / str(step)):
+            notes.append(f"step {step} was saved while steps went wrong; a step before is in {self.store.directory}")
+        return state, step, notes
+
+    def _restored(self, step: int) -> tuple[int, State, Any, list[str]]:
+        """The state of a step, where the data was, and how the experiment has changed since."""
         saved, data = self.store.notes(step, "config", "data")
         where = str(self.store.directory / str(step))
-        changes = check_resumable(config.from_json(Experiment, saved, where), self.exp, where)
+        before = config.from_json(Experiment, saved, where)
+        changes = check_resumable(before, self.exp, where)
+        was, now = (float(optim.make_schedule(e.optim, e.train.steps)(step)) for e in (before, self.exp))
+        if was != now:
+            changes.append(f"so the learning rate after step {step} is {now:.3g} instead of {was:.3g}")
         trees = self.store.restore(step, to_trees(self.program.state, self.program.extra))
-        self.data.set_state(data)
-        notes = [f"continuing from step {step}", *(f"changed: {line}" for line in changes)]
-        return from_trees(trees, self.program.extra), step, notes
+        return step, from_trees(trees, self.program.extra), data, changes
 
     def _read(self, split: str) -> Any:
         cfg = self.exp.data
@@ -166,7 +181,7 @@ class _Run:
         # Processes with the same rows have the same state.
         states = {s["first_row"]: s for s in _from_all(self.data.get_state())}
         notes = {"data": merge_states(list(states.values())), "config": config.to_json(self.exp)}
-        self.store.save(self.at, to_trees(self.state, self.program.extra), notes)
+        self.store.save(self.at, to_trees(self.state, self.program.extra), notes, self.watch.suspect)
         self.saved = self.at
         self.recorder.restart_clock()
 

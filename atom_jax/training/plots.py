@@ -50,8 +50,8 @@ def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
-        for ax, (label, names) in zip(axes, panels.items()):
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained", squeeze=False)
+        for ax, (label, names) in zip(axes[0], panels.items()):
             panel(ax, label, names)
         files.append(workdir / "plots" / f"{page}.png")
         figure.savefig(files[-1], dpi=120)

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.kvcache.dms import DMS, observed
-from atom_jax.kvcache.dms.config import FEATURES
+from atom_jax.kvcache.dms.config import FEATURES, LEARNED
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
@@ -53,6 +54,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self):
+        config.check(self, windows=(0, 2**20), calibration=(1, 2**20), ridge=(0, 1e6), entries=(1, 2**31 - 1))
         if self.target not in TARGETS:
             raise AtomError(f"fit.target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
 
@@ -70,7 +72,7 @@ def fit(
     model without a projection to fit, or rows that are too short for the window or the entries.
     """
     dms = cfg.memory
-    if not isinstance(dms, DMS) or dms.form == "borrowed" or not dms.bias:
+    if not isinstance(dms, DMS) or dms.form not in LEARNED or not dms.bias:
         raise AtomError("fit: the model's memory must be dms of the form adapter or observed, with bias=true")
     rows = iter(rows)
     sums = None

@@ -217,10 +217,13 @@ def only_if(
     needed: jax.Array, run: Callable[..., tuple[jax.Array, Any, Notes]], memory: Memory | None
 ) -> tuple[jax.Array, Memory | None, Notes]:
     """run(memory), which gives (values, the memory after it, notes); or zeros and `memory` where it isn't needed."""
-    if memory is not None:
-        memory = each(lambda node: node.replace(fresh=False), memory)
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, memory))
-    return jax.lax.cond(needed, run, lambda memory: (nothing[0], memory, nothing[2]), memory)
+
+    def skip(memory: Memory | None) -> tuple[jax.Array, Memory | None, Notes]:
+        same = None if memory is None else each(lambda node: node.replace(fresh=False), memory)
+        return nothing[0], same, nothing[2]
+
+    return jax.lax.cond(needed, run, skip, memory)
 
 
 def spread(

@@ -54,8 +54,9 @@ def step(
         x = jnp.where(ready[:, None, None], x_b1d, latest.x)
         waiting = waiting.replace(undecided=latest.undecided & ~live_b, x=x)
     memory = memory.replace(
-        layers=(encoder, decoder), length=memory.length + tokens.segments[:, 0], parts=parts.replace(latest=waiting)
-    )
+        layers=(encoder, decoder), length=memory.length + tokens.segments[:, 0],
+        parts=parts.replace(latest=waiting), fresh=False,
+    )  # fmt: skip
     return x_b1d, memory, ready
 
 

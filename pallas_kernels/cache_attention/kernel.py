@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-NEGATIVE = -1e30
+from pallas_kernels.dispatch import NEGATIVE
+
 # Entries that one step reads at most.
 ENTRIES = 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -1e30
+from pallas_kernels.dispatch import NEGATIVE
 
 
 def cache_attention(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunk_smooth import kernel, ref
-from pallas_kernels.dispatch import check_shape, choose, pad_axis
+from pallas_kernels.dispatch import check_kind, check_shape, choose, pad_axis
 
 
 def chunk_smooth(
@@ -31,8 +31,7 @@ def chunk_smooth(
     check_shape("x_bmd", x_bmd, (None, None, None))
     check_shape("a_bm1", a_bm1, (*x_bmd.shape[:2], 1))
     for name, x in (("a_bm1", a_bm1), ("x_bmd", x_bmd)):
-        if x.dtype != jnp.float32:
-            raise ValueError(f"{name}: expected float32, got {x.dtype}")
+        check_kind(name, x, jnp.float32)
     chosen = choose(implementation)
     if chosen == "reference" or 0 in x_bmd.shape:
         return ref.linear_scan(a_bm1, x_bmd, reverse)

@@ -7,7 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -1e30
+from pallas_kernels.dispatch import NEGATIVE
+
 # A query whose best score is lower than this sees nothing: every key is masked or was evicted outright.
 NOTHING = -1e29
 ROWS = 256

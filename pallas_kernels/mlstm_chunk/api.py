@@ -56,8 +56,7 @@ def mlstm_chunk(
     floats |= {"state C": (c, (b, h, k, v_bhtv.shape[3])), "state n": (n, (b, h, k)), "state m": (m, (b, h))}
     for name, (x, shape) in floats.items():
         check_shape(name, x, shape)
-        if x.dtype != jnp.float32:
-            raise ValueError(f"{name}: expected float32, got {x.dtype}")
+        check_kind(name, x, jnp.float32)
     if not q_bhtk.dtype == k_bhtk.dtype == v_bhtv.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q_bhtk.dtype}, {k_bhtk.dtype}, {v_bhtv.dtype}")
     if chunk < 1 or t < 1:

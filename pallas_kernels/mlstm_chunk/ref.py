@@ -6,7 +6,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -1e30
+from pallas_kernels.dispatch import NEGATIVE
+
 # Added to the denominator after stabilisation, so that m must start at 0 and follow the recurrence.
 EPS = 1e-6
 

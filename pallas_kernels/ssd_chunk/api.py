@@ -51,8 +51,7 @@ def ssd_chunk(
     check_kind("documents_bt", documents_bt, jnp.integer)
     check_shape("s_bhkn", s_bhkn, (b, h, k, b_btn.shape[2]))
     for name, x in (("dt_bth", dt_bth), ("decay_bth", decay_bth), ("s_bhkn", s_bhkn)):
-        if x.dtype != jnp.float32:
-            raise ValueError(f"{name}: expected float32, got {x.dtype}")
+        check_kind(name, x, jnp.float32)
     if not x_bthk.dtype == b_btn.dtype == c_btn.dtype:
         raise ValueError(
             f"x_bthk, b_btn, c_btn: expected one dtype, got {x_bthk.dtype}, {b_btn.dtype}, {c_btn.dtype}"

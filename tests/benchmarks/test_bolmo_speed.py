@@ -8,8 +8,6 @@ import atom_jax
 from atom_jax import params
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import laid_out
-from atom_jax.session.decode import decode
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import LM, AtomError
 from benchmarks.bolmo_side import Side, schedule
@@ -46,15 +44,14 @@ def test_given_texts_are_made_by_the_loop_of_generation(folder, name):
     assert (facts["unit"] == pytest.approx(1, abs=0.02)) == (name == "bytes")
     steps, is_bolmo = side.take(2), name == "bolmo"
     given = np.asarray(side.given["text"])
-    state, made = decode(
-        laid_out.of(side.lm), side.state("text"), side.choices["text"], side.until, cfg=side.lm.config
-    )
+    slots = side.slots("text")
+    made = slots.decode(side.until)
     for ids, row, n, text in zip(made.tokens, given, np.asarray(side.until), NEW):
         np.testing.assert_array_equal(ids[:n], row[1 : n + 1])
         # A Bolmo begins with the prompt's last byte, whose form is decided late; the others with the text's first.
         assert side.lm.tokenizer.decode(row[is_bolmo : n + is_bolmo]) == text
     if is_bolmo:
-        patches = np.asarray(state.cache.parts.inside.length) - side.units
+        patches = np.asarray(slots.session.memory.parts.inside.length) - side.units
         np.testing.assert_array_equal(patches, [m[1:-1].sum() for m in side.marks])
         assert steps["runs"] >= patches.max() and steps["steps"] >= 10
 
@@ -63,9 +60,11 @@ def test_patches_may_be_left_out_or_be_all_bytes(folder):
     side, _ = opened(folder, "bolmo")
     side.take(1)
     lengths = {}
-    for form, choice in side.choices.items():
-        state, _ = decode(laid_out.of(side.lm), side.state(form), choice, side.until, cfg=side.lm.config)
-        lengths[form] = int(state.cache.parts.inside.length[0]) - int(side.begun.parts.inside.length[0])
+    for form in side.choices:
+        slots = side.slots(form)
+        slots.decode(side.until)
+        patches = slots.session.memory.parts.inside.length
+        lengths[form] = int(patches[0]) - int(side.begun.parts.inside.length[0])
     assert lengths["never"] == 0 < lengths["text"] < lengths["always"] == len(NEW[0])
 
 

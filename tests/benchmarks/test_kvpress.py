@@ -112,8 +112,8 @@ def test_rows_of_a_batch_go_on_as_one_does_alone(lm, ids, memory):
         runner = Runner("it", model, layers, ids[:50], 64)
         runner.batch(rows)
         assert runner.step(4) > 0
-        tokens.append(runner._decode(8)[:, :8])
-        np.testing.assert_array_equal(runner.state.cache.length, np.full(rows, 62))
+        tokens.append(runner.slots.decode(runner.slots.made[0] + 8).tokens[:, :8])
+        np.testing.assert_array_equal(runner.slots.session.length, np.full(rows, 62))
         result = runner.result([0.1])
         assert result.rows == rows and result.seen == 62 and 7 <= result.held <= 62
         assert result.live == rows * result.held * 2 * 2 * 2 * 8 * 4 < result.buffers

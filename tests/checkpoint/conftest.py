@@ -50,6 +50,9 @@ def write_gguf(path, arrays, *, quant=None, extra=(), drop=(), **changes):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(changes.get("eos", 1))
     writer.add_chat_template("{{ messages }}")
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    for key, value in changes.get("more", {}).items():
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     for hf, x in arrays.items():
         name = hf.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
         name = name.replace("model.layers", "blk")

@@ -156,14 +156,17 @@ def test_unknown_model_types_are_listed():
             read(model_type=kind)
 
 
-def test_unknown_fields_are_logged_and_harmless_ones_are_not(monkeypatch):
+def test_unknown_fields_are_refused_and_harmless_ones_are_not(monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
     read(use_cache=True, architectures=["LlamaForCausalLM"], transformers_version="4.57.3")
     assert not said
-    read(logit_cap=3, aux_gate=1)
-    assert said == ["config.json: ignored unknown fields: aux_gate, logit_cap"]
-    assert read(pad_token_id=-1).pad_id is None and "pad_token_id outside" in said[1]
+    read(temperature=0.6, top_p=0.9, _note="mine", pruned_heads={})
+    with pytest.raises(AtomError, match=r"config\.json: unknown fields: aux_gate, logit_cap; remove"):
+        read(logit_cap=3, aux_gate=1)
+    with pytest.raises(AtomError, match="pruned_heads"):
+        read(pruned_heads={"0": [1]})
+    assert read(pad_token_id=-1).pad_id is None and "pad_token_id outside" in said[0]
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from atom_jax import params, tokenizers
 from atom_jax.kvcache.policies import POLICIES
 from atom_jax.kvcache.policy import Policy
 from atom_jax.models import registry
-from atom_jax.models.family import Family
 from atom_jax.typing import LM, AtomError
 
 EXAMPLES = {
@@ -92,6 +92,28 @@ def refusal(name: str, what: str, *args: Any) -> str:
     return ""
 
 
-def families() -> dict[str, Family]:
-    """All of them."""
-    return registry.FAMILIES
+def table() -> str:
+    """docs/families.md: what which example refuses, and with which sentence."""
+    with tempfile.TemporaryDirectory() as home:
+        rows = []
+        for i, (name, cfg) in enumerate(EXAMPLES.items()):
+            said = [refusal(name, "cache policies"), refusal(name, "Hugging Face directory", f"{home}/{i}")]
+            rows.append(f"| `{cfg.family}` | `{name.removeprefix(cfg.family)[1:]}` | " + " | ".join(
+                text or "yes" for text in said
+            ) + " |")  # fmt: skip
+    head = ["| family | example | cache policies | Hugging Face directory |", "|---|---|---|---|"]
+    return "\n".join([*TEXT, *head, *rows]) + "\n"
+
+
+TEXT = (
+    "# What every kind of model does",
+    "",
+    "The small examples of every family (`Family.examples`, `atom_jax/models/`) are tested by `tests/contract` alike:",
+    "they compute, generate alone and in batches, go on in later turns, show their units, are saved and loaded,",
+    "compiled without weights, and are Flax modules. Every cache policy runs in every family. What a kind of model",
+    "refuses, it refuses with the sentence in this table, which `python -m tests.contract.cells` prints.",
+    "",
+)
+
+if __name__ == "__main__":
+    print(table(), end="")

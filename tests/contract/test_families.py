@@ -1,5 +1,7 @@
 """The contract between kinds of models and everything that works with models; a new kind is found by itself."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -11,18 +13,15 @@ from atom_jax.flax_bridge import LinenLM, NnxLM, to_linen
 from atom_jax.kvcache.policies import POLICIES
 from atom_jax.models import registry
 from atom_jax.typing import AtomError, Output
-from tests.contract.cells import EXAMPLES, model, prompts, refusal, under
+from tests.contract.cells import EXAMPLES, model, prompts, refusal, table, under
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 every = pytest.mark.parametrize("name", EXAMPLES)
 # One example of every family, and every policy with one of the family's examples in turn.
 ONE = {registry.of(cfg).name: name for name, cfg in reversed(EXAMPLES.items())}
 OF = {family: [name for name, cfg in EXAMPLES.items() if registry.of(cfg).name == family] for family in ONE}
-EVICTING = {
-    family: [name for name in names if not refusal(name, "cache policies")] for family, names in OF.items()
-}
-PAIRS = [
-    (names[i % len(names)], policy) for names in EVICTING.values() for i, policy in enumerate(POLICIES) if names
-]
+EVICTING = {family: [name for name in names if not refusal(name, "cache policies")] for family, names in OF.items()}
+PAIRS = [(names[i % len(names)], policy) for names in EVICTING.values() for i, policy in enumerate(POLICIES) if names]
 
 
 @every
@@ -46,8 +45,10 @@ def test_generation_of_a_batch_is_that_of_its_rows_and_goes_on(name):
     assert first.ids[1] == atom_jax.generate(lm, [rows[1]], max_new_tokens=6, stop_ids=()).ids[0]
     second = atom_jax.generate(lm, more, max_new_tokens=4, stop_ids=(), after=first)
     assert [len(ids) for ids in second.ids] == [4, 4, 4]
-    whole = atom_jax.generate(lm, [[*a, *b, *c] for a, b, c in zip(rows, first.ids, more)], 4, stop_ids=())
-    assert second.ids == whole.ids
+    if not registry.of(lm.config).codec(lm.config).pending:
+        # Else the forms of ids that were made are chosen anew where they are read as a prompt.
+        whole = atom_jax.generate(lm, [[*a, *b, *c] for a, b, c in zip(rows, first.ids, more)], 4, stop_ids=())
+        assert second.ids == whole.ids
 
 
 @pytest.mark.parametrize("name, policy", PAIRS, ids=[f"{name}-{policy}" for name, policy in PAIRS])
@@ -63,7 +64,7 @@ def test_every_policy_on_layers_that_see_everything(name, policy):
 def test_a_policy_without_a_layer_for_it_is_refused():
     refused = {name: refusal(name, "cache policies") for name in EXAMPLES}
     assert set(filter(None, refused.values())) == {
-        "memory: tova is for layers that see everything before them; there is none here"
+        "memory: tova is for layers that see everything before them, here is none"
     }
     assert all(EVICTING.values())
 
@@ -89,13 +90,13 @@ def test_units_cover_the_text(name):
     text = "The house stood on a hill."
     found = units.units(lm, text)
     for stage in found.stages:
-        assert b"".join(stage) == text.encode()
+        assert b"".join(found.text[a:b] for a, b in stage.spans) == text.encode()
 
 
 @pytest.mark.parametrize("family", ONE)
 def test_compiled_without_weights_and_as_modules(family):
     lm = model(ONE[family])
-    report = str(generation.generation(lm, rows=1, length=16))
+    report = str(generation.generation(lm, 1, 16, None))
     assert "token" in report
     (ids,) = prompts(lm, 10)
     expected = atom_jax.apply(lm, [ids]).logits
@@ -103,6 +104,10 @@ def test_compiled_without_weights_and_as_modules(family):
     nnx = NnxLM(lm.config, lm.params)(np.array([ids], np.int32)).logits
     np.testing.assert_allclose(linen, expected, atol=1e-5)
     np.testing.assert_allclose(nnx, expected, atol=1e-5)
+
+
+def test_the_table_of_refusals_is_the_present_one():
+    assert (ROOT / "docs" / "families.md").read_text() == table()
 
 
 def test_unknown_policies_are_refused_by_every_family():

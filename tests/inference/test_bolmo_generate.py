@@ -17,7 +17,7 @@ from atom_jax.inference import score
 from atom_jax.kvcache.policies import parse
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import forward
-from atom_jax.session import sampling
+from atom_jax.session import sampling, session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import AtomError
 from tests.models.tiny_bolmo import NAMES, ids_of, model, numbers, texts
@@ -115,7 +115,7 @@ def test_a_prompt_of_nothing_begins_a_text():
 
 def test_caches_may_grow(monkeypatch):
     expected = found(row=4)
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     short = [PROMPTS[4]]
     grown = atom_jax.generate(model(), short, NEW)

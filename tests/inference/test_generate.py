@@ -20,7 +20,7 @@ from atom_jax.kvcache import memory
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import decode, laid_out
+from atom_jax.session import decode, laid_out, reading, session
 from atom_jax.session.sampling import row_keys
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError, Batch
@@ -78,8 +78,8 @@ def test_every_step_equals_the_whole_forward_pass(case, unroll):
     p = transformer.decode_params(lm.params, cfg, unroll)
     step = jax.jit(lambda batch, cache: transformer.apply(p, batch, cfg=cfg, cache=cache))
     lengths = np.array([40, 40], np.int32)
-    (first, cache), _ = decode.read_prompt(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
-    np.testing.assert_allclose(first, whole[:, 0], atol=1e-4)
+    x_bd, cache = reading.first(lm.params, ids[:, :40], lengths, cfg=cfg, capacity=96)
+    np.testing.assert_allclose(transformer.logits(p, x_bd[:, None], cfg=cfg)[:, 0], whole[:, 0], atol=1e-4)
     if unroll:
         cache = memory.unstack(cache)
     for i in range(1, 48):
@@ -116,7 +116,7 @@ def test_sharded_parameters_give_the_same(tiny):
 def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
     monkeypatch.setattr(module, "SHARED", 0)  # rows stay together, so that all caches are those of the longest
     expected = generate(tiny, PROMPTS[:2], 60, 1.0)
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     grown = generate(tiny, PROMPTS[:2], 60, 1.0)
     assert grown.ids == expected.ids
@@ -278,7 +278,7 @@ def test_prepared_parameters_follow_the_model(tiny):
     lm.params["unembed"] = -lm.params["unembed"]
     assert generate(lm, [[1, 2]], 8).ids != before
     # They go with the model.
-    kept = weakref.ref(laid_out.of(lm)["layers"][0]["attn"]["qkv"])
+    kept = weakref.ref(laid_out.of(lm)["layers"][0][0][0]["attn"]["qkv"])
     assert kept() is not None
     del lm
     gc.collect()

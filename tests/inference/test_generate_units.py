@@ -14,9 +14,11 @@ from atom_jax.inference.generate import generate
 from atom_jax.inference.score import logprobs
 from atom_jax.kvcache import memory
 from atom_jax.models import hnet
+from atom_jax.models.hnet.examples import small
+from atom_jax.session import session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
-from tests.models.tiny_units import MODELS, capacity, model, stream, weights
+from tests.models.tiny_units import MODELS, capacity, stream, weights
 
 module = importlib.import_module("atom_jax.inference.generate")
 PROMPTS = [stream(n, start).tolist() for n, start in ((14, 3), (5, 20), (1, 8))]
@@ -58,7 +60,7 @@ def test_caches_grow_where_units_are_shorter_than_expected(monkeypatch, name):
     """Inner caches begin with room for an eighth of the bytes, outer ones with room for the prompt."""
     cfg = capacity(MODELS[name], 0.125)
     expected = generate(lm_of(MODELS[name]), PROMPTS, 60, 1.0).ids
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     grown = generate(LM(cfg, weights(MODELS[name]), None), PROMPTS, 60, 1.0)
     assert grown.ids == expected
@@ -67,7 +69,7 @@ def test_caches_grow_where_units_are_shorter_than_expected(monkeypatch, name):
 def test_a_unit_per_byte_fits_too(monkeypatch):
     """The fullest case: every position of every row ends a unit, and each row begins with an empty one."""
     chunking = {"rule": Fixed(1), "pool": "mean", "pack": True}
-    cfg = model(chunking, layout=("t1", "t1", "t1"))
+    cfg = small(chunking, layout=("t1", "t1", "t1"))
     tight, p = capacity(cfg, 0.125), weights(cfg)
     ids = np.stack([stream(30), stream(30, 9)])
     full = atom_jax.apply(LM(cfg, p, None), ids)
@@ -75,7 +77,7 @@ def test_a_unit_per_byte_fits_too(monkeypatch):
     assert full.aux["lost"] == found.aux["lost"] == 0
     np.testing.assert_allclose(found.logits, full.logits, atol=1e-5)
     np.testing.assert_allclose(logprobs(LM(tight, p, None), ids), logprobs(LM(cfg, p, None), ids), atol=1e-5)
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
     made = generate(LM(tight, p, None), PROMPTS, 40).ids
     assert made == generate(LM(cfg, p, None), PROMPTS, 40).ids
@@ -83,7 +85,7 @@ def test_a_unit_per_byte_fits_too(monkeypatch):
 
 @pytest.mark.parametrize(("window", "slots"), [(-1, 1024), (5, 6), (2000, 1024)])
 def test_inner_caches_are_sized_by_chunks_and_sliding_ones_by_their_window(window, slots):
-    cfg = dataclasses.replace(model({"rule": Fixed(8), "pool": "mean", "capacity": 0.125}), layout=("t1", "t1", "t1"))
+    cfg = dataclasses.replace(small({"rule": Fixed(8), "pool": "mean", "capacity": 0.125}), layout=("t1", "t1", "t1"))
     assert isinstance(cfg.chunking[0], Chunking)
     cache = hnet.init_cache(dataclasses.replace(cfg, window=(window, -1)), 1, 1024)
     outer, inner = (node.layers[0][0][0].states.k.shape[-2] for node in memory.nodes(cache))

@@ -11,8 +11,10 @@ import atom_jax
 from atom_jax import params
 from atom_jax.inference import generate as module
 from atom_jax.inference.generate import generate
+from atom_jax.kvcache import memory
 from atom_jax.models import hnet
 from atom_jax.models.hnet import forward
+from atom_jax.session import session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
 from atom_jax.units import quorum, waiting
@@ -141,11 +143,11 @@ def test_caches_may_grow_while_rows_wait(monkeypatch):
     model = lm("words")
     model = dataclasses.replace(model, config=dataclasses.replace(capacity(model.config, 0.25), window=(-1, -1)))
     expected = generate(model, PROMPTS, NEW, 0.8, keys())
-    monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 17)
     monkeypatch.setattr(module, "CHUNK", 11)
-    waited, grow = [], module.grow
-    monkeypatch.setattr(module, "grow", lambda cache: waited.append(cache.parts.latest.on.any()) or grow(cache))
+    waited, grow = [], memory.grow
+    monkeypatch.setattr(memory, "grow", lambda cache: waited.append(cache.parts.latest.on.any()) or grow(cache))
     grown = generate(model, PROMPTS, NEW, 0.8, keys())
     assert grown.ids == expected.ids
     assert grown.stats["kv_reads"] == pytest.approx(expected.stats["kv_reads"])

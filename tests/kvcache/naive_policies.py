@@ -55,6 +55,16 @@ def keydiff(p, q, k, v):
     return -(unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)
 
 
+def ids(positions):
+    """Token ids of the texts here."""
+    return positions * 7 % 11
+
+
+def sepllm(p, q, k, v):
+    at = np.arange(k.shape[1])
+    return np.tile(np.where(np.isin(ids(at), p.separators), 1e6, 0.0) + at, (len(k), 1))
+
+
 def snapkv(p, q, k, v):
     (h, t, _), w = k.shape, p.window
     score = np.full((h, t), np.inf)
@@ -94,7 +104,8 @@ def expected_attention(p, q, k, v):
 
 
 def recent(p, limit):
-    return {"tova": 1, "h2o": limit // 2}.get(p.name, 0)
+    window = min(p.window, max(limit - p.sinks, 0)) if p.name == "sepllm" else 0
+    return {"tova": 1, "h2o": limit // 2}.get(p.name, window)
 
 
 def rank(p, score, position, last, limit):
@@ -153,6 +164,8 @@ class Replay:
             match self.p.name:
                 case "streaming_llm":
                     self.score[a, at] = at
+                case "sepllm":
+                    self.score[a, at] = at + 1e6 * (ids(at) in self.p.separators)
                 case "knorm":
                     self.score[a, at] = -np.linalg.norm(self.k[a, at])
                 case "h2o":
@@ -165,3 +178,43 @@ class Replay:
                     self.score[a, here] = np.mean(weights, (0, 1))
                 case "keydiff":
                     self.score[a, here] = keydiff(None, None, self.k[a, here][None], None)[0]
+
+
+def razor_attention(p, q, k, v, retrieves, near):
+    """Attention [h, g, k] of the last token, by the definition: heads that do not retrieve see `sinks` tokens, `near`
+    newest ones, and the mean of those between, as often as there are such."""
+    h, g, t, size = q.shape
+    out = np.zeros((h, g, size))
+    for a in range(h):
+        first = p.sinks if t > p.sinks + near and not retrieves[a] else t
+        last = max(t - near, first)
+        keys, values, many = [*k[a, :first], *k[a, last:]], [*v[a, :first], *v[a, last:]], [1] * (first + t - last)
+        if last > first:
+            keys.append(k[a, first:last].mean(0))
+            values.append(v[a, first:last].mean(0))
+            many.append(last - first)
+        for b in range(g):
+            scores = np.array(keys) @ q[a, b, -1] / math.sqrt(size) + np.log(many)
+            out[a, b] = softmax(scores) @ np.array(values)
+    return out
+
+
+def kvcompose(p, layers, total):
+    """Sets of positions that every layer and head keeps of a prompt, as [l][h]. layers: of each its (q, k, v) over
+    the prompt and its second reading; total: entries of all lists together."""
+    scores = []
+    for q, k, v in layers:
+        t = k.shape[1] // 2
+        most = all_weights(q, k)[:, :, t:, :t].max(2).mean(1)
+        if p.norms:
+            most = most * np.linalg.norm(v[:, :t], axis=-1)
+        scores.append(most + most.mean(0))
+    ranked = [-np.sort(-s, axis=1) for s in scores]
+    lists = [r.mean(0) for r in ranked] if p.structured else [row for r in ranked for row in r]
+    if p.first and p.structured:
+        lists[0] = np.max(lists, axis=0)
+    best = sorted(((x, i) for i, row in enumerate(lists) for x in row), reverse=True)[:total]
+    counts = [max(sum(i == n for _, i in best), 1) for n in range(len(lists))]
+    h = len(scores[0])
+    counts = [[c] * h for c in counts] if p.structured else np.reshape(counts, (-1, h)).tolist()
+    return [[set(np.argsort(-row)[:n].tolist()) for row, n in zip(s, c)] for s, c in zip(scores, counts)]

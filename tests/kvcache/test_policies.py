@@ -1,5 +1,6 @@
 """Training-free cache policies against plain definitions, and what must hold for all of them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,13 +20,15 @@ TEXTS = {
     "streaming_llm": "sinks=2", "tova": "", "h2o": "", "observed_attention": "", "snapkv": "window=6",
     "pyramidkv": "window=6,beta=3", "adakv": "window=6,floor=0.4", "knorm": "sinks=1",
     "expected_attention": "sinks=2,future=5,eps=0.01", "keydiff": "", "random": "seed=3",
+    "sepllm": "sinks=1,window=3",
 }  # fmt: skip
-ONLINE = ("streaming_llm", "tova", "h2o", "observed_attention", "knorm", "keydiff")
+ONLINE = ("streaming_llm", "tova", "h2o", "observed_attention", "knorm", "keydiff", "sepllm")
 NAMES = list(TEXTS)
 
 
 def policy(name, budget="budget=12"):
-    return policies.parse(f"{name}:{budget},{TEXTS.get(name, '')}")
+    p = policies.parse(f"{name}:{budget},{TEXTS.get(name, '')}")
+    return dataclasses.replace(p, separators=(2, 5)) if name == "sepllm" else p
 
 
 @functools.cache
@@ -47,7 +50,8 @@ def prompt(lengths=LENGTHS, t=40, rows=slice(None)):
     positions = np.tile(np.arange(t, dtype=np.int32), (len(q), 1))
     real = (positions < lengths[rows][:, None]).astype(np.int32)
     zero = jnp.zeros(len(q), jnp.int32)
-    return Call(q[..., :t, :], k[..., :t, :], v[..., :t, :], Tokens(positions, real), zero, fresh=True)
+    at, ids = Tokens(positions, real), naive.ids(positions)
+    return Call(q[..., :t, :], k[..., :t, :], v[..., :t, :], at, zero, ids=ids, fresh=True)
 
 
 def later(done, t=1, real=None, rows=slice(None)):
@@ -58,7 +62,8 @@ def later(done, t=1, real=None, rows=slice(None)):
     q = np.take_along_axis(q, at[:, None, None, :, None], 3)
     k, v = (np.take_along_axis(x, at[:, None, :, None], 2) for x in (k, v))
     real = np.full(len(done), t) if real is None else np.asarray(real)
-    return Call(q, k, v, Tokens(at, (np.arange(t)[None] < real[:, None]).astype(np.int32)), done)
+    segments = (np.arange(t)[None] < real[:, None]).astype(np.int32)
+    return Call(q, k, v, Tokens(at, segments), done, ids=naive.ids(at))
 
 
 extend = jax.jit(lambda state, call: state.extend(call))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from atom_jax import config
 from atom_jax.kvcache import memory, policies
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.memory import Call, Layer, Memory, Sizes, Stack
@@ -25,12 +27,16 @@ DMS_FORMS = {
     "dms-borrowed": DMS("borrowed", window=5, page=4, scale=1.0, offset=0.0),
     "dms-adapter": DMS("adapter", window=5, page=4, scale=1.0, offset=0.0, sinks=2, per="layer"),
     "dms-observed": DMS("observed", window=5, page=4, scale=1.0, offset=0.0),
+    "dms-separators": DMS("separators", window=5, page=4, sinks=2, separators=(1, 3)),
 }
 TEXTS = {
     "snapkv": "window=4", "pyramidkv": "window=4", "adakv": "window=4", "streaming_llm": "sinks=2",
-    "expected_attention": "sinks=2,future=5", "quest": "page=4",
+    "expected_attention": "sinks=2,future=5", "quest": "page=4", "sepllm": "sinks=2,window=3",
+    "razor_attention": "sinks=2",
 }  # fmt: skip
 BUDGETS = {name: parse(f"{name}:budget=10,{TEXTS.get(name, '')}") for name in policies.POLICIES if name != "dms"}
+BUDGETS["sepllm"] = dataclasses.replace(BUDGETS["sepllm"], separators=(1, 3))
+BUDGETS["razor_attention"] = dataclasses.replace(BUDGETS["razor_attention"], heads=((0, 1),))
 # Name: policy and window of the layer.
 CASES: dict[str, tuple[Policy | None, int | None]] = {
     "dense": (None, None), "ring": (None, 6),
@@ -73,8 +79,13 @@ def start(name: str, b: int = B, rows: Any = range(B)) -> Layer:
     """A layer that has read the prompts."""
     policy, window = CASES[name]
     stack = empty(policy, SIZES._replace(b=b), 24, (0, 1), window)
-    layer = jax.tree.map(lambda x: x[0], stack.states)
-    return extend(layer, call(name, np.zeros(b), LENGTHS[np.asarray(rows)], 24, True, rows))[1]
+    layer, lengths = jax.tree.map(lambda x: x[0], stack.states), LENGTHS[np.asarray(rows)]
+    layer = extend(layer, call(name, np.zeros(b), lengths, 24, True, rows))[1]
+    if policy is None or policy.passes == 1:
+        return layer
+    again = extend(layer, call(name, lengths, lengths, 24, rows=rows).replace(reading=1))[1]
+    settled = memory.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
+    return settled.grow(lengths, 1)
 
 
 def same(name: str, one: Layer, other: Layer, done: np.ndarray, rows: Any = range(B)) -> None:
@@ -211,6 +222,9 @@ def test_every_layer_may_have_its_own_policy():
     assert [policy_of(chosen, i, "sliding") for i in range(5)] == [None, None, None, tova, None]
     assert policy_of(quest, 7) == quest and policy_of(quest, 7, "sliding") is None and policy_of(None, 1) is None
     assert policies_of(chosen) == (quest, tova) and policies_of(None) == ()
+    assert config.from_json(object, json.loads(json.dumps(config.to_json(chosen)))) == chosen
+    with pytest.raises(AtomError, match="pairs of a layer"):
+        PerLayer(None, ((1,),))
     with pytest.raises(AtomError, match="layer 1 sees a window only"):
         policy_of(PerLayer(None, ((1, quest),)), 1, "sliding")
     for wrong, says in (("none;x=tova:budget=4", "LAYER=POLICY"), ("none;1=tofa", "'tofa'"),

@@ -82,9 +82,9 @@ def test_another_configuration_is_refused_and_harmless_changes_are_not(whole):
     workdir, _ = whole
     settings = ["train.steps=12"]
     with pytest.raises(AtomError) as caught:
-        loop.fit(experiment(*settings, "optim.learning_rate=1.0", "data.seed=4"), workdir)
+        loop.fit(experiment(*settings, "optim.b1=0.8", "data.seed=4"), workdir)
     text = str(caught.value)
-    assert "optim.learning_rate: 0.003 -> 1.0" in text and "data.seed: 0 -> 4" in text and "train.steps" not in text
+    assert "optim.b1: 0.9 -> 0.8" in text and "data.seed: 0 -> 4" in text and "train.steps" not in text
     loop.fit(experiment(*settings, "train.log_every=3", "mesh.data=4", "mesh.fsdp=2"), workdir)
 
 

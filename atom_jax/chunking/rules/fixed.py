@@ -22,8 +22,7 @@ class Fixed:
     phase: str = "block"
 
     def __post_init__(self):
-        if self.stride < 1:
-            raise AtomError(f"stride: expected at least 1, got {self.stride}")
+        config.at_least_one(self, "stride")
         if self.phase not in ("block", "dynpool"):
             raise AtomError(f"phase: expected block or dynpool, got {self.phase!r}")
 

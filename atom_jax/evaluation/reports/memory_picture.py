@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from atom_jax.evaluation import picture
 from atom_jax.evaluation.reports.units import visible
 from atom_jax.inference.score import to_batch
 from atom_jax.kvcache.policy import policies_of
@@ -113,19 +114,13 @@ def draw(memory: Memory, path: str | os.PathLike) -> None:
 
     Raises AtomError when the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import colors
-    from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
     layers, heads, t = memory.evict.shape
     height = min(14.0, max(2.0, 0.09 * layers * heads))
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(12, height + 4), sharex=True, layout="constrained", height_ratios=(height, 3)
-    )
-    try:
+    sizes = {"figsize": (12, height + 4), "height_ratios": (height, 3)}
+    with picture.drawn(path, nrows=2, sharex=True, **sizes) as (_, (top, bottom)):
         state = np.where(memory.gone, 0, np.where(memory.evict, 1, 2)).reshape(layers * heads, t)
         shades = colors.ListedColormap([_GONE, _WAITS, _KEPT])
         extent = (0, t, layers * heads, 0)
@@ -141,11 +136,6 @@ def draw(memory: Memory, path: str | os.PathLike) -> None:
         held = memory.held
         top.set_title(f"{held.mean():,.0f} of {t:,} entries per head ({held.min():,} to {held.max():,})", loc="left")
         _curves(bottom, memory)
-        figure.savefig(path, dpi=120)
-    except OSError as e:
-        raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
-    finally:
-        plt.close(figure)
 
 
 def _curves(ax: Any, memory: Memory) -> None:

@@ -21,6 +21,7 @@ from atom_jax.evaluation.reports import unit_strip
 from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.reports.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.fields import read_json
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
@@ -114,7 +115,7 @@ def _experiment(folder: pathlib.Path) -> Experiment:
     file = folder / "experiment.json"
     if not file.is_file():
         raise AtomError(f"{folder} is not a training directory: it has no experiment.json")
-    return config.from_json(Experiment, json.loads(file.read_text()), str(file))
+    return config.from_json(Experiment, read_json(file), str(file))
 
 
 def _piece(data: DataConfig) -> bytes:
@@ -142,7 +143,7 @@ def _text(data: DataConfig, split: str) -> bytes:
 def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
     file = folder / "baselines.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_json(file)
     train, text = _text(data, "train"), _text(data, "validation")
     if len(train) > LARGEST:
         return {}

@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 
+from atom_jax.evaluation import picture
 from atom_jax.evaluation.reports.units import Units, visible
-from atom_jax.typing import AtomError
 
 # Bytes per line of the picture, and in all of it.
 _LINE, _MOST = 75, 1500
@@ -20,34 +20,17 @@ def draw(units: Units, path: str | os.PathLike) -> None:
 
     Raises AtomError for a name that does not end in .png, and when the file cannot be written.
     """
-    check_name(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    picture.check_name(path)
     n, stages = min(len(units.text), _MOST), len(units.stages)
     lines = -(-n // _LINE)
     size = (0.17 * min(n, _LINE) + 1.5, lines * (0.45 * stages + 0.35) + 0.6)
-    figure, axes = plt.subplots(lines, 1, figsize=size, squeeze=False, layout="constrained")
-    try:
+    with picture.drawn(path, nrows=lines, figsize=size, squeeze=False) as (figure, axes):
         labels, found = _labels(units.text[:n])
         for line, ax in enumerate(axes[:, 0]):
             _line(ax, units, line * _LINE, min((line + 1) * _LINE, n), labels, found)
         shown = "" if n == len(units.text) else f" (the first {n:,} of {len(units.text):,} bytes)"
         what = "a unit begins, and where one does" if units.learned else "a token begins"
         figure.suptitle(f"Probability that {what}{shown}", fontsize=9)
-        figure.savefig(path, dpi=120)
-    except OSError as e:
-        raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
-    finally:
-        plt.close(figure)
-
-
-def check_name(path: str | os.PathLike) -> None:
-    """Raises AtomError unless the name ends in .png."""
-    if not os.fspath(path).lower().endswith(".png"):
-        raise AtomError(f"{path}: the picture is a PNG file, so its name must end in .png")
 
 
 def _line(ax, units: Units, start: int, stop: int, labels: list[str], found: list[bool]) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from atom_jax.chunking import rules
 from atom_jax.chunking.types import START
 from atom_jax.evaluation.encode import Item, front, windows
-from atom_jax.evaluation.loglik import bucket
 from atom_jax.inference import score
+from atom_jax.kvcache.dense import bucket
+from atom_jax.models import registry
 from atom_jax.nn import scoring
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError
@@ -81,7 +82,7 @@ def units(lm: LM, text: str | bytes, length: int = 0) -> Units:
     first = front(lm.tokenizer)
     ids = np.concatenate([np.array(first, np.int32), ids])
     spans = np.concatenate([np.zeros((len(first), 2), np.int32), spans])
-    length = max(min(length or _LONGEST, lm.config.max_length), 3)
+    length = max(min(length or _LONGEST, lm.config.max_length), 5 if _looks_ahead(lm.config) else 3)
     items = windows(ids, 1, length - 1, (length - 1) // 2)
     marks, probs, surprise = _read(lm, items)
     # The byte at which each token begins; a "token" after the last one begins at the end.
@@ -185,18 +186,26 @@ def _read(lm: LM, items: Sequence[Item]) -> tuple[list[np.ndarray], list[np.ndar
     marks: list[Any] = []
     probs: list[Any] = []
     surprise = []
+    codec = registry.of(lm.config).codec(lm.config)
+    # With a look ahead a window does not decide on its last token: the next one does.
+    ahead = _looks_ahead(lm.config)
     for item in items:
         # Padded to few lengths, so that few programs are compiled.
         n = len(item.ids)
         real = np.arange(bucket(n))[None] < n
         out = score.apply(lm, np.pad(item.ids, (0, real.size - n))[None], real)
         # The front token was not to be foreseen, but it may end a unit.
-        fresh = slice(item.start if marks else 0, n)
+        fresh = slice(item.start - ahead if marks else 0, n if item is items[-1] else n - ahead)
         marks.append([np.asarray(m)[0, fresh] for m in out.aux["boundaries"]])
         probs.append([np.asarray(p)[0, fresh] for p in out.aux["boundary_probs"]])
-        surprise.append(np.asarray(scoring.entropy(jax.nn.log_softmax(out.logits[0, item.start - 1 : n - 1]))))
+        logits = codec.merge(out.logits[0, item.start - 1 : n - 1])
+        surprise.append(np.asarray(scoring.entropy(jax.nn.log_softmax(logits))))
     join = lambda parts: [np.concatenate(stage) for stage in zip(*parts)]  # noqa: E731
     return join(marks), join(probs), np.concatenate(surprise)
+
+
+def _looks_ahead(cfg: Any) -> bool:
+    return any(rules.looks_ahead(c.rule) for c in cfg.chunking)
 
 
 def _edges(marks: Sequence[np.ndarray], kinds: Sequence[str]) -> list[np.ndarray]:

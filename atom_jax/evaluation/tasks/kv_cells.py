@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atom_jax.evaluation.loglik import bucket
 from atom_jax.evaluation.metrics import Metric, columns, mean, proportion
 from atom_jax.inference import continuation
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.policy import fitted
 from atom_jax.typing import LM, AtomError
 
 
@@ -65,7 +66,8 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     head; bytes: of one row's cache buffers. done: called with the number of tokens read.
     Raises AtomError when a log-probability is not finite.
     """
-    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=cell.method.memory))
+    memory = cell.method.memory if lm.tokenizer is None else fitted(cell.method.memory, lm.tokenizer)
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=memory))
     found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}
     most, nbytes = 0, []
     for length, rows in _batches(cell.asks, batch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.typing import AtomError
+from atom_jax.evaluation import picture
 
 _LABELS = {
     "added": "added loss (nats per token)",
@@ -29,18 +29,13 @@ def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
 
     Raises AtomError when the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     shown = [r for r in rows if r["part"] in _LABELS]
     panels = list(dict.fromkeys((r["part"], r["source"]) for r in shown))
     names = list(dict.fromkeys(r["policy"] for r in shown if r["policy"] != "none"))
     across = min(3, max(1, len(panels)))
     down = -(-max(1, len(panels)) // across)
-    figure, axes = plt.subplots(down, across, figsize=(6.2 * across, 5.0 * down), squeeze=False, layout="constrained")
-    try:
+    layout = {"nrows": down, "ncols": across, "figsize": (6.2 * across, 5.0 * down), "squeeze": False}
+    with picture.drawn(path, dpi=130, **layout) as (figure, axes):
         for ax, (part, source) in zip(axes.flat, panels):
             held = [r for r in rows if r["policy"] == "none" and r["source"] == source]
             _panel(ax, part, source, [r for r in shown if (r["part"], r["source"]) == (part, source)], names, held)
@@ -49,11 +44,6 @@ def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
         figure.canvas.draw()
         for ax in axes.flat[: len(panels)]:
             _label(ax)
-        figure.savefig(path, dpi=130)
-    except OSError as e:
-        raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
-    finally:
-        plt.close(figure)
 
 
 def _panel(ax: Any, part: str, source: str, rows: list[dict], names: list[str], dense: list[dict]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from atom_jax.data.fetch import evaldata
+from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
 
 UNCONDITIONAL = 1_000_000
@@ -73,7 +74,7 @@ def subset(n: int, limit: int, seed: int) -> list[int]:
 def _rows(path: pathlib.Path) -> list[dict]:
     rows = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
+        with open_regular(path) as raw, gzip.open(raw, "rt", encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 row = json.loads(line)
                 request = row["request"]

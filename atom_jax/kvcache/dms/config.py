@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from atom_jax import config
 from atom_jax.kvcache.dms import low_rank
 from atom_jax.kvcache.policy import Policy
 from atom_jax.params import ParamSpec, Tree, ones, zeros
 from atom_jax.typing import AtomError
 
-FORMS = ("borrowed", "adapter", "observed")
+FORMS = ("borrowed", "adapter", "observed", "separators")
+# Those whose decision is learned by parameters of its own.
+LEARNED = ("adapter", "observed")
 # Statistics of `observed`: log of the largest, of the summed and of the recent attention that a key received.
 FEATURES = 3
 
@@ -24,7 +27,9 @@ class Settings(Policy):
 
     form: "borrowed": the last channel of the first query head of every group is the logit, times scale (the published
         8B checkpoint); "adapter": a projection of the normalised residual stream; "observed": that, plus a linear
-        function of the attention that the key received within the window (ours), decided when it leaves the window.
+        function of the attention that the key received within the window (ours), decided when it leaves the window;
+        "separators": what the model is told instead: all keys leave that are neither sinks nor separators, decided at
+        their own token (SepLLM, Chen et al., 2024, whose n newest tokens are window = n - 1).
     window: tokens after its own that see every key.
     scale, offset: logit = projection * scale - offset.
     tau: temperature of the relaxed decisions in training.
@@ -32,6 +37,7 @@ class Settings(Policy):
     bias: the projection has a bias per head.
     rank: of the corrections to attention's projections (`low_rank`); 0: none.
     sinks: positions at the start of a text whose keys are never evicted.
+    separators: ids, of the form of that name; (): those of the model's tokenizer.
     page: entries per page of the serving cache.
     cr: the compression ratio that it was trained for; documentation only.
     block_size: page of NVIDIA's own code; kept for export.
@@ -47,26 +53,33 @@ class Settings(Policy):
     bias: bool = False
     rank: int = 0
     sinks: int = 0
+    separators: tuple[int, ...] = ()
     page: int = 32
     cr: float = 8.0
     block_size: int = 256
 
     def __post_init__(self):
+        config.check(self)
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):
             raise AtomError(f"memory.per: expected head or layer, got {self.per!r}")
         if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
             raise AtomError("memory: window, page and block_size must be at least 1, sinks and rank at least 0")
-        if self.form == "borrowed" and self.rank:
+        if self.form not in LEARNED and self.rank:
             raise AtomError("memory.rank: corrections need the form adapter or observed")
         if not self.tau > 0:
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
 
+    @property
+    def late(self) -> bool:
+        """Whether a token decides about the one before it."""
+        return self.form != "separators"
+
     def spec(self, projections: Tree) -> Tree:
-        """Parameters of one layer whose projections are "q" [d, n, k], "k" [d, h, k] and so on; {} for the borrowed
-        form. Zero weights evict nothing."""
-        if self.form == "borrowed":
+        """Parameters of one layer whose projections are "q" [d, n, k], "k" [d, h, k] and so on, in the forms that
+        have any. Zero weights evict nothing."""
+        if self.form not in LEARNED:
             return {}
         d, h, _ = projections["k"].shape
         spec = {

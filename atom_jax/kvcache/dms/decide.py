@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from atom_jax.kvcache import separators
 from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.dms.observed import observe
-from atom_jax.kvcache.policy import Mode
+from atom_jax.kvcache.policy import Heads, Mode
 from atom_jax.nn.attention import NEGATIVE, Tokens
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
 from atom_jax.sharding import constrain
+
+# A logit beyond doubt.
+SURE = 1000.0
 
 
 @struct.dataclass
@@ -38,16 +42,18 @@ def logistic(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return constrain(jax.random.logistic(key, shape, jnp.float32), None, "batch", "kv_heads", "length")
 
 
-def logits(p: Tree, x_btd: jax.Array, q_btnk: jax.Array, cfg: Settings, h: int, eps: float) -> jax.Array:
-    """Decision logits of every token, float32 [b, h, t]: they speak of the token before. Of the observed form, the
-    part that does not depend on attention.
-
-    x_btd: the residual stream at the layer's input. q_btnk: queries after their norm, before RoPE (borrowed form).
-    """
+def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
+    """Decision logits of every token, float32 [b, h, t]: they speak of the token before, those of the form separators
+    of the token itself. Of the observed form, the part that does not depend on attention."""
+    h = heads.k_bthk.shape[2]
+    if cfg.form == "separators":
+        stays = separators.are(heads.ids, cfg.separators, "dms:form=separators")
+        z = jnp.where(stays, -SURE, SURE)[:, None]
+        return jnp.broadcast_to(z, (z.shape[0], h, z.shape[2]))
     if cfg.form == "borrowed":
-        z = q_btnk[:, :, :: q_btnk.shape[2] // h, -1].astype(jnp.float32)
+        z = heads.q_btnk[:, :, :: heads.q_btnk.shape[2] // h, -1].astype(jnp.float32)
     else:
-        y = rms_norm(x_btd, p["norm"], eps)
+        y = rms_norm(heads.x_btd, p["norm"], heads.eps)
         z = jnp.einsum("btd,dh->bth", y, p["alpha"].astype(y.dtype), preferred_element_type=jnp.float32)
         z = constrain(z, "batch", "stored_length", None)
         if cfg.bias:
@@ -87,6 +93,8 @@ def decide(
         z = _per(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
         said = _per((z + noise) / cfg.tau, cfg) if relaxed else z
         of_key = said
+    elif not cfg.late:
+        z = said = of_key = z_bht
     else:
         said = _per((z_bht + noise) / cfg.tau if relaxed else z_bht, cfg)
         z, of_key = _per(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)

@@ -11,12 +11,14 @@ import jax
 
 from atom_jax import config
 from atom_jax.fields import Fields
+from atom_jax.kvcache import separators
 from atom_jax.kvcache.dms import decide, low_rank, published, serve
 from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
 from atom_jax.params import Tree
+from atom_jax.tokenizers import Tokenizer
 
 
 @config.register
@@ -27,6 +29,13 @@ class DMS(Settings):
     # The memory is compacted between the parts of a prompt.
     part: ClassVar[int] = 1024
     fields: ClassVar[frozenset[str]] = published.FIELDS
+    shrinks: ClassVar[bool] = True
+
+    def fitted(self, tokenizer: Tokenizer) -> DMS:
+        """With the tokenizer's separators where they are needed and missing."""
+        if self.form != "separators" or self.separators:
+            return self
+        return dataclasses.replace(self, separators=separators.separators(tokenizer))
 
     def projections(self, p: Tree, mode: Mode) -> Tree:
         """Corrected wherever keys may be evicted."""
@@ -41,7 +50,7 @@ class DMS(Settings):
     ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """As in `Policy`, with decision logits f32 [b, h, t]; the borrowed channel leaves the queries."""
         q, h = heads.q_btnk, heads.k_bthk.shape[2]
-        z = decide.logits(learned, heads.x_btd, q, self, h, heads.eps)
+        z = decide.logits(learned, heads, self)
         if self.form == "borrowed":
             q = decide.lend(rotate(decide.lend(q, h, mode.fade)), h, mode.fade)
         else:
@@ -49,7 +58,9 @@ class DMS(Settings):
         return q, rotate(heads.k_bthk), heads.v_bthk, z
 
     def mode(self, key: jax.Array, layers: int, b: int, h: int, t: int) -> Mode:
-        """Relaxed, with logistic noise."""
+        """Relaxed, with logistic noise; what separates is known."""
+        if self.form == "separators":
+            return Mode()
         return Mode("relaxed", decide.logistic(key, (layers, b, h, t)))
 
     def train(self, call: Call) -> Seen:

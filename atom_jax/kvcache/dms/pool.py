@@ -18,9 +18,8 @@ from flax import struct
 from atom_jax.kvcache.dense import bucket
 from atom_jax.sharding import alone
 from pallas_kernels.cache_attention.api import cache_attention, fits
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import NEGATIVE, choose
 
-NEGATIVE = -1e30
 # Later than any position.
 NEVER = np.int32(2**31 - 1)
 # Rows up to which pages are added up by a product with a matrix of zeros and ones; beyond, its size is quadratic.

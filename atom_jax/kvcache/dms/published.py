@@ -1,7 +1,7 @@
 """Learned evictors in whole checkpoints: fields of config.json <-> Settings, and the names of tensors.
 
 Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_bias, atom_dms_rank,
-atom_dms_sinks and atom_dms_page, where it differs from the published layout, and overrides it.
+atom_dms_sinks, atom_dms_page and atom_dms_separators, where it differs from the published layout, and overrides it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from atom_jax.fields import Fields
 from atom_jax.kvcache.dms import low_rank
-from atom_jax.kvcache.dms.config import FORMS, Settings
+from atom_jax.kvcache.dms.config import FORMS, LEARNED, Settings
 from atom_jax.naming import Rule
 from atom_jax.typing import AtomError
 
@@ -26,7 +26,7 @@ RULES = (
 _OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",
     "dms_tau", "dms_cr", "dms_paged_attention_block_size", "dms_disable_eviction",
-    "atom_dms_form", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page",
+    "atom_dms_form", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page", "atom_dms_separators",
 }  # fmt: skip
 # How the published code runs, not what it computes.
 _HARMLESS = {
@@ -64,6 +64,7 @@ def from_hf(fields: Fields) -> dict[str, Any] | None:
         bias=fields.flag("atom_dms_bias", False),
         rank=fields.size("atom_dms_rank", 0, least=0),
         sinks=fields.size("atom_dms_sinks", 0, least=0),
+        separators=fields.ids("atom_dms_separators", 2**31 - 1),
         page=fields.size("atom_dms_page", Settings.page),
         cr=fields.number("dms_cr", Settings.cr),
         block_size=fields.size("dms_paged_attention_block_size", Settings.block_size),
@@ -77,14 +78,16 @@ def to_hf(family: str, dms: Settings) -> dict[str, Any]:
         "dms_window_size": dms.window,
         "dms_alpha_scale": dms.scale,
         "dms_initial_alpha_offset": dms.offset,
-        "dms_separate_alpha": dms.form != "borrowed",
+        "dms_separate_alpha": dms.form in LEARNED,
         "dms_alpha_per": dms.per,
         "dms_tau": dms.tau,
         "dms_cr": int(dms.cr) if float(dms.cr).is_integer() else dms.cr,
         "dms_paged_attention_block_size": dms.block_size,
         "dms_disable_eviction": False,
     }
-    if dms.form == "observed":
+    if dms.form in ("observed", "separators"):
         out["atom_dms_form"] = dms.form
+    if dms.separators:
+        out["atom_dms_separators"] = list(dms.separators)
     differs = lambda name: getattr(dms, name) != getattr(Settings, name)  # noqa: E731
     return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "rank", "sinks", "page") if differs(k)}

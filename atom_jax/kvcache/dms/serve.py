@@ -121,10 +121,10 @@ class DMSLayer(Layer):
         evicted &= (call.length >= size)[:, None]
         instead = jnp.where(evicted, gone.slot[..., 0], -1)
         pool, slot = self.pool.put(call.k[:, :, 0], call.v[:, :, 0], instead, jnp.broadcast_to(live, (b, h)))
-        z = _say(ring, call)
+        z = self._say(call)
         ring = Ring(
             jnp.where(here, slot[..., None], ring.slot),
-            jnp.where(here, UNDECIDED, z),
+            jnp.where(here, UNDECIDED if self.policy.late else call.said, z),
             None if ring.stats is None else jnp.where(here[..., None], 0.0, ring.stats),
         )
         if ring.stats is None and pool.by_kernel:
@@ -134,6 +134,16 @@ class DMSLayer(Layer):
         if ring.stats is not None:
             ring = ring.replace(stats=self._observe(ring, scores, call))
         return out[..., None, :].astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+
+    def _say(self, call: Call) -> jax.Array:
+        """The ring's logits, with what the first new token of every row says of the token before it."""
+        ring = self.ring
+        if not self.policy.late:
+            return ring.z
+        size = ring.slot.shape[-1]
+        previous = (jnp.arange(size)[None] == (call.length[:, None] - 1) % size) & call.real[:, :1]
+        previous &= (call.length > 0)[:, None]
+        return jnp.where(previous[:, None], call.said[:, :, :1], ring.z)
 
     def _observe(self, ring: Ring, scores_pgc: jax.Array, call: Call) -> jax.Array:
         """The ring's statistics after one more query: `observed.received` for the newest token's."""
@@ -152,11 +162,13 @@ class DMSLayer(Layer):
         """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
         window, real = self.policy.window, call.real
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
-        ring = self.ring.replace(z=_say(self.ring, call))
+        ring = self.ring.replace(z=self._say(call))
         known = ring.positions(call.length)
-        # The decision of token t + 1 is about token t; none is about the last token of a row yet.
-        said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-        z = jnp.where(said[:, None], decide.shift(call.said, UNDECIDED), UNDECIDED)
+        z = call.said
+        if self.policy.late:
+            # The decision of token t + 1 is about token t; none is about the last token of a row yet.
+            said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
+            z = jnp.where(said[:, None], decide.shift(z, UNDECIDED), UNDECIDED)
         ring, stats = self._receive(ring, call, tokens)
         evict = self._decided(z, stats, tokens.positions, call.learned)
         keep = jnp.where(evict, NEGATIVE, 0.0)
@@ -220,14 +232,6 @@ class DMSLayer(Layer):
             return jnp.where(here, _take(new, at), old)
 
         return jax.tree.map(pick, ring, new)
-
-
-def _say(ring: Ring, call: Call) -> jax.Array:
-    """The ring's logits, with what the first new token of every row says of the token before it."""
-    size = ring.slot.shape[-1]
-    previous = (jnp.arange(size)[None] == (call.length[:, None] - 1) % size) & call.real[:, :1]
-    previous &= (call.length > 0)[:, None]
-    return jnp.where(previous[:, None], call.said[:, :, :1], ring.z)
 
 
 def _take(x: jax.Array, at_bht: jax.Array) -> jax.Array:

@@ -54,21 +54,7 @@ def _with_memory(cfg: BolmoConfig, memory: Any) -> BolmoConfig:
 
 
 FAMILY = Family(
-    name="bolmo",
-    config=BolmoConfig,
-    spec=spec,
-    apply=apply,
-    hidden=hidden,
-    logits=logits,
-    init_cache=init_cache,
-    step=step,
-    decode_params=decode_params,
-    roomier=roomier,
-    flops=flops,
-    describe=describe,
-    examples=examples,
-    published=PUBLISHED,
-    memory=lambda cfg: cfg.main.memory,
-    with_memory=_with_memory,
-    codec=codec,
-)
+    name="bolmo", config=BolmoConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
+    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
+    published=PUBLISHED, memory=lambda cfg: cfg.main.memory, with_memory=_with_memory, codec=codec,
+)  # fmt: skip

@@ -39,10 +39,10 @@ class ByteCodec(Codec):
             lambda: self._in_form(logits_bv, draw.token(self.merge(logits_bv)), draw),
         )
 
-    def begin(self, logits_bv: jax.Array, ids_bt: jax.Array, length_b: jax.Array, draw: Draw) -> jax.Array:
-        """The only byte of a prompt ends a patch."""
-        token_b = self.plain(jnp.take_along_axis(ids_bt, (length_b - 1)[:, None], axis=1)[:, 0])
-        return jnp.where(length_b == 1, token_b + FUSED, self._in_form(logits_bv, token_b, draw))
+    def begin(self, logits_bv: jax.Array, token_b: jax.Array, first_b: jax.Array, draw: Draw) -> jax.Array:
+        """A text's first byte ends a patch."""
+        token_b = self.plain(token_b)
+        return jnp.where(first_b, token_b + FUSED, self._in_form(logits_bv, token_b, draw))
 
     def _in_form(self, logits_bv: jax.Array, token_b: jax.Array, draw: Draw) -> jax.Array:
         """Bytes i32 [b], as ids below 260, in the form that is chosen for them."""

@@ -63,18 +63,7 @@ def _units(chunking: Chunking) -> str:
 
 
 FAMILY = Family(
-    name="hnet",
-    config=HNetConfig,
-    spec=spec,
-    apply=apply,
-    hidden=hidden,
-    logits=logits,
-    init_cache=init_cache,
-    step=step,
-    decode_params=decode_params,
-    roomier=roomier,
-    flops=flops,
-    describe=describe,
-    examples=examples,
+    name="hnet", config=HNetConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
+    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
     published=PUBLISHED,
-)
+)  # fmt: skip

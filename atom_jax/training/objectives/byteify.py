@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import checkpoint, sharding
+from atom_jax import checkpoint, config, sharding
 from atom_jax import params as params_lib
 from atom_jax.models import bolmo, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
@@ -59,6 +59,7 @@ class Byteify(Objective):
     }
 
     def __post_init__(self):
+        config.check(self)
         if self.stage not in (1, 2):
             raise AtomError(f"byteify.stage: expected 1 or 2, got {self.stage}")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import config
 from atom_jax.kvcache.policy import Mode, Policy
 from atom_jax.models import transformer
 from atom_jax.nn import scoring
@@ -50,6 +51,7 @@ class Distill(Objective):
     }
 
     def __post_init__(self):
+        config.check(self)
         if self.direction not in ("reverse", "forward", "both"):
             raise AtomError(f"distill.direction: expected reverse, forward or both, got {self.direction!r}")
         if min(self.cr_start, self.cr_end) < 1 or self.cr_steps < 1 or self.fade_steps < 0:

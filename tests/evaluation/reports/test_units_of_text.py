@@ -15,6 +15,7 @@ from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.chunking.rules.spaces import Spaces
 from atom_jax.chunking.rules.symbol import Symbol
 from atom_jax.chunking.types import END, START
+from atom_jax.evaluation import encode
 from atom_jax.evaluation.reports import unit_strip, units
 from atom_jax.models import hnet
 from atom_jax.models.hnet import chunking
@@ -22,6 +23,7 @@ from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.tokenizers.hat import HatTokenizer
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import LM, AtomError
+from tests.models import tiny_bolmo
 
 TEXT = "It was a truth, universally acknowledged."
 WORDS = Chunking(rule=Spaces(), pool="last")
@@ -210,3 +212,28 @@ def test_labels_of_bytes():
     labels, found = unit_strip._labels("a é\n中".encode() + b"\xe2")
     assert labels == ["a", "·", "é", "", "⏎", "E4", "B8", "AD", "E2"]
     assert found == [True] * 5 + [False] * 4
+
+
+def test_patches_of_a_bolmo():
+    lm, text = tiny_bolmo.model(), tiny_bolmo.texts()["compound"]
+    found = units.units(lm, text)
+    # The bos ends a patch of its own, which holds no byte.
+    marks = tiny_bolmo.numbers()["compound.boundary_mask"][0, 1:]
+    ends = np.unique([*(np.flatnonzero(marks) + 1), len(text.encode())])
+    np.testing.assert_array_equal(found.stages[0].spans[:, 1], ends)
+    assert found.learned and "bytes per unit" in units.render(found)
+    assert 0 < np.nanmean(found.entropy) < math.log(260)
+
+
+def test_windows_leave_their_last_token_to_the_next_one_where_the_rule_looks_ahead():
+    lm, text = tiny_bolmo.model(), tiny_bolmo.texts()["compound"]
+    ids = np.concatenate([[1], lm.tokenizer.encode(text)])
+    items = encode.windows(ids, 1, 20, 10)
+    (marks,), (probs,), _ = units._read(lm, items)
+    assert len(items) > 3 and len(marks) == len(probs) == len(ids)
+    at = 20
+    for item in items[1:]:
+        mine = atom_jax.apply(lm, item.ids[None]).aux["boundaries"][0][0]
+        n = len(item.ids) - item.start
+        np.testing.assert_array_equal(marks[at : at + n], mine[item.start - 1 : -1])
+        at += n

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dms import DMS, pool, serve
-from atom_jax.models import layers, transformer
+from atom_jax.models import layers, registry, transformer
 from atom_jax.params import init
 from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError, Batch
@@ -271,8 +271,10 @@ def test_generation_counts_what_is_held(lm):
 
 
 def test_decoding_compiles_once(lm, monkeypatch):
-    hidden, traced = transformer.hidden, []
-    monkeypatch.setattr(transformer, "hidden", lambda *a, **k: traced.append(1) or hidden(*a, **k))
+    hidden, traced, family = transformer.hidden, [], registry.FAMILIES["llama"]
+    counted = lambda *a, **k: traced.append(1) or hidden(*a, **k)  # noqa: E731
+    monkeypatch.setattr(transformer, "hidden", counted)
+    monkeypatch.setitem(registry.FAMILIES, "llama", dataclasses.replace(family, hidden=counted))
     fresh = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=4095))
     generate(fresh, prompts(20), max_new_tokens=4)
     assert len(traced) == 2

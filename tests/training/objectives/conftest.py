@@ -36,8 +36,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def example(source, tmp_path_factory):
-    """name -> an experiment of two steps on one device, with validation, from a model that is there already."""
-    exp = make("train.steps=2", "train.eval_every=2", "train.eval_batches=1", "optim.schedule=constant", seed=3)
+    """name -> an experiment of two steps on eight devices, with validation, from a model that is there already."""
+    settings = ["mesh.data=8", "train.steps=2", "train.eval_every=2", "train.eval_batches=1"]
+    exp = make(*settings, "optim.schedule=constant", seed=3)
     exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, layer_types=()))
     base = tmp_path_factory.mktemp("base") / "model"
     store.save_model(

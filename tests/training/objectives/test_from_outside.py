@@ -78,7 +78,7 @@ def registered():
 
 
 def experiment(*settings, **fields):
-    plain = ["train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "optim.ema=0.5"]
+    plain = ["mesh.data=8", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "optim.ema=0.5"]
     return make(*plain, "optim.schedule=constant", *settings, objective=TwoAhead(), **fields)
 
 
@@ -138,7 +138,7 @@ def test_absent_parameters_are_drawn_and_may_be_frozen(whole, tmp_path):
 
 
 def test_compile_only():
-    plain, ours = aot.check(make(), "cpu:1"), aot.check(experiment(), "cpu:1")
+    plain, ours = aot.check(make("mesh.data=8"), "cpu:8"), aot.check(experiment(), "cpu:8")
     assert ours.needed == 2 * plain.needed and ours.count == plain.count + 32 * 32
 
 

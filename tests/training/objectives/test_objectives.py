@@ -31,8 +31,8 @@ TRAINING = [name for name, cls in OBJECTIVES.items() if cls.trains]
 
 @contextlib.contextmanager
 def opened(exp):
-    """The program of an experiment, and its first batch on the host."""
-    exp = dataclasses.replace(exp, init_from="")
+    """The program of an experiment on one device, and its first batch on the host."""
+    exp = config.override(exp, ["mesh.data=1", "init_from="])
     with jax.set_mesh(mesh(exp.mesh)):
         program = Program(exp, mesh(exp.mesh), start.tokenizer(exp))
         with contextlib.closing(make_iterator(exp.data, program.setting.tokenizer)) as data:
@@ -52,7 +52,7 @@ def test_batches_and_steps_are_known_without_data(example, name):
     for exp, _ in example(name).stages(pathlib.Path("nowhere")):
         with opened(exp) as (program, rows):
             chex.assert_trees_all_equal_shapes_and_dtypes(program.put(rows), program.abstract_batch())
-        report = aot.check(dataclasses.replace(exp, init_from=""), "cpu:1")
+        report = aot.check(config.override(exp, ["init_from="]), "cpu:8")
         assert report.fits and 0 < report.needed <= report.executed
 
 

@@ -1,0 +1,82 @@
+"""Rows to which tokens are added, call by call: the host's side of `decode`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.session import programs
+from atom_jax.session.decode import Choice, Made, State, begin, decode, decode_beside
+from atom_jax.session.session import Session
+
+
+class Slots:
+    """The rows of a session while tokens are chosen for them. It takes the session over, which is used up.
+
+    choice: how tokens are chosen, for as many rows. beside: others like this decode at the same time, on other cores.
+    first: i32 [b], the tokens that are chosen at once, from what the session has read; -1 where there is none, since
+    it is a stop id, or a token waits to be read or to get its form.
+    """
+
+    def __init__(self, session: Session, choice: Choice, beside: bool = False):
+        self.choice, self._lm, self._params = choice, session.lm, session.params
+        self._decode = decode_beside() if beside else decode
+        self._compiled: list[Any] = []
+        memory = session.usable()
+        latest = session.token, session.x_bd, session.open_b
+        token, done, made = begin(self._params, memory.length, *latest, choice, cfg=self._lm.config)
+        self._state = State(memory, token, done, made)
+        self.first = np.where((made > 0) & ~done, token, -1)
+
+    @property
+    def done(self) -> np.ndarray:
+        """Rows that have ended, bool [b]."""
+        return np.asarray(self._state.done)
+
+    @property
+    def made(self) -> np.ndarray:
+        """Tokens chosen so far, i32 [b]."""
+        return np.asarray(self._state.made)
+
+    @property
+    def session(self) -> Session:
+        """Where the rows stand now. Decoding on uses it up, and the other way round."""
+        return Session(self._lm, self._params, self._state.memory, self._state.token, None)
+
+    def end(self, rows_b: np.ndarray) -> None:
+        """Ends rows, bool [b]."""
+        self._state = self._state.replace(done=self._state.done | rows_b)
+
+    def prepare(self, until: Any) -> None:
+        """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
+        state, until = self._state, np.asarray(until, np.int32)
+        if bool(programs.short(state.memory, ~state.done & (state.made < until))):
+            self._state = state.replace(memory=memory_lib.grow(state.memory))
+        shapes = [x.shape for x in jax.tree.leaves(self._state)]
+        if shapes != self._compiled:
+            # No step is taken.
+            self._state, _ = self._call(np.zeros_like(until))
+            self._compiled = shapes
+
+    def decode(self, until: Any) -> Made:
+        """Chooses tokens until every row that hasn't ended has `until` of them, i32 [] or [b]; or fewer: at most
+        CHUNK at once, and none for which `prepare` has not made room."""
+        self._state, made = self._call(np.asarray(until, np.int32))
+        return jax.tree.map(np.asarray, made)
+
+    def _call(self, until: np.ndarray) -> tuple[State, Made]:
+        return self._decode(self._params, self._state, self.choice, until, cfg=self._lm.config)
+
+    def rows(self, index_b: Sequence[int]) -> Slots:
+        """These rows in this order, each with its key, some perhaps repeatedly, others left out; a copy."""
+        session, index = self.session.rows(index_b), jnp.asarray(index_b, jnp.int32)
+        new = copy.copy(self)
+        new.choice, new.first = self.choice.replace(keys=self.choice.keys[index]), self.first[np.asarray(index)]
+        new._state = State(session.memory, session.token, self._state.done[index], self._state.made[index])
+        return new

@@ -1,0 +1,98 @@
+"""The table of mixers, and a new one that a single call registers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+import atom_jax
+from atom_jax.chunking.rules.fixed import Fixed
+from atom_jax.models import hnet, mixers, registry, stack
+from atom_jax.models.hnet.examples import small
+from atom_jax.models.mixers import MIXERS, Mixer, register
+from atom_jax.params import ParamSpec, normal
+from atom_jax.typing import LM, AtomError
+from tests.models.tiny_units import rows, stream, weights
+
+
+@struct.dataclass
+class Mean:
+    """Sum f32 [b, d] and count i32 [b] of the inputs of a row."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+class Average(Mixer):
+    """The mean of all inputs so far, projected."""
+
+    def spec(self, width, out_scale):
+        return {"w": ParamSpec((width.d, width.d), ("embed", None), normal(out_scale * width.d**-0.5))}
+
+    def empty(self, width, b, capacity, dtype):
+        return Mean(jnp.zeros((b, width.d)), jnp.zeros(b, jnp.int32))
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        real = (context.tokens.segments > 0)[..., None]
+        total = jnp.cumsum(jnp.where(real, y_btd, 0.0), axis=1)
+        count = jnp.cumsum(real, axis=1)
+        if state is not None:
+            total, count = total + state.total[:, None], count + state.count[:, None, None]
+            state = Mean(total[:, -1], count[:, -1, 0])
+        return (total / jnp.maximum(count, 1)) @ p["w"], state, {}
+
+    def operations(self, width, positions):
+        return 0.0
+
+    def describe(self, width):
+        return "means"
+
+
+@pytest.fixture
+def average(monkeypatch):
+    monkeypatch.setattr(mixers, "MIXERS", MIXERS.copy())
+    for module in (mixers, stack):
+        monkeypatch.setattr(module, "MIXERS", mixers.MIXERS)
+    register("a", Average())
+    register("A", Average(mlp=True))
+
+
+def test_a_new_mixer_is_one_entry(average):
+    cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=("a2", "A1T1", "a1m1"))
+    p, batch = weights(cfg), rows([[stream(20)], [stream(9, 3), stream(8)]], 24)
+    assert p["stage0"]["encoder"]["0"]["mixer"]["w"].shape == (2, 16, 16)
+    value, grads = jax.value_and_grad(lambda p: hnet.apply(p, batch, cfg=cfg)[0].logits.std())(p)
+    assert np.isfinite(value) and np.abs(grads["stage0"]["encoder"]["0"]["mixer"]["w"]).max() > 0
+    lm = LM(cfg, p, None)
+    prompts = [list(range(60, 71)), [70, 32, 71]]
+    made = atom_jax.generate(lm, prompts, 12).ids
+    for prompt, new in zip(prompts, made):
+        likely = np.asarray(atom_jax.apply(lm, [prompt + new]).logits)[0].argmax(-1)
+        np.testing.assert_array_equal(new, likely[len(prompt) - 1 : -1])
+    assert registry.of(cfg).flops(cfg, 32) > 0
+    assert "means" in dict(registry.of(cfg).describe(cfg))["stage 0"]
+
+
+def test_letters_are_taken_once():
+    for letter in ("m", "ab", "3"):
+        with pytest.raises(AtomError, match="no other kind of layer"):
+            register(letter, Average())
+    with pytest.raises(AtomError, match="layout 'a2'"):
+        stack.parse("a2")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layout": ("t1", "T1", "t1"), "n_heads": (3, 2)}, "n_heads: 3 heads do not divide the width 16 of stage 0"),
+        ({"rotary_dim": (4, 10)}, "rotary_dim: expected an even number up to 8 in stage 1, got 10"),
+        ({"d_intermediate": (24, 0)}, "d_intermediate: stage 1 has layers with an MLP"),
+    ],
+)
+def test_layers_say_what_they_need(change, words):
+    cfg = small({"rule": Fixed(2), "pool": "mean"})
+    with pytest.raises(AtomError, match=words):
+        dataclasses.replace(cfg, **change)
