@@ -108,7 +108,7 @@ def table() -> str:
 TEXT = (
     "# What every kind of model does",
     "",
-    "The small examples of every family (`Family.examples`, `atom_jax/models/`) are tested by `tests/contract` alike:",
+    "The small examples of every family (`Family.examples`) are tested alike by `tests/contract`:",
     "they compute, generate alone and in batches, go on in later turns, show their units, are saved and loaded,",
     "compiled without weights, and are Flax modules. Every cache policy runs in every family. What a kind of model",
     "refuses, it refuses with the sentence in this table, which `python -m tests.contract.cells` prints.",

@@ -122,8 +122,12 @@ def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
     assert grown.ids == expected.ids
     assert grown.stats["kv_reads"] == expected.stats["kv_reads"]
     # 37 + 60 tokens went through caches for 48, 64, 96 and 128.
-    per_token = 2 * 4 * 2 * tiny.config.n_kv_heads * tiny.config.head_dim * tiny.config.n_layers
-    assert grown.stats["kv_bytes"] == 96 * per_token and expected.stats["kv_bytes"] == 256 * per_token
+    # Sliding layers keep a ring of their window.
+    cfg, sliding = tiny.config, tiny.config.layer_types.count("sliding")
+    per_token = 2 * 4 * 2 * cfg.n_kv_heads * cfg.head_dim
+    slots = lambda n: (cfg.n_layers - sliding) * n + sliding * min(n, cfg.sliding_window)  # noqa: E731
+    assert 0 < sliding < cfg.n_layers and cfg.sliding_window < 96
+    assert grown.stats["kv_bytes"] == slots(96) * per_token and expected.stats["kv_bytes"] == slots(256) * per_token
 
 
 def test_chunks_of_any_size_change_nothing(tiny, monkeypatch):
@@ -303,7 +307,7 @@ def test_buckets():
         (["text"], {}, "no tokenizer"),
         ([[1]], dict(stop="x"), "no tokenizer"),
         ([[1]], dict(on_text=print), "no tokenizer"),
-        ([[1]], dict(stop_ids=[200]), "token id 200"),
+        ([[1]], dict(stop_ids=[200]), "a token id of stop_ids is 200"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens is 0"),
         ([[1] * 100], dict(max_new_tokens=157), "100 tokens and max_new_tokens 157 exceed the 256"),
         ([[1]], dict(temperature=-1.0), "temperature"),

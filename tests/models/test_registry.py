@@ -7,6 +7,7 @@ import pytest
 
 from atom_jax import params
 from atom_jax.checkpoint import cli, store
+from atom_jax.kvcache.memory import policies
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
@@ -45,6 +46,10 @@ def test_info_describes_a_saved_model(family, cfg, tmp_path):
 def test_memory_is_replaced_where_it_lives(family, name, cfg):
     record, policy = registry.of(cfg), StreamingLLM(budget=8)
     p = params.init(jax.random.key(0), record.spec(cfg))
+    if policy not in set(policies(jax.eval_shape(lambda: record.init_cache(record.with_memory(cfg, policy), 1, 1)))):
+        with pytest.raises(AtomError, match="for layers that see everything before them"):
+            registry.with_memory(LM(cfg, p, None), policy)
+        return
     found = registry.with_memory(LM(cfg, p, None), policy)
     assert record.memory(found.config) == policy and not registry.learned(found.config)
     assert jax.tree.structure(found.params) == jax.tree.structure(p)
