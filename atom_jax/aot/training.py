@@ -121,6 +121,7 @@ class _Tokenizer:
     bos_id: int | None = None
     pad_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    front: tuple[int, ...] = ()
     document_id: int = 0
 
     @property

@@ -130,7 +130,7 @@ def stage1(
 
     patches = rms_norm(gather(late_btd, at_bm).astype(h_btd.dtype), p["patch_norm"], cfg.edge_eps)
     y_btd, _ = units.spread(stage, patches[:, :, None], h_btd, given, plan, parts.newest)
-    x_btd, _ = stage.decode(y_btd, None, Place(tokens))
+    x_btd, *_ = stage.decode(y_btd, None, Place(tokens))
     targets = bolmo.codec(cfg).fuse(batch.targets, {"boundaries": (_known(marks, batch),)})
     want, head = ("nats", "among") if how.spaces else ("nats",), functools.partial(bolmo.logits, p, cfg=cfg)
     ours = scoring.score(head, x_btd, targets, want, among=SPACES)

@@ -133,7 +133,8 @@ def test_absent_parameters_are_drawn_and_may_be_frozen(whole, tmp_path):
     exp = experiment(init_from=str(whole[0]), seed=9)
     exp = dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=(Group("second/.*"),)))
     assert loop.fit(exp, tmp_path).step == 4
-    drawn = params.init(jax.random.key(9), TwoAhead().extra_spec(exp.model))
+    # Compiled, as the run does it: operations one by one round otherwise.
+    drawn = jax.jit(lambda key: params.init(key, TwoAhead().extra_spec(exp.model)))(jax.random.key(9))
     chex.assert_trees_all_equal(own(tmp_path), drawn["second"]["w"])
 
 

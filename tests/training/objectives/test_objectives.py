@@ -15,6 +15,9 @@ import pytest
 import atom_jax
 from atom_jax import config
 from atom_jax.aot import training as aot
+from atom_jax.chunking.config import slots_for
+from atom_jax.chunking.plan import make_plan
+from atom_jax.chunking.types import PlanState
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.kvcache.dms import decide
 from atom_jax.training import loop, start
@@ -94,7 +97,9 @@ def test_what_the_means_of_byteification_are_over(example, capacity):
         lesson = program.put(rows)
         counts = byteify.counts(lesson, exp.model)
     tokens = byteify.Tokens(lesson.bytes.positions, lesson.bytes.segments)
-    plan = byteify.forward.layout(byteify.Boundary(lesson.marks), tokens, exp.model)
+    b, t = lesson.marks.shape
+    boundary, room = byteify.Boundary(lesson.marks), slots_for(t, exp.model.capacity)
+    plan, _ = make_plan(boundary, tokens, room, PlanState.empty(b))
     assert counts["encoder"] == (plan.tokens.segments > 0).sum() > 0
     seen = byteify.Seen(None, tokens)
     decided = (tokens.segments > 0) & ~byteify.lookahead.last_of_document(seen)
