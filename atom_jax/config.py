@@ -246,8 +246,13 @@ def check(cfg: Any, **ranges: tuple[float | None, float | None]) -> None:
         value = getattr(cfg, name)
         if kind is None or value is None:
             continue
-        for item in value if isinstance(value, tuple) else (value,):
+        for item in _flat(value):
             in_range(name, item, kind, *ranges.get(name, (None, None)))
+
+
+def _flat(value: Any) -> list[Any]:
+    """What nested tuples hold."""
+    return [x for item in value for x in _flat(item)] if isinstance(value, tuple) else [value]
 
 
 @functools.cache

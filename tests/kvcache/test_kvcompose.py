@@ -14,11 +14,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import atom_jax
-from atom_jax.inference import continuation, reading
+from atom_jax.inference import continuation
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.kvcompose import KVCompose
 from atom_jax.kvcache.memory import Memory, Stack
-from atom_jax.kvcache.policies import with_memory
+from atom_jax.models.registry import with_memory
+from atom_jax.session import reading
 from tests.kvcache import naive_policies as naive
 from tests.kvcache.test_policies import SIZES, extend, later, layer, prompt
 

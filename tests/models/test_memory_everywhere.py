@@ -22,7 +22,7 @@ from atom_jax.models import bolmo, layers, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.models.registry import with_memory
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import decode
+from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError, Batch
 from tests.models.tiny_units import MODELS, stream, weights
 
@@ -85,7 +85,8 @@ def test_learned_evictors_beside_sliding_layers_decode_as_they_are_trained(polic
     assert aux["evict"].shape == (2, 2, 2, 60) and 0.2 < float(aux["evict"].mean()) < 0.8
     expected = transformer.logits(lm.params, x, cfg=lm.config)
     p = transformer.decode_params(lm.params, lm.config, unroll)
-    (first, cache), _ = decode.read_prompt(lm.params, ids[:, :40], np.array([40, 40]), cfg=lm.config, capacity=96)
+    (last, cache), _ = reading.read_prompt(lm.params, ids[:, :40], np.array([40, 40]), cfg=lm.config, capacity=96)
+    first = transformer.logits(lm.params, last[:, None], cfg=lm.config)[:, 0]
     np.testing.assert_allclose(first, expected[:, 39], atol=1e-4)
     step = jax.jit(lambda batch, cache: transformer.apply(p, batch, cfg=lm.config, cache=cache))
     cache = memory.grow(memory.unstack(cache) if unroll else cache)
@@ -106,7 +107,7 @@ def places(t, b=2, start=0):
 def test_tokens_that_were_tried_leave_no_trace(policy, unroll):
     lm = build(policy=parse(policy) if isinstance(policy, str) else policy)
     cfg, ids = lm.config, np.random.default_rng(1).integers(0, 264, (2, 50))
-    (_, cache), _ = decode.read_prompt(lm.params, ids[:, :30], np.array([30, 17]), cfg=cfg, capacity=64)
+    (_, cache), _ = reading.read_prompt(lm.params, ids[:, :30], np.array([30, 17]), cfg=cfg, capacity=64)
     p = transformer.decode_params(lm.params, cfg, unroll)
     cache = memory.grow(memory.unstack(cache) if unroll else cache, 8)
     run = functools.partial(jax.jit(transformer.hidden, static_argnames=("cfg", "tentative")), p, cfg=cfg)

@@ -82,7 +82,6 @@ def llama(golden):
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_k": math.nan}, "top_k is nan"),
     ],
-    ids=str,
 )
 def test_arguments_of_generate(llama, options, message):
     with pytest.raises(AtomError, match=message):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from atom_jax.kvcache.dms import DMS
-from atom_jax.kvcache.policies import parse, with_memory
+from atom_jax.kvcache.policies import parse
 from atom_jax.kvcache.separators import separators
 from atom_jax.models import transformer
+from atom_jax.models.registry import with_memory
 from atom_jax.nn.attention import NEGATIVE
 from atom_jax.params import init
 from atom_jax.tokenizers import ByteTokenizer
