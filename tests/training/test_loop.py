@@ -113,9 +113,9 @@ def test_a_workdir_that_is_a_file(tmp_path):
 
 
 def test_gradients_that_stay_not_finite_end_the_run(tmp_path):
-    with pytest.raises(AtomError, match="4 steps in a row, from step 2 on"):
+    with pytest.raises(AtomError, match="4 steps in a row, from step 3 on"):
         settings = ["train.steps=30", "train.checkpoint_every=2", "train.max_bad_steps=4", "train.eval_every=0"]
-        # The first step makes the parameters huge.
+        # The first two steps make the parameters huge.
         loop.fit(experiment("optim.learning_rate=1e6", "optim.warmup_steps=0", *settings), tmp_path)
     assert store.is_checkpoint(tmp_path) and (tmp_path / "plots" / "loss.png").exists()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(store.load_params(tmp_path)[1]))
