@@ -163,7 +163,7 @@ class Session:
     @property
     def length(self) -> np.ndarray:
         """Tokens that the model has read of every row, i32 [b]."""
-        return np.asarray(self.memory.length)
+        return np.asarray(self.usable().length)
 
     @property
     def spent(self) -> bool:

@@ -76,12 +76,11 @@ def test_rows_that_wait_are_read_to_the_end_first(monkeypatch, name):
     batch = Batch(ids, np.cumsum(mask, axis=1, dtype=np.int32) - 1, mask.astype(np.int32))
     _, cache, _ = hnet.hidden(lm.params, batch, cfg=lm.config, cache=cache)
     rows, read = [list(row) for row in FIRST], np.zeros(3, bool)
-    for byte in stream(20, 17):
+    for token in jnp.stack([stream(20, start) for start in (17, 4, 50)], axis=1):
         # A byte more in every row, until some wait for the others.
-        token = jnp.full(3, byte)
         one = Batch(token[:, None], cache.length[:, None], jnp.ones((3, 1), jnp.int32))
         _, cache, ready = hnet.step(lm.params, one, cfg=lm.config, cache=cache)
-        rows = [[*row, int(byte)] for row in rows]
+        rows = [[*row, int(byte)] for row, byte in zip(rows, token)]
         if not ready.all():
             break
     assert 0 < int(cache.parts.latest.on.sum()) < 3
@@ -110,7 +109,7 @@ def test_a_text_read_by_a_bolmo_in_pieces_equals_the_whole():
     p = lm.params | jax.tree.map(jnp.asarray, {"suffix": lm.tokenizer.tables})
     taken, found = np.zeros(4, int), [[] for _ in rows]
     cache = bolmo.init_cache(cfg, 4, 128)
-    for t, wanted in ((16, (16, 9, 1, 5)), (8, (1, 8, 0, 8)), (1, (1, 1, 1, 1)), (24, (24, 24, 24, 24))):
+    for t, wanted in ((16, (16, 9, 1, 5)), (8, (1, 8, 0, 8)), (1, (1, 1, 1, 1)), (32, (32, 32, 32, 32))):
         real = np.minimum(wanted, [len(row) - n for row, n in zip(rows, taken)])
         batch = tiny_bolmo.batch([row[n : n + k] for row, n, k in zip(rows, taken, real)])
         places = taken[:, None] + np.arange(t, dtype=np.int32)[None]

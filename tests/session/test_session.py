@@ -196,7 +196,8 @@ def test_turns_neither_grow_nor_compile_while_there_is_room(monkeypatch, memory)
         text = [row + new for row, new in zip(text if i == 0 else [text[0] + said_now[0]], turn.ids)]
         sizes.append(turn.stats["kv_bytes"])
         counts.append(len(traced))
-    assert counts[2] == counts[-1] and sizes[2] == sizes[-1]
+    # The first turns fill a budget, and find what the longest of them needs beside it.
+    assert counts[5] == counts[-1] and sizes[5] == sizes[-1]
     if memory == "none":
         assert turn.ids[0] == generate(lm, [text[0][:-5]], 5, stop_ids=()).ids[0]
 
