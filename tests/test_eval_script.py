@@ -16,13 +16,14 @@ from atom_jax.data.config import DataConfig
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.typing import LM
+from tests import quick
 from tests.evaluation.conftest import lm  # noqa: F401 (a fixture)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def evaluate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **environment}
+    env = {**os.environ, "XLA_FLAGS": quick.FLAGS, **environment}
     command = [sys.executable, "eval.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 

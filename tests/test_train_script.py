@@ -17,6 +17,7 @@ from absl import flags, logging
 from absl.testing import flagsaver
 
 from atom_jax.training.record import read
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 240
@@ -26,7 +27,7 @@ SETTINGS += [f"train.steps={STEPS}", "data.seq_len=16"]
 
 def begin(workdir: pathlib.Path, *more: str, settings=SETTINGS, flags=()) -> subprocess.Popen:
     """Starts the script with one CPU device."""
-    env = dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=0")
+    env = dict(os.environ, XLA_FLAGS=quick.FLAGS)
     command = [sys.executable, "train.py", "--config=configs/lm.py:tiny", f"--workdir={workdir}", *flags]
     command += [f"--set={s}" for s in [*settings, *more]]
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

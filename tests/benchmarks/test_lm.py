@@ -10,6 +10,7 @@ from atom_jax.typing import AtomError
 from benchmarks import lm, machine, table
 from benchmarks.compare import Figures, Plan
 from benchmarks.rows import Row, rows
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MISSING = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
@@ -27,7 +28,7 @@ def plan(golden):
 @needs_torch
 def test_every_row_is_measured(plan, tmp_path, capsys, monkeypatch):
     # Eight simulated devices only cost time here.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
     out = tmp_path / "table.json"
     assert lm.run(plan, ["*"], out)
     text, written = capsys.readouterr().out, json.loads(out.read_text())

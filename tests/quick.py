@@ -1,0 +1,3 @@
+"""Options of XLA under which programs compile quickly: tests make thousands of them and run each once or twice."""
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
