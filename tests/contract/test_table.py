@@ -1,0 +1,40 @@
+"""docs/families.md, and what must not be refused."""
+
+import jax
+import pytest
+
+from atom_jax.kvcache import memory, policies
+from atom_jax.kvcache.dense import DenseLayer
+from atom_jax.kvcache.memory import Layer
+from atom_jax.models import mixers, registry
+from tests.contract import cells
+
+
+def test_the_page_is_the_present_one():
+    assert cells.DOCUMENT.read_text("utf-8") == cells.table(), "python -m tests.contract.cells writes it"
+
+
+@pytest.mark.parametrize("name", cells.EXAMPLES)
+def test_policies_are_refused_where_no_layer_could_have_them_and_by_nothing_else(name):
+    said = set()
+    for kind in policies.POLICIES.values():
+        try:
+            cells.under(name, cells.small(kind))
+        except cells.AtomError as e:
+            said.add(str(e).replace(kind.name, "dms"))
+    assert said == set(filter(None, [cells.refusal(name, "cache policies")]))
+    letters = {letter for layout in getattr(cells.EXAMPLES[name], "layout", ()) for letter in layout}
+    relative = any(isinstance(mixers.MIXERS.get(letter), mixers.Relative) for letter in letters)
+    assert bool(said) == (not dense(name) or relative)
+
+
+def dense(name):
+    """Whether some layer keeps everything."""
+    cfg = cells.EXAMPLES[name]
+    cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 16))
+    found = [x for node in memory.nodes(cache) for x in jax.tree.leaves(node.layers, is_leaf=is_layer)]
+    return any(isinstance(x, DenseLayer) for x in found)
+
+
+def is_layer(x):
+    return isinstance(x, Layer)
