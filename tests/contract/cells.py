@@ -1,5 +1,5 @@
-"""What the contract is about: the small examples of every family and all that goes with them, by the registries alone,
-and the sentences with which some refuse. `python -m tests.contract.cells` rewrites docs/families.md from them."""
+"""What the contract is about: the small examples of every family and all that goes with them, by the registries, and
+the sentences with which some refuse. `python -m tests.contract.cells` rewrites docs/families.md from them."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ HEAD = """# What every kind of model does
 
 The small examples of every family (`Family.examples`) together take every path of it. `tests/contract` finds them and
 all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what it is
-alone), later turns, saving and loading and both Flax modules work in all of them, and `--compile_only` in every family.
+alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
 Every cache policy runs in every kind of model, in layers that see everything before them and have their positions in
-the keys (letters t and T of a layout; x layers have them in the scores).
+keys (letters t and T of a layout; x layers have them in the scores).
 
 What an example refuses, it refuses with the sentence that stands here. `python -m tests.contract.cells` writes this
 page.
