@@ -15,18 +15,39 @@ import numpy as np
 
 from atom_jax import params, tokenizers
 from atom_jax.checkpoint import families
+from atom_jax.chunking import pooling, rules, upsampling
+from atom_jax.chunking.rules.fixed import Fixed
+from atom_jax.chunking.types import START
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.policy import PerLayer, Policy
 from atom_jax.models import registry
+from atom_jax.models.hnet.examples import small as small_hnet
 from atom_jax.typing import LM, AtomError
 
-EXAMPLES: dict[str, Any] = {
-    f"{family.name}-{name}": cfg for family in registry.FAMILIES.values() for name, cfg in family.examples().items()
-}
 # Fields of policies, where they have them: with these, short texts don't fit.
 SMALL = {"budget": 3, "window": 1, "sinks": 1, "page": 2, "offset": 0.0, "scale": 1.0, "least": 1}
 TEXT = "It is so. He, a кот, is at 12 on a hill; Дом г! Is it to be or not? I am in. "
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def by_name() -> dict[str, Any]:
+    """The examples of all families, and one of each way to find, pool or spread units that none of them takes."""
+    found = {f"{f.name}-{name}": cfg for f in registry.FAMILIES.values() for name, cfg in f.examples().items()}
+    taken = [c for cfg in found.values() for c in getattr(cfg, "chunking", ())]
+    for rule, parts in rules.RULES.items():
+        if rule not in [type(c.rule) for c in taken]:
+            pool = "first" if parts.KIND == START else "mean"
+            found[f"hnet-{rule.__name__.lower()}"] = small_hnet({"rule": rule(), "pool": pool})
+    for pool in pooling.POOLS:
+        if pool not in [c.pool for c in taken]:
+            found[f"hnet-pool-{pool}"] = small_hnet({"rule": Fixed(2), "pool": pool})
+    for way in upsampling.UPSAMPLERS:
+        if way not in [c.upsample for c in taken]:
+            found[f"hnet-upsample-{way}"] = small_hnet({"rule": Fixed(2), "pool": "mean", "upsample": way})
+    return found
+
+
+EXAMPLES = by_name()
 
 
 def first_of_each(kind: Callable[[Any], Any]) -> list[str]:
@@ -69,11 +90,6 @@ def padded(rows: list[list[int]], t: int) -> tuple[np.ndarray, np.ndarray]:
     for row, out in zip(rows, ids):
         out[: len(row)] = row
     return ids, np.arange(t)[None] < np.array([[len(row)] for row in rows])
-
-
-def learns_units(cfg: Any) -> bool:
-    """Whether the model chooses its own units."""
-    return bool(getattr(cfg, "chunking", ()))
 
 
 def small(kind: type[Policy]) -> Policy:

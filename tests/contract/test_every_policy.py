@@ -10,7 +10,8 @@ from atom_jax.kvcache.memory import Layer
 from atom_jax.kvcache.policy import policies_of
 from tests.contract import cells
 
-ROWS, MORE, NEW = (30, 19), (4, 2), 4
+# All prompts are padded to the same length.
+ROWS, MORE, NEW = (30, 26), (4, 2), 4
 DEALT = cells.dealt()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax import params
 from atom_jax.__main__ import main
 from atom_jax.checkpoint import store
 from atom_jax.flax_bridge import LinenLM, NnxLM, as_batch, from_linen, to_linen
@@ -73,7 +74,9 @@ def test_saved_and_loaded_it_says_the_same(name, form, tmp_path, capsys):
         np.testing.assert_allclose(atom_jax.apply(loaded, ids, mask).logits, read(name).logits, atol=5e-3)
     assert main(["", "info", str(path)]) == 0
     said = capsys.readouterr().out
-    for label, text in registry.of(loaded.config).describe(loaded.config):
+    family = registry.of(loaded.config)
+    count = f"{params.count(lm.params):,}"
+    for label, text in [("family", lm.family), *family.describe(loaded.config), ("parameters", count)]:
         assert f"{label:<12}{text}" in said
 
 

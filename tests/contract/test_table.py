@@ -1,8 +1,13 @@
 """docs/families.md, and what must not be refused."""
 
+import dataclasses
+
 import jax
 import pytest
 
+from atom_jax.chunking import pooling, rules, upsampling
+from atom_jax.chunking.rules import fixed
+from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.kvcache import memory, policies
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Layer
@@ -26,6 +31,20 @@ def test_policies_are_refused_where_no_layer_could_have_them_and_by_nothing_else
     letters = {letter for layout in getattr(cells.EXAMPLES[name], "layout", ()) for letter in layout}
     relative = any(isinstance(mixers.MIXERS.get(letter), mixers.Relative) for letter in letters)
     assert bool(said) == (not dense(name) or relative)
+
+
+def test_a_new_way_to_make_units_is_an_example_at_once(monkeypatch):
+    assert {*cells.by_name()} == {*cells.EXAMPLES}
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Fixed):
+        pass
+
+    monkeypatch.setitem(rules.RULES, Own, fixed)
+    monkeypatch.setitem(pooling.POOLS, "own", pooling.POOLS["mean"])
+    monkeypatch.setitem(upsampling.UPSAMPLERS, "own", upsampling.UPSAMPLERS["repeat"])
+    new = {*cells.by_name()} - {*cells.EXAMPLES}
+    assert new == {"hnet-own", "hnet-pool-own", "hnet-upsample-own"}
 
 
 def dense(name):
