@@ -24,6 +24,8 @@ from atom_jax.models import registry
 from atom_jax.models.hnet.examples import small as small_hnet
 from atom_jax.typing import LM, AtomError
 
+# A policy that looks at the ids of tokens, and one of the others.
+IDS, KEYS = policies.POLICIES["sepllm"], policies.POLICIES["tova"]
 # Fields of policies, where they have them: with these, short texts don't fit.
 SMALL = {"budget": 3, "window": 1, "sinks": 1, "page": 2, "offset": 0.0, "scale": 1.0, "least": 1}
 TEXT = "It is so. He, a кот, is at 12 on a hill; Дом г! Is it to be or not? I am in. "
@@ -123,7 +125,8 @@ def publish(name: str) -> None:
 
 # What an example may refuse, by the heading of its column. Whatever is not here works in all of them.
 CAPABILITIES: dict[str, Callable[[str], Any]] = {
-    "cache policies": lambda name: under(name, small(next(iter(policies.POLICIES.values())))),
+    "cache policies": lambda name: under(name, small(KEYS)),
+    "policies that look at ids": lambda name: under(name, small(IDS)),
     "Hugging Face directory": publish,
 }
 
@@ -156,17 +159,28 @@ def dealt() -> dict[str, tuple[str, Any]]:
     for name, cfg in EXAMPLES.items():
         if not refusal(name, "cache policies"):
             of_kind.setdefault(type(cfg), []).append(name)
-    known, out = list(policies.POLICIES), {}
+    out = {}
     for names in of_kind.values():
+        known = [kind for kind in policies.POLICIES.values() if not refused(names[0], kind)]
         for i, name in enumerate(names):
             mine = [known[j % len(known)] for j in range(i, max(len(names), len(known)), len(names))]
             places = layers(name) if len(mine) > 1 else [0]
             for at in range(0, len(mine), len(places)):
-                some = mine[at : at + len(places)]
-                every = [small(policies.POLICIES[policy]) for policy in some]
-                chosen = PerLayer(every[0], tuple(zip(places[1:], every[1:]))) if len(every) > 1 else every[0]
-                out["-".join((name, *some))] = name, chosen
+                some = [small(kind) for kind in mine[at : at + len(places)]]
+                chosen = PerLayer(some[0], tuple(zip(places[1:], some[1:]))) if len(some) > 1 else some[0]
+                out["-".join((name, *(policy.name for policy in some)))] = name, chosen
     return out
+
+
+@functools.cache
+def refused(name: str, kind: type[Policy]) -> str:
+    """The sentence with which an example refuses a kind of policy; "" where it doesn't."""
+    policy = small(kind)
+    try:
+        under(name, policy)
+    except AtomError as e:
+        return str(e)
+    return ""
 
 
 HEAD = """# What every kind of model does
@@ -174,8 +188,9 @@ HEAD = """# What every kind of model does
 The small examples of every family (`Family.examples`) together take every path of it. `tests/contract` finds them and
 all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what it is
 alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
-Every cache policy runs in every kind of model, in layers that see everything before them and have their positions in
-keys (letters t and T of a layout; x layers have them in the scores).
+Cache policies run in every kind of model, in layers that see everything before them and have their positions in keys
+(letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens don't run over
+units, which have none.
 
 What an example refuses, it refuses with the sentence that stands here. `python -m tests.contract.cells` writes this
 page.

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from atom_jax.session import laid_out
 from tests.contract import cells
 
 
@@ -11,3 +12,11 @@ def name(request):
     """The name of every example."""
     yield request.param
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scanned():
+    """Layers as accelerators have them, which compile in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: False)
+        yield

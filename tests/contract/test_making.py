@@ -8,20 +8,11 @@ import pytest
 
 import atom_jax
 from atom_jax.models import registry
-from atom_jax.session import laid_out
 from atom_jax.session.session import Session
 from tests.contract import cells
 
 # All prompts and conversations are padded to the same length.
 ROWS, MORE, NEW = (33, 20), (3, 2), 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scanned():
-    """Layers as accelerators have them, which compile in a fraction of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laid_out, "unrolls", lambda lm: False)
-        yield
 
 
 def rows(lm):
