@@ -27,8 +27,10 @@ flags.FLAGS.mark_as_parsed()
 SLOW = (
     "aot/test_generation.py", "aot/test_training.py", "benchmarks", "checkpoint/test_adapters.py",
     "checkpoint/test_bolmo_1b.py", "checkpoint/test_bolmo_hf.py", "checkpoint/test_dms_checkpoints.py",
-    "checkpoint/test_hnet_hf.py", "checkpoint/test_shipped_adapters.py", "chunking/rules/test_predictor.py",
-    "chunking/rules/test_rule_properties.py", "chunking/test_pools_and_upsamplers.py", "configs",
+    "checkpoint/test_hnet_hf.py", "checkpoint/test_shipped_adapters.py", "chunking/rules/test_own_rule.py",
+    "chunking/rules/test_predictor.py", "chunking/rules/test_rule_properties.py",
+    "chunking/test_pools_and_upsamplers.py", "configs", "contract/test_every_policy.py", "contract/test_making.py",
+    "contract/test_programs.py", "contract/test_reading.py",
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_kv.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "models/test_bolmo.py", "models/test_dynpool.py",

@@ -55,6 +55,12 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def register(cls: type[Policy]) -> type[Policy]:
+    """Makes a policy of one's own, a frozen dataclass, known by its name and to configurations that are read."""
+    POLICIES[cls.name] = cls
+    return config.register(cls)
+
+
 def parse(text: str) -> Policy | PerLayer | None:
     """The policy that a text such as "tova:budget=512" names; None for "none". After it, ";LAYER=POLICY" names other
     ones for single layers. A text that ends in .json is a file with a policy as `config.to_json` writes it.

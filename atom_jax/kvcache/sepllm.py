@@ -30,6 +30,7 @@ class SepLLM(Budget):
     """
 
     name: ClassVar[str] = "sepllm"
+    spelled: ClassVar[bool] = True
     sinks: int = 4
     window: int = 256
     separators: tuple[int, ...] = ()

@@ -9,6 +9,7 @@ import jax
 
 from atom_jax import params
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.memory import nodes
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
 from atom_jax.models import bolmo, hnet, transformer_family
@@ -57,18 +58,21 @@ def with_memory(lm: LM, memory: Any) -> LM:
     """The same model with another cache policy, a choice for every layer, or, for None, the dense cache.
 
     What other policies have learned is left out. Raises AtomError for what the new ones need and the model lacks, and
-    for one that no layer could have.
+    for one that a layer could not have.
     """
     policies.check(memory)
     memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
     family = of(lm.config)
     cfg = family.with_memory(lm.config, memory)
-    used = set(policies_in(jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))))
+    cache = jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))
+    used = set(policies_in(cache))
     for policy in policies_of(memory):
         if policy not in used:
             raise AtomError(
                 f"memory: {policy.name} is for layers that see everything before them; there is none here"
             )
+    for policy in (policy for node in nodes(cache)[1:] for policy in policies_in(node) if policy.spelled):
+        raise AtomError(f"memory: {policy.name} looks at the ids of tokens, which layers over units do not see")
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)
     if missing := [path for path in wanted if path not in there]:
         names = ", ".join(policy.name for policy in policies_of(memory))

@@ -64,9 +64,13 @@ def parts(layouts: Iterable[str], widths: Iterable[Width], memory: Any) -> tuple
     for layout, width in zip(layouts, widths, strict=True):
         runs, sees = [], "full" if width.window < 0 else "sliding"
         for letter, n in parse(layout):
-            kinds = tuple(MIXERS[letter].kind(width, policy_of(memory, number + i, sees)) for i in range(n))
+            mixer = MIXERS[letter]
+            # Layers of other kinds have no number of their own.
+            counts = isinstance(mixer.kind(width, None), Attention)
+            chosen = (policy_of(memory, number + i, sees) if counts else None for i in range(n))
+            kinds = tuple(mixer.kind(width, policy) for policy in chosen)
             runs.append(Part(letter, kinds, number))
-            number += sum(isinstance(kind, Attention) for kind in kinds)
+            number += n * counts
         out.append(tuple(runs))
     return tuple(out)
 

@@ -34,6 +34,8 @@ def report(notes: Notes, batch: Batch, chunking: tuple[Chunking, ...]) -> dict[s
         metrics[f"bytes_per_unit_{s}"] = jnp.stack([jnp.sum(real, dtype=jnp.float32), count])
         missed = jnp.sum(note.plan.lost)
         metrics[f"lost_{s}"] = jnp.stack([missed.astype(jnp.float32), jnp.maximum(units, 1.0)])
+        if isinstance(note.boundary.loss, jax.Array):
+            metrics[f"rule_loss_{s}"] = jnp.stack([note.boundary.loss * units, units])
         units, loss, lost = count, loss + note.boundary.loss, lost + missed
     found = {"boundaries": tuple(boundaries), "boundary_probs": tuple(probs), "loss": loss, "lost": lost}
     if rules.late(chunking[0].rule):

@@ -50,16 +50,6 @@ def two_turns(lm, first, second, **how):
     return [a + b for a, b in zip(first, one.ids)], two
 
 
-@pytest.mark.parametrize("name", ["hnet-2", "gumbel", "words", "blt", "hat", "fixed-gumbel"])
-def test_a_turn_goes_on_from_all_that_was_read(name):
-    lm = lm_of(name)
-    before, two = two_turns(lm, FIRST, SECOND)
-    rows = [a + b + c for a, b, c in zip(before, SECOND, two.ids)]
-    likely(lm, rows, NEW)
-    three = generate(lm, FIRST, NEW, after=two)
-    likely(lm, [a + b + c for a, b, c in zip(rows, FIRST, three.ids)], NEW)
-
-
 def test_units_of_a_turn_find_room_whatever_was_expected():
     lm = lm_of("hnet-2", 0.05)
     turn = [stream(40, 7).tolist() for _ in FIRST]

@@ -6,12 +6,10 @@ import jax
 import pytest
 
 from atom_jax import params
-from atom_jax.checkpoint import cli, store
 from atom_jax.kvcache.memory import policies
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 
 CASES = [(f.name, name, cfg) for f in registry.FAMILIES.values() for name, cfg in f.examples().items()]
@@ -31,15 +29,6 @@ def test_every_family_says_what_it_costs_and_what_it_is(family, name, cfg):
     assert record.flops(cfg, 64) > 0.2 * matrices
     labels = [label for label, _ in record.describe(cfg)]
     assert {"vocabulary", "positions"} <= set(labels) and all(text for _, text in record.describe(cfg))
-
-
-@pytest.mark.parametrize("family, cfg", [(f, cfg) for f, _, cfg in CASES[:: len(CASES) // 6]], ids=str)
-def test_info_describes_a_saved_model(family, cfg, tmp_path):
-    spec = registry.of(cfg).spec(cfg)
-    lm = LM(cfg, params.init(jax.random.key(0), spec), ByteTokenizer())
-    store.save_model(tmp_path / "model", lm)
-    lines = dict(line.split(maxsplit=1) for line in cli.info(str(tmp_path / "model")).splitlines())
-    assert lines["family"] == family and lines["parameters"] == f"{params.count(spec):,}"
 
 
 @EACH

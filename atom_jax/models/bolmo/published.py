@@ -48,8 +48,11 @@ def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 65536}
     given = {name: data[name] for name in _MAIN if data.get(name) is not None}
     vocab = fields.size("vocab_size", 2 * FUSED)
+    family = _family(fields)
+    # Which layers slide is in layer_types alone.
+    switch = {name: "layer_types" in given for name in [FAMILIES[family].switch] if name is not None}
     main = transformer_published.from_hf(
-        {**defaults, **given, "model_type": _family(fields), "vocab_size": vocab}, where
+        {**defaults, **given, **switch, "model_type": family, "vocab_size": vocab}, where
     )
     eos = fields.ids("eos_token_id", FUSED)
     original = fields.table("tokenizer_config").data.get("original_identifier", BolmoConfig.subword_tokenizer)
