@@ -43,18 +43,20 @@ class Budget(Policy):
     least one. sinks: positions at the start of a text that are never evicted.
     biased: entries may stand for several tokens, see `absorb`. digits: binary digits of a score that count: where
     they are equal the position decides, so that rounding, which is another in other company, does not.
+    ranges: of fields, where they are not those of `config.check`.
     """
 
     stepwise: ClassVar[bool] = True
     slides: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     digits: ClassVar[int] = 17
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     budget: int = 0
     ratio: float = 0.0
     sinks: int = 0
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, **self.ranges)
         if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
             raise AtomError(
                 f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from atom_jax import config
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder, front
@@ -61,6 +62,13 @@ class KvSettings:
     batch: int = 1
     seed: int = 0
 
+    def __post_init__(self):
+        some, count = (1, 2**24), (0, 2**31 - 1)
+        config.check(
+            self, budgets=some, context=some, scored=some, windows=some, lengths=some, depths=(0, 1), needles=some,
+            limit=count, batch=some, seed=count,
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Kv:
@@ -100,12 +108,6 @@ def check(settings: KvSettings, max_length: int) -> None:
     for name in ("budgets", "lengths", "depths", "sources"):
         if not getattr(settings, name):
             raise AtomError(f"kv.{name}: there is none")
-    if min(settings.budgets) < 1:
-        raise AtomError(f"kv.budgets: expected at least 1 entry, got {min(settings.budgets)}")
-    if settings.limit < 0 or settings.seed < 0:
-        raise AtomError("kv.limit and kv.seed must be at least 0")
-    if not all(0 <= d <= 1 for d in settings.depths):
-        raise AtomError(f"kv.depths: expected numbers from 0 to 1, got {settings.depths}")
     longest = {"loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16}
     for part in settings.parts:
         if longest.get(part, 0) > max_length:
