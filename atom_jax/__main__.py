@@ -99,7 +99,8 @@ def _generate(argv: list[str]) -> int | None:
     known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     known.add(flags.DEFINE_string, "memory", None,
-              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512")  # fmt: skip
+              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
+              "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
