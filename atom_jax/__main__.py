@@ -119,11 +119,13 @@ def _generate(argv: list[str]) -> int | None:
 
     import jax
 
+    from atom_jax import config
     from atom_jax.checkpoint import load
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
     from atom_jax.models import registry
 
+    seed = config.in_range("--seed", values.seed, int)
     policy = None if values.memory is None else policies.parse(values.memory)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
@@ -134,7 +136,7 @@ def _generate(argv: list[str]) -> int | None:
         values.prompt,
         max_new_tokens=values.max_new_tokens,
         temperature=values.temperature,
-        key=jax.random.key(values.seed),
+        key=jax.random.key(seed),
         top_k=values.top_k,
         top_p=values.top_p,
         min_p=values.min_p,
