@@ -9,24 +9,20 @@ from atom_jax.kvcache.policies import POLICIES
 from atom_jax.models import registry
 from tests.reliability import rows
 
-# A policy for every family, of every kind of score: of keys, of attention, of positions, learned.
-CASES = [
-    ("qwen3", "plain", "knorm"), ("llama", "untied", "kvcompose"), ("olmo2", "plain", "h2o"),
-    ("olmo3", "sliding", "keydiff"), ("hnet", "hnet", "expected_attention"), ("bolmo", "qwen3-plain", "knorm"),
-]  # fmt: skip
+# Scores of keys that tie, of keys next to layers that slide, and of attention.
+CASES = [("qwen3", "plain", "knorm"), ("olmo3", "sliding", "keydiff"), ("olmo2", "plain", "h2o")]
 
 
 def test_every_family_goes_with_every_policy():
-    found = {(family, name) for family, _, name in rows.cases()}
+    found = {(family, name) for family, _, name in rows.cases(1)}
     without = {("hnet", "sepllm"), ("bolmo", "sepllm")}  # no ids there, of which some separate
     assert found == {(family, name) for family in registry.FAMILIES for name in POLICIES} - without
-    assert {family for family, _, _ in CASES} == set(registry.FAMILIES) and set(CASES) <= set(rows.cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_row_is_what_it_is_alone(case):
     lm = rows.model(*case)
-    for seed in range(6):
+    for seed in range(4):
         assert rows.difference(lm, seed) == ""
 
 
