@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -266,14 +267,19 @@ def _each(name: str, items: list[str], flags: str, deadline: float) -> Iterator[
     # A process for a few items each: thousands of compiled programs would exhaust its memory maps.
     how = {"mp_context": get_context("spawn"), "initializer": _initialize, "initargs": (flags,)}
     with ProcessPoolExecutor(several, max_tasks_per_child=6, **how) as pool:
-        waiting, running = iter(items), set()
+        waiting: Iterator[str] = iter(items)
+        running: dict[Future, str] = {}
         while True:
             while len(running) < several and time.monotonic() < deadline and (item := next(waiting, None)):
-                running.add(pool.submit(_run, name, item))
+                running[pool.submit(_run, name, item)] = item
             if not running:
                 return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool as e:
+                    yield {"part": name, "item": item, "count": 0, "failures": [f"{item}: {e}"], "seconds": 0}
 
 
 def results(out: pathlib.Path) -> list[dict[str, Any]]:
