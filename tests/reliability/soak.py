@@ -269,8 +269,14 @@ def _each(name: str, items: list[str], flags: str, deadline: float) -> Iterator[
     with ProcessPoolExecutor(several, max_tasks_per_child=6, **how) as pool:
         waiting: Iterator[str] = iter(items)
         running: dict[Future, str] = {}
+        broken = False
         while True:
-            while len(running) < several and time.monotonic() < deadline and (item := next(waiting, None)):
+            while (
+                not broken
+                and len(running) < several
+                and time.monotonic() < deadline
+                and (item := next(waiting, None))
+            ):
                 running[pool.submit(_run, name, item)] = item
             if not running:
                 return
@@ -279,6 +285,7 @@ def _each(name: str, items: list[str], flags: str, deadline: float) -> Iterator[
                 try:
                     yield future.result()
                 except BrokenProcessPool as e:
+                    broken = True
                     yield {"part": name, "item": item, "count": 0, "failures": [f"{item}: {e}"], "seconds": 0}
 
 
