@@ -98,13 +98,10 @@ class Kv:
 
 
 def check(settings: KvSettings, max_length: int) -> None:
-    """Raises AtomError for settings out of range; max_length: positions of the model."""
+    """Raises AtomError for settings that do not fit; max_length: positions of the model."""
     for part in settings.parts or ("",):
         if part not in PARTS:
             raise AtomError(f"kv.parts: no part {part!r}; expected some of {', '.join(PARTS)}")
-    for name in ("context", "scored", "windows", "needles", "batch"):
-        if getattr(settings, name) < 1:
-            raise AtomError(f"kv.{name}={getattr(settings, name)}: expected at least 1")
     for name in ("budgets", "lengths", "depths", "sources"):
         if not getattr(settings, name):
             raise AtomError(f"kv.{name}: there is none")
