@@ -99,7 +99,8 @@ def _generate(argv: list[str]) -> int | None:
     known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     known.add(flags.DEFINE_string, "memory", None,
-              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512")  # fmt: skip
+              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
+              "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
@@ -118,11 +119,13 @@ def _generate(argv: list[str]) -> int | None:
 
     import jax
 
+    from atom_jax import config
     from atom_jax.checkpoint import load
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
     from atom_jax.models import registry
 
+    seed = config.in_range("--seed", values.seed, int)
     policy = None if values.memory is None else policies.parse(values.memory)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
@@ -133,7 +136,7 @@ def _generate(argv: list[str]) -> int | None:
         values.prompt,
         max_new_tokens=values.max_new_tokens,
         temperature=values.temperature,
-        key=jax.random.key(values.seed),
+        key=jax.random.key(seed),
         top_k=values.top_k,
         top_p=values.top_p,
         min_p=values.min_p,

@@ -239,38 +239,34 @@ def _shown(value: Any) -> str:
 
 
 def check(cfg: Any, **ranges: tuple[float | None, float | None]) -> None:
-    """Raises AtomError, naming the field and the range, unless every number in a configuration is one of its field's
-    kind and in its range (`in_range`'s by default). Nones of optional fields, and texts, are not looked at."""
+    """Raises AtomError, naming the field and what it holds, unless every value in a configuration is of its field's
+    type, and numbers are in their range (`in_range`'s by default). Fields of general types are not looked at."""
     for name, hint in _hints(type(cfg)).items():
-        kind = _number_kind(hint)
-        value = getattr(cfg, name)
-        if kind is None or value is None:
-            continue
-        for item in _flat(value):
-            in_range(name, item, kind, *ranges.get(name, (None, None)))
+        _check(name, getattr(cfg, name), hint, ranges.get(name, (None, None)))
 
 
-def _flat(value: Any) -> list[Any]:
-    """What nested tuples hold."""
-    return [x for item in value for x in _flat(item)] if isinstance(value, tuple) else [value]
+_WORDS = {bool: "True or False", str: "a text"}
+
+
+def _check(name: str, value: Any, hint: Any, limits: tuple[float | None, float | None]) -> None:
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1 and not (value is None and type(None) in args):
+            _check(name, value, kinds[0], limits)
+    elif typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or not (args[-1] is Ellipsis or len(value) == len(args)):
+            size = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise AtomError(f"{name}: expected a tuple{size}, got {_shown(value)}")
+        for item, kind in zip(value, args[:1] * len(value) if args[-1] is Ellipsis else args):
+            _check(name, item, kind, limits)
+    elif hint in (int, float):
+        in_range(name, value, hint, *limits)
+    elif (hint in _WORDS or dataclasses.is_dataclass(hint)) and not isinstance(value, hint):
+        raise AtomError(f"{name}: expected {_WORDS.get(hint, hint.__name__)}, got {_shown(value)}")
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _number_kind(hint: Any) -> type | None:
-    """int or float for fields of such numbers, also optional ones and tuples of them."""
-    args = [a for a in typing.get_args(hint) if a not in (type(None), Ellipsis)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
-        return _number_kind(args[0]) if len(set(args)) == 1 else None
-    return hint if hint in (int, float) else None
-
-
-def at_least_one(cfg: Any, *names: str) -> None:
-    """Raises AtomError unless these fields of a configuration, or all of its fields, are 1 or more."""
-    for name in names or [field.name for field in dataclasses.fields(cfg)]:
-        if getattr(cfg, name) < 1:
-            raise AtomError(f"{name}: expected at least 1, got {getattr(cfg, name)}")

@@ -40,7 +40,7 @@ def run(name: str, command: Callable[[], Any]) -> int:
     except OSError as e:
         if e.filename is None:
             _silence(sys.stdout)
-        return _complain(name, f"{e.filename or 'the output'}: {e.strerror or e}")
+        return _complain(name, str(AtomError(f"{e.filename or 'the output'}: {e.strerror or e}")))
     except MemoryError as e:
         return _complain(name, f"there is not enough memory ({e})" if str(e) else "there is not enough memory")
     except Exception as e:

@@ -164,7 +164,7 @@ def find(path: str | os.PathLike) -> Path:
 def _dtype(dtype: Any) -> str:
     try:
         name = jnp.dtype(dtype).name
-    except TypeError:
+    except (TypeError, UnicodeError):
         name = str(dtype)
     if name not in ("float32", "bfloat16"):
         raise AtomError(f"dtype {name} is not supported for loading (float32 and bfloat16 are)")

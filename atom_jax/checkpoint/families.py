@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -68,8 +70,9 @@ def load(
     dtype: cast to it, or None to keep what is stored. shardings: tree of jax.sharding.Sharding, or None; may hold
     more. part: paths of the parameters to read, where no other tensors are expected; None: all. asked_by: the file
     that says which tensors there are, for messages.
-    One stacked array is assembled at a time on the host, which on the CPU becomes the parameter itself. Raises
-    AtomError, naming the first few, for missing, unexpected or misshapen tensors and for weights of other types.
+    One stacked array is assembled at a time on the host, which on the CPU becomes the parameter itself; beside that
+    the next tensor is read and its checksum verified. Raises AtomError, naming the first few, for missing, unexpected
+    or misshapen tensors and for weights of other types.
     """
     places, specs = _places(cfg, part), _specs(cfg, part)
     source = _as_published(source, places, cfg)
@@ -78,6 +81,7 @@ def load(
     names: dict[str, list[str]] = {}
     for name, place in places.items():
         names.setdefault(place.rule.path, []).append(name)
+    tensors = _ahead(source, [name for path in specs for name in names[path]])
     leaves = {}
     for path, spec in specs.items():
         stored = {source.infos[name].dtype for name in names[path]}
@@ -85,9 +89,21 @@ def load(
         for name in names[path]:
             place = places[name]
             target = out if place.layer is None else out[place.layer]
-            target[...] = place.rule.from_hf(source.read(name), place.shape)
+            target[...] = place.rule.from_hf(next(tensors), place.shape)
         leaves[path] = _to_device(out, None if placements is None else placements[path])
     return params_lib.unflatten(leaves)
+
+
+def _ahead(source: TensorSource, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The tensors of these names, each read while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = collections.deque()
+        for name in names:
+            coming.append(thread.submit(source.read, name))
+            if len(coming) == 2:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -38,7 +38,10 @@ class ByteModel:
     window: int = 64
 
     def __post_init__(self):
-        config.at_least_one(self)
+        size = (1, 2**24)
+        config.check(
+            self, vocab_size=(1, 2**28), d_model=size, n_layers=(1, 10_000), n_heads=size, d_ff=size, window=size
+        )
         if self.d_model % (2 * self.n_heads):
             raise AtomError(f"d_model {self.d_model} is not an even number of channels for {self.n_heads} heads")
 

@@ -42,14 +42,14 @@ class Chunking:
     pack: bool = False
 
     def __post_init__(self):
-        config.check(self, capacity=(0, 1))
+        size = (1, 2**20)
+        config.check(self, capacity=(0, 1), slots=size, max_positions=size, heads=size)
         if not 0 < self.capacity <= 1:
             raise AtomError(f"capacity: expected chunks per position in (0, 1], got {self.capacity}")
         if self.mix not in ("none", "ema"):
             raise AtomError(f"mix: expected none or ema, got {self.mix!r}")
         if self.residual not in ("linear", "identity", "none"):
             raise AtomError(f"residual: expected linear, identity or none, got {self.residual!r}")
-        config.at_least_one(self, "slots", "max_positions", "heads")
 
 
 def per_stage(positions: int, chunking: tuple[Chunking, ...]) -> tuple[int, ...]:

@@ -57,6 +57,7 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources or isinstance(self.sources, str):
             raise AtomError("data.sources must be a tuple that names at least one source.")
+        config.check(self, seq_len=(None, 2**26), batch_size=(None, 2**24))
         if self.weights and len(self.weights) != len(self.sources):
             raise AtomError(f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources.")
         if any(not 0 < w < float("inf") for w in self.weights):
@@ -72,4 +73,3 @@ class DataConfig:
             raise AtomError(f"data.tokens is {self.tokens}: it must be 0, or 2 or more without data.marks.")
         if 0 < self.piece_bytes < LEAST_PIECE:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")
-        config.check(self, seq_len=(None, 2**26), batch_size=(None, 2**24))

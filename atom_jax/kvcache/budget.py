@@ -40,21 +40,25 @@ class Budget(Policy):
     """Base of the configurations. Exactly one of budget and ratio is given.
 
     budget: entries per row and key/value head. ratio: entries as a share of the row's prompt, rounded down, at
-    least one. sinks: positions at the start of a text that are never evicted.
+    least one. prompt_only: both limit what is kept of the prompt, and later tokens are all kept (as kvpress has it);
+    otherwise they limit the whole text. sinks: positions at the start of a text that are never evicted.
     biased: entries may stand for several tokens, see `absorb`. digits: binary digits of a score that count: where
     they are equal the position decides, so that rounding, which is another in other company, does not.
+    ranges: of fields, where they are not those of `config.check`.
     """
 
     stepwise: ClassVar[bool] = True
     slides: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     digits: ClassVar[int] = 17
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     budget: int = 0
     ratio: float = 0.0
     sinks: int = 0
+    prompt_only: bool = False
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, **self.ranges)
         if self.budget < 0 or not 0.0 <= self.ratio <= 1.0 or self.sinks < 0:
             raise AtomError(
                 f"memory {self.name}: expected budget and sinks of at least 0 and ratio from 0 to 1, got budget"
@@ -91,6 +95,10 @@ class Budget(Policy):
         if self.budget:
             return layer.limit
         return jnp.broadcast_to(self.share(call.after, call.k.shape[2])[:, None], layer.limit.shape)
+
+    def later(self, limit_bh: jax.Array) -> jax.Array:
+        """i32 [b, h]: the limit for tokens after the prompts, of which `limit` entries stay."""
+        return jnp.full_like(limit_bh, FAR) if self.prompt_only else limit_bh
 
     def recent(self, limit_bh: jax.Array) -> jax.Array:
         """i32 [b, h]: how many of the newest entries are not to be evicted."""
@@ -218,7 +226,7 @@ class BudgetLayer(Layer):
             new = new.replace(score=self.policy.prompt(new, call))
             keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call))
             layer, new = self.policy.gather(self, new, keep)
-            return out, layer._put(new, keep).replace(limit=limit)
+            return out, layer._put(new, keep).replace(limit=self.policy.later(limit))
         new = self.entries.join(new)
         out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos, new.bias, call.window)
         if call.reading:

@@ -71,7 +71,7 @@ class KVCompose(Budget):
         keep = keep_largest(score, order, count)
         new = jax.vmap(lambda layer, keep: layer._put(layer.entries, keep))(layers, keep)
         enough = (length_b[None, :, None] <= layers.limit) if self.budget else jnp.zeros(count.shape, bool)
-        return new.replace(limit=jnp.where(enough, layers.limit, count))
+        return new.replace(limit=self.later(jnp.where(enough, layers.limit, count)))
 
     def _total(self, length_b: jax.Array, lists: int, longest: int) -> jax.Array:
         """i32 [b]: entries of all `lists` (layers, or their heads) together."""

@@ -171,8 +171,10 @@ class PerLayer:
     at: tuple[Any, ...] = ()
 
     def __post_init__(self):
-        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in self.at):
-            raise AtomError(f"memory: expected pairs of a layer and a policy, got {self.at}")
+        if not isinstance(self.at, list | tuple) or any(
+            not isinstance(pair, list | tuple) or len(pair) != 2 for pair in self.at
+        ):
+            raise AtomError(f"memory: expected pairs of a layer and a policy in at, got {self.at}")
         # JSON has lists, and policies as objects.
         read = lambda p: config.from_json(object, p, "memory.at") if isinstance(p, dict) else p  # noqa: E731
         object.__setattr__(self, "at", tuple((layer, read(policy)) for layer, policy in self.at))

@@ -36,6 +36,8 @@ class Quest(Budget):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.prompt_only:
+            raise AtomError(f"memory {self.name}: prompt_only is for policies that evict; this one keeps everything")
         if self.page < 1:
             raise AtomError(f"memory {self.name}: expected page of at least 1, got {self.page}")
 

@@ -18,6 +18,7 @@ class RandomPolicy(Budget):
     """Score: uniform, drawn from seed, layer, position and head, so that a row gets the same in any batch."""
 
     name: ClassVar[str] = "random"
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"seed": (0, 2**31 - 1)}
     seed: int = 0
 
     def token_score(self, call: Call) -> jax.Array:

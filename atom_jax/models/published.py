@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,33 @@ from atom_jax import tokenizers
 from atom_jax.naming import Rule
 from atom_jax.tokenizers import json_tokenizer
 from atom_jax.typing import AtomError
+
+# Fields of config.json that don't change what a model computes.
+HARMLESS = {
+    "architectures", "_name_or_path", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
+    "hidden_dropout", "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset", "is_decoder",
+    "is_encoder_decoder", "add_cross_attention", "output_attentions", "output_hidden_states", "return_dict",
+    "chunk_size_feed_forward", "is_llama_config", "unsloth_fixed", "unsloth_version", "transformers.js_config",
+    "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "task_specific_params",
+    "problem_type", "id2label", "label2id", "license", "finetuning_task", "torchscript", "prefix", "name_or_path",
+    "num_labels", "use_bfloat16", "tf_legacy_loss", "cross_attention_hidden_size", "tie_encoder_decoder",
+    "keys_to_ignore_at_inference", "attn_implementation", "auto_map", "model_max_length",
+    # How texts are drawn by default, which transformers used to keep here.
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "begin_suppress_tokens",
+}  # fmt: skip
+
+
+def refuse_unknown(data: dict[str, Any], known: Collection[str], where: str) -> None:
+    """Raises AtomError for fields that are neither `known` nor HARMLESS."""
+    # Names that begin so are notes of programs to themselves.
+    unknown = sorted(name for name in data.keys() - HARMLESS - set(known) if not name.startswith("_"))
+    if unknown:
+        advice = "remove what does not change what the model computes"
+        raise AtomError(f"{where}: unknown fields: {', '.join(unknown)}; {advice}")
 
 
 def own_tokenizer(cfg: Any, data: dict[str, Any], path: Path, find: Callable[[str], Path]) -> Any:

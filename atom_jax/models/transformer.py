@@ -64,6 +64,7 @@ class TransformerConfig:
             self, vocab_size=(1, 2**28), d_model=(1, 2**20), n_layers=(1, 10_000), n_heads=(1, 2**16),
             n_kv_heads=(1, 2**16), head_dim=(2, 2**16), d_ff=(1, 2**24), norm_eps=(0, 1), rope_theta=(1.01, 1e30),
             sliding_window=(1, 2**31 - 1), max_length=(1, 2**31 - 1),
+            bos_id=(0, 2**28), eos_ids=(0, 2**28), pad_id=(0, 2**28),
         )  # fmt: skip
         if self.family not in FAMILIES:
             raise AtomError(f"family: unknown {self.family!r}; known: {', '.join(FAMILIES)}")

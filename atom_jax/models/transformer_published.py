@@ -8,7 +8,7 @@ from typing import Any
 from atom_jax.fields import Fields
 from atom_jax.kvcache import policies
 from atom_jax.models import transformer_rope as rope
-from atom_jax.models.published import token_ids
+from atom_jax.models.published import refuse_unknown, token_ids
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.models.transformer_variants import FAMILIES, FULL, SLIDING, Variant
 from atom_jax.naming import Rule
@@ -35,22 +35,6 @@ _OBEYED = {
     "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype",
     "atom_tokenizer",
 }  # fmt: skip
-_HARMLESS = {
-    "architectures", "_name_or_path", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
-    "hidden_dropout", "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset", "is_decoder",
-    "is_encoder_decoder", "add_cross_attention", "output_attentions", "output_hidden_states", "return_dict",
-    "chunk_size_feed_forward", "is_llama_config", "unsloth_fixed", "unsloth_version", "transformers.js_config",
-    "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "task_specific_params",
-    "problem_type", "id2label", "label2id", "license", "finetuning_task", "torchscript", "prefix", "name_or_path",
-    "num_labels", "use_bfloat16", "tf_legacy_loss", "cross_attention_hidden_size", "tie_encoder_decoder",
-    "keys_to_ignore_at_inference", "attn_implementation", "auto_map", "model_max_length",
-    # How texts are drawn by default, which transformers used to keep here.
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "begin_suppress_tokens",
-}  # fmt: skip
 
 
 def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
@@ -60,11 +44,7 @@ def from_hf(data: dict[str, Any], where: str) -> TransformerConfig:
     for name, value in _FIXED.items():
         if data.get(name, value) not in (value, None):
             raise AtomError(f"{where}: {name} is {str(data[name])[:60]}; only {json.dumps(value)} is supported")
-    unknown = sorted(data.keys() - _OBEYED - _HARMLESS - _FIXED.keys() - policies.known_fields())
-    unknown = [name for name in unknown if not name.startswith("_")]  # notes of programs to themselves
-    if unknown:
-        advice = "remove what does not change what the model computes"
-        raise AtomError(f"{where}: unknown fields: {', '.join(unknown)}; {advice}")
+    refuse_unknown(data, _OBEYED | _FIXED.keys() | policies.known_fields(), where)
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     layers = fields.size("num_hidden_layers", most=_MAX_LAYERS)
     vocab, length = fields.size("vocab_size"), fields.size("max_position_embeddings")

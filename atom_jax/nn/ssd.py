@@ -42,7 +42,7 @@ class Mamba2Config:
     chunk: int = 256
 
     def __post_init__(self):
-        config.at_least_one(self)
+        config.check(self, **dict.fromkeys(("d_state", "d_conv", "expand", "head_dim", "chunk"), (1, 2**20)))
 
     def sizes(self, d: int) -> tuple[int, int, int]:
         """Inner width e, heads h and convolution channels c for model width d."""

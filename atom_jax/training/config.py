@@ -139,7 +139,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, seed=(0, 2**31 - 1))
         for name in ("fit", "distill", "byteify", "objective"):
             held = getattr(self, name)
             known = [OBJECTIVES[name]] if name in OBJECTIVES else list(OBJECTIVES.values())

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax import units
+from atom_jax import config, units
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.rules import lookahead
 from atom_jax.chunking.segments import gather, segment_sum
@@ -99,6 +99,9 @@ class Stage1:
     epsilon: float = 1e-6
     spaces: tuple[int, ...] = ()
     official_means: bool = False
+
+    def __post_init__(self):
+        config.check(self, depth=(1, 10_000), tau=(1e-6, 1e6), epsilon=(0, 1), spaces=(0, 2**28))
 
 
 def stage1(

@@ -54,7 +54,10 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self):
-        config.check(self, windows=(0, 2**20), calibration=(1, 2**20), ridge=(0, 1e6), entries=(1, 2**31 - 1))
+        config.check(
+            self, windows=(0, 2**20), calibration=(1, 2**20), ridge=(0, 1e6), steepness=(0, 1e6),
+            entries=(1, 2**31 - 1), seed=(0, 2**31 - 1),
+        )  # fmt: skip
         if self.target not in TARGETS:
             raise AtomError(f"fit.target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
 

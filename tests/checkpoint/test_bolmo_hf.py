@@ -13,6 +13,7 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.checkpoint import families, store
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import published
 from atom_jax.models.transformer import TransformerConfig
@@ -84,18 +85,19 @@ def test_saved_is_what_was_loaded(tmp_path):
     np.testing.assert_array_equal(third.tokenizer.suffix_ids(ids), lm.tokenizer.suffix_ids(ids))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_models_with_other_layers_and_no_subwords_survive(family, tmp_path):
+@pytest.mark.parametrize("family, memory", [("qwen3", None), ("llama", None), ("llama", DMS("observed", page=4))])
+def test_models_with_other_layers_and_no_subwords_survive(family, memory, tmp_path):
     main = TransformerConfig(
         family=family, vocab_size=520, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
-        tie_embeddings=False, max_length=256,
+        tie_embeddings=False, max_length=256, memory=memory,
     )  # fmt: skip
     cfg = bolmo.BolmoConfig(main=main, subwords=0, local_heads=2, local_d_ff=48, max_length=256)
     shapes = params.flatten(params.abstract(bolmo.spec(cfg), jnp.bfloat16))
     p = params.unflatten({k: jnp.full(s.shape, i / 8, s.dtype) for i, (k, s) in enumerate(shapes.items())})
     atom_jax.save_hf(LM(cfg, p, None), tmp_path, name="mine")
     again = atom_jax.load(tmp_path)
-    assert again.config.main.family == family and again.config.subwords == 0 and again.tokenizer.subwords is None
+    assert again.config.main.family == family and again.config.main.memory == memory
+    assert again.config.subwords == 0 and again.tokenizer.subwords is None
     assert published.to_hf(again.config, "bfloat16") == published.to_hf(cfg, "bfloat16")
     for (k, x), y in zip(params.flatten(again.params).items(), params.flatten(p).values(), strict=True):
         assert x.dtype == y.dtype == jnp.bfloat16 and (np.asarray(x) == np.asarray(y)).all(), k

@@ -169,6 +169,27 @@ def test_unknown_fields_are_refused_and_harmless_ones_are_not(monkeypatch):
     assert read(pad_token_id=-1).pad_id is None and "pad_token_id outside" in said[0]
 
 
+@pytest.mark.parametrize("table", ["", "ssm_cfg", "attn_cfg"])
+def test_unknown_fields_of_an_hnet_are_refused(golden, table):
+    data = json.loads((golden / "hnet" / "configs.json").read_text())["t_1stage"]["config"]
+    published = registry.recognise(data, "config.json").from_hf
+    place = data[table] if table else data
+    place |= {"use_cache": True, "_note": 1}
+    published(data, "config.json")
+    place["logit_cap"] = 3
+    with pytest.raises(AtomError, match=rf"{table or 'config.json'}: unknown fields: logit_cap; rem"):
+        published(data, "config.json")
+
+
+def test_unknown_fields_of_a_bolmo_are_refused(golden):
+    data = json.loads((golden / "bolmo" / "config.json").read_text())
+    published = registry.recognise(data, "config.json").from_hf
+    published(data, "config.json")
+    for changes, words in (({"logit_cap": 3}, "unknown fields: logit_cap"), ({"clip_qkv": 8.0}, "clip_qkv is 8.0")):
+        with pytest.raises(AtomError, match=words):
+            published(data | changes, "config.json")
+
+
 @st.composite
 def configurations(draw):
     family = draw(st.sampled_from(["llama", "qwen3", "olmo2", "olmo3"]))

@@ -1,12 +1,16 @@
 """The adapters that come with the package."""
 
+import hashlib
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 import atom_jax
 from atom_jax.checkpoint import adapters
+from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.typing import AtomError
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
 
@@ -16,6 +20,32 @@ def test_they_are_small_and_have_cards():
     for name in adapters.shipped():
         assert (adapters.SHIPPED / name / "README.md").is_file()
         assert sum(p.stat().st_size for p in (adapters.SHIPPED / name).iterdir()) < 5_000_000
+
+
+# SHA-256 of the names, dtypes, shapes and bytes of their tensors.
+DIGESTS = {
+    "smollm2-135m-dms-4x": "a0f94c40920f6a8a8169fdd700e9f8cda5ee9047277c0ef05e2c44933278917a",
+    "smollm2-135m-dms-8x": "e0d3daf338582d82034178ca1bc08d8146660874c72fd6514a77e1be87331af8",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_they_are_what_was_measured_and_damage_is_seen(name, tmp_path):
+    file = shutil.copy(adapters.SHIPPED / name / adapters.TENSORS, tmp_path)
+    source = SafetensorsSource(file)
+    digest = hashlib.sha256()
+    for tensor in sorted(source.infos):
+        x = source.read(tensor)
+        digest.update(tensor.encode() + str(x.dtype).encode() + str(x.shape).encode() + x.tobytes())
+    assert digest.hexdigest() == DIGESTS[name] and set(source.crcs) == set(source.infos)
+    with open(file, "r+b") as f:
+        f.seek(-3, 2)
+        byte = f.read(1)[0]
+        f.seek(-3, 2)
+        f.write(bytes([byte ^ 1]))
+    with pytest.raises(AtomError, match="is not what was written"):
+        for tensor in source.infos:
+            source.read(tensor)
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs SmolLM2-135M-Instruct: run `make smollm2`")

@@ -18,7 +18,7 @@ from atom_jax.typing import AtomError
         ({"sources": "austen"}, "data.sources"),
         ({"weights": (1, 2)}, "data.weights has 2 numbers for 1 sources"),
         ({"weights": (0,)}, "data.weights must be positive"),
-        ({"weights": (float("nan"),)}, "data.weights must be positive"),
+        ({"weights": (float("nan"),)}, "weights: expected a number"),
         ({"split": "dev"}, "data.split is 'dev'"),
         ({"seq_len": 0}, "data.seq_len is 0"),
         ({"batch_size": 0}, "data.batch_size is 0"),

@@ -12,6 +12,7 @@ from atom_jax.kvcache import observe, policies
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.nn.attention import Tokens
+from atom_jax.typing import AtomError
 from tests.kvcache import naive_policies as naive
 
 LENGTHS = np.array([40, 23, 9])
@@ -164,6 +165,33 @@ def test_the_limit_holds_and_the_newest_token_is_stored(name):
     np.testing.assert_array_equal(state.n, state.limit)
     for i in range(p.sinks):
         assert bool(jnp.all(jnp.any(state.pos == i, axis=-1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_only_keeps_of_the_prompt_what_it_kept_and_all_that_follows(name):
+    p = policy(name, "ratio=0.4")
+    _, plain = extend(layer(p.init(SIZES, 48, (0, 1, 2))), prompt())
+    p = dataclasses.replace(p, prompt_only=True)
+    state = layer(p.init(SIZES, 48, (0, 1, 2)))
+    _, state = extend(state, prompt())
+    before = [sets(state, row) for row in range(3)]
+    assert before == [sets(plain, row) for row in range(3)]
+    for i in range(8):
+        if bool(jnp.any(state.full(LENGTHS + i))):
+            state = state.grow(LENGTHS + i, 1)
+        call = later(LENGTHS + i)
+        out, state = extend(state, call)
+        for row in range(3):
+            new = set(range(LENGTHS[row], LENGTHS[row] + i + 1))
+            assert sets(state, row) == [held | new for held in before[row]]
+            held = np.array(sorted(before[row][1] | new))
+            w = naive.attention(np.asarray(call.q)[row, 1, 0, 0], tensors()[1][row, 1, held], LENGTHS[row] + i, held)
+            np.testing.assert_allclose(out[row, 1, 0, 0], w @ tensors()[2][row, 1, held], atol=2e-5)
+
+
+def test_prompt_only_is_not_for_a_policy_that_keeps_everything():
+    with pytest.raises(AtomError, match="prompt_only is for policies that evict"):
+        policies.parse("quest:ratio=0.5,prompt_only=true")
 
 
 def test_tokens_after_the_prompt_replace_its_least_keys_first_then_the_oldest():

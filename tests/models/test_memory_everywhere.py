@@ -10,6 +10,7 @@ import pytest
 
 import atom_jax
 from atom_jax import params
+from atom_jax.inference import continuation
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.budget import BudgetLayer
 from atom_jax.kvcache.dense import DenseLayer
@@ -128,6 +129,19 @@ def test_tokens_that_were_tried_leave_no_trace(policy, unroll):
         after = Batch(ids[:, 40 + t, None], found.length[:, None], jnp.ones((2, 1), jnp.int32))
         (x, found, _), (y, plain, _) = run(after, cache=found), run(after, cache=plain)
         np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tova", "kvcompose", "razor_attention"])
+def test_prompt_only_decodes_as_a_continuation_that_is_stored_whole(name):
+    """As kvpress scores: the context is compressed, and what follows is all seen."""
+    more = {"razor_attention": "least=3,sinks=1,"}.get(name, "")
+    lm = with_memory(build(("full",) * 3, family="qwen3"), parse(f"{name}:ratio=0.25,{more}prompt_only=true"))
+    made = atom_jax.generate(lm, PROMPTS[:2], 40)
+    assert made.stats["kv_entries_peak"] >= 2 * 40
+    for prompt, new in zip(PROMPTS, made.ids):
+        scores = continuation.score(lm, [prompt], [new])
+        assert scores.hits.all()
+        np.testing.assert_array_equal(scores.held_after, scores.held + len(new) - 1)
 
 
 @pytest.mark.parametrize("name", ["hnet-2", "words"])

@@ -224,5 +224,5 @@ def test_initial_values_are_the_published_ones():
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(AtomError, match="head_dim 64 does not divide the inner width 40"):
         mamba2_spec(20, Mamba2Config())
-    with pytest.raises(AtomError, match="chunk: expected at least 1, got 0"):
+    with pytest.raises(AtomError, match="chunk: expected a whole number from 1 to 1048576, got 0"):
         Mamba2Config(chunk=0)

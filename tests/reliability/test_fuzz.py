@@ -83,6 +83,12 @@ def test_configs_of_other_families(golden, tmp_path, family):
     fuzz(tmp_path / "config.json", json_mutants, lambda: checkpoint.load_config(tmp_path), least=1)
 
 
+def test_config_of_an_hnet(golden, tmp_path):
+    table = json.loads((golden / "hnet" / "configs.json").read_text())["mt_2stage"]["config"]
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    fuzz(tmp_path / "config.json", json_mutants, lambda: checkpoint.load_config(tmp_path), least=1)
+
+
 def test_generation_config(llama):
     ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "temperature": 0.6}
     (llama / "generation_config.json").write_text(json.dumps(ids))

@@ -31,6 +31,7 @@ class Cosine:
     official_padding: bool = False
 
     def __post_init__(self):
+        config.check(self, target=(1, 1e9), weight=(0, 1e6))
         if self.target <= 1:
             raise AtomError(f"target: expected more than 1 position per chunk, got {self.target}")
 

@@ -41,10 +41,9 @@ class Entropy:
     weight: float = 1.0
 
     def __post_init__(self):
+        config.check(self, threshold=(0, 1e6), increase=(0, 1e6), max_length=(0, 2**31 - 1), weight=(0, 1e6))
         if self.mode not in ("global", "monotonic", "both"):
             raise AtomError(f"mode: expected global, monotonic or both, got {self.mode!r}")
-        if self.max_length < 0:
-            raise AtomError(f"max_length: expected bytes, or 0 for no limit, got {self.max_length}")
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ class Fixed:
     phase: str = "block"
 
     def __post_init__(self):
-        config.at_least_one(self, "stride")
+        config.check(self, stride=(1, 2**20))
         if self.phase not in ("block", "dynpool"):
             raise AtomError(f"phase: expected block or dynpool, got {self.phase!r}")
 

@@ -31,6 +31,9 @@ class Lookahead:
     # Factor on the cross-entropy with the marks that the data supplies.
     weight: float = 4.0
 
+    def __post_init__(self):
+        config.check(self, weight=(0, 1e6))
+
 
 def spec(cfg: Lookahead, d: int) -> Tree:
     """Projections [d in, d out] of a state ("q") and of the next one ("k"), at first the identity."""

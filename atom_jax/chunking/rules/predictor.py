@@ -53,6 +53,8 @@ class Predictor:
     priors: tuple[float, ...] = ()
 
     def __post_init__(self):
+        rate = (0, 1)
+        config.check(self, prior=rate, priors=rate, temperature=(0, 1e6), hidden=(0, 2**24), weight=(0, 1e6))
         if self.supervision not in ("gumbel", "marks", "entropy"):
             raise AtomError(f"supervision: expected gumbel, marks or entropy, got {self.supervision!r}")
         if self.temperature <= 0:

@@ -28,6 +28,7 @@ class Spaces:
     characters: tuple[int, ...] = (0x20,)
 
     def __post_init__(self):
+        config.check(self, characters=(0, 2**28))
         if self.style not in ("whitespace", "spacebyte"):
             raise AtomError(f"style: expected whitespace or spacebyte, got {self.style!r}")
 

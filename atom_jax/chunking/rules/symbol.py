@@ -19,6 +19,9 @@ class Symbol:
     # The end-of-word symbol of `tokenizers.HatTokenizer`.
     id: int = 259
 
+    def __post_init__(self):
+        config.check(self, id=(0, 2**28))
+
 
 def spec(cfg: Symbol, d: int) -> Tree:
     """No parameters."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atom_jax import config
 from atom_jax.data.fetch import evaldata
 from atom_jax.evaluation.tasks.bpb import TextBpb
 from atom_jax.evaluation.tasks.characters import Characters
@@ -66,6 +67,9 @@ class _Common:
     max_length: int = 0
     front: str = "auto"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        config.check(self, batch_tokens=(1, 2**31 - 1), max_length=(0, 2**31 - 1))
 
 
 EvalConfig = dataclasses.make_dataclass(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atom_jax import config
 from atom_jax.data.config import SPLITS
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation.encode import Encoder, Item
@@ -37,6 +38,10 @@ class BpbSettings:
     context: int = 0
     limit: int = 0
     seed: int = 0
+
+    def __post_init__(self):
+        count = (0, 2**31 - 1)
+        config.check(self, context=count, limit=count, seed=count)
 
 
 @dataclasses.dataclass(frozen=True)

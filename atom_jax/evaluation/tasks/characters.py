@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from atom_jax import config
 from atom_jax.data.builtin import austen
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import choice, requests
@@ -35,8 +36,8 @@ class CharacterSettings:
     kinds: tuple[str, ...] = ("spelling", "reversal", "deletion", "insertion", "substitution", "swap")
 
     def __post_init__(self):
-        if self.documents < 1 or self.shots < 0:
-            raise AtomError("characters: expected at least 1 document and no less than 0 shots")
+        count = (0, 2**31 - 1)
+        config.check(self, documents=(1, 2**31 - 1), seed=count, shots=count)
         for kind in self.kinds or ("",):
             if kind not in KINDS:
                 raise AtomError(f"characters.kinds: no kind {kind!r}; expected some of {', '.join(KINDS)}")

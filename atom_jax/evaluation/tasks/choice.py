@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from atom_jax import config
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Result, proportion
@@ -25,6 +26,10 @@ class ChoiceSettings:
     limit: int = 0
     seed: int = 0
     format: str = ""
+
+    def __post_init__(self):
+        count = (0, 2**31 - 1)
+        config.check(self, limit=count, seed=count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from atom_jax import config
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Metric, Result, mean, perplexity, proportion, ratio
@@ -19,6 +20,10 @@ class GoldSettings:
 
     limit: int = 0
     seed: int = 0
+
+    def __post_init__(self):
+        count = (0, 2**31 - 1)
+        config.check(self, limit=count, seed=count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from atom_jax import config
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder, front
@@ -61,6 +62,13 @@ class KvSettings:
     batch: int = 1
     seed: int = 0
 
+    def __post_init__(self):
+        some, count = (1, 2**24), (0, 2**31 - 1)
+        config.check(
+            self, budgets=some, context=some, scored=some, windows=some, lengths=some, depths=(0, 1), needles=some,
+            limit=count, batch=some, seed=count,
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Kv:
@@ -90,22 +98,13 @@ class Kv:
 
 
 def check(settings: KvSettings, max_length: int) -> None:
-    """Raises AtomError for settings out of range; max_length: positions of the model."""
+    """Raises AtomError for settings that do not fit; max_length: positions of the model."""
     for part in settings.parts or ("",):
         if part not in PARTS:
             raise AtomError(f"kv.parts: no part {part!r}; expected some of {', '.join(PARTS)}")
-    for name in ("context", "scored", "windows", "needles", "batch"):
-        if getattr(settings, name) < 1:
-            raise AtomError(f"kv.{name}={getattr(settings, name)}: expected at least 1")
     for name in ("budgets", "lengths", "depths", "sources"):
         if not getattr(settings, name):
             raise AtomError(f"kv.{name}: there is none")
-    if min(settings.budgets) < 1:
-        raise AtomError(f"kv.budgets: expected at least 1 entry, got {min(settings.budgets)}")
-    if settings.limit < 0 or settings.seed < 0:
-        raise AtomError("kv.limit and kv.seed must be at least 0")
-    if not all(0 <= d <= 1 for d in settings.depths):
-        raise AtomError(f"kv.depths: expected numbers from 0 to 1, got {settings.depths}")
     longest = {"loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16}
     for part in settings.parts:
         if longest.get(part, 0) > max_length:

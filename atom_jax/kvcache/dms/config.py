@@ -59,7 +59,7 @@ class Settings(Policy):
     block_size: int = 256
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, separators=(0, 2**28), cr=(1, 1e6))
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.per not in ("head", "layer"):

@@ -56,6 +56,7 @@ class BolmoConfig:
         config.check(
             self, subwords=(0, 2**28), encoder_layers=(1, 10_000), decoder_layers=(1, 10_000), local_heads=(1, 2**16),
             local_d_ff=(1, 2**24), edge_eps=(0, 1), chunk=(1, 2**20), max_length=(1, 2**31 - 1),
+            bos_id=(0, 2**28), eos_ids=(0, 2**28), pad_id=(0, 2**28),
         )  # fmt: skip
         if self.vocab_size != 2 * FUSED:
             raise AtomError(f"vocab_size: a Bolmo has {2 * FUSED} ids, got {self.vocab_size}")

@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 
 from atom_jax.fields import Fields
+from atom_jax.kvcache import policies
 from atom_jax.models import transformer_published, transformer_rope
 from atom_jax.models.bolmo.config import FUSED, BolmoConfig
 from atom_jax.models.published import Published
@@ -19,12 +20,14 @@ from atom_jax.tokenizers import BolmoTokenizer
 from atom_jax.tokenizers.json_tokenizer import MAIN, JsonTokenizer
 from atom_jax.typing import AtomError
 
-# Fields of the layers over patches, which mean what they mean in a transformer's config.json.
-_MAIN = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-    "intermediate_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "layer_types",
-    "sliding_window", "max_position_embeddings", "attention_bias", "dtype", "torch_dtype",
-)  # fmt: skip
+# Fields of the model as a whole. All others are those of the layers over patches, which mean what they mean in a
+# transformer's config.json.
+_OWN = {
+    "model_type", "vocab_size", "subword_vocab_size", "add_expanded_embeddings", "num_local_encoder_layers",
+    "num_local_decoder_layers", "num_local_heads", "local_intermediate_size", "local_rms_norm_eps", "block_type",
+    "use_qk_norm", "use_head_qk_norm", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_config",
+    "boundary_threshold", "boundary_predictor_lookahead", "tie_word_embeddings",
+}  # fmt: skip
 # Other values of these mean a model that is not computed here.
 _FIXED = {"boundary_threshold": "sample:0", "boundary_predictor_lookahead": 1, "tie_word_embeddings": False}
 # (norms on the outputs, norms on all query and key heads at once, on each) -> our family of layers.
@@ -46,7 +49,7 @@ def from_hf(data: dict[str, Any], where: str) -> BolmoConfig:
     if data.get("rope_theta") is None and data.get("rope_parameters") is None:
         logging.warning("%s: rope_theta is missing; 10000 is used, though the models it came from had 500000", where)
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 65536}
-    given = {name: data[name] for name in _MAIN if data.get(name) is not None}
+    given = {name: value for name, value in data.items() if name not in _OWN and value is not None}
     vocab = fields.size("vocab_size", 2 * FUSED)
     family = _family(fields)
     # Which layers slide is in layer_types alone.
@@ -134,6 +137,7 @@ def to_hf(cfg: BolmoConfig, dtype: str) -> dict[str, Any]:
         },
         "dtype": dtype,
     }
+    out |= policies.to_hf(main.memory, cfg.family)
     if family.post_norm:
         return out
     head = family.qk_norm == "head"

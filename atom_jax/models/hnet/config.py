@@ -70,6 +70,7 @@ class HNetConfig:
             self, vocab_size=(1, 2**28), d_model=(1, 2**20), d_intermediate=(0, 2**24), n_heads=(1, 2**16),
             rotary_dim=(0, 2**16), window=(-1, 2**31 - 1), ngrams=(1, 2**16), ngram_rows=(1, 2**28),
             norm_eps=(0, 1), init_std=(0, 1e6), max_length=(1, 2**31 - 1),
+            bos_id=(0, 2**28), eos_ids=(0, 2**28), pad_id=(0, 2**28),
         )  # fmt: skip
         stages = (len(self.layout) + 1) // 2
         if len(self.layout) % 2 == 0:

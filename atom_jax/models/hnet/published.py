@@ -9,13 +9,19 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache import policies
 from atom_jax.models import stack
 from atom_jax.models.hnet.config import HNetConfig, chunking
-from atom_jax.models.published import Published, named_tokenizer
+from atom_jax.models.published import Published, named_tokenizer, refuse_unknown
 from atom_jax.naming import Rule
 from atom_jax.nn.ssd import Mamba2Config
 from atom_jax.typing import AtomError
 
 # Bytes per unit that the released models were trained towards, by number of chunking stages.
 _TARGETS = {1: 6.0, 2: 3.0}
+_OBEYED = {
+    "arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "attn_cfg", "tie_embeddings",
+    "eos_token_id", "model_type", "atom_tokenizer",
+}  # fmt: skip
+_SSM = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "headdim": "head_dim", "chunk_size": "chunk"}
+_ATTENTION = {"num_heads", "rotary_emb_dim", "window_size"}
 
 
 def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
@@ -24,6 +30,10 @@ def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
     layout = _flatten(data["arch_layout"], where)
     stages = (len(layout) + 1) // 2
     attention, ssm = (_table(data, name, where) for name in ("attn_cfg", "ssm_cfg"))
+    for table, known, place in (
+        (data, _OBEYED, where), (attention, _ATTENTION, f"{where}: attn_cfg"), (ssm, _SSM, f"{where}: ssm_cfg"),
+    ):  # fmt: skip
+        refuse_unknown(table, known, place)
     heads = _numbers(attention, "num_heads", stages, where)
     widths = _numbers(data, "d_model", stages, where)
     fields = Fields(data, where)
@@ -39,11 +49,8 @@ def from_hf(data: dict[str, Any], where: str) -> HNetConfig:
             window=_numbers(attention, "window_size", stages, where, least=-1),
             chunking=tuple(chunking(target, 2 / target) for _ in range(stages - 1)),
             ssm=Mamba2Config(**{
-                ours: Fields(ssm, f"{where}: ssm_cfg").size(theirs, default)
-                for ours, theirs, default in (
-                    ("d_state", "d_state", 128), ("d_conv", "d_conv", 4), ("expand", "expand", 2),
-                    ("head_dim", "headdim", 64), ("chunk", "chunk_size", 256),
-                )
+                ours: Fields(ssm, f"{where}: ssm_cfg").size(theirs, getattr(Mamba2Config, ours))
+                for theirs, ours in _SSM.items()
             }),
             tie_embeddings=fields.flag("tie_embeddings", False),
             eos_ids=fields.ids("eos_token_id", vocab) if "eos_token_id" in data else (255,),

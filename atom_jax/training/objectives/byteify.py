@@ -60,6 +60,7 @@ class Byteify(Objective):
 
     def __post_init__(self):
         config.check(self)
+        config.check(self.weights, **dict.fromkeys(("encoder", "cross_entropy", "decoder", "boundary"), (0, 1e6)))
         if self.stage not in (1, 2):
             raise AtomError(f"byteify.stage: expected 1 or 2, got {self.stage}")
 

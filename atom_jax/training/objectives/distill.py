@@ -51,7 +51,7 @@ class Distill(Objective):
     }
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, weight=(0, 1e6))
         if self.direction not in ("reverse", "forward", "both"):
             raise AtomError(f"distill.direction: expected reverse, forward or both, got {self.direction!r}")
         if min(self.cr_start, self.cr_end) < 1 or self.cr_steps < 1 or self.fade_steps < 0:

@@ -66,7 +66,7 @@ def test_symbol():
 
 
 def test_bad_options():
-    with pytest.raises(AtomError, match="stride: expected at least 1"):
+    with pytest.raises(AtomError, match="stride: expected a whole number from 1"):
         Fixed(0)
     with pytest.raises(AtomError, match="phase: expected block or dynpool"):
         Fixed(2, phase="first")

@@ -185,14 +185,14 @@ def test_policies_and_budgets(lm, monkeypatch):
         (["policies=model"], "no memory of its own"),
         (["policies=zip"], "memory 'zip'"),
         (["policies=toy:size=3"], "no field 'size'"),
-        (["budgets=0"], "expected at least 1 entry"),
+        (["budgets=0"], "budgets: expected a whole number from 1"),
         (["budgets="], "kv.budgets: there is none"),
-        (["windows=0"], "kv.windows=0"),
+        (["windows=0"], "kv.windows=0: windows: expected a whole number from 1"),
         (["context=60"], "reads up to 68 tokens, the model was made for 64"),
         (["parts=needle"], "the model was made for 64"),
-        (["depths=1.5"], "numbers from 0 to 1"),
+        (["depths=1.5"], "depths: expected a number from 0 to 1"),
         (["sources=/no/such/text"], "/no/such/text"),
-        (["limit=-1"], "at least 0"),
+        (["limit=-1"], "limit: expected a whole number from 0"),
     ],
 )
 def test_bad_settings(lm, cfg, settings, message):

@@ -1,0 +1,192 @@
+"""Rows of ragged batches next to themselves alone, over two turns: for every family with every cache policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from atom_jax import params
+from atom_jax.kvcache import memory
+from atom_jax.kvcache.budget import BudgetLayer, steady
+from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.policies import POLICIES, parse
+from atom_jax.kvcache.policy import policies_of
+from atom_jax.models import registry
+from atom_jax.models.bolmo import BolmoConfig
+from atom_jax.models.hnet import HNetConfig
+from atom_jax.session.prompts import padded
+from atom_jax.session.session import Session
+from atom_jax.typing import LM
+from tests.models.tiny_units import stream, weights
+
+STEPS = 3
+# What policies need besides a budget, or to choose among few tokens at all.
+SETTINGS = {
+    "streaming_llm": "sinks=2", "snapkv": "window=3", "pyramidkv": "window=3,beta=3", "adakv": "window=3,floor=0.4",
+    "expected_attention": "sinks=1,future=5,eps=0.01", "sepllm": "sinks=1,window=2", "quest": "page=2",
+    "razor_attention": "sinks=1,least=2",
+}  # fmt: skip
+SEPARATORS = tuple(range(32, 48))
+EVICTORS = DMS("observed", window=3, scale=1.0, offset=0.0, page=4)
+
+
+def policy(name: str, budget: int = 6) -> Any:
+    """A policy that keeps little."""
+    if name == "dms":
+        return EVICTORS
+    made = parse(f"{name}:budget={budget},{SETTINGS.get(name, '')}")
+    if name == "sepllm":
+        return dataclasses.replace(made, separators=SEPARATORS)
+    return dataclasses.replace(made, heads=((0, 0), (1, 1))) if name == "razor_attention" else made
+
+
+def cases(examples: int | None = None) -> Iterator[tuple[str, str, str]]:
+    """(family, example, policy) of all that go together. examples: so many of each family; None: all."""
+    for family in registry.FAMILIES.values():
+        for example, cfg in list(family.examples().items())[:examples]:
+            for name in POLICIES:
+                # Layers over units have no ids, of which some separate.
+                if not (name == "sepllm" and isinstance(cfg, HNetConfig | BolmoConfig)) and _takes(cfg, policy(name)):
+                    yield family.name, example, name
+
+
+def _takes(cfg: Any, chosen: Any) -> bool:
+    family = registry.of(cfg)
+    cache = jax.eval_shape(lambda: family.init_cache(family.with_memory(cfg, chosen), 1, 1))
+    return set(policies_of(chosen)) <= set(memory.policies(cache))
+
+
+@functools.cache
+def _parameters(cfg: Any) -> Any:
+    tree = weights(cfg) if isinstance(cfg, HNetConfig) else params.init(jax.random.key(3), registry.of(cfg).spec(cfg))
+    flat = params.flatten(tree)
+    for i, (path, x) in enumerate(flat.items()):
+        # Evictors that evict about half, and ends of units that differ between positions.
+        if ("/dms/" in path and not path.endswith("norm")) or path.startswith("rule/"):
+            flat[path] = jax.random.normal(jax.random.key(i), x.shape)
+    return params.unflatten(flat)
+
+
+def plain(family: str, example: str) -> LM:
+    """The example as it is."""
+    cfg = registry.FAMILIES[family].examples()[example]
+    return LM(cfg, _parameters(cfg), None)
+
+
+def model(family: str, example: str, name: str, budget: int = 6) -> LM:
+    """The example with the policy."""
+    record = registry.FAMILIES[family]
+    cfg = record.with_memory(record.examples()[example], policy(name, budget))
+    return LM(cfg, _parameters(cfg), None)
+
+
+def texts(cfg: Any, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Two turns of three rows; one of the first turn is much longer. Every second time of few different ids."""
+    rng = np.random.default_rng(seed)
+
+    def row(n: int) -> list[int]:
+        if isinstance(cfg, HNetConfig):
+            return stream(n, int(rng.integers(60))).tolist()
+        first = 4 if isinstance(cfg, BolmoConfig) else 0
+        return (first + rng.integers(*((30, 36) if seed % 2 else (0, 250)), n)).tolist()
+
+    lengths = [int(rng.integers(17, 33)), int(rng.integers(9, 17)), int(rng.integers(1, 17))]
+    return [row(n) for n in rng.permutation(lengths)], [row(int(n)) for n in rng.integers(STEPS + 1, 13, 3)]
+
+
+def difference(lm: LM, seed: int) -> str:
+    """In what the shorter rows of a batch differ from themselves alone, in buffers of their own; "" where they don't.
+
+    Positions that are kept are compared exactly; logits but for rounding."""
+    first, second = texts(lm.config, seed)
+    alone = lambda row: (first[row : row + 1], second[row : row + 1])  # noqa: E731
+    together = list(_read(lm, first, second, 32, _seen))
+    for row in range(3):
+        if len(first[row]) > 16:
+            continue
+        for (what, logits, held), (_, own, mine) in zip(together, _read(lm, *alone(row), 16, _seen)):
+            where = f"seed {seed}, row {row}, {what}"
+            if held[row] != mine[0]:
+                return f"{where}: keeps {held[row]}, and alone {mine[0]}"
+            if not np.allclose(logits[row], own[0], atol=1e-4 * np.abs(own).max()):
+                return f"{where}: logits differ by {np.abs(logits[row] - own[0]).max():.1e}"
+    return ""
+
+
+def _read(
+    lm: LM, first: list[list[int]], second: list[list[int]], width: int, look: Callable[[Session], tuple]
+) -> Iterator[tuple]:
+    """What `look` finds after the prompts, after each of some single tokens, after the rest of the second turn, and
+    after each of the same single tokens again."""
+    ids, lengths = padded([np.array(row) for row in first], width)
+    session = Session.begin(lm, ids, lengths, capacity=3 * width, params=lm.params, unroll=False)
+    yield "the prompt", *look(session)
+    for turn in ("first", "second"):
+        for i in range(STEPS):
+            session = session.step(np.array([row[i] for row in second], np.int32))
+            yield f"step {i} of the {turn} turn", *look(session)
+        if turn == "first":
+            ids, lengths = padded([np.array(row[STEPS:]) for row in second], 8)
+            session, _ = session.read(ids, lengths)
+            yield "the second turn", *look(session)
+
+
+def _layers(session: Session) -> Iterator[tuple[memory.Memory, BudgetLayer]]:
+    """Those with a budget, with the nodes that they belong to."""
+    for node in memory.nodes(session.memory):
+        for x in jax.tree.leaves(node.layers, is_leaf=lambda x: isinstance(x, memory.Stack | BudgetLayer)):
+            layer = x.states if isinstance(x, memory.Stack) else x
+            if isinstance(layer, BudgetLayer):
+                yield from (
+                    (node, one) for one in (params.unstack(layer) if isinstance(x, memory.Stack) else (layer,))
+                )
+
+
+def _seen(session: Session) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """Logits, and for every row the positions that the heads of layers with a budget hold."""
+    held: list[list[list[int]]] = [[] for _ in session.token]
+    for _, layer in _layers(session):
+        for row, heads in zip(held, np.asarray(layer.pos)):
+            row += [sorted(head[head >= 0].tolist()) for head in heads]
+    return np.asarray(session.logits), held
+
+
+def flips(lm: LM, seed: int, digits: Sequence[int]) -> tuple[int, np.ndarray]:
+    """How many times heads of the shorter rows rank what they hold, and how many of these ranks are others alone
+    where so many binary digits of the scores count. lm: with room for everything."""
+    first, second = texts(lm.config, seed)
+    together = list(_read(lm, first, second, 32, _scores))
+    total, found = 0, np.zeros(len(digits), int)
+    for row in range(3):
+        if len(first[row]) > 16:
+            continue
+        alone = _read(lm, first[row : row + 1], second[row : row + 1], 16, _scores)
+        for (_, scores), (_, own) in zip(together, alone):
+            for (a, order), (b, _) in zip(scores[row], own[0]):
+                total += 1
+                found += [bool((_rank(a, order, n) != _rank(b, order, n)).any()) for n in digits]
+    return total, found
+
+
+def _rank(score: np.ndarray, order: np.ndarray, digits: int) -> np.ndarray:
+    return np.lexsort((order, np.asarray(steady(score, digits))))
+
+
+def _scores(session: Session) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]]]:
+    """For every row and head the scores of its entries with all their digits, and their orders."""
+    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in session.token]
+    for node, layer in _layers(session):
+        # A class of its own, whose scores are not rounded.
+        plain = type("Plain", (type(layer.policy),), {"digits": 23})(**dataclasses.asdict(layer.policy))
+        score = plain.guarded(layer.entries, node.length - 1, layer.limit)
+        order = plain.order(layer.pos)
+        for row, (scores, orders, places) in enumerate(zip(*map(np.asarray, (score, order, layer.pos)))):
+            for s, o, p in zip(scores, orders, places):
+                at = np.argsort(p)[np.sum(p < 0) :]
+                found[row].append((s[at], o[at]))
+    return (found,)

@@ -1,0 +1,33 @@
+"""Rows of ragged batches are what they are alone, over two turns.
+
+`make soak SOAK=rows` takes every example with every policy, and both of XLA's settings.
+"""
+
+import pytest
+
+from atom_jax.kvcache.policies import POLICIES
+from atom_jax.models import registry
+from tests.reliability import rows
+
+# Scores of keys that tie, of keys next to layers that slide, and of attention.
+CASES = [("qwen3", "plain", "knorm"), ("olmo3", "sliding", "keydiff"), ("olmo2", "plain", "h2o")]
+
+
+def test_every_family_goes_with_every_policy():
+    found = {(family, name) for family, _, name in rows.cases(1)}
+    without = {("hnet", "sepllm"), ("bolmo", "sepllm")}  # no ids there, of which some separate
+    assert found == {(family, name) for family in registry.FAMILIES for name in POLICIES} - without
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_row_is_what_it_is_alone(case):
+    lm = rows.model(*case)
+    for seed in range(4):
+        assert rows.difference(lm, seed) == ""
+
+
+def test_norms_that_are_equal_need_fewer_digits():
+    """Keys of a Qwen 3 have equal norms, but for rounding: with all digits many ranks differ, with 13 none."""
+    lm = rows.model("qwen3", "plain", "knorm", budget=400)
+    total, (few, all_of_them) = rows.flips(lm, 3, (13, 23))
+    assert few == 0 and all_of_them > total / 10
