@@ -179,7 +179,7 @@ def test_python_m_atom_jax(places, capsys, monkeypatch):
 
 # Runs a script again and again in one process, each time with the arguments of a line of the input.
 AGAIN = """
-import contextlib, importlib.util, io, json, signal, sys, traceback
+import contextlib, faulthandler, importlib.util, io, json, sys, traceback
 from absl import app, flags
 from absl.testing import flagsaver
 from atom_jax import terminal
@@ -188,7 +188,7 @@ script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 for line in sys.stdin:
     args, err = json.loads(line), io.StringIO()
-    signal.alarm(100)
+    faulthandler.dump_traceback_later(300, exit=True)
     try:
         with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             code = terminal.run(sys.argv[1], lambda: app.run(script.main, argv=[sys.argv[1], *args]))
