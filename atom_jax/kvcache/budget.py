@@ -43,7 +43,8 @@ class Budget(Policy):
     least one. prompt_only: both limit what is kept of the prompt, and later tokens are all kept (as kvpress has it);
     otherwise they limit the whole text. sinks: positions at the start of a text that are never evicted.
     biased: entries may stand for several tokens, see `absorb`. digits: binary digits of a score that count: where
-    they are equal the position decides, so that rounding, which is another in other company, does not.
+    they are equal the position decides, so that rounding, which is another in other company, does not. With 17 no
+    rank was another in company than alone, of any policy but one whose scores tie (docs/reliability.md, "Digits").
     ranges: of fields, where they are not those of `config.check`.
     """
 
