@@ -46,7 +46,9 @@ EACH = everything()
 
 
 def test_all_registered_types_are_looked_at():
-    assert set(config._CLASSES.values()) <= set(EACH) and len(EACH) > 40
+    # Other tests register classes of their own.
+    ours = {cls for cls in config._CLASSES.values() if cls.__module__.split(".")[0] == "atom_jax"}
+    assert ours <= set(EACH) and len(EACH) > 40
 
 
 def kind(hint):
