@@ -173,7 +173,7 @@ def test_evictors_over_units_decode_as_they_are_trained():
         assert (logits.max(1) - logits[np.arange(30), new] < 1e-3).all()
 
 
-@pytest.mark.parametrize("text", ["tova:budget=200", "snapkv:budget=200,window=4;1=none", "knorm:budget=6"])
+@pytest.mark.parametrize("text", ["tova:budget=200", "none;1=snapkv:budget=200,window=4", "knorm:budget=6"])
 def test_bolmo_over_sliding_layers(text):
     lm = bolmo_over(None)
     prompts = [(4 + np.random.default_rng(0).integers(0, 200, n)).tolist() for n in (90, 50)]
