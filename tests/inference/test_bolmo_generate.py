@@ -14,7 +14,6 @@ import pytest
 import atom_jax
 from atom_jax.inference import generate as module
 from atom_jax.inference import score
-from atom_jax.kvcache.policies import parse
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import forward
 from atom_jax.session import sampling, session
@@ -121,23 +120,6 @@ def test_caches_may_grow(monkeypatch):
     grown = atom_jax.generate(model(), short, NEW)
     assert grown.ids == expected.ids
     assert grown.stats["kv_bytes"] < expected.stats["kv_bytes"]
-
-
-def test_any_memory_policy_goes_with_the_layers_over_patches():
-    """Those that all see everything: a budget beyond the text changes nothing, a small one is kept to."""
-    cfg = model().config
-    wide = dataclasses.replace(cfg.main, layer_types=("full", "full"))
-
-    def made(memory):
-        main = dataclasses.replace(wide, memory=memory)
-        return atom_jax.generate(
-            dataclasses.replace(model(), config=dataclasses.replace(cfg, main=main)), PROMPTS[:1], 24
-        )
-
-    dense = made(None)
-    assert made(parse("tova:budget=64")).ids == dense.ids
-    small = made(parse("tova:budget=8"))
-    assert small.stats["kv_reads"] < dense.stats["kv_reads"] / 2 and len(small.ids[0]) == 24
 
 
 def test_either_form_of_a_stop_id_ends_its_row_only():
