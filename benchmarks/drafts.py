@@ -28,7 +28,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "
 DRAFT = flags.DEFINE_string("draft", "ngram", "Who makes drafts.")
 TOKENS = flags.DEFINE_integer("draft_tokens", 7, "Their greatest length.", lower_bound=1)
 NEW = flags.DEFINE_integer("new_tokens", 120, "Tokens per answer.", lower_bound=2)
-REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each kind; one more comes first and compiles.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each kind, after one that compiles.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Also write all numbers to this JSON file.")
 
 TEXT = (
