@@ -33,17 +33,16 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (21, 4, 13)]
 NEW, N, VOCAB = 18, 3, 50
 LAYERS = 4
-EVERY = [None, *BUDGETS.values(), *DMS_FORMS.values()]
 HOWS = {"greedy": {}, "drawn": {"temperature": 1.0}, "top_p": {"temperature": 1.2, "top_p": 0.8}}
 QUALITIES = ("right", "wrong", "random")
 
 
 def groups():
-    """The policies, as many at a time as a model has layers: those that learn alike by themselves."""
-    learned = [p for p in EVERY if isinstance(p, type(DMS_FORMS["dms-observed"]))]
-    others = [p for p in EVERY if p not in learned]
-    cut = [others[i : i + LAYERS] for i in range(0, len(others), LAYERS)]
-    return [*cut, *([p] for p in learned)]
+    """All policies and the dense cache, as many at a time as a model has layers; two that learn different things
+    don't go together."""
+    observed, *dms = sorted(DMS_FORMS.values(), key=lambda policy: policy.form != "observed")
+    others = [None, *BUDGETS.values()]
+    return [*(others[i : i + LAYERS] for i in range(0, len(others), LAYERS)), [None, *dms], [observed]]
 
 
 @functools.cache
