@@ -79,7 +79,8 @@ def decode(
     price: f32 [], what a call with drafts costs more than one with a single token, as a share of the latter;
     negative: there are to be no drafts.
     """
-    rows, before = jnp.arange(len(state.token)), state.made
+    b = len(state.token)
+    rows, before = jnp.arange(b), state.made
 
     def live(state: State) -> jax.Array:
         return ~state.done & (state.made < until)
@@ -93,14 +94,15 @@ def decode(
         live_b = live(state)
         draft = drafter.propose(own.drafter, own.text, n)
         count_b = jnp.where(live_b, jnp.minimum(draft.count, until - state.made - 1), 0)
+        draft = Draft(draft.tokens, count_b)
         eager_b = (count_b > 0) & (own.credit > 0)
         fits = ~jnp.any(memory_lib.full(state.memory, n + 1) & live_b)
         wide = jnp.any(eager_b) & fits & (price >= 0)
-        after, learned, said = jax.lax.cond(
+        after, learned, said = _either(
             wide,
-            functools.partial(_verify, params, cfg, drafter, choice),
-            functools.partial(_single, params, cfg, drafter, choice),
-            state, own.drafter, Draft(draft.tokens, count_b), live_b,
+            lambda state, learned: _verify(params, cfg, drafter, choice, state, learned, draft, live_b),
+            lambda state, learned: _single(params, cfg, drafter, choice, state, learned, draft, live_b),
+            state, own.drafter, Said(jnp.zeros((b, n + 1), jnp.int32), jnp.zeros(b, jnp.int32)),
         )  # fmt: skip
         took = after.made - state.made
         accepted_b = jnp.maximum(took - 1, 0)
@@ -132,9 +134,25 @@ def decode(
         )
         return after, own, made, tally
 
-    b = len(rows)
     nothing = Made(jnp.full((b, CHUNK), -1, jnp.int32), jnp.zeros(b, jnp.float32), jnp.float32(0))
     return jax.lax.while_loop(going, step, (state, own, nothing, Tally.zero(b, n)))
+
+
+def _either(
+    first: jax.Array, one: Any, other: Any, state: State, learned: Any, said: Said
+) -> tuple[State, Any, Said]:
+    """What `one` of the state gives where `first`, else what the `other` gives.
+
+    As loops of one turn or none, which XLA computes in place: a conditional would copy the memory.
+    """
+
+    def loop(on: jax.Array, call: Any, carry: tuple) -> tuple:
+        def turn(carry: tuple) -> tuple:
+            return jnp.zeros_like(on), *call(carry[1], carry[2])
+
+        return jax.lax.while_loop(lambda carry: carry[0], turn, (on, *carry))[1:]
+
+    return loop(~first, other, loop(first, one, (state, learned, said)))
 
 
 def _single(
