@@ -114,7 +114,7 @@ def texts(made):
 
 @pytest.mark.parametrize("number", range(len(groups())))
 def test_ids_and_memory_are_those_without_drafts(number, monkeypatch, free):
-    lm, before = model(number), loop.compiled(False)._cache_size()
+    lm, before = model(number), loop.compiled()._cache_size()
     for how in HOWS:
         plain = make(lm, how)
         for quality in QUALITIES:
@@ -138,7 +138,7 @@ def test_ids_and_memory_are_those_without_drafts(number, monkeypatch, free):
             np.testing.assert_allclose(one.logits, other.logits, atol=2e-4)
             one, other = one.step([i, 4, 9]), other.step([i, 4, 9])
     # Nothing but the draft's length and the model is compiled for.
-    assert loop.compiled(False)._cache_size() == before + 1
+    assert loop.compiled()._cache_size() == before + 1
 
 
 def slots(lm, drafter, made=PROMPTS, most=N, until=NEW, stop=()):

@@ -194,8 +194,8 @@ def _verify(
 
 
 @functools.cache
-def compiled(apart: bool) -> Any:
-    """`decode` as a program; apart: for calls that run `beside` each other."""
+def compiled() -> Any:
+    """`decode` as a program, with the options of `beside`: for 4 to 16 rows of a product the library that these leave
+    out takes up to half as long again as the other (docs/drafts.md)."""
     static, donated = ("cfg", "drafter", "n"), ("state", "own")
-    options = beside() if apart else None
-    return jax.jit(decode, static_argnames=static, donate_argnames=donated, compiler_options=options)
+    return jax.jit(decode, static_argnames=static, donate_argnames=donated, compiler_options=beside())

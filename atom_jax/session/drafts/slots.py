@@ -36,7 +36,7 @@ class DraftSlots(Slots):
         most: int, until: int,
     ):  # fmt: skip
         super().__init__(session, choice, beside)
-        self._program, self._drafter, self._until = loop.compiled(beside), drafter, until
+        self._program, self._drafter, self._until = loop.compiled(), drafter, until
         self.pace, self._ahead = Pace(most), most + 1
         self._ready: dict[int, list[Any]] = {}
         b = len(texts)
