@@ -53,10 +53,13 @@ class Covers:
         return common([*self.contexts, *self.wholes])
 
     def masked(self, law: Law) -> list[np.ndarray]:
-        """Log-probabilities f64 [ids] of the tokens that may follow each of `wholes`."""
+        """Log-probabilities f64 [ids] of the tokens that may follow each of `wholes`; tokens that have less than a
+        millionth together pass as such."""
         out = []
         for ids in self.wholes:
-            logp = np.where(self.canonical.follows(ids), law(ids), -np.inf)
+            logp = np.where(self.canonical.first <= END, law(ids), -np.inf)
+            looked_at = self.canonical.likely(logp)
+            logp[looked_at[~self.canonical.follows(ids, looked_at)]] = -np.inf
             out.append(logp - np.logaddexp.reduce(logp) if self.renormalise else logp)
         return out
 
@@ -78,8 +81,9 @@ class Covers:
         kept = self.canonical.byte_at(self.token, self.at) == byte
         parts = [(self.context[kept], self.token[kept], self.at[kept] + 1, self.logw[kept])]
         contexts, starting = [*self.contexts, *self.wholes], self.canonical.ids_by_first[byte]
-        for i, (logp, weight) in enumerate(zip(logps, self.wholes.values()), len(self.contexts)):
-            ids = starting[logp[starting] > -np.inf].astype(np.int32)
+        for i, (logp, (whole, weight)) in enumerate(zip(logps, self.wholes.items()), len(self.contexts)):
+            ids = starting[logp[starting] > -np.inf]
+            ids = ids[self.canonical.follows(whole, ids)].astype(np.int32)
             parts.append((np.full_like(ids, i), ids, np.ones_like(ids), logp[ids] + weight))
         context, token, at, logw = (np.concatenate(columns) for columns in zip(*parts))
         done = at == self.canonical.sizes[token]
@@ -97,7 +101,7 @@ def contexts_of(covers: Covers, text: bytes) -> tuple[list[tuple[int, ...]], Cov
     even, out = np.zeros(covers.canonical.view.size), []
     for byte in text:
         out += covers.wholes
-        covers = covers.push(byte, covers.masked(lambda ids: even))
+        covers = covers.push(byte, [even] * len(covers.wholes))
         if not covers.wholes and not len(covers.token):
             raise AtomError(f"{covers.canonical.view.name}: no tokens stand for byte {byte} of this text")
     return out, covers

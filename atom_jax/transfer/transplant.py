@@ -1,7 +1,8 @@
 """A model that speaks another tokenizer: its table is made anew, everything else stays.
 
 Rows of special tokens are copied from those with the same name, else of the same use; ordinary tokens that stand for
-the same bytes are copied; the rest is made by a method (`initialisers`), and what that can't make by a fallback.
+the same bytes are copied; the rest is made by a method (`initialisers`), what that can't make by another one, the
+fallback, and what is left then is drawn.
 """
 
 from __future__ import annotations
@@ -107,34 +108,38 @@ def new_table(
     table: f32 [v, n, d], the source's: one plane where it is tied, else input and output. Tokens beyond it don't
     count, nor do rows that no token names.
     """
-    rows, labels = np.zeros((target.size, *table.shape[1:]), np.float32), np.full(target.size, "fallback", "<U12")
+    shared = shared_rows(source, target, len(table))
+    rows, labels, warnings = _copied(source, target, table, shared if method.copies else shared[:0], special)
+    named = np.zeros(target.size, bool)
+    named[[i for i in (*target.pieces, *target.special) if i < target.size]] = True
+    used = table[np.unique([i for i in (*source.pieces, *source.special) if i < len(table)])]
+    for maker in (method, fallback, Normal()):
+        draws = maker.label == "fallback"
+        new = np.flatnonzero(labels == "")
+        new = new if draws else new[named[new]]
+        if len(new):
+            values, found = maker.rows(Task(source, target, used if draws else table, new, shared, aux))
+            rows[new[found]], labels[new[found]] = values[found], maker.label
+    return rows, labels, warnings
+
+
+def _copied(
+    source: ByteView, target: ByteView, table: np.ndarray, shared: np.ndarray, special: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """As `new_table`, what can be copied only; other labels are "". shared: i64 [s, 2], (target id, source id)."""
+    rows, labels = np.zeros((target.size, *table.shape[1:]), np.float32), np.full(target.size, "", "<U12")
     n, warnings = table.shape[1], []
     for i, ids in special_rows(source, target, special).items():
         ids = [j for j in ids if j < len(table)]
         if len(ids) > 1 and n == 1:
             name = target.special[i]
-            warnings.append(
-                f"{name} begins texts and ends them, and the table is tied: it has the row of the beginning"
-            )
+            warnings.append(f"{name} begins and ends texts, and the table is tied: its row is that of the beginning")
         if ids:
             rows[i] = [table[ids[0] if plane == 0 else ids[-1], plane] for plane in range(n)]
             labels[i] = "special"
-    shared = shared_rows(source, target, len(table))
-    if method.copies:
-        rows[shared[:, 0]] = table[shared[:, 1]]
-        of_bytes = np.array([a in target.byte_ids or b in source.byte_ids for a, b in shared.tolist()], bool)
-        labels[shared[:, 0]] = np.where(of_bytes, "byte", "exact")
-    named = np.zeros(target.size, bool)
-    named[[i for i in (*target.pieces, *target.special) if i < target.size]] = True
-    used = table[np.unique([i for i in (*source.pieces, *source.special) if i < len(table)])]
-    missing = np.flatnonzero(labels == "fallback")
-    task = Task(source, target, table, missing[named[missing]], shared, aux)
-    if len(task.new):
-        values, found = method.rows(task)
-        rows[task.new[found]], labels[task.new[found]] = values[found], method.label
-    left = dataclasses.replace(task, table=used, new=np.flatnonzero(labels == "fallback"))
-    if len(left.new):
-        rows[left.new] = fallback.rows(left)[0]
+    rows[shared[:, 0]] = table[shared[:, 1]]
+    of_bytes = np.array([a in target.byte_ids or b in source.byte_ids for a, b in shared.tolist()], bool)
+    labels[shared[:, 0]] = np.where(of_bytes, "byte", "exact")
     return rows, labels, warnings
 
 

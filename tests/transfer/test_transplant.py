@@ -101,6 +101,8 @@ def test_donor_and_texts():
     texts = [b"the version of the file, and the other files of the documentation " * 20]
     _, report = atom_jax.transplant(lm, tokenizer("qwenlike"), "focus", texts=texts)
     assert report.counts["interpolated"] > 0 and report.counts["fallback"] > report.counts["interpolated"]
+    _, report = atom_jax.transplant(lm, tokenizer("qwenlike"), "focus", texts=texts, fallback="fvt")
+    assert report.counts["interpolated"] > 0 and report.counts["composed"] > 0 == report.counts["fallback"]
     with pytest.raises(AtomError, match=r"donor: its tokenizer \(gpt2like\) is not the one"):
         atom_jax.transplant(lm, tokenizer("qwenlike"), "omp", donor=lm)
 
