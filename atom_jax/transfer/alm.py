@@ -128,26 +128,6 @@ def _last(chunks_bt: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(end - 1, 0).astype(jnp.int32), end > begin
 
 
-def hidden_loss(
-    teacher_btd: jax.Array, student_btd: jax.Array, teacher: Chunked, student: Chunked, size: int,
-    norm: str = "l2", by_channel: bool = True,
-) -> jax.Array:  # fmt: skip
-    """Mean distance f32 [] of both models' states at the last tokens of chunks that both have, l2 (squared) or l1; by
-    channel: over the mean of that of the teacher's states."""
-    ends = [_last(jnp.where(side.chunks < 0, size, side.chunks), size) for side in (teacher, student)]
-    valid_bc1 = (ends[0][1] & ends[1][1])[..., None]
-    t_bcd, s_bcd = (
-        gather(x.astype(jnp.float32), at) for x, (at, _) in zip((teacher_btd, student_btd), ends, strict=True)
-    )
-    measure = {"l2": jnp.square, "l1": jnp.abs}[norm]
-    n = jnp.maximum(jnp.sum(valid_bc1), 1)
-    each_bcd = jnp.where(valid_bc1, measure(jax.lax.stop_gradient(t_bcd) - s_bcd), 0.0)
-    if by_channel:
-        total_11d = jnp.sum(jnp.where(valid_bc1, measure(t_bcd), 0.0), axis=(0, 1), keepdims=True)
-        each_bcd = each_bcd / (jax.lax.stop_gradient(total_11d) / n + 1e-8)
-    return jnp.sum(each_bcd) / (n * t_bcd.shape[-1])
-
-
 def balanced(gradients: list[Tree], weights: list[float] | None = None) -> Tree:
     """The mean of gradients [n] of as many losses, each divided by its length, times weights: none counts more
     because its loss is larger ("gradmag" with preserve_mag; there weights cancel out)."""

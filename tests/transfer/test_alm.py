@@ -67,16 +67,6 @@ def test_losses(row):
         assert np.linalg.norm(gradient) == pytest.approx(row["grad_norm"], rel=2e-3)
 
 
-def test_states_at_the_ends_of_chunks():
-    fixture = numbers("alm_loss")
-    teacher, student = (chunked(jnp.zeros((*ids()[i][0].shape, len(ids()[i][3]))), i) for i in (0, 1))
-    states = [array(fixture[f"{side}_hidden"], np.float32) for side in ("teacher", "student")]
-    for row in fixture["latents"]:
-        norm, _, channel = row["norm"].partition("_")
-        found = alm.hidden_loss(*states, teacher, student, SIZE, norm, bool(channel))
-        assert float(found) == pytest.approx(row["loss"], rel=1e-5)
-
-
 def test_gradients_that_are_balanced():
     fixture = numbers("gradmag")
     gradients = [{k: array(v[i]) for k, v in fixture["grads"].items()} for i in range(3)]
