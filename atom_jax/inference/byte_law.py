@@ -12,16 +12,17 @@ from atom_jax.inference.score import logprobs
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
+from atom_jax.session import programs
 from atom_jax.session.session import Session
 from atom_jax.tokenizers.base import beginning
 from atom_jax.tokenizers.bytes import ByteTokenizer, to_utf8
 from atom_jax.tokenizers.canonical import Canonical
-from atom_jax.tokenizers.covers import Covers, common, contexts_of
+from atom_jax.tokenizers.covers import Covers, common, contexts_of, log_sum
 from atom_jax.typing import LM, AtomError
 
 # Bytes whose laws exist at once; rows that are read side by side, and what their lengths are multiples of: then few
 # shapes are compiled.
-_PART, _ROWS, _WIDTH = 64, 8, 4
+_PART, _ROWS, _WIDTH = 64, 8, 2
 
 
 def byte_logprobs(lm: LM, text: str | bytes, invalid: str = "renormalise") -> np.ndarray:
@@ -151,8 +152,9 @@ class _Reader:
             for row, ids in enumerate(part):
                 draft[row, : len(ids) - self.at], counts[row] = ids[self.at :], len(ids) - self.at
             session = self.session if rows == 1 else self.session.rows([0] * rows)
-            logits = np.asarray(session.verify(draft, counts).logits)
-            out |= {ids: logits[row, counts[row]] for row, ids in enumerate(part)}
+            x_bd = session.verify(draft, counts).x_bnd[np.arange(rows), counts]
+            logits = np.asarray(programs.logits(session.params, x_bd, cfg=self.lm.config))
+            out |= dict(zip(part, logits))
         size = canonical_of(self.lm).view.size
         return {ids: _log_softmax(logits)[:size] for ids, logits in out.items()}
 
@@ -180,4 +182,4 @@ def _front(lm: LM) -> list[int]:
 
 def _log_softmax(logits: Any) -> np.ndarray:
     x = np.asarray(logits, np.float64)
-    return x - np.logaddexp.reduce(x)
+    return x - log_sum(x)

@@ -45,7 +45,7 @@ class Covers:
     @property
     def log_total(self) -> float:
         """Log-probability of the text."""
-        return float(np.logaddexp.reduce([*self.logw, *self.wholes.values()], initial=-np.inf))
+        return log_sum(np.array([*self.logw, *self.wholes.values()]))
 
     @property
     def stable(self) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class Covers:
             logp = np.where(self.canonical.first <= END, law(ids), -np.inf)
             looked_at = self.canonical.likely(logp)
             logp[looked_at[~self.canonical.follows(ids, looked_at)]] = -np.inf
-            out.append(logp - np.logaddexp.reduce(logp) if self.renormalise else logp)
+            out.append(logp - log_sum(logp) if self.renormalise else logp)
         return out
 
     def next_bytes(self, logps: list[np.ndarray]) -> np.ndarray:
@@ -74,7 +74,7 @@ class Covers:
             raise AtomError("no token can follow this text")
         with np.errstate(divide="ignore"):
             out = np.log(np.bincount(byte, np.exp(weight - high), minlength=END + 1))
-        return out - np.logaddexp.reduce(out)
+        return out - log_sum(out)
 
     def push(self, byte: int, logps: list[np.ndarray]) -> Covers:
         """The covers once the text goes on with this byte."""
@@ -105,6 +105,12 @@ def contexts_of(covers: Covers, text: bytes) -> tuple[list[tuple[int, ...]], Cov
         if not covers.wholes and not len(covers.token):
             raise AtomError(f"{covers.canonical.view.name}: no tokens stand for byte {byte} of this text")
     return out, covers
+
+
+def log_sum(x: np.ndarray) -> float:
+    """Logarithm of the sum of exp(x), -inf for none."""
+    high = x.max(initial=-np.inf)
+    return float(high + np.log(np.exp(x - high).sum())) if high > -np.inf else -np.inf
 
 
 def common(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
