@@ -103,6 +103,8 @@ class Layer:
 
     # The configuration that made it; None for the dense cache and the ring.
     policy: ClassVar[Any] = None
+    # What free places hold, by array; 0 in others.
+    free: ClassVar[dict[str, float]] = {}
     k: jax.Array
 
     def extend(self, call: Call) -> tuple[jax.Array, Layer]:
@@ -145,6 +147,12 @@ class Layer:
     def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
         """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
         return jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self)
+
+    def put(self, index_b: np.ndarray, other: Layer, axis: int = 0) -> Layer:
+        """The memory whose rows `index_b`, i32 [n], are those of `other`, a memory of n rows in buffers of any
+        size; a row of `other` whose index is none of this memory's is left out. Uses this memory up. axis: as for
+        `rows`. Runs on the host."""
+        return _put(self, other, index_b, axis, self.free)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """i32 [b, h]: entries stored."""
@@ -242,6 +250,51 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
         return node.replace(layers=layers, length=take(node.length), parts=parts)
 
     return each(of, memory)
+
+
+def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
+    """The memory whose rows `index_b`, i32 [n], are those of `other`, which has n of them; see
+    `Layer.put`. Uses `memory` up. Runs on the host."""
+
+    def state(x: Any, y: Any) -> Any:
+        if isinstance(x, Layer):
+            return x.put(index_b, y)
+        if isinstance(x, Stack):
+            inside = x.states.put(index_b, y.states, 1) if isinstance(x.states, Layer) else None
+            return Stack(_put(x.states, y.states, index_b, 1) if inside is None else inside)
+        return _put(x, y, index_b, 0)
+
+    def of(node: Memory, new: Memory) -> Memory:
+        keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
+        parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
+        layers = jax.tree.map(state, node.layers, new.layers, is_leaf=_is_state)
+        return node.replace(layers=layers, length=_put(node.length, new.length, index_b, 0), parts=parts)
+
+    return each(of, memory, other)
+
+
+def _put(x: Any, y: Any, index_b: np.ndarray, axis: int, free: dict[str, float] | None = None) -> Any:
+    """Trees of arrays in which rows are those of others; the larger sizes remain. free: what pads them, by name."""
+
+    index = jnp.asarray(index_b, jnp.int32)
+
+    def one(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        fill = free.get(path[0].name, 0) if free else 0
+        return _placed(a, b, index, axis, fill)
+
+    return jax.tree_util.tree_map_with_path(one, x, y)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "fill"), donate_argnums=0)
+def _placed(x: jax.Array, y: jax.Array, index_b: jax.Array, axis: int, fill: float) -> jax.Array:
+    shape = [max(sizes) for sizes in zip(x.shape, y.shape)]
+
+    def wide(a: jax.Array) -> jax.Array:
+        widths = [(0, 0 if i == axis else m - n) for i, (m, n) in enumerate(zip(shape, a.shape))]
+        return jnp.pad(a, widths, constant_values=jnp.asarray(fill, a.dtype)) if any(m for _, m in widths) else a
+
+    x, y = wide(x), wide(y)
+    return x.at[(slice(None),) * axis + (index_b,)].set(y, mode="drop")
 
 
 def use(memory: Memory) -> tuple[jax.Array, jax.Array]:

@@ -27,11 +27,13 @@ class Mode:
         added to the scores of keys beyond the window.
     noise: of "relaxed", f32 [l, b, h, t] (of one layer [b, h, t]), or None for none.
     fade: f32 [], what is left of a borrowed channel inside attention: 1 at the start of a retrofit, 0 in the end.
+    cool: f32 [], a factor on the temperature of relaxed decisions, or None.
     """
 
     kind: str = struct.field(pytree_node=False, default="hard")
     noise: Any = None
     fade: Any = None
+    cool: Any = None
 
 
 @struct.dataclass

@@ -18,6 +18,15 @@ class Tokens:
     positions: jax.Array
     segments: jax.Array
 
+    @property
+    def left(self) -> jax.Array:
+        """i32 [b, t]: tokens of the same document after each one in its row; 0 for padding."""
+        t = self.segments.shape[1]
+        following = jnp.concatenate([self.segments[:, 1:], jnp.full_like(self.segments[:, :1], -1)], axis=1)
+        places = jnp.arange(t)[None]
+        last = jax.lax.cummin(jnp.where(following != self.segments, places, t), axis=1, reverse=True)
+        return jnp.where(self.segments > 0, last - places, 0)
+
 
 def attention_spec(d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0) -> dict[str, ParamSpec]:
     """Projections of an attention layer: width d, n query heads, h key/value heads of size k.

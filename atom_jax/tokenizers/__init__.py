@@ -40,11 +40,13 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
 
 
 def is_trained(name: str) -> bool:
-    """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE" or "unigram:SIZE".
+    """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE", "unigram:SIZE" or
+    "words:SIZE".
 
-    Raises AtomError for such a name with less than 259 entries: one per byte and three special ones.
+    Raises AtomError for such a name with too few entries: less than one per byte and three special ones, or, of
+    words, than four special ones and one word.
     """
-    match = re.fullmatch(r"(bpe|unigram):(\d+)", name)
-    if match and int(match[2]) < _LEAST:
-        raise AtomError(f"{name}: a trained vocabulary must have at least {_LEAST} entries")
+    match = re.fullmatch(r"(bpe|unigram|words):(\d+)", name)
+    if match and int(match[2]) < (least := 5 if match[1] == "words" else _LEAST):
+        raise AtomError(f"{name}: a trained vocabulary must have at least {least} entries")
     return bool(match)

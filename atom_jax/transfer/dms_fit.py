@@ -42,7 +42,7 @@ class FitConfig:
     windows: rows of text for the regression; 0: the evictors stay as they are, but for the threshold.
     calibration: rows for each adjustment of the threshold.
     ridge: regularisation as a share of the mean diagonal. steepness: decision logit per unit of log-importance.
-    entries: keys that a head should hold on average after a row, sinks and window included.
+    entries: keys that a head should hold on average after a document, sinks and window included.
     """
 
     target: str = "attention"
@@ -65,14 +65,14 @@ class FitConfig:
 def fit(
     params: Any,
     cfg: TransformerConfig,
-    rows: Iterable[np.ndarray],
+    rows: Iterable[Batch],
     how: FitConfig,
     say: Callable[[str], None] = print,
 ) -> Any:
     """Parameters whose evictors are fitted; the others are as they were.
 
-    rows: i32 [b, t] of token ids, at least `windows` + 3 `calibration` of them, of one length. Raises AtomError for a
-    model without a projection to fit, or rows that are too short for the window or the entries.
+    rows: at least `windows` + 3 `calibration` batches of one length, with one document in a row or several. Raises
+    AtomError for a model without a projection to fit, or documents that are too short for the window or the entries.
     """
     dms = cfg.memory
     if not isinstance(dms, DMS) or dms.form not in LEARNED or not dms.bias:
@@ -80,12 +80,15 @@ def fit(
     rows = iter(rows)
     sums = None
     for number in range(how.windows):
-        ids = _take(rows, cfg, how)
-        y = targets(params, ids, jax.random.key(how.seed + number), cfg=cfg, target=how.target)
-        new = _sums(params, ids, y, cfg=cfg)
+        batch = _take(rows)
+        y = targets(params, batch, jax.random.key(how.seed + number), cfg=cfg, target=how.target)
+        new = _sums(params, batch, y, cfg=cfg)
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         say(f"fit: {number + 1} of {how.windows} rows")
     if sums is not None:
+        if not np.asarray(sums["xx"])[0, -1, -1]:
+            least = cfg.memory.sinks + cfg.memory.window + LEAST_QUERIES
+            raise AtomError(f"fit: no document of the data is longer than {least} tokens, as it takes")
         params = put(params, solve(jax.device_get(sums), how.ridge), cfg, how.steepness, 0.0)
     return calibrate(params, cfg, rows, how, say)
 
@@ -93,47 +96,55 @@ def fit(
 def calibrate(
     params: Any,
     cfg: TransformerConfig,
-    rows: Iterable[np.ndarray],
+    rows: Iterable[Batch],
     how: FitConfig,
     say: Callable[[str], None] = print,
 ) -> Any:
-    """Moves the threshold of all heads together until `how.entries` keys per head are left after a row, on average.
+    """Moves the threshold of all heads together until `how.entries` keys per head are left after a document, on
+    average.
 
     Three times, because what is evicted in one layer changes the decisions of those above.
     """
     rows = iter(rows)
     for _ in range(3):
-        logits = []
+        logits, held = [], []
+        # Of all documents: keys that stay in any case, and those about which is decided.
+        sure = open_ = documents = 0
         for _ in range(how.calibration):
-            z, held = _logits(params, _take(rows, cfg, how), cfg=cfg)
-            logits.append((np.asarray(z), float(held)))
-        t = logits[0][0].shape[-1]
-        first, last = cfg.memory.sinks, t - cfg.memory.window - 1
-        kept = (how.entries - first - cfg.memory.window - 1) / (last - first)
+            batch = _take(rows)
+            z, entries = _logits(params, batch, cfg=cfg)
+            tokens = Tokens(batch.positions, batch.segments)
+            decided = np.asarray((tokens.positions >= cfg.memory.sinks) & (tokens.left > cfg.memory.window))
+            logits.append(np.moveaxis(np.asarray(z), 1, 2)[:, :, decided].ravel())
+            held.append(float(entries))
+            documents += int(batch.segments.max(1).sum())
+            open_ += int(decided.sum())
+            sure += int((np.asarray(batch.segments) > 0).sum()) - int(decided.sum())
+        kept = (how.entries * documents - sure) / max(open_, 1)
         if not 0 < kept < 1:
             raise AtomError(
-                f"fit.entries: {how.entries} is impossible with a window of {cfg.memory.window} and rows of {t}"
+                f"fit.entries: {how.entries} is impossible with a window of {cfg.memory.window} and documents of"
+                f" {(sure + open_) / max(documents, 1):.0f} tokens"
             )
-        z = np.concatenate([x[..., first:last].ravel() for x, _ in logits])
-        move = -float(np.quantile(z, kept))
+        move = -float(np.quantile(np.concatenate(logits), kept))
         params = shifted(params, move, cfg)
-        say(f"fit: {np.mean([h for _, h in logits]):.0f} entries held, threshold moved by {move:.3f}")
+        say(f"fit: {np.sum(held) / documents:.0f} entries held, threshold moved by {move:.3f}")
     return params
 
 
-def targets(params: Any, ids_bt: jax.Array, key: jax.Array, *, cfg: TransformerConfig, target: str) -> jax.Array:
+def targets(params: Any, batch: Batch, key: jax.Array, *, cfg: TransformerConfig, target: str) -> jax.Array:
     """Log-importance of every key to the queries after its window, f32 [l, b, h, t], in the dense model."""
     if target == "attention":
-        return _attention_targets(params, ids_bt, cfg=cfg)
-    return _loss_targets(params, ids_bt, key, cfg=cfg)
+        return _attention_targets(params, batch, cfg=cfg)
+    return _loss_targets(params, batch, key, cfg=cfg)
 
 
 @jax.jit(static_argnames="cfg")
-def _attention_targets(params: Any, ids_bt: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
+def _attention_targets(params: Any, batch: Batch, *, cfg: TransformerConfig) -> jax.Array:
     def probe(p, heads, call):
         return jnp.log(_largest(call.q, call.k, call.v, call.tokens, cfg.memory.window) + FLOOR)
 
-    return transformer.hidden(params, _batch(ids_bt), cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
+    return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
 
 
 def _largest(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, window: int) -> jax.Array:
@@ -145,8 +156,9 @@ def _largest(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, window: i
     def one(i: jax.Array) -> jax.Array:
         q_i, lse_i = (jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3) for x in (q, lse))
         scores = jnp.einsum("bhgtk,bhsk->bhgts", q_i, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        here = jax.lax.dynamic_slice_in_dim(tokens.positions, i * BLOCK, BLOCK, 1)
-        far = (here[:, :, None] - tokens.positions[:, None] > window)[:, None, None]
+        here = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 1), tokens)
+        far = here.positions[:, :, None] - tokens.positions[:, None] > window
+        far = (far & (here.segments[:, :, None] == tokens.segments[:, None]))[:, None, None]
         scores = jnp.where(jnp.broadcast_to(far, scores.shape), scores - lse_i[..., None], NEGATIVE)
         return jnp.exp(scores.max((2, 3)))
 
@@ -154,9 +166,8 @@ def _largest(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, window: i
 
 
 @jax.jit(static_argnames="cfg")
-def _loss_targets(params: Any, ids_bt: jax.Array, key: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
-    b, t = ids_bt.shape
-    batch = _batch(ids_bt)
+def _loss_targets(params: Any, batch: Batch, key: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
+    b, t = batch.ids.shape
     keep = jnp.zeros((cfg.n_layers, b, cfg.n_kv_heads, t), jnp.float32)
     # Positions whose logits exist at once.
     size = max(d for d in range(1, min(t, 256) + 1) if t % d == 0)
@@ -180,30 +191,30 @@ def _loss_targets(params: Any, ids_bt: jax.Array, key: jax.Array, *, cfg: Transf
 
 
 @jax.jit(static_argnames="cfg")
-def _sums(params: Any, ids_bt: jax.Array, y_lbht: jax.Array, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
+def _sums(params: Any, batch: Batch, y_lbht: jax.Array, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
     """Sums over keys that the normal equations need, for every layer: of the features common to all heads (xx), of
     those of single heads (oo), of both (xo), and with the target (xy, oy)."""
-    t = ids_bt.shape[1]
-    place = jnp.arange(t)
-    counts = (place >= cfg.memory.sinks) & (place < t - cfg.memory.window - LEAST_QUERIES)
+    tokens = Tokens(batch.positions, batch.segments)
+    counts = (batch.positions >= cfg.memory.sinks) & (tokens.left > cfg.memory.window + LEAST_QUERIES - 1)
+    counts = counts.astype(jnp.float32)
 
     def probe(p, heads, call):
         y = call.mode.noise
         x = rms_norm(heads.x_btd, p["dms"]["norm"], cfg.norm_eps).astype(jnp.float32)
         x = jnp.concatenate([jnp.roll(x, -1, axis=1), jnp.ones_like(x[..., :1])], axis=-1)
-        x = x * counts[None, :, None]
+        x = x * counts[..., None]
         o = observed.observe(call.q, call.k, call.tokens, cfg.memory.window)
         if cfg.memory.form != "observed":
             o = jnp.zeros_like(o)
         return {
             "xx": jnp.einsum("btd,bte->de", x, x),
             "xo": jnp.einsum("btd,bhtf->hdf", x, o),
-            "oo": jnp.einsum("bhtf,bhtg,t->hfg", o, o, counts.astype(jnp.float32)),
+            "oo": jnp.einsum("bhtf,bhtg,bt->hfg", o, o, counts),
             "xy": jnp.einsum("btd,bht->hd", x, y),
-            "oy": jnp.einsum("bhtf,bht,t->hf", o, y, counts.astype(jnp.float32)),
+            "oy": jnp.einsum("bhtf,bht,bt->hf", o, y, counts),
         }
 
-    return transformer.hidden(params, _batch(ids_bt), cfg=cfg, mode=Mode("off", y_lbht), probe=probe)[2]["probe"]
+    return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off", y_lbht), probe=probe)[2]["probe"]
 
 
 def solve(sums: dict[str, np.ndarray], ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,19 +255,15 @@ def shifted(params: Any, move: float, cfg: TransformerConfig) -> Any:
 
 
 @jax.jit(static_argnames="cfg")
-def _logits(params: Any, ids_bt: jax.Array, *, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Decision logits f32 [l, b, h, t] with eviction on, and the mean number of keys left at the end."""
-    _, _, aux = transformer.hidden(params, _batch(ids_bt), cfg=cfg)
-    return aux["evict_logits"], jnp.mean(aux["occupancy"].astype(jnp.float32))
+def _logits(params: Any, batch: Batch, *, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Decision logits f32 [l, b, h, t] with eviction on, and the number of keys left at the ends of documents, summed
+    over them and averaged over layers and heads."""
+    _, _, aux = transformer.hidden(params, batch, cfg=cfg)
+    return aux["evict_logits"], jnp.sum(jnp.mean(aux["occupancy"].astype(jnp.float32), axis=(0, 2)))
 
 
-def _batch(ids_bt: jax.Array) -> Batch:
-    positions = jnp.broadcast_to(jnp.arange(ids_bt.shape[1])[None], ids_bt.shape)
-    return Batch(ids_bt, positions, jnp.ones_like(ids_bt))
-
-
-def _take(rows: Any, cfg: TransformerConfig, how: FitConfig) -> jax.Array:
-    ids = jnp.asarray(next(rows), jnp.int32)
-    if ids.shape[1] % BLOCK or ids.shape[1] < cfg.memory.window + 2 * LEAST_QUERIES:
-        raise AtomError(f"fit: rows of {ids.shape[1]} tokens; expected a multiple of {BLOCK}, longer than the window")
-    return ids
+def _take(rows: Any) -> Batch:
+    batch = next(rows)
+    if batch.ids.shape[1] % BLOCK:
+        raise AtomError(f"fit: rows of {batch.ids.shape[1]} tokens; expected a multiple of {BLOCK}")
+    return batch

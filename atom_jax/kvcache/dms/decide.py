@@ -88,15 +88,16 @@ def decide(
     """
     relaxed = mode.kind == "relaxed"
     noise = 0.0 if not relaxed or mode.noise is None else mode.noise
+    tau = cfg.tau if mode.cool is None else cfg.tau * mode.cool
     if cfg.form == "observed":
         seen = jax.lax.stop_gradient(observe(q_bhgtk, k_bhtk, tokens, cfg.window))
         z = _per(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
-        said = _per((z + noise) / cfg.tau, cfg) if relaxed else z
+        said = _per((z + noise) / tau, cfg) if relaxed else z
         of_key = said
     elif not cfg.late:
         z = said = of_key = z_bht
     else:
-        said = _per((z_bht + noise) / cfg.tau if relaxed else z_bht, cfg)
+        said = _per((z_bht + noise) / tau if relaxed else z_bht, cfg)
         z, of_key = _per(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)
     sink = (tokens.positions < cfg.sinks)[:, None]
     evict = (of_key > 0) & ~sink
@@ -118,8 +119,7 @@ def _per(x_bht: jax.Array, cfg: Settings) -> jax.Array:
 
 
 def occupancy(evict_bht: jax.Array, tokens: Tokens, window: int) -> jax.Array:
-    """i32 [b, h]: keys left once the last token of every row was read: those not evicted, and those in its window."""
-    real = tokens.segments > 0
-    newest = jnp.max(jnp.where(real, tokens.positions, -1), axis=1)
-    recent = newest[:, None] - tokens.positions <= window
-    return jnp.sum((~evict_bht | recent[:, None]) & real[:, None], axis=2, dtype=jnp.int32)
+    """i32 [b, h]: keys left once the last token of every document was read: those not evicted, and those in its
+    window; of rows with several documents, the sum."""
+    left = ~evict_bht | (tokens.left <= window)[:, None]
+    return jnp.sum(left & (tokens.segments > 0)[:, None], axis=2, dtype=jnp.int32)

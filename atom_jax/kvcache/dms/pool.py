@@ -254,6 +254,17 @@ class Pool:
         new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1])
         return new, (first.reshape(n.shape)[..., None] + rank[slot_bhr // page]) * page + slot_bhr % page
 
+    def joined(self, other: Pool) -> Pool:
+        """The rows of both pools, the other's pages after this one's; they are to be laid out by `rows_of`."""
+        rows, end = self.rows + other.rows, self.k.shape[0] * self.k.shape[1]
+        tail = jnp.where(other.tail < 0, other.tail, other.tail + end)
+        owner = jnp.where(self.owner < self.rows, self.owner, rows)
+        pairs = (
+            (self.k, other.k), (self.v, other.v), (owner, other.owner + self.rows), (self.filled, other.filled),
+            (self.n, other.n), (self.tail, tail),
+        )  # fmt: skip
+        return Pool(*map(jnp.concatenate, pairs), self.used + other.used)
+
     def _places(self) -> tuple[jax.Array, jax.Array]:
         """Of every row its first place, i32 [r], where pages are ordered by their rows; of every page its number
         within its row, i32 [p] (meaningless for a free one)."""

@@ -96,6 +96,13 @@ class DMSLayer(Layer):
         of = functools.partial(_rows, pages=pages)
         return (jax.vmap(of, in_axes=(0, None)) if axis else of)(self, index)
 
+    def put(self, index_b: np.ndarray, other: DMSLayer, axis: int = 0) -> DMSLayer:
+        """All rows are laid out anew."""
+        index, rows = np.asarray(index_b), self.pool.n.shape[axis]
+        source, new = np.arange(rows), np.flatnonzero(index < rows)
+        source[index[new]] = rows + new
+        return (jax.vmap(_joined) if axis else _joined)(self, other).rows(source, axis)
+
     def _evicted(self, ring: Ring, positions_br: jax.Array, learned: Any) -> jax.Array:
         """bool [b, h, R]: what is decided about the ring's tokens."""
         return self._decided(ring.z, ring.stats, positions_br, learned)
@@ -255,6 +262,13 @@ def _merged(pool: Pool, call: Call, tokens: Tokens, keep: jax.Array, window: int
     w_own, w_pool = jnp.exp(lse - highest), jnp.exp(top - highest)
     mixed = w_own[..., None] * own.astype(jnp.float32) + w_pool[..., None] * out
     return mixed / (w_own + w_pool * total)[..., None]
+
+
+def _joined(layer: DMSLayer, other: DMSLayer) -> DMSLayer:
+    """Rows of the one, then of the other."""
+    later = other.ring.replace(slot=other.ring.slot + layer.k.shape[0] * layer.k.shape[1])
+    ring = jax.tree.map(lambda *x: jnp.concatenate(x), layer.ring, later)
+    return layer.replace(pool=layer.pool.joined(other.pool), ring=ring)
 
 
 def _rows(layer: DMSLayer, index_b: jax.Array, pages: int) -> DMSLayer:
