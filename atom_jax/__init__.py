@@ -11,6 +11,7 @@ _PUBLIC = {
     "save_adapter": "atom_jax.checkpoint",
     "apply": "atom_jax.inference.score",
     "generate": "atom_jax.inference.generate",
+    "reason": "atom_jax.inference.scaling",
     "Session": "atom_jax.session.session",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",

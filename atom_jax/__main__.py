@@ -1,4 +1,6 @@
-"""The commands of `python -m atom_jax`: generate, units, memory, convert, instructify, info, summary, fairness."""
+"""The commands of `python -m atom_jax`: generate, reason, units, memory, convert, instructify, info, summary and
+fairness.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from atom_jax.typing import AtomError
 USAGE = """python -m atom_jax COMMAND [...]
 
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
+  reason    --checkpoint=PATH --problem=TEXT  think in several chains, whose answers vote
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
@@ -35,6 +38,7 @@ def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "generate": _generate,
+        "reason": _reason,
         "convert": _convert,
         "info": _info,
         "instructify": _instructify,
@@ -152,6 +156,56 @@ def _generate(argv: list[str]) -> int | None:
         for prompt, text in zip(values.prompt, result.text):
             print(f"--- {prompt}\n{text}")
     _report(result.stats, everything=values.stats)
+
+
+def _reason(argv: list[str]) -> None:
+    known = _Flags("reason --checkpoint=PATH --problem=TEXT", "Thinks in several chains, whose answers vote.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_string, "puzzle", "subset", "of what kind --problem is")
+    known.add(flags.DEFINE_string, "problem", None, "such as 'a 10 b 18 c 15 d 11 goal 26'; its answer is checked")
+    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds")
+    known.add(flags.DEFINE_string, "answer", "boxed",
+              "a regular expression (its first group, where it has one); the last match of a chain is its answer; "
+              "boxed: what stands in \\boxed{}")  # fmt: skip
+    known.add(flags.DEFINE_integer, "chains", 8, "how many times the problem is thought about")
+    known.add(flags.DEFINE_integer, "length", 512, "most tokens of a chain; one that has not ended abstains")
+    known.add(flags.DEFINE_float, "temperature", 1.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_float, "min_p", 0.2, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=64")
+    known.add(flags.DEFINE_string, "vote", "majority", "majority, or verify: the first answer that is right")
+    known.add(flags.DEFINE_string, "stop", "none",
+              "end chains early: decided (the vote can't change), first:M (M have answered), verified")  # fmt: skip
+    known.add(flags.DEFINE_bool, "show", False, "print the chains; what later steps can do without is grey")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if (values.problem is None) == (values.prompt is None):
+        raise AtomError(
+            "--problem or --prompt is missing" if values.problem is None else "--problem and --prompt: choose"
+        )
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation.reports import chains
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+
+    policy = None if values.memory is None else policies.parse(values.memory)
+    task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
+    lm = load(values.checkpoint, adapter=values.adapter)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policy)
+    result = chains.run(
+        lm, task, values.chains, values.length, values.temperature, values.seed, min_p=values.min_p, vote=values.vote,
+        stop=values.stop,
+    )  # fmt: skip
+    if values.json:
+        print(json.dumps(chains.as_json(task, result), ensure_ascii=not terminal.is_utf8()))
+        return
+    grey = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(chains.report(task, result, values.show, grey))
 
 
 def _compile(values: flags.FlagValues) -> int:

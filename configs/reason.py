@@ -48,16 +48,16 @@ def subset() -> Experiment:
     short = Experiment(
         model=model(), tokenizer=WORDS, optim=muon,
         data=data("least=3,letters=4", seq_len=256, batch_size=32),
-        train=TrainConfig(steps=300, eval_every=150, eval_batches=4),
+        train=TrainConfig(steps=150, eval_every=150, eval_batches=4),
     )  # fmt: skip
     middle = dataclasses.replace(
         short, data=data("least=3,letters=6", seq_len=512, batch_size=16),
-        train=TrainConfig(steps=500, eval_every=250, eval_batches=4), first=short,
+        train=TrainConfig(steps=200, eval_every=200, eval_batches=4), first=short,
     )  # fmt: skip
     return dataclasses.replace(
-        short, data=data("least=4,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1536, batch_size=6),
+        short, data=data("least=5,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=9),
         optim=dataclasses.replace(muon, schedule="wsd", decay_fraction=0.5, final_fraction=0.02),
-        train=TrainConfig(steps=1600, eval_every=200, eval_batches=8), first=middle,
+        train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def retrofit(entries: int, cr: float) -> Experiment:
         memory=DMS(
             form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=1, rank=8, cr=cr, page=16
         ),
-        data=data("least=6,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1536, batch_size=4),
+        data=data("least=6,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=6),
         fit=Fit(target="attention", windows=16, calibration=8, entries=entries),
         distill=Distill(direction="both", cr_start=cr, cr_end=1.3 * cr, cr_steps=steps, cool=0.2, remat=False),
         optim=OptimConfig(

@@ -37,22 +37,21 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
     end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     head = beginning(tokenizer) if piece["first"] else []
     tail = [end] if piece["last"] and end is not None else []
-    if units is None:
-        text, marks = tokenizer.encode(piece["text"]), None
+    asks, marks = piece["first"] and prompt_end, None
+    if units is None and not asks:
+        text = tokenizer.encode(piece["text"])
     else:
         text, spans = tokenizer.spans(piece["text"])
+    if units is not None:
         ends = np.concatenate([[False], unit_ends(units, piece["text"])])
         # A token of no bytes (the end of a word) is not marked again.
         marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
-    prompt = len(head) + _prompt(piece, tokenizer, prompt_end) if piece["first"] and prompt_end else 0
+    prompt = 0
+    if asks:
+        before, found, _ = piece["text"].partition(prompt_end.encode())
+        prompt = len(head) + int(np.sum(spans[:, 0] < len(before) + len(found)))
     return Tokens(ids.astype(np.int32, copy=False), marks, prompt)
-
-
-def _prompt(piece: dict, tokenizer: Tokenizer, end: str) -> int:
-    """Tokens of a text that begin in what is read only."""
-    before, found, _ = piece["text"].partition(end.encode())
-    return int(np.sum(tokenizer.spans(piece["text"])[1][:, 0] < len(before) + len(found)))
 
 
 def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:

@@ -25,7 +25,7 @@ from atom_jax.data.puzzles.puzzle import SPLITS, Puzzle, Step
 from atom_jax.typing import AtomError
 
 LETTERS = "abcdefgh"
-_TRIES = 100_000
+_TRIES, _AT_ONCE = 100_000, 64
 
 
 class Problem(NamedTuple):
@@ -64,16 +64,18 @@ class Subset(Puzzle):
 
     def problem(self, rng: np.random.Generator, split: str = "all") -> Problem:
         """See `Puzzle.problem`."""
-        for _ in range(_TRIES):
-            n = int(rng.integers(self.least, self.letters + 1))
-            numbers = rng.choice(np.arange(self.low, self.high + 1), n, replace=False)
-            k = int(rng.integers(max(1, n // 2 - 1), n // 2 + 2))
-            goal = int(rng.choice(numbers, k, replace=False).sum())
-            if goal > self.goal:
-                continue
-            found = Problem(tuple(numbers.tolist()), goal)
-            if split in ("all", _split(found)) and len(_solutions(found)) == 1:
-                return found
+        n = int(rng.integers(self.least, self.letters + 1))
+        k = int(rng.integers(max(1, n // 2 - 1), n // 2 + 2))
+        every = np.arange(self.low, self.high + 1, dtype=np.float32)
+        for _ in range(0, _TRIES, _AT_ONCE):
+            # In a random order; the first k are those to be found.
+            drawn = rng.permuted(np.tile(every, (_AT_ONCE, 1)), axis=1)[:, :n]
+            goals = drawn[:, :k].sum(1)
+            unique = (drawn @ _choices(n).T == goals[:, None]).sum(1) == 1
+            for numbers, goal in zip(drawn[unique & (goals <= self.goal)], goals[unique & (goals <= self.goal)]):
+                found = Problem(tuple(rng.permutation(numbers).astype(int).tolist()), int(goal))
+                if split in ("all", _split(found)):
+                    return found
         raise AtomError(f"reason:subset: {_TRIES} tries gave no problem with one solution; make it easier")
 
     def prompt(self, problem: Problem) -> str:
@@ -171,13 +173,8 @@ class Subset(Puzzle):
 
 @functools.cache
 def _choices(n: int) -> np.ndarray:
-    """All subsets of n things, bool [2^n, n]."""
-    return (np.arange(2**n)[:, None] >> np.arange(n)[None] & 1).astype(bool)
-
-
-def _solutions(problem: Problem) -> np.ndarray:
-    """Numbers of the subsets that add up to the goal."""
-    return np.flatnonzero(_choices(len(problem.numbers)) @ np.array(problem.numbers) == problem.goal)
+    """All subsets of n things, f32 [2^n, n]."""
+    return (np.arange(2**n)[:, None] >> np.arange(n)[None] & 1).astype(np.float32)
 
 
 def _split(problem: Problem) -> str:

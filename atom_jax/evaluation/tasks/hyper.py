@@ -82,7 +82,7 @@ class HyperSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A model with a memory. front: the name of its front; budget: its entries, or what tells it from others there."""
+    """A model with a memory. front: the name of its front; budget: its entries, or what tells it from others."""
 
     front: str
     budget: Any
