@@ -47,15 +47,15 @@ def subset() -> Experiment:
     muon = OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="constant", warmup_steps=40)
     short = Experiment(
         model=model(), tokenizer=WORDS, optim=muon,
-        data=data("least=3,letters=4", seq_len=256, batch_size=32),
+        data=data("least=3:letters=4", seq_len=256, batch_size=32),
         train=TrainConfig(steps=150, eval_every=150, eval_batches=4),
     )  # fmt: skip
     middle = dataclasses.replace(
-        short, data=data("least=3,letters=6", seq_len=512, batch_size=16),
+        short, data=data("least=3:letters=6", seq_len=512, batch_size=16),
         train=TrainConfig(steps=200, eval_every=200, eval_batches=4), first=short,
     )  # fmt: skip
     return dataclasses.replace(
-        short, data=data("least=5,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=9),
+        short, data=data("least=5:letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=9),
         optim=dataclasses.replace(muon, schedule="wsd", decay_fraction=0.5, final_fraction=0.02),
         train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def retrofit(entries: int, cr: float) -> Experiment:
         memory=DMS(
             form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=1, rank=8, cr=cr, page=16
         ),
-        data=data("least=6,letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=6),
+        data=data("least=6:letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=6),
         fit=Fit(target="attention", windows=16, calibration=8, entries=entries),
         distill=Distill(direction="both", cr_start=cr, cr_end=1.3 * cr, cr_steps=steps, cool=0.2, remat=False),
         optim=OptimConfig(
@@ -93,7 +93,7 @@ def tiny() -> Experiment:
     exp = subset()
     return dataclasses.replace(
         exp, model=model(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64), first=None,
-        data=data("least=3,letters=4,high=20,goal=40", seq_len=128, batch_size=8),
+        data=data("least=3:letters=4:high=20:goal=40", seq_len=128, batch_size=8),
         optim=dataclasses.replace(exp.optim, warmup_steps=5),
         train=TrainConfig(steps=20, log_every=5, eval_every=20, eval_batches=2),
     )  # fmt: skip

@@ -24,7 +24,7 @@ class DataConfig:
             .jsonl, .ndjson, .json, .csv and .tsv (also .gz, .xz): one document per line, object or row, in its field
             "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, which is UTF-8
         "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
-                      "reason:subset:letters=6,high=20" sets how hard they are
+                      "reason:subset:letters=6:high=20" sets how hard they are
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.

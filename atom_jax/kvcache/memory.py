@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import params
+from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
 
@@ -152,7 +153,7 @@ class Layer:
         """The memory whose rows `index_b`, i32 [n], are those of `other`, a memory of n rows in buffers of any
         size; a row of `other` whose index is none of this memory's is left out. Uses this memory up. axis: as for
         `rows`. Runs on the host."""
-        return _put(self, other, index_b, axis, self.free)
+        return put_rows(self, other, index_b, axis, self.free)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """i32 [b, h]: entries stored."""
@@ -261,40 +262,16 @@ def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
             return x.put(index_b, y)
         if isinstance(x, Stack):
             inside = x.states.put(index_b, y.states, 1) if isinstance(x.states, Layer) else None
-            return Stack(_put(x.states, y.states, index_b, 1) if inside is None else inside)
-        return _put(x, y, index_b, 0)
+            return Stack(put_rows(x.states, y.states, index_b, 1) if inside is None else inside)
+        return put_rows(x, y, index_b, 0)
 
     def of(node: Memory, new: Memory) -> Memory:
         keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
         parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
         layers = jax.tree.map(state, node.layers, new.layers, is_leaf=_is_state)
-        return node.replace(layers=layers, length=_put(node.length, new.length, index_b, 0), parts=parts)
+        return node.replace(layers=layers, length=put_rows(node.length, new.length, index_b, 0), parts=parts)
 
     return each(of, memory, other)
-
-
-def _put(x: Any, y: Any, index_b: np.ndarray, axis: int, free: dict[str, float] | None = None) -> Any:
-    """Trees of arrays in which rows are those of others; the larger sizes remain. free: what pads them, by name."""
-
-    index = jnp.asarray(index_b, jnp.int32)
-
-    def one(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-        fill = free.get(path[0].name, 0) if free else 0
-        return _placed(a, b, index, axis, fill)
-
-    return jax.tree_util.tree_map_with_path(one, x, y)
-
-
-@functools.partial(jax.jit, static_argnames=("axis", "fill"), donate_argnums=0)
-def _placed(x: jax.Array, y: jax.Array, index_b: jax.Array, axis: int, fill: float) -> jax.Array:
-    shape = [max(sizes) for sizes in zip(x.shape, y.shape)]
-
-    def wide(a: jax.Array) -> jax.Array:
-        widths = [(0, 0 if i == axis else m - n) for i, (m, n) in enumerate(zip(shape, a.shape))]
-        return jnp.pad(a, widths, constant_values=jnp.asarray(fill, a.dtype)) if any(m for _, m in widths) else a
-
-    x, y = wide(x), wide(y)
-    return x.at[(slice(None),) * axis + (index_b,)].set(y, mode="drop")
 
 
 def use(memory: Memory) -> tuple[jax.Array, jax.Array]:

@@ -16,11 +16,11 @@ PUZZLES: dict[str, type[Puzzle]] = {puzzle.name: puzzle for puzzle in (Subset,)}
 
 
 def parse(text: str) -> Puzzle:
-    """The puzzle that a text such as "subset:least=3,letters=6" names.
+    """The puzzle that a text such as "subset:least=3:letters=6" names.
 
     Raises AtomError for an unknown name, an unknown field or an unreadable value.
     """
-    name, _, fields = text.partition(":")
+    name, *fields = text.split(":")
     if name not in PUZZLES:
         raise AtomError(f"reason:{name}: expected one of {', '.join(PUZZLES)}")
-    return config.build(PUZZLES[name], [f for f in fields.split(",") if f], f"reason:{name}:")
+    return config.build(PUZZLES[name], fields, f"reason:{name}:")
