@@ -10,7 +10,7 @@ from atom_jax.data.sources import open_source
 from atom_jax.tokenizers.base import Tokenizer
 
 # Bytes to train on. A unigram model takes two minutes for its share in seven languages (7 s for six novels).
-LIMITS = {"bpe": 1 << 26, "unigram": 1 << 22, "words": 1 << 22}
+LIMITS = {"bpe": 1 << 26, "unigram": 1 << 22, "words": 1 << 20}
 _READ = 1 << 20
 _PART = 1 << 12  # training takes the square of the length of text without spaces
 

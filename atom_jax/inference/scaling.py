@@ -17,7 +17,7 @@ from atom_jax import config
 from atom_jax.kvcache.dense import bucket
 from atom_jax.session import laid_out, queue, sampling
 from atom_jax.session.prompts import end_ids, padded, token_rows
-from atom_jax.session.queue import Job, Made
+from atom_jax.session.queue import Made
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 
@@ -110,10 +110,12 @@ def reason(
     session = Session.begin(
         lm, *padded(ids), capacity=bucket(longest + 1), params=laid_out.of(lm), unroll=laid_out.unrolls(lm)
     )
-    keys = sampling.row_keys(key, len(ids))
-    jobs = [Job(p, jax.random.fold_in(keys[p], w)) for p in range(len(ids)) for w in range(chains)]
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    keys = fold(sampling.row_keys(key, len(ids)), np.arange(chains)).reshape(-1)
     how = sampling.sampler(temperature, top_k, top_p, min_p)
-    made, stats = queue.run(session, jobs, how, end_ids(lm, stop_ids), most, rows, ended)
+    made, stats = queue.run(
+        session, np.repeat(np.arange(len(ids)), chains), keys, how, end_ids(lm, stop_ids), most, rows, ended
+    )
     found = [made[p * chains : (p + 1) * chains] for p in range(len(ids))]
     answers = [group.answer(vote) for group in groups]
     every = [one for group in found for one in group]

@@ -30,13 +30,6 @@ LOOK = 32
 SHARED = 32 * 2**20
 
 
-class Job(NamedTuple):
-    """A continuation to make: of which row of the prompts, and with which key."""
-
-    prompt: int
-    key: jax.Array
-
-
 class Made(NamedTuple):
     """A continuation. ids: without a stop id. ended: whether there was one; cut: whether it was ended by `watch`.
     held, read: f32 [steps], entries held and read as each token was read, averaged over layers and heads; there is
@@ -68,7 +61,8 @@ def cores(lm: LM) -> int:
 
 def run(
     prompts: Session,
-    jobs: Sequence[Job],
+    jobs: Sequence[int],
+    keys: jax.Array,
     how: sampling.Sampler,
     stop_ids: np.ndarray,
     most: int,
@@ -77,12 +71,13 @@ def run(
 ) -> tuple[list[Made], Stats]:
     """Makes the continuations, each of up to `most` tokens, a stop id included.
 
-    prompts: stays as it is. stop_ids: as of `decode.Choice`. rows: so many at a time. watch: called with the number
-    of a job that has ended and what it made; returns numbers of jobs that are to end where they are.
+    prompts: stays as it is. jobs, keys: of each continuation the row of its prompt, and with what it draws. stop_ids:
+    as of `decode.Choice`. rows: so many at a time. watch: called with the number of a job that has ended and what it
+    made; returns numbers of jobs that are to end where they are.
     """
     rows = min(rows, len(jobs))
     lanes = min(cores(prompts.lm), rows)
-    queue = _Queue(jobs, most, watch or (lambda number, made: ()))
+    queue = _Queue(jobs, keys, most, watch or (lambda number, made: ()))
     share = [rows // lanes + (i < rows % lanes) for i in range(lanes)]
     started = [_Lane(prompts, queue, n, how, stop_ids, lanes > 1) for n in share]
     with ThreadPoolExecutor(lanes) as threads:
@@ -93,8 +88,9 @@ def run(
 class _Queue:
     """Jobs that wait, and what was made. Lanes of several threads take from it."""
 
-    def __init__(self, jobs: Sequence[Job], most: int, watch: Watch):
-        self.jobs, self.most, self.watch = jobs, most, watch
+    def __init__(self, jobs: Sequence[int], keys: jax.Array, most: int, watch: Watch):
+        self.jobs, self.most, self.watch = np.asarray(jobs), most, watch
+        self.keys, self.kind = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
         self.waiting = collections.deque(range(len(jobs)))
         self.made: list[Made] = [None] * len(jobs)
         self.cut: set[int] = set()
@@ -201,11 +197,10 @@ class _Lane:
 
     def _started(self, numbers: list[int], size: int) -> Slots:
         """So many rows, of these jobs and of copies of the first."""
-        jobs = [self.queue.jobs[n] for n in [*numbers, *numbers[:1] * (size - len(numbers))]]
-        codec = registry.of(self.prompts.lm.config).codec(self.prompts.lm.config)
-        keys = jax.numpy.stack([job.key for job in jobs])
-        choice = Choice(keys, self.how, self.stop_ids, codec)
-        return Slots(self.prompts.rows([job.prompt for job in jobs]), choice, self.beside)
+        chosen, cfg = np.array([*numbers, *numbers[:1] * (size - len(numbers))]), self.prompts.lm.config
+        keys = jax.random.wrap_key_data(self.queue.keys[chosen], impl=self.queue.kind)
+        choice = Choice(keys, self.how, self.stop_ids, registry.of(cfg).codec(cfg))
+        return Slots(self.prompts.rows(self.queue.jobs[chosen]), choice, self.beside)
 
     def _begun(self, slots: Slots, numbers: list[int]) -> list[_Row]:
         return [_Row(number, int(first)) for number, first in zip(numbers, slots.first)]

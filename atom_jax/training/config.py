@@ -121,7 +121,7 @@ class Experiment:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     # "bytes"; "bpe:SIZE", "unigram:SIZE" or "words:SIZE", trained on the train split of data.sources (at most 64, 4
-    # and 4 MiB of it); a tokenizer.json or its directory; "" = the tokenizer of init_from.
+    # and 1 MiB of it); a tokenizer.json or its directory; "" = the tokenizer of init_from.
     tokenizer: str = "bytes"
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from atom_jax.data import pipeline
 from atom_jax.data.config import DataConfig
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.data.puzzles import Generated, Subset, parse
@@ -170,7 +171,8 @@ def test_prompts_of_documents_that_are_cut_are_left_out_too():
         assert said[0].startswith(" a")
 
 
-def test_rows_that_are_too_short_for_all_documents_are_refused(tokenizer):
+def test_rows_that_are_too_short_for_all_documents_are_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(pipeline, "_EMPTY_LIMIT", 20)
     cfg = DataConfig(sources=(EASY,), seq_len=8, batch_size=1, whole=True)
     data = make_iterator(cfg, tokenizer)
     with pytest.raises(AtomError, match="longer than 8 tokens"):

@@ -7,12 +7,10 @@ import pytest
 import atom_jax
 from atom_jax.session import laid_out, queue, sampling
 from atom_jax.session.prompts import padded
-from atom_jax.session.queue import Job
 from atom_jax.session.session import Session
 from tests.reliability import rows as examples
 
 MOST, WIDTH = 14, 2
-KEY = jax.random.key(5)
 # Ways to keep rows: all slots, a ring, a budget, pages with statistics, a pool; and learned units.
 MODELS = {
     "dense": ("llama", "plain", None), "ring": ("qwen3", "sliding", None), "budget": ("llama", "plain", "tova"),
@@ -31,15 +29,15 @@ def started(name):
     ids = [np.array(row, np.int32) for row in examples.texts(lm.config, 3)[0]]
     params, unroll = laid_out.of(lm), laid_out.unrolls(lm)
     session = Session.begin(lm, *padded(ids), capacity=40, params=params, unroll=unroll)
-    keys = sampling.row_keys(KEY, len(ids))
-    jobs = [Job(p, jax.random.fold_in(keys[p], w)) for p in range(len(ids)) for w in range(WIDTH)]
+    jobs = np.repeat(np.arange(len(ids)), WIDTH)
     # Ends that come early in some rows.
     stops = np.arange(5, lm.config.vocab_size, 9, dtype=np.int32)
     return lm, ids, session, jobs, stops
 
 
 def run(session, jobs, stops, rows, **options):
-    return queue.run(session, jobs, sampling.sampler(1.0), stops, MOST, rows, **options)
+    keys = sampling.row_keys(jax.random.key(5), len(jobs))
+    return queue.run(session, jobs, keys, sampling.sampler(1.0), stops, MOST, rows, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,9 +58,8 @@ def test_what_is_made_does_not_depend_on_the_rows(name, monkeypatch):
         for p, row in enumerate(ids):
             for one in together[p * WIDTH : (p + 1) * WIDTH]:
                 np.testing.assert_array_equal(one.read, len(row) + 1 + np.arange(len(one.read)))
-        whole = [job.key for job in jobs]
-        prompts = [ids[job.prompt].tolist() for job in jobs]
-        again = atom_jax.generate(lm, prompts, MOST, 1.0, jax.numpy.stack(whole), stop_ids=[int(i) for i in stops])
+        prompts = [ids[job].tolist() for job in jobs]
+        again = atom_jax.generate(lm, prompts, MOST, 1.0, jax.random.key(5), stop_ids=stops.tolist())
         assert again.ids == [one.ids for one in together]
         assert again.stats["kv_reads"] == pytest.approx(sum(one.read.sum() for one in together))
 
@@ -75,7 +72,7 @@ def test_rows_are_dealt_out_to_cores_and_ended_from_outside(monkeypatch):
 
     def watch(number, made):
         seen.append(number)
-        return [j for j in range(len(jobs)) if j != number and jobs[j].prompt == jobs[number].prompt]
+        return [j for j in range(len(jobs)) if j != number and jobs[j] == jobs[number]]
 
     made, stats = run(session, jobs, stops, 4, watch=watch)
     assert sorted(seen) == list(range(len(jobs))) and stats.row_steps >= stats.idle
