@@ -10,7 +10,7 @@ from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
 from atom_jax.typing import AtomError
 
-__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained"]
+__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained", "padded"]
 
 # One entry per byte, and bos, eos, pad.
 _LEAST = 259
@@ -37,6 +37,12 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
     if str(name_or_path).startswith("bolmo:"):
         return BolmoTokenizer(JsonTokenizer(str(name_or_path).removeprefix("bolmo:")))
     return JsonTokenizer(name_or_path)
+
+
+def padded(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer for a model whose table has so many rows: those beyond the vocabulary, which can be drawn, stand
+    for no text."""
+    return tokenizer.padded(rows) if hasattr(tokenizer, "padded") else tokenizer
 
 
 def is_trained(name: str) -> bool:

@@ -104,6 +104,11 @@ class JsonTokenizer:
             found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < self._n_ids]
         return list(dict.fromkeys(found))
 
+    def padded(self, rows: int) -> JsonTokenizer:
+        """See `tokenizers.padded`."""
+        self._n_ids = max(self._n_ids, rows)
+        return self
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], without bos or eos. Bytes are UTF-8; AtomError when they, or a lone surrogate, are not."""
         return np.asarray(self._encoding(_valid(text)).ids, np.int32)

@@ -47,7 +47,7 @@ def tokenizer(exp: Experiment) -> Any:
     if needed:
         return needed[-1]
     if tokenizers.is_trained(exp.tokenizer):
-        return vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources)
+        return tokenizers.padded(vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources), exp.model.vocab_size)
     if exp.tokenizer:
         return tokenizers.from_name(exp.tokenizer)
     found = _given(exp, "tokenizer")[1]

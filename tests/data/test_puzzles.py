@@ -77,11 +77,11 @@ def test_documents_are_the_same_everywhere():
 
 GOLDEN = [
     "a 40 b 13 c 18 d 23 e 11 goal 40 ; a- 40 b- 40 c- 40 d+ 17 e+ 6 ! em 17 ! E dm 40 e+ 29 ! em 40 ! E D cp 22 "
-    "d. 22 e+ 11 ! em 22 ! E D C bp 27 c+ 9 d. 9 e. 9 ! E D cm 27 d- 27 e+ 16 ! em 27 ! E dp 4 e. 4 ! E D C B ap 0 "
-    "= a: 1 b: 0 c: 0 d: 0 e: 0",
-    "a 54 b 31 c 47 d 10 goal 111 ; a- 111 b+ 80 c+ 33 d- 33 ! dp 23 ! D cm 80 d- 80 ! dp 70 ! D C bm 111 c+ 64 d- "
-    "64 ! dp 54 ! D cm 111 d- 111 ! dp 101 ! D C B ap 57 b+ 26 c. 26 d- 26 ! dp 16 ! D C bm 57 c+ 10 d- 10 ! dp 0 "
-    "= a: 1 b: 0 c: 1 d: 1",
+    "d. 22 e+ 11 ! em 22 ! E D C bp 27 c+ 9 d. 9 e. 9 ! E D cm 27 d- 27 e+ 16 ! em 27 ! E dp 4 e. 4 ! E D C B ap "
+    "0 = a: 1 b: 0 c: 0 d: 0 e: 0",
+    "a 54 b 31 c 47 d 10 goal 111 ; a- 111 b+ 80 c+ 33 d- 33 ! dp 23 ! D cm 80 d- 80 ! dp 70 ! D C bm 111 c+ 64 "
+    "d- 64 ! dp 54 ! D cm 111 d- 111 ! dp 101 ! D C B ap 57 b+ 26 c. 26 d- 26 ! dp 16 ! D C bm 57 c+ 10 d- 10 ! "
+    "dp 0 = a: 1 b: 0 c: 1 d: 1",
 ]
 
 

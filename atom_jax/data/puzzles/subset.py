@@ -65,9 +65,9 @@ class Subset(Puzzle):
     def problem(self, rng: np.random.Generator, split: str = "all") -> Problem:
         """See `Puzzle.problem`."""
         n = int(rng.integers(self.least, self.letters + 1))
-        k = int(rng.integers(max(1, n // 2 - 1), n // 2 + 2))
         every = np.arange(self.low, self.high + 1, dtype=np.float32)
         for _ in range(0, _TRIES, _AT_ONCE):
+            k = int(rng.integers(max(1, n // 2 - 1), n // 2 + 2))
             # In a random order; the first k are those to be found.
             drawn = rng.permuted(np.tile(every, (_AT_ONCE, 1)), axis=1)[:, :n]
             goals = drawn[:, :k].sum(1)

@@ -122,7 +122,9 @@ class Hyper:
 
 def check_words(lm: LM, prompt: str) -> None:
     """Raises AtomError for a model whose tokenizer lacks the words of a problem."""
-    if lm.tokenizer is None or lm.tokenizer.decode(lm.tokenizer.encode(prompt)) != prompt:
+    ids = np.zeros(1, int) if lm.tokenizer is None else lm.tokenizer.encode(prompt)
+    known = lm.tokenizer is not None and ids.max(initial=0) < lm.config.vocab_size
+    if not known or lm.tokenizer.decode(ids) != prompt:
         raise AtomError(f"the model's tokenizer lacks words of a problem such as {prompt!r}")
 
 

@@ -28,7 +28,7 @@ def lm():
         max_length=64, bos_id=0, eos_ids=(1,), pad_id=2, tie_embeddings=True,
     )  # fmt: skip
     tree = params.init(jax.random.key(1), transformer.spec(cfg))
-    return LM(cfg, tree, trained_tokenizer("words:64", (f"reason:{PUZZLE}",)))
+    return LM(cfg, tree, trained_tokenizer("words:64", (f"reason:{PUZZLE}",)).padded(64))
 
 
 SETTINGS = HyperSettings(
@@ -110,6 +110,6 @@ def test_a_problem_is_thought_about_and_shown(lm):
     out = report.as_json(task, result)
     assert len(out["chains"]) == 2 and out["right"] in (True, False)
     with pytest.raises(AtomError, match="lacks words"):
-        report.run(dataclasses.replace(lm, tokenizer=ByteTokenizer()), task._replace(prompt="ж 5"), 2, 8, 1.0, 0)
+        report.run(dataclasses.replace(lm, tokenizer=ByteTokenizer()), task._replace(prompt="z ж"), 2, 8, 1.0, 0)
     free = report.task(PUZZLE, None, "a 5", r"\w")
     assert free.verify is None and free.extract("b 7") == "7"
