@@ -12,6 +12,8 @@ _PUBLIC = {
     "apply": "atom_jax.inference.score",
     "generate": "atom_jax.inference.generate",
     "reason": "atom_jax.inference.scaling",
+    "transplant": "atom_jax.inference.transplant",
+    "byte_logprobs": "atom_jax.inference.byte_law",
     "Session": "atom_jax.session.session",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",
