@@ -11,6 +11,8 @@ _PUBLIC = {
     "save_adapter": "atom_jax.checkpoint",
     "apply": "atom_jax.inference.score",
     "generate": "atom_jax.inference.generate",
+    "chat": "atom_jax.inference.chat",
+    "Chat": "atom_jax.inference.chat",
     "Session": "atom_jax.session.session",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",

@@ -179,6 +179,12 @@ class JsonTokenizer:
         added = self._tk.get_added_tokens_decoder()
         return pieces | {i: token.content.encode("utf-8") for i, token in added.items()}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that came with the tokenizer, or None."""
+        config = json.loads(self._files.get("tokenizer_config.json", "{}"))
+        return self._files.get("chat_template.jinja", config.get("chat_template"))
+
 
 def in_directory(path: Path) -> JsonTokenizer | None:
     """The tokenizer of a model's directory. None where there is none, with a warning that names its file where it is
