@@ -14,6 +14,8 @@ _PUBLIC = {
     "reason": "atom_jax.inference.scaling",
     "transplant": "atom_jax.inference.transplant",
     "byte_logprobs": "atom_jax.inference.byte_law",
+    "chat": "atom_jax.inference.chat",
+    "Chat": "atom_jax.inference.chat",
     "Session": "atom_jax.session.session",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",

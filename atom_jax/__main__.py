@@ -20,6 +20,7 @@ USAGE = """python -m atom_jax COMMAND [...]
 
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   reason    --checkpoint=PATH --problem=TEXT  think in several chains, whose answers vote
+  chat      --checkpoint=PATH                 talk with a model that was tuned for it
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "generate": _generate,
         "reason": _reason,
+        "chat": _chat,
         "convert": _convert,
         "info": _info,
         "instructify": _instructify,
@@ -125,6 +127,7 @@ def _generate(argv: list[str]) -> int | None:
 
     from atom_jax import config
     from atom_jax.checkpoint import load
+    from atom_jax.inference import chat as chat_lib
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
     from atom_jax.models import registry
@@ -156,6 +159,47 @@ def _generate(argv: list[str]) -> int | None:
         for prompt, text in zip(values.prompt, result.text):
             print(f"--- {prompt}\n{text}")
     _report(result.stats, everything=values.stats)
+    if any(not ids for ids in result.ids) and chat_lib.template_of(lm) is not None:
+        print("the model ended at once; it was tuned for conversations: python -m atom_jax chat", file=sys.stderr)
+
+
+def _chat(argv: list[str]) -> None:
+    known = _Flags(
+        "chat --checkpoint=PATH",
+        "Talks with a model: a line is a message. /stats says what the memory holds, /reset begins anew, /quit ends;"
+        " Ctrl-C ends an answer.",
+    )
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=512")
+    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation")
+    known.add(flags.DEFINE_string, "file", None, "a document that the first message brings along")
+    known.add(flags.DEFINE_integer, "max_new_tokens", 512, "most tokens of an answer")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+
+    import jax
+
+    from atom_jax import config
+    from atom_jax.checkpoint import load
+    from atom_jax.inference import talk
+    from atom_jax.inference.chat import Chat
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+
+    seed = config.in_range("--seed", values.seed, int)
+    policy = None if values.memory is None else policies.parse(values.memory)
+    document = None if values.file is None else _text(None, values.file)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policy)
+    options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
+    talk.talk(lambda: Chat(lm, values.system, **options), values.max_new_tokens, document)
 
 
 def _reason(argv: list[str]) -> None:
