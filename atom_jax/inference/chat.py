@@ -85,4 +85,5 @@ class Chat:
     def _end(self) -> str:
         """The text of the stop id that ended the answer, which the memory has taken; "" where there was none."""
         newest = int(self.last.memory.token[0])
-        return self.lm.tokenizer.decode([newest]) if newest in self.lm.tokenizer.eos_ids else ""
+        ends = {*self.lm.tokenizer.eos_ids, *self.lm.config.eos_ids}
+        return self.lm.tokenizer.decode([newest]) if newest in ends else ""
