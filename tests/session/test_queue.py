@@ -11,10 +11,10 @@ from atom_jax.session.session import Session
 from tests.reliability import rows as examples
 
 MOST, WIDTH = 14, 2
-# Ways to keep rows: all slots, a ring, a budget, pages with statistics, a pool; and learned units.
+# Ways to keep rows: all slots, a budget, pages with statistics, a pool; and learned units.
 MODELS = {
-    "dense": ("llama", "plain", None), "ring": ("qwen3", "sliding", None), "budget": ("llama", "plain", "tova"),
-    "quest": ("llama", "plain", "quest"), "dms": ("qwen3", "plain", "dms"), "units": ("hnet", "hnet", None),
+    "dense": ("llama", "plain", None), "budget": ("llama", "plain", "tova"), "quest": ("llama", "plain", "quest"),
+    "dms": ("qwen3", "plain", "dms"), "units": ("hnet", "hnet", None),
 }  # fmt: skip
 
 
