@@ -21,9 +21,11 @@ from atom_jax.kvcache.quest import QuestLayer
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.models import bolmo, layers, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
+from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.registry import with_memory
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import reading
+from atom_jax.session import laid_out, reading
+from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError, Batch
 from tests.models.tiny_units import MODELS, stream, weights
 
@@ -155,21 +157,36 @@ def test_layers_over_units_with_room_for_everything():
     assert small.stats["kv_reads"] < dense.stats["kv_reads"]
 
 
-def test_evictors_over_units_decode_as_they_are_trained():
-    cfg = dataclasses.replace(MODELS["words"], memory=dataclasses.replace(LEARNED, window=2))
-    p = learned(weights(cfg))
-    assert {path.split("/")[1] for path in params.flatten(p) if "/dms/" in path} == {"main"}
-    lm = LM(cfg, p, None)
-    prompts = [stream(n, start).tolist() for n, start in ((50, 3), (30, 20))]
-    made = atom_jax.generate(lm, prompts, 30)
-    assert made.ids != atom_jax.generate(with_memory(lm, None), prompts, 30).ids
-    for prompt, new in zip(prompts, made.ids):
-        out = atom_jax.apply(lm, [prompt + new])
-        evict = out.aux["memory"][1]["evict"][0]
-        assert 0.2 < float(evict.mean()) < 0.8
-        logits = np.asarray(out.logits)[0, len(prompt) - 1 : -1]
-        # Rounding may turn near ties around.
-        assert (logits.max(1) - logits[np.arange(30), new] < 1e-3).all()
+def over_units(name):
+    """A model with evictors over its units: learned ones, or those that keep separators, known by the marks' ids."""
+    kept = DMS("separators", window=1, separators=tuple(range(0, 264, 2)), page=4)
+    if name == "bolmo":
+        return bolmo_over(kept)
+    cfg = dataclasses.replace(
+        MODELS[name], memory=dataclasses.replace(LEARNED, window=2) if name == "words" else kept
+    )
+    return LM(cfg, learned(weights(cfg)), None)
+
+
+@pytest.mark.parametrize("name", ["words", "hnet-2", "bolmo"])
+def test_evictors_over_units_decode_as_they_are_trained(monkeypatch, name):
+    monkeypatch.setattr(laid_out, "unrolls", lambda lm: False)
+    lm, t, more = over_units(name), 40, 6
+    ids = np.stack([stream(t + 1, start) for start in (3, 20)])
+    out = atom_jax.apply(lm, ids)
+    evict = np.concatenate([np.reshape(x, (-1, *x.shape[-3:])) for x in out.aux["memory"][-1]["evict"]])
+    ends = np.asarray(out.aux["boundaries"][-1])
+    for row, marks, mine in zip(ids, ends, evict.swapaxes(0, 1)):
+        mine = mine[..., : marks.sum()]
+        assert 0.2 < mine.mean() < 0.8
+        if lm.config.memory.form == "separators":
+            np.testing.assert_array_equal(mine, np.broadcast_to(row[marks] % 2 > 0, mine.shape))
+    # Prompt, later turn, and single tokens, which a Bolmo is told with their forms, the last one given included.
+    pending = registry.of(lm.config).codec(lm.config).pending
+    session = Session.prefill(lm, ids[:, : t // 2]).extend(ids[:, t // 2 : t - more])
+    forms = ids + FUSED * ends if pending else ids
+    found = session.verify(forms[:, t - more - pending : t]).logits
+    np.testing.assert_allclose(found, out.logits[:, t - more - pending - 1 : t], atol=2e-4)
 
 
 @pytest.mark.parametrize("text", ["tova:budget=200", "none;1=snapkv:budget=200,window=4", "knorm:budget=6"])
