@@ -57,6 +57,17 @@ def golden() -> pathlib.Path:
     return ROOT / "tests" / "golden"
 
 
+@pytest.fixture(scope="module")
+def scanned():
+    """Layers one after another in a loop, as accelerators have them in generation: they compile in a fraction of the
+    time. For tests of what doesn't depend on it."""
+    from atom_jax.session import laid_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: False)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drops compiled programs after each module: thousands of them in one process exhaust its memory maps, which ends
