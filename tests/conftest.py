@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight simulated devices, quick compiles and a persistent compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -18,6 +19,8 @@ import jax
 import pytest
 from absl import flags
 
+# Tracing leaves many objects behind, few of which are garbage.
+gc.set_threshold(50_000, 50, 50)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 flags.FLAGS.mark_as_parsed()

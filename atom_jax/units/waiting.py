@@ -53,7 +53,7 @@ def step(
     waiting = waiting.replace(on=waiting.on & ~ready)
     if latest.undecided is not None:
         x = jnp.where(ready[:, None, None], x_b1d, latest.x)
-        waiting = waiting.replace(undecided=latest.undecided & ~live_b, x=x)
+        waiting = waiting.replace(undecided=latest.undecided & ~live_b, ids=seen.ids, x=x)
     memory = memory.replace(
         layers=(encoder, decoder), length=memory.length + tokens.segments[:, 0],
         parts=parts.replace(latest=waiting), fresh=False,

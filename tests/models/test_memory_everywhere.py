@@ -107,14 +107,14 @@ def places(t, b=2, start=0):
     return at, jnp.ones_like(at)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
+# Of layers apart: tests/session.
 @pytest.mark.parametrize("policy", ["none", "tova:budget=12", "quest:budget=16,page=4;2=none", LEARNED], ids=str)
-def test_tokens_that_were_tried_leave_no_trace(policy, unroll):
+def test_tokens_that_were_tried_leave_no_trace(policy):
     lm = build(policy=parse(policy) if isinstance(policy, str) else policy)
     cfg, ids = lm.config, np.random.default_rng(1).integers(0, 264, (2, 50))
     (_, cache), _ = reading.read_prompt(lm.params, ids[:, :30], np.array([30, 17]), cfg=cfg, capacity=64)
-    p = transformer.decode_params(lm.params, cfg, unroll)
-    cache = memory.grow(memory.unstack(cache) if unroll else cache, 8)
+    p = transformer.decode_params(lm.params, cfg, unroll=False)
+    cache = memory.grow(cache, 8)
     run = functools.partial(jax.jit(transformer.hidden, static_argnames=("cfg", "tentative")), p, cfg=cfg)
     draft = Batch(ids[:, 30:36], cache.length[:, None] + jnp.arange(6)[None], jnp.ones((2, 6), jnp.int32))
     states, pending, _ = run(draft, cache=cache, tentative=True)
@@ -151,11 +151,8 @@ def test_layers_over_units_with_room_for_everything():
     cfg = MODELS["hnet-2"]
     lm = LM(cfg, weights(cfg), None)
     prompts = [stream(n, start).tolist() for n, start in ((40, 3), (25, 20), (1, 8))]
-    dense = atom_jax.generate(lm, prompts, 30)
-    for text in ("tova:budget=200", "expected_attention:budget=200,future=8", "quest:budget=512;0=none"):
-        assert atom_jax.generate(with_memory(lm, parse(text)), prompts, 30).ids == dense.ids
-    small = atom_jax.generate(with_memory(lm, parse("tova:budget=4")), prompts, 30)
-    assert small.stats["kv_reads"] < dense.stats["kv_reads"]
+    policies = parse("expected_attention:budget=200,future=8;2=quest:budget=512")
+    assert atom_jax.generate(with_memory(lm, policies), prompts, 30).ids == atom_jax.generate(lm, prompts, 30).ids
 
 
 def over_units(name):
@@ -171,16 +168,17 @@ def over_units(name):
 
 @pytest.mark.parametrize("name", ["words", "hnet-2", "bolmo"])
 def test_evictors_over_units_decode_as_they_are_trained(name):
-    lm, t, more = over_units(name), 40, 6
+    lm, t, more, left = over_units(name), 64, 6, []
     ids = np.stack([stream(t + 1, start) for start in (3, 20)])
     out = atom_jax.apply(lm, ids)
     evict = np.concatenate([np.reshape(x, (-1, *x.shape[-3:])) for x in out.aux["memory"][-1]["evict"]])
     ends = np.asarray(out.aux["boundaries"][-1])
     for row, marks, mine in zip(ids, ends, evict.swapaxes(0, 1)):
         mine = mine[..., : marks.sum()]
-        assert 0.2 < mine.mean() < 0.8
-        if lm.config.memory.form == "separators":
+        left += mine.ravel().tolist()
+        if name != "words":
             np.testing.assert_array_equal(mine, np.broadcast_to(row[marks] % 2 > 0, mine.shape))
+    assert 0.2 < np.mean(left) < 0.8
     # Prompt, later turn, and single tokens, which a Bolmo is told with their forms, the last one given included.
     pending = registry.of(lm.config).codec(lm.config).pending
     session = Session.prefill(lm, ids[:, : t // 2]).extend(ids[:, t // 2 : t - more])
