@@ -37,21 +37,23 @@ SLOW = (
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_kv.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "models/test_bolmo.py", "models/test_dynpool.py",
-    "models/test_hnet.py", "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
-    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "test_eval_script.py",
-    "test_flax_bridge.py", "test_kernels.py", "test_main.py", "test_notebooks.py", "test_train_script.py",
-    "training/test_byteify_run.py", "training/test_distill.py", "training/test_distill_mesh.py",
-    "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py", "training/test_step.py",
-    "training/test_training_units.py", "transfer",
+    "models/test_hnet.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
+    "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
+    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability",
+    "session/test_session.py", "test_eval_script.py", "test_flax_bridge.py", "test_kernels.py", "test_main.py",
+    "test_notebooks.py", "test_train_script.py",
+    "training/objectives", "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py",
+    "training/test_step.py", "training/test_training_units.py", "transfer",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is in SLOW."""
+    """Marks what is in SLOW, and has it run first: no process is to be left with it alone."""
     slow = [ROOT / "tests" / name for name in SLOW]
     for item in items:
         if any(item.path.is_relative_to(place) for place in slow):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
