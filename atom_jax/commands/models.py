@@ -30,9 +30,7 @@ def transplant(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "method", "fvt", "how rows are made for tokens that SRC lacks: fvt, focus, "
               "tokenadapt; with a donor omp, neighbours, landmarks; options as in omp:k=32")  # fmt: skip
     known.add(flags.DEFINE_string, "donor", None, "a model that has this tokenizer already")
-    known.add(
-        flags.DEFINE_string, "fallback", "normal", "rows of which nothing is known: normal, covariance, mean, zero"
-    )
+    known.add(flags.DEFINE_string, "fallback", "normal", "where that fails: normal, covariance, mean, zero, a method")
     known.add(flags.DEFINE_multi_string, "special", [], "NEW=OLD, special tokens of which NEW gets the row of OLD")
     known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
     known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -205,6 +206,11 @@ class JsonTokenizer:
         """Whether an added token is no entry of the model's own: SentencePiece vocabularies list runs of spaces among
         the added tokens again."""
         return token.special or self._decoder == "bytes" or self._tk.model.token_to_id(token.content) is None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of tokenizer.json."""
+        return hashlib.sha256(self._files[MAIN].encode("utf-8")).hexdigest()
 
     @property
     def chat_template(self) -> str | None:
