@@ -29,6 +29,8 @@ def generate(argv: list[str]) -> int | None:
     known.add(flags.DEFINE_string, "memory", None,
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
+    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
+    known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
@@ -53,9 +55,11 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
     from atom_jax.models import registry
+    from atom_jax.session.drafts import drafters
 
     seed = config.in_range("--seed", values.seed, int)
     policy = None if values.memory is None else policies.parse(values.memory)
+    draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
         lm = registry.with_memory(lm, policy)
@@ -71,6 +75,8 @@ def generate(argv: list[str]) -> int | None:
         min_p=values.min_p,
         stop=values.stop,
         on_text=_write if alone else None,
+        draft=draft,
+        draft_tokens=values.draft_tokens,
     )
     if values.json:
         table = {"text": result.text, "ids": result.ids, "stats": result.stats}

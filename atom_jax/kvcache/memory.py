@@ -136,14 +136,18 @@ class Layer:
         layer, out = jax.lax.scan(step, self, jnp.arange(call.q.shape[3]))
         return jnp.moveaxis(out, 0, 3), layer
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """bool [b]: rows of these lengths whose next single token might not fit."""
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """bool [b]: rows of these lengths whose next `more` tokens, one after another, might not fit."""
         raise NotImplementedError
 
     def grow(self, length_b: np.ndarray, more: int) -> Layer:
         """The same memory with room for at least `more` further tokens per row: itself where there is room, unless
         the policy can make it smaller. Runs on the host; arrays may change their shapes."""
         raise NotImplementedError
+
+    def grow_singly(self, length_b: np.ndarray, more: int) -> Layer:
+        """As `grow`, for tokens that are read one after another."""
+        return self.grow(length_b, more)
 
     def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
         """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
@@ -206,16 +210,16 @@ def each(fn: Callable[..., Memory], memory: Memory, *rest: Memory) -> Memory:
     return fn(memory.replace(parts=parts), *rest)
 
 
-def full(memory: Memory) -> jax.Array:
-    """bool [b]: rows whose next token might not fit somewhere."""
-    found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full")]
+def full(memory: Memory, more: int = 1) -> jax.Array:
+    """bool [b]: rows whose next `more` tokens, one after another, might not fit somewhere."""
+    found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full", more)]
     return functools.reduce(jnp.logical_or, found, jnp.zeros(memory.length.shape, bool))
 
 
-def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
+def grow(memory: Memory, more: int | Sequence[int] = 1, singly: bool = False) -> Memory:
     """The same memory with room for `more` further tokens per row in every node, or for a number of its own in each
     of `nodes`, which then lie one inside the other: larger only where that is needed, and smaller where a policy can
-    make it so. Runs on the host."""
+    make it so. singly: they are read one after another. Runs on the host."""
     numbers = iter([more] * len(nodes(memory)) if isinstance(more, int) else reversed(more))
 
     def larger(node: Memory) -> Memory:
@@ -224,7 +228,7 @@ def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
         def one(x: Any) -> Any:
             if (layer := _layer(x)) is None:
                 return x
-            layer = layer.grow(length, more)
+            layer = layer.grow_singly(length, more) if singly else layer.grow(length, more)
             return Stack(layer) if isinstance(x, Stack) else layer
 
         return node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state))
@@ -377,11 +381,11 @@ def policies(memory: Memory) -> Iterator[Any]:
         yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
 
 
-def _ask(node: Memory, what: str) -> list[jax.Array]:
+def _ask(node: Memory, what: str, *how: int) -> list[jax.Array]:
     """What every attention layer of a node answers, [layers, b, ...] for each leaf."""
     out = []
     for x in jax.tree.leaves(node.layers, is_leaf=_is_state):
         if (layer := _layer(x)) is not None:
-            ask = lambda one: getattr(one, what)(node.length)  # noqa: E731
+            ask = lambda one: getattr(one, what)(node.length, *how)  # noqa: E731
             out.append(jax.vmap(ask)(layer) if isinstance(x, Stack) else ask(layer)[None])
     return out

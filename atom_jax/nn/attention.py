@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -105,6 +108,29 @@ def attend(
     scores = jnp.where(seen, scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bhsk.dtype)
     return jnp.einsum("bhgts,bhsk->bhgtk", weights, v_bhsk).astype(q_bhgtk.dtype)
+
+
+def attend_parts(
+    q_bhgtk: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, Tokens]],
+    q: Tokens,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """`attend` for a few queries per row, to keys and values [b, h, s, k] that lie in several arrays, each with where
+    its keys stand: as if they lay in one, without moving them there."""
+    scores, size = [], q_bhgtk.shape[-1]
+    for k_bhsk, _, k in parts:
+        part = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32) * size**-0.5
+        seen = jnp.broadcast_to(mask(q, k, window)[:, None, None], part.shape)
+        scores.append(jnp.where(seen, part, NEGATIVE))
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - top) for part in scores]
+    out = sum(
+        jnp.einsum("bhgts,bhsk->bhgtk", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v, _) in zip(weights, parts)
+    )
+    return (out / sum(w.sum(-1, keepdims=True) for w in weights)).astype(q_bhgtk.dtype)
 
 
 def _attend_one(q_bhgk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, seen_b11s: jax.Array) -> jax.Array:

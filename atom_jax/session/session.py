@@ -132,7 +132,7 @@ class Session:
         counts, memory = jnp.asarray(counts, jnp.int32), self.usable()
         if ids.shape[1] == 0:
             return Tried(self, memory, None, ids, counts, self.x_bd[:, None])
-        memory = memory_lib.grow(memory, ids.shape[1])
+        memory = memory_lib.grow(memory, ids.shape[1], singly=True)
         x_bnd, pending = programs.attempt(self.params, memory, ids, counts, cfg=self.lm.config)
         if not unread:
             x_bnd = jnp.concatenate([self.x_bd[:, None], x_bnd], axis=1)

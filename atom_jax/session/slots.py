@@ -24,6 +24,9 @@ class Slots:
     it is a stop id, or a token waits to be read or to get its form.
     """
 
+    # Tokens that a row may come to read in one call of the model.
+    _ahead = 1
+
     def __init__(self, session: Session, choice: Choice, beside: bool = False):
         self.choice, self._lm, self._params = choice, session.lm, session.params
         self._decode = decode_beside() if beside else decode
@@ -57,7 +60,7 @@ class Slots:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
         state, until = self._state, np.asarray(until, np.int32)
         if bool(programs.short(state.memory, ~state.done & (state.made < until))):
-            self._state = state.replace(memory=memory_lib.grow(state.memory))
+            self._state = state.replace(memory=memory_lib.grow(state.memory, self._ahead, singly=True))
         shapes = [x.shape for x in jax.tree.leaves(self._state)]
         if shapes != self._compiled:
             # No step is taken.

@@ -141,10 +141,14 @@ def test_room_is_made_where_it_is_needed(name):
     while not bool(jnp.any(layer.full(done))) and done.max() < 60:
         _, layer = extend(layer, call(name, done, np.ones(B), 1))
         done = done + 1
+    assert bool(jnp.any(layer.full(done, 7))) or not bool(jnp.any(layer.full(done)))
     grown = layer.grow(done, 1)
     assert not bool(jnp.any(grown.full(done)))
+    several = layer.grow_singly(done, 7)
+    assert not bool(jnp.any(several.full(done, 7)))
     if grown is not layer:
         same(name, grown, layer.grow(done, 9), done)
+        same(name, several, layer.grow(done, 9), done)
 
 
 @struct.dataclass

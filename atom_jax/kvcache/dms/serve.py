@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax.kvcache.dense import FEW
 from atom_jax.kvcache.dms import decide, observed
 from atom_jax.kvcache.dms.config import FEATURES, Settings
 from atom_jax.kvcache.dms.pool import NEGATIVE, NEVER, Pool, coarse, fine
@@ -69,9 +70,15 @@ class DMSLayer(Layer):
         """Reads new tokens; see `memory.Layer`."""
         return self._one(call) if call.q.shape[3] == 1 else self._many(call)
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """Whether the next token of all rows might not fit."""
-        short = jnp.sum(self.pool.tail < 0) > self.k.shape[0] - self.pool.used
+    def store(self, call: Call) -> DMSLayer:
+        """A few tokens are put where there is room; many lay the pool out anew."""
+        return (self.one_by_one if call.q.shape[3] <= FEW else self.extend)(call)[1]
+
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Whether the next tokens of all rows might not fit."""
+        page, tail = self.k.shape[1], self.pool.tail
+        free = jnp.where(tail < 0, 0, page - tail % page)
+        short = jnp.sum(-(-jnp.maximum(more - free, 0) // page)) > self.k.shape[0] - self.pool.used
         return jnp.broadcast_to(short, length_b.shape)
 
     def grow(self, length_b: np.ndarray, more: int) -> DMSLayer:
