@@ -13,6 +13,7 @@ import numpy as np
 from atom_jax import params
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.budget import BudgetLayer, steady
+from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.policies import POLICIES, parse
 from atom_jax.kvcache.policy import policies_of
@@ -32,13 +33,16 @@ SETTINGS = {
     "razor_attention": "sinks=1,least=2",
 }  # fmt: skip
 SEPARATORS = tuple(range(32, 48))
-EVICTORS = DMS("observed", window=3, scale=1.0, offset=0.0, page=4)
+LEARNED = {
+    "dms": DMS("observed", window=3, scale=1.0, offset=0.0, page=4),
+    "dmc": DMC("adapter", scale=1.0, offset=0.0, page=4, mass=True),
+}
 
 
 def policy(name: str, budget: int = 6) -> Any:
     """A policy that keeps little."""
-    if name == "dms":
-        return EVICTORS
+    if name in LEARNED:
+        return LEARNED[name]
     made = parse(f"{name}:budget={budget},{SETTINGS.get(name, '')}")
     if name == "sepllm":
         return dataclasses.replace(made, separators=SEPARATORS)
@@ -64,10 +68,10 @@ def _takes(cfg: Any, chosen: Any) -> bool:
 @functools.cache
 def _parameters(cfg: Any) -> Any:
     tree = weights(cfg) if isinstance(cfg, HNetConfig) else params.init(jax.random.key(3), registry.of(cfg).spec(cfg))
-    flat = params.flatten(tree)
+    flat, learned = params.flatten(tree), registry.learned(cfg)
     for i, (path, x) in enumerate(flat.items()):
-        # Evictors that evict about half, and ends of units that differ between positions.
-        if ("/dms/" in path and not path.endswith("norm")) or path.startswith("rule/"):
+        # Decisions of which about half are against a token, and ends of units that differ between positions.
+        if (path in learned and not path.endswith("norm")) or path.startswith("rule/"):
             flat[path] = jax.random.normal(jax.random.key(i), x.shape)
     return params.unflatten(flat)
 
