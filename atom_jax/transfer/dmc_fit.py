@@ -68,8 +68,8 @@ def calibrate(
     """See `ridge.calibrate`."""
 
     def shifted(params: Any, move: float) -> Any:
-        bias = params["layers"]["attn"]["dmc"]["alpha_bias"]
-        return ridge.learned(params, cfg, {"alpha_bias": bias + move / cfg.memory.scale})
+        bias = params["layers"]["attn"]["dmc"]["bias"]
+        return ridge.learned(params, cfg, {"bias": bias + move / cfg.memory.scale})
 
     return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks + 1, 0, shifted)
 
@@ -79,10 +79,9 @@ def put(params: Any, found: dict[str, np.ndarray], cfg: TransformerConfig, how: 
     predicted attention, from the `sums`."""
     of = lambda name: {**found, "xy": found[f"x{name}"], "oy": found[f"o{name}"]}  # noqa: E731
     cost, cost_constant, _ = ridge.solve(of("cost"), how.ridge)
-    weight, weight_constant, _ = ridge.solve(of("weight"), how.ridge)
+    weight, _, _ = ridge.solve(of("weight"), how.ridge)
     s, shift = how.steepness / cfg.memory.scale, cfg.memory.offset / cfg.memory.scale
-    new = {"alpha": -s * cost, "alpha_bias": shift - s * cost_constant}
-    new |= {"weight": weight, "weight_bias": weight_constant}
+    new = {"alpha": -s * cost, "bias": shift - s * cost_constant, "weight": weight}
     return ridge.learned(params, cfg, {name: jnp.asarray(x, jnp.float32) for name, x in new.items()})
 
 

@@ -54,7 +54,7 @@ def test_costs_are_the_errors_of_single_merges(mass):
     def outputs(keys, bias, seen):
         scores = np.einsum("hgtk,hsk->hgts", q, keys) * size**-0.5 + bias
         p = np.exp(np.where(seen, scores, -np.inf))
-        return p / p.sum(-1, keepdims=True)
+        return p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
 
     p = outputs(turned, 0.0, later)
     got = np.where(np.tril(later, -1), p, 0.0).sum((1, 2)) / np.maximum(t - 1 - np.arange(t), 1)

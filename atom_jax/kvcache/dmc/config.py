@@ -30,7 +30,7 @@ class Settings(Policy):
         number is added to its scores (ours; Bolya et al., 2023, "Token merging", have it in vision).
     scale, offset: logit = projection * scale - offset, of the adapter.
     tau: temperature of the relaxed decisions in training.
-    bias: the projections have a bias per head.
+    bias: the decision has a bias per head (a factor on all weights of a head would change no mean).
     sinks: positions at the start of a text that keep an entry of their own.
     page: entries per page of the serving cache.
     cr: the compression ratio that it was trained for; documentation only.
@@ -67,6 +67,6 @@ class Settings(Policy):
         if self.form == "borrowed":
             return {}
         d, h, _ = projections["k"].shape
-        matrix, bias = ParamSpec((d, h), ("embed", "kv_heads"), zeros), ParamSpec((h,), ("kv_heads",), zeros)
+        matrix = ParamSpec((d, h), ("embed", "kv_heads"), zeros)
         spec = {"norm": ParamSpec((d,), (None,), ones), "alpha": matrix, "weight": matrix}
-        return spec | ({"alpha_bias": bias, "weight_bias": bias} if self.bias else {})
+        return spec | ({"bias": ParamSpec((h,), ("kv_heads",), zeros)} if self.bias else {})

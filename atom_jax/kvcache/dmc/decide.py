@@ -14,8 +14,6 @@ from atom_jax.kvcache.policy import Heads, Mode
 from atom_jax.nn.attention import NEGATIVE, Tokens
 from atom_jax.params import Tree
 
-# Added to the weights of the borrowed form: the spacing of bfloat16 at 1, as in the released inference code.
-EPSILON = 2.0**-7
 # Limits of a logarithm of a weight.
 STEEPEST = 20.0
 
@@ -50,10 +48,10 @@ def say(p: Tree, heads: Heads, cfg: Settings) -> Said:
         z = heads.k_bthk[..., -1].astype(jnp.float32).transpose(0, 2, 1) - cfg.offset
         q = heads.q_btnk[..., -1].astype(jnp.float32)
         mean = q.reshape(*q.shape[:2], h, -1).mean(-1).transpose(0, 2, 1)
-        return Said(z, jax.nn.sigmoid(mean + cfg.offset) + EPSILON)
-    biases = (p["alpha_bias"], p["weight_bias"]) if cfg.bias else (None, None)
-    z, log = (project(heads, p["norm"], p[name], bias) for name, bias in zip(("alpha", "weight"), biases))
-    return Said(z * cfg.scale - cfg.offset, jnp.exp(jnp.clip(log, -STEEPEST, STEEPEST)))
+        # As in the released code: a weight is never 0.
+        return Said(z, jax.nn.sigmoid(mean + cfg.offset) + float(jnp.finfo(heads.q_btnk.dtype).eps))
+    z = project(heads, p["norm"], p["alpha"], p["bias"] if cfg.bias else None) * cfg.scale - cfg.offset
+    return Said(z, jnp.exp(jnp.clip(project(heads, p["norm"], p["weight"]), -STEEPEST, STEEPEST)))
 
 
 def lend(x: jax.Array, cfg: Settings, fade: Any = None) -> jax.Array:

@@ -17,8 +17,9 @@ from atom_jax.typing import AtomError
 
 RULES = (
     Rule("dmc_norm.weight", "norm"),
-    *(Rule(f"dmc_{name}.weight", name, 1) for name in ("alpha", "weight")),
-    *(Rule(f"dmc_{name}.bias", f"{name}_bias") for name in ("alpha", "weight")),
+    Rule("dmc_alpha.weight", "alpha", 1),
+    Rule("dmc_alpha.bias", "bias"),
+    Rule("dmc_weight.weight", "weight", 1),
 )
 _OWN = ("form", "mass", "scale", "bias", "sinks", "page")
 FIELDS = frozenset({"dmc_window_size", "dmc_init_val", "dmc_temp", "dmc_cr", *(f"atom_dmc_{name}" for name in _OWN)})

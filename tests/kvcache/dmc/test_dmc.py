@@ -30,7 +30,7 @@ def untrained(memory, **sizes):
     })  # fmt: skip
     tree = params.init(jax.random.key(0), transformer.spec(cfg))
     learned = tree["layers"]["attn"].get("dmc", {})
-    for key, name in zip(jax.random.split(jax.random.key(1), 5), sorted(learned)):
+    for key, name in zip(jax.random.split(jax.random.key(1), 4), sorted(learned)):
         if name != "norm":
             learned[name] = jax.random.normal(key, learned[name].shape) * 0.5
     return cfg, tree
@@ -103,7 +103,7 @@ def test_relaxed_decisions_have_gradients_and_come_near_the_hard_ones():
     soft = dataclasses.replace(cfg, memory=dataclasses.replace(MASS, tau=1.0))
     states = lambda tree: transformer.hidden(tree, batch, cfg=soft, mode=Mode("relaxed"))[0]  # noqa: E731
     grads = jax.jit(jax.grad(lambda tree: jnp.square(states(tree) - hard).sum()))(tree)["layers"]["attn"]["dmc"]
-    for name in ("alpha", "weight", "alpha_bias", "weight_bias"):
+    for name in ("alpha", "weight", "bias"):
         assert np.isfinite(grads[name]).all() and float(jnp.abs(grads[name]).max()) > 1e-4, name
 
 
