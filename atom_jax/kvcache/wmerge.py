@@ -21,7 +21,8 @@ TINY = 1e-9
 class WMerge(H2O):
     """Scores and what leaves as in H2O. An entry that leaves is merged into the one that is nearest by position (the
     earlier of two): keys, as they are rotated, and values become means by the attention received, which adds up, and
-    the logarithm of how many tokens an entry stands for is added to its scores."""
+    the entropy of these weights is added to the entry's scores: the logarithm of how many tokens it stands for, where
+    they weigh the same."""
 
     name: ClassVar[str] = "wmerge"
     biased: ClassVar[bool] = True
@@ -41,8 +42,8 @@ class WMerge(H2O):
         share = weight / jnp.maximum(jnp.take_along_axis(total, jnp.minimum(into, t), axis=2), TINY)
         added = lambda x: jnp.zeros((b, h, t, *x.shape[3:])).at[at].add(x, mode="drop")  # noqa: E731
         k, v = (added(share[..., None] * x.astype(jnp.float32)).astype(x.dtype) for x in (entries.k, entries.v))
-        number = added(jnp.where(entries.pos >= 0, jnp.exp(entries.bias), 0.0))
-        return layer, entries.replace(k=k, v=v, score=total[..., :t], bias=jnp.log(jnp.maximum(number, 1.0)))
+        bias = added(share * (entries.bias - jnp.log(jnp.maximum(share, TINY))))
+        return layer, entries.replace(k=k, v=v, score=total[..., :t], bias=bias)
 
     def absorb(self, layer: BudgetLayer, slot_bh: jax.Array, live_bh: jax.Array) -> BudgetLayer:
         """One goes to the nearest."""
@@ -53,8 +54,9 @@ class WMerge(H2O):
         into = jnp.argmin(jnp.where(others, 2 * jnp.abs(distance) + (distance > 0), FAR), axis=-1)[..., None]
         live = live_bh[..., None] & others.any(-1, keepdims=True)
         old, new = jnp.maximum(_take(layer.score, into), TINY), jnp.maximum(_take(layer.score, gone), TINY)
-        share = (new / (old + new))[..., None]
-        bias = jnp.logaddexp(_take(layer.bias, into), _take(layer.bias, gone))
+        share = jnp.minimum(new / (old + new), 1.0 - 1e-6)
+        mean = (1.0 - share) * _take(layer.bias, into) + share * _take(layer.bias, gone)
+        bias = mean - share * jnp.log(share) - (1.0 - share) * jnp.log1p(-share)
         rows, heads = (jnp.arange(n) for n in slot_bh.shape)
         # Past the end, where nothing is written, where nothing leaves.
         place = rows[:, None], heads[None], jnp.where(live, into, c)[..., 0]
@@ -64,7 +66,7 @@ class WMerge(H2O):
 
         def mixed(x: jax.Array) -> jax.Array:
             here, there = (_take(x, i[..., None]).astype(jnp.float32) for i in (into, gone))
-            return put(x, here + share * (there - here))
+            return put(x, here + share[..., None] * (there - here))
 
         score, bias = put(layer.score, old + new), put(layer.bias, bias)
         return layer.replace(k=mixed(layer.k), v=mixed(layer.v), score=score, bias=bias)

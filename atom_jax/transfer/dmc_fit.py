@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache.dmc import DMC, serve
-from atom_jax.kvcache.dmc.pooling import Element
+from atom_jax.kvcache.dmc.decide import Said
+from atom_jax.kvcache.dmc.pooling import pooled
 from atom_jax.kvcache.memory import Call
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
@@ -96,7 +97,7 @@ def sums(params: Any, ids_bt: jax.Array, *, cfg: TransformerConfig) -> dict[str,
         x = rms_norm(heads.x_btd, p["dmc"]["norm"], cfg.norm_eps).astype(jnp.float32)
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1) * counts[None, :, None]
         size = jnp.mean(jnp.square(heads.x_btd.astype(jnp.float32)).sum(-1))
-        cost, weight = costs(call, p["o"], cfg.memory.mass)
+        cost, weight = costs(call, p["o"], cfg.memory)
         cost = jnp.log(cost / size + ERROR_FLOOR)
         h, d = cost.shape[1], x.shape[2]
         empty = {"xo": jnp.zeros((h, d, 0)), "oo": jnp.zeros((h, 0, 0))}
@@ -108,13 +109,13 @@ def sums(params: Any, ids_bt: jax.Array, *, cfg: TransformerConfig) -> dict[str,
     return transformer.hidden(params, ridge.batch(ids_bt), cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
 
 
-def costs(call: Call, o_nkd: jax.Array, mass: bool) -> tuple[jax.Array, jax.Array]:
+def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array]:
     """For every token of rows of one text each, f32 [b, h, t]: the squared error of attention's contributions to the
     residual stream, summed over the group's heads and all queries from the token on, if it alone were merged with the
     one before it; and the log of the attention that it receives from later queries.
 
-    o_nkd: the output projection. The entry of both has the place of the later one, the mean of its keys before RoPE
-    and of its values by the attention that they receive, and with `mass` that of two tokens.
+    o_nkd: the output projection. The entry of both is what `dmc` makes of two tokens whose weights are the attention
+    that they receive.
     """
     q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
     (b, h, g, t, size), scale = q.shape, q.shape[-1] ** -0.5
@@ -122,16 +123,19 @@ def costs(call: Call, o_nkd: jax.Array, mass: bool) -> tuple[jax.Array, jax.Arra
     out, lse = blockwise_lse(q, k, v, places, None, True, min(t, BLOCK))
     received = _attention(q, k, lse, scale)
     before = lambda x: jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)  # noqa: E731
-    share = received / (received + before(received) + ATTENTION_FLOOR)
-    mixed = [before(x) + share[..., None] * (x - before(x)) for x in (call.k_plain.astype(jnp.float32), v)]
-    one = jnp.ones_like(share)
-    k_new = serve.seen(Element(one, one, one, *mixed), call, DMC())[0].astype(jnp.float32)
+    weight = received + ATTENTION_FLOOR
+    merging = call.replace(said=Said(weight, weight), mode=Mode("off"))
+    pairs = pooled(serve.tokens(jnp.ones_like(weight), merging, dmc), 2)
+    share = weight / pairs.c
+    k_new, _, bias = serve.seen(pairs, merging, dmc)
+    bias = jnp.zeros((1, 1, 1, 1, 1)) if bias is None else bias[:, :, None, None]
+    k_new = k_new.astype(jnp.float32)
     # Inner products as the residual stream has them.
     o = o_nkd.astype(jnp.float32).reshape(h, g, size, -1)
     metric = jnp.einsum("hgkd,hgld->hgkl", o, o)
     v_there = jnp.einsum("hgkl,bhsl->bhgsk", metric, v)
     v_v, v_last = (jnp.einsum("bhgsk,bhsk->bhgs", v_there, x) for x in (v, before(v)))
-    bias, key_place = float(np.log(2.0)) if mass else 0.0, jnp.arange(t)
+    key_place = jnp.arange(t)
 
     def some(i: jax.Array) -> jax.Array:
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3)  # noqa: E731
@@ -154,7 +158,7 @@ def costs(call: Call, o_nkd: jax.Array, mass: bool) -> tuple[jax.Array, jax.Arra
         error += 2.0 * x_out * (x_last * last(out_v) + x_own * out_v) + 2.0 * x_last * x_own * v_last[:, :, :, None]
         return jnp.sum(jnp.where(seen, jnp.maximum(error, 0.0) / left**2, 0.0), axis=(2, 3))
 
-    return jax.lax.map(some, jnp.arange(t // BLOCK)).sum(0), jnp.log(received + ATTENTION_FLOOR)
+    return jax.lax.map(some, jnp.arange(t // BLOCK)).sum(0), jnp.log(weight)
 
 
 def _attention(q: jax.Array, k: jax.Array, lse: jax.Array, scale: float) -> jax.Array:

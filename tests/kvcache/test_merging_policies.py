@@ -18,10 +18,10 @@ def attention(query, keys, biases, scale=8**-0.5):
 
 
 def simulated(policy, row, head):
-    """Entries (position -> [k, v, score, number]) of one head, and the outputs of its steps."""
+    """Entries (position -> [k, v, score, entropy]) of one head, and the outputs of its steps."""
     q, k, v = (np.asarray(x[row, head], np.float64) for x in tensors())
     n, budget = int(LENGTHS[row]), policy.budget
-    held = {i: [k[i], v[i], 0.0, 1.0] for i in range(n)}
+    held = {i: [k[i], v[i], 0.0, 0.0] for i in range(n)}
     for i in range(n):
         weights = attention(q[:, i], k[: i + 1], np.zeros(i + 1)).sum(0)
         for j in range(i + 1):
@@ -37,7 +37,8 @@ def simulated(policy, row, head):
             every = [held[j], *others]
             total = sum(e[2] for e in every)
             mean = [sum(e[2] * e[x] for e in every) / total for x in (0, 1)]
-            held[j] = [*mean, total, sum(e[3] for e in every)]
+            entropy = sum(e[2] / total * (e[3] - np.log(e[2] / total)) for e in every)
+            held[j] = [*mean, total, entropy]
 
     def worst(last, count):
         if policy.name == "cam":
@@ -55,9 +56,9 @@ def simulated(policy, row, head):
                     if victim < j <= victim + policy.spread:
                         held[j][1] = held[j][1] + held[victim][1] / policy.spread
             leave([victim])
-        held[at] = [k[at], v[at], 0.0, 1.0]
+        held[at] = [k[at], v[at], 0.0, 0.0]
         every = list(held.values())
-        weights = attention(q[:, at], [e[0] for e in every], np.log([e[3] for e in every]))
+        weights = attention(q[:, at], [e[0] for e in every], [e[3] for e in every])
         for entry, w in zip(every, weights.sum(0)):
             entry[2] += w
         outs.append(weights @ np.stack([e[1] for e in every]))

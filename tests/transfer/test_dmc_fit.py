@@ -24,7 +24,7 @@ HOW = FitConfig(target="output", windows=2, calibration=1, entries=120)
 
 @pytest.fixture(scope="module")
 def model():
-    memory = DMC("adapter", scale=2.0, offset=0.5, bias=True, sinks=2, mass=True)
+    memory = DMC("adapter", scale=2.0, offset=0.5, bias=True, sinks=2, mass=True, turned=True)
     cfg = transformer.TransformerConfig(
         vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
     )
@@ -38,8 +38,8 @@ def rows(n, seed=0):
     return iter([draw.integers(0, 40, (1, T)) for _ in range(n)])
 
 
-@pytest.mark.parametrize("mass", [True, False])
-def test_costs_are_the_errors_of_single_merges(mass):
+@pytest.mark.parametrize("dmc", [DMC(mass=True, turned=True), DMC()], ids=["ours", "published"])
+def test_costs_are_the_errors_of_single_merges(dmc):
     rng, (h, g, t, size, d) = np.random.default_rng(0), (2, 2, 128, 8, 16)
     q, k, v, o = (rng.normal(size=s) for s in ((h, g, t, size), (h, t, size), (h, t, size), (h, g, size, d)))
     place = jnp.arange(t, dtype=jnp.int32)[None]
@@ -48,7 +48,7 @@ def test_costs_are_the_errors_of_single_merges(mass):
     new = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     call = Call(new(q), new(turned), new(v), Tokens(place, place * 0 + 1), jnp.zeros(1, jnp.int32), k_plain=new(k))
     projection = jnp.asarray(o, jnp.float32).reshape(h * g, size, d)
-    found, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, mass)
+    found, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
     later = np.tril(np.ones((t, t), bool))
 
     def outputs(keys, bias, seen):
@@ -60,12 +60,14 @@ def test_costs_are_the_errors_of_single_merges(mass):
     got = np.where(np.tril(later, -1), p, 0.0).sum((1, 2)) / np.maximum(t - 1 - np.arange(t), 1)
     np.testing.assert_allclose(weight[0], np.log(got + 1e-6), atol=1e-3)
     for i in (1, 17, 60, 120):
-        share = (got[:, i] / (got[:, i] + got[:, i - 1] + 1e-6))[:, None]
-        mean = [x[:, i - 1] + share * (x[:, i] - x[:, i - 1]) for x in (k, v)]
+        share = ((got[:, i] + 1e-6) / (got[:, i] + got[:, i - 1] + 2e-6))[:, None]
+        mean = [x[:, i - 1] + share * (x[:, i] - x[:, i - 1]) for x in (turned if dmc.turned else k, v)]
         here = [jnp.asarray(x)[:, :, i] for x in (cos, sin)]
-        keys, values, bias = turned.copy(), v.copy(), np.zeros(t)
-        keys[:, i] = rope.rotate(jnp.asarray(mean[0], jnp.float32)[None], *here)[0]
-        values[:, i], bias[i] = mean[1], np.log(2) if mass else 0.0
+        keys, values, bias = turned.copy(), v.copy(), np.zeros((h, 1, 1, t))
+        keys[:, i] = mean[0] if dmc.turned else rope.rotate(jnp.asarray(mean[0], jnp.float32)[None], *here)[0]
+        values[:, i] = mean[1]
+        if dmc.mass:
+            bias[:, 0, 0, i] = -(share * np.log(share) + (1 - share) * np.log(1 - share))[:, 0]
         merged = outputs(keys, bias, later & (np.arange(t) != i - 1))
         change = np.einsum("hgts,hsk->hgtk", merged, values) - np.einsum("hgts,hsk->hgtk", p, v)
         expected = np.square(np.einsum("hgtk,hgkd->hgtd", change[:, :, i:], o)).sum((1, 2, 3))
@@ -97,7 +99,7 @@ def test_a_fit_holds_the_entries_asked_for_and_merges_what_costs_little(model):
     assert 100 < aux["occupancy"].mean() < 140
 
     def probe(p, heads, call):
-        return dmc_fit.costs(call, p["o"], True)[0]
+        return dmc_fit.costs(call, p["o"], cfg.memory)[0]
 
     y = transformer.hidden(params, ridge.batch(ids), cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
     # What is reported at a token is that the next one merges.

@@ -26,8 +26,10 @@ class Settings(Policy):
         group's queries on average, plus `offset`, the weight (the published models); "adapter" (ours): both are
         projections of the normalised residual stream, of which the weight's is a logarithm.
     span: an entry is the mean of its last `span` tokens (12 in the published models); 0: of all.
-    mass: an entry is attended to like the tokens that it stands for, were they all alike: the logarithm of their
-        number is added to its scores (ours; Bolya et al., 2023, "Token merging", have it in vision).
+    turned: means are those of keys after RoPE, each where its token stands (ours).
+    mass: an entry is attended to like the tokens that it stands for, were they alike: the entropy of their weights,
+        the logarithm of their number where they weigh the same, is added to its scores (ours; Bolya et al., 2023,
+        "Token merging", add the logarithm in vision).
     scale, offset: logit = projection * scale - offset, of the adapter.
     tau: temperature of the relaxed decisions in training.
     bias: the decision has a bias per head (a factor on all weights of a head would change no mean).
@@ -41,6 +43,7 @@ class Settings(Policy):
     window: ClassVar[int] = 0
     form: str = "adapter"
     span: int = 0
+    turned: bool = False
     mass: bool = False
     scale: float = 100.0
     offset: float = 5.0

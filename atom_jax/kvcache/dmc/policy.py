@@ -15,7 +15,7 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache import learned as learned_lib
 from atom_jax.kvcache.dmc import decide, published, serve
 from atom_jax.kvcache.dmc.config import Settings
-from atom_jax.kvcache.dmc.pooling import Element, pooled
+from atom_jax.kvcache.dmc.pooling import pooled
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
@@ -50,8 +50,7 @@ class DMC(Settings):
         mode, k, v, bias = call.mode, call.k, call.v, None
         chosen = decide.decide(call.said, call.tokens, self, mode)
         if mode.kind in ("hard", "relaxed"):
-            plain = decide.lend(call.k_plain, self, mode.fade)
-            entries = pooled(Element.tokens(chosen.p, call.said.w, plain, call.v), self.span)
+            entries = pooled(serve.tokens(chosen.p, call, self), self.span)
             k, v, bias = serve.seen(entries, call, self)
         aux = {
             "evict": learned_lib.shift(chosen.merges, False),

@@ -16,12 +16,13 @@ TINY = 1e-30
 
 @struct.dataclass
 class Element:
-    """f32 [b, h, t]: p, with what factor it takes along what came before; c, the sum of weights; n, how many tokens;
-    k, v: f32 [b, h, t, k], the weighted means of keys (before RoPE) and values."""
+    """p: f32 [b, h, t], with what factor it takes along what came before. c: f32 [b, h, t], the sum of weights. e: f32
+    [b, h, t], the entropy of the weights in nats (log n where n tokens weigh the same). k, v: f32 [b, h, t, k], the
+    weighted means of keys and values."""
 
     p: jax.Array
     c: jax.Array
-    n: jax.Array
+    e: jax.Array
     k: jax.Array
     v: jax.Array
 
@@ -36,20 +37,32 @@ class Element:
     def tokens(cls, p_bht: jax.Array, w_bht: jax.Array, k_bhtk: jax.Array, v_bhtk: jax.Array) -> Element:
         """Single tokens that merge with probability p and have weights w."""
         p, w, k, v = (x.astype(jnp.float32) for x in (p_bht, w_bht, k_bhtk, v_bhtk))
-        return cls(p, w, jnp.ones_like(w), k, v)
+        return cls(p, w, jnp.zeros_like(w), k, v)
 
     def after(self, other: Element) -> Element:
         """Those first, then these."""
         c = self.p * other.c + self.c
-        share = (self.c / jnp.maximum(c, TINY))[..., None]
-        mix = lambda old, new: (1.0 - share) * old + share * new  # noqa: E731
-        return Element(self.p * other.p, c, self.p * other.n + self.n, mix(other.k, self.k), mix(other.v, self.v))
+        share = self.c / jnp.maximum(c, TINY)
+
+        def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            u = share if old.ndim == 3 else share[..., None]
+            return (1.0 - u) * old + u * new
+
+        entropy = mix(other.e, self.e) + entropy_of(share)
+        return Element(self.p * other.p, c, entropy, mix(other.k, self.k), mix(other.v, self.v))
 
     def back(self, tokens: int) -> Element:
         """What stood so many tokens before."""
         empty = Element.nothing(*self.k.shape[:2], tokens, self.k.shape[3])
         cut = lambda x: x[:, :, : x.shape[2] - tokens]  # noqa: E731
         return jax.tree.map(lambda a, b: jnp.concatenate([a, cut(b)], axis=2)[:, :, : b.shape[2]], empty, self)
+
+
+def entropy_of(share: jax.Array) -> jax.Array:
+    """Of a part and the rest, in nats; 0, and without a gradient, where it is all or nothing."""
+    mixed = (share > 1e-6) & (share < 1.0 - 1e-6)
+    u = jnp.where(mixed, share, 0.5)
+    return jnp.where(mixed, -u * jnp.log(u) - (1.0 - u) * jnp.log1p(-u), 0.0)
 
 
 def pooled(x: Element, span: int) -> Element:

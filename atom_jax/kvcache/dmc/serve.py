@@ -1,7 +1,7 @@
 """The serving cache of Dynamic Memory Compression: a token takes a place of its own or that of the entry it joins.
 
-Beside the entries there is what the next token may join: the mean that the newest entry is, in float32 and before
-RoPE, or the last span - 1 tokens, from which means over a span are made anew. Any number of tokens may follow at any
+Beside the entries there is what the next token may join: the mean that the newest entry is, in float32 (and before
+RoPE), or the last span - 1 tokens, from which means over a span are made anew. Any number of tokens may follow at any
 time; a prompt may be cut anywhere.
 """
 
@@ -13,7 +13,7 @@ from flax import struct
 
 from atom_jax.kvcache.dmc import decide
 from atom_jax.kvcache.dmc.config import Settings
-from atom_jax.kvcache.dmc.pooling import TINY, Element, pooled
+from atom_jax.kvcache.dmc.pooling import Element, pooled
 from atom_jax.kvcache.memory import Call, Sizes, stack_layers
 from atom_jax.kvcache.paged import PagedLayer, attend_both
 from atom_jax.kvcache.pool import NEVER, Pool, coarse
@@ -35,7 +35,7 @@ class DMCLayer(PagedLayer):
         """Reads new tokens; see `memory.Layer`."""
         cfg, tail, (b, h, t, _) = self.policy, self.tail, call.k.shape
         merges = decide.merges(call.said.z, call.tokens, cfg)
-        new = Element.tokens(merges, call.said.w, decide.lend(call.k_plain, cfg), call.v)
+        new = tokens(merges, call, cfg)
         every = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), tail, new)
         entries, r = pooled(every, cfg.span), tail.p.shape[2]
         own = jax.tree.map(lambda x: x[:, :, r:], entries)
@@ -64,18 +64,18 @@ class DMCLayer(PagedLayer):
     ) -> tuple[jax.Array, Pool, jax.Array]:
         """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
         real, (b, h, _) = call.real, merges.shape
-        tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
+        places = Tokens(call.tokens.positions, real.astype(jnp.int32))
         gone = jnp.concatenate([merges[:, :, 1:], jnp.zeros_like(merges[:, :, :1])], axis=2)
         keep, alive = jnp.where(gone, NEGATIVE, 0.0), real[:, None] & ~gone
         if call.fresh:
-            out = attend(call.q, k, v, tokens, tokens, aligned=True, keep_bhs=keep, bias_bhs=bias)
+            out = attend(call.q, k, v, places, places, aligned=True, keep_bhs=keep, bias_bhs=bias)
             pool, _, to = self.pool.rebuild(None, k, v, alive, bias)
             last = self.last
         else:
             pages, page = self.k.shape[:2]
             joined = jnp.where(merges[:, :, 0], self.last, pages * page)
             until = jnp.full(pages * page, NEVER).at[joined].set(0, mode="drop").reshape(pages, page)
-            out = attend_both(self.pool, call.q, k, v, tokens, keep, 0, until, bias)
+            out = attend_both(self.pool, call.q, k, v, places, keep, 0, until, bias)
             pool, moved, to = self.pool.rebuild(self.pool.there & (until > 0), k, v, alive, bias)
             last = moved[self.last]
         count = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None]
@@ -87,17 +87,25 @@ class DMCLayer(PagedLayer):
         return self.replace(pool=pool, tail=jax.tree.map(lambda x: x[index_b], self.tail), last=last[..., 0])
 
 
+def tokens(p_bht: jax.Array, call: Call, cfg: Settings) -> Element:
+    """The elements of a call's tokens, which merge with probability p."""
+    k = call.k if cfg.turned else decide.lend(call.k_plain, cfg, _fade(call))
+    return Element.tokens(p_bht, call.said.w, k, call.v)
+
+
 def seen(entries: Element, call: Call, cfg: Settings) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Entries [b, h, t] as attention sees them where a call's tokens stand: keys after RoPE and values [b, h, t, k],
     and the bias f32 [b, h, t] on their scores, or None."""
-    k, size = entries.k.astype(call.k.dtype), entries.k.shape[3]
-    turned = size if call.rotary is None else call.rotary
-    if turned:
-        cos, sin = (x[:, None, :, 0] for x in rope.tables(call.tokens.positions, turned, *call.rope))
-        k = rope.rotate(k, cos, sin)
-    fade = None if call.mode is None else call.mode.fade
-    bias = jnp.log(jnp.maximum(entries.n, TINY)) if cfg.mass else None
-    return decide.lend(k, cfg, fade), entries.v.astype(call.v.dtype), bias
+    k, v = entries.k.astype(call.k.dtype), entries.v.astype(call.v.dtype)
+    channels = k.shape[3] if call.rotary is None else call.rotary
+    if channels and not cfg.turned:
+        cos, sin = (x[:, None, :, 0] for x in rope.tables(call.tokens.positions, channels, *call.rope))
+        k = decide.lend(rope.rotate(k, cos, sin), cfg, _fade(call))
+    return k, v, entries.e if cfg.mass else None
+
+
+def _fade(call: Call) -> jax.Array | None:
+    return None if call.mode is None else call.mode.fade
 
 
 def _take(x: jax.Array, at_bht: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.kvcache.dms.test_serve import PARTS, TURNS, batch_of, follow, whole
 
-MASS = DMC("adapter", scale=1.0, offset=0.0, mass=True, bias=True, sinks=2, page=4)
+MASS = DMC("adapter", scale=1.0, offset=0.0, mass=True, turned=True, bias=True, sinks=2, page=4)
 
 
 def untrained(memory, **sizes):
@@ -77,11 +77,13 @@ def test_with_its_mass_an_entry_of_equal_tokens_is_attended_to_as_they_are(mass)
     k, v = (x.at[:, :, 3:6].set(x[:, :, 3:4]) for x in (k, v))
     place = jnp.arange(9, dtype=jnp.int32)[None]
     merge = (place == 4) | (place == 5)
-    said = decide.Said(jnp.where(merge, 1.0, -1.0)[:, None], jnp.asarray(rng.random((1, 1, 9)), jnp.float32))
+    # Equal tokens weigh the same.
+    w = jnp.asarray(rng.random((1, 1, 9)), jnp.float32).at[:, :, 3:6].set(0.3)
+    said = decide.Said(jnp.where(merge, 1.0, -1.0)[:, None], w)
     zero = jnp.zeros(1, jnp.int32)
     call = Call(q, k, v, Tokens(place, place * 0 + 1), zero, k_plain=k, said=said, rotary=0, mode=Mode())
     sizes = Sizes(1, 1, 1, 3, 8, jnp.float32)
-    memory = dataclasses.replace(MASS, mass=mass, sinks=0)
+    memory = dataclasses.replace(MASS, mass=mass, sinks=0, turned=False)
     layer = jax.tree.map(lambda x: x[0], serve.init(memory, sizes, 9, 1))
     out, layer = layer.one_by_one(call)
     dense, _ = DenseLayer.empty(1, 1, 9, 8, jnp.float32).one_by_one(call)
