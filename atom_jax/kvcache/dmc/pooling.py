@@ -16,9 +16,9 @@ TINY = 1e-30
 
 @struct.dataclass
 class Element:
-    """p: f32 [b, h, t], with what factor it takes along what came before. c: f32 [b, h, t], the sum of weights. e: f32
-    [b, h, t], the entropy of the weights in nats (log n where n tokens weigh the same). k, v: f32 [b, h, t, k], the
-    weighted means of keys and values."""
+    """p: f32 [b, h, t], with what factor it takes along what came before. c: f32 [b, h, t], the sum of weights. e:
+    f32 [b, h, t], the entropy of the weights in nats (log n where n tokens weigh the same). k, v: f32 [b, h, t, k],
+    the weighted means of keys and values."""
 
     p: jax.Array
     c: jax.Array
