@@ -11,6 +11,8 @@ _PUBLIC = {
     "save_adapter": "atom_jax.checkpoint",
     "apply": "atom_jax.inference.score",
     "generate": "atom_jax.inference.generate",
+    "transplant": "atom_jax.inference.transplant",
+    "byte_logprobs": "atom_jax.inference.byte_law",
     "Session": "atom_jax.session.session",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",

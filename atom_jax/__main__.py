@@ -1,4 +1,5 @@
-"""The commands of `python -m atom_jax`: generate, units, memory, convert, instructify, info, summary, fairness."""
+"""The commands of `python -m atom_jax`: generate, units, memory, convert, transplant, instructify, info, summary,
+fairness."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ USAGE = """python -m atom_jax COMMAND [...]
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
-  instructify BOLMO TUNED BASE DST            give a Bolmo what tuning changed in its source model
+  transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
+  instructify MODEL TUNED BASE DST            give what was made of a model what tuning changed in it
   info      PATH                              what is in a checkpoint
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
   fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
         "convert": _convert,
         "info": _info,
         "instructify": _instructify,
+        "transplant": _transplant,
         "summary": _summary,
         "fairness": _fairness,
         "units": _units,
@@ -199,17 +202,55 @@ def _convert(argv: list[str]) -> None:
 
 def _instructify(argv: list[str]) -> None:
     known = _Flags(
-        "instructify BOLMO TUNED BASE DST",
-        "Adds to the layers over patches of a Bolmo what tuning changed in its source model, without training.",
+        "instructify MODEL TUNED BASE DST",
+        "Adds what tuning changed in BASE to what was made of it, a Bolmo or a transplanted model, without training.",
     )
     known.add(flags.DEFINE_float, "alpha", 1.0, "factor on the difference between TUNED and BASE")
-    values, (bolmo, tuned, base, target) = known.parse(argv, 4)
+    values, (model, tuned, base, target) = known.parse(argv, 4)
 
     from atom_jax.checkpoint import load, save_hf
     from atom_jax.transfer.lessons import add_tuning
 
-    save_hf(add_tuning(load(bolmo), load(tuned), load(base), values.alpha), target)
+    save_hf(add_tuning(load(model), load(tuned), load(base), values.alpha), target)
     print(f"wrote {target}")
+
+
+def _transplant(argv: list[str]) -> None:
+    known = _Flags(
+        "transplant SRC --tokenizer=PATH --out=DIR",
+        "Makes the table of SRC anew for another tokenizer; everything else stays. Judges it before and after.",
+    )
+    known.add(
+        flags.DEFINE_string, "tokenizer", None, "a directory, tokenizer.json, .tiktoken file, model id, or bytes"
+    )
+    known.add(flags.DEFINE_string, "out", None, "a new directory for the model, transplant.json and transplant.png")
+    known.add(flags.DEFINE_string, "method", "fvt", "how rows are made for tokens that SRC lacks: fvt, focus, "
+              "tokenadapt; with a donor omp, neighbours, landmarks; options as in omp:k=32")  # fmt: skip
+    known.add(flags.DEFINE_string, "donor", None, "a model that has this tokenizer already")
+    known.add(
+        flags.DEFINE_string, "fallback", "normal", "rows of which nothing is known: normal, covariance, mean, zero"
+    )
+    known.add(flags.DEFINE_multi_string, "special", [], "NEW=OLD, special tokens of which NEW gets the row of OLD")
+    known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
+    known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
+    known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it; 0: nothing is judged")
+    values, (source,) = known.parse(argv, 1)
+    for name in ("tokenizer", "out"):
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+    pairs = [entry.split("=") for entry in values.special]
+    if wrong := [entry for entry, pair in zip(values.special, pairs) if len(pair) != 2]:
+        raise AtomError(f"--special={wrong[0]}: expected NEW=OLD")
+
+    from atom_jax import config
+    from atom_jax.evaluation.reports import transplanted
+
+    order = transplanted.Order(
+        source, values.tokenizer, values.method, values.fallback, values.donor, values.text, values.judged,
+        config.in_range("--bytes", values["bytes"].value, int, 0), dict(pairs),
+    )  # fmt: skip
+    transplanted.transplant(order, values.out, lambda text: print(text, flush=True))
+    print(f"wrote {values.out}")
 
 
 def _info(argv: list[str]) -> None:

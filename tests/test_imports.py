@@ -29,7 +29,7 @@ ROOMS = (
 )
 LEVEL = {f"atom_jax.{room}": i for i, rooms in enumerate(ROOMS) for room in rooms}
 # Imported inside of functions, because they take long to import or need a package that may not be there.
-SLOW = {"checkpoint.store", "tokenizers.hat", "tokenizers.json_tokenizer", "tokenizers.train"}
+SLOW = {"checkpoint.store", "tokenizers.hat", "tokenizers.json_tokenizer", "tokenizers.tiktoken", "tokenizers.train"}
 FILES = sorted((ROOT / "atom_jax").rglob("*.py")) + sorted((ROOT / "pallas_kernels").rglob("*.py"))
 
 

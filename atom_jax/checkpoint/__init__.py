@@ -141,8 +141,9 @@ def kind_of(path: Path) -> str:
     raise AtomError(f"{path}: not a Hugging Face directory ({CONFIG}, safetensors), an Orbax directory or a .gguf")
 
 
-def find(path: str | os.PathLike) -> Path:
-    """The local path of a checkpoint, downloaded first where `path` is a hub id. AtomError when there is none."""
+def find(path: str | os.PathLike, weights: bool = True) -> Path:
+    """The local path of a checkpoint, downloaded first where `path` is a hub id, without its weights where they are
+    not needed. AtomError when there is none."""
     local = Path(path)
     if os.path.exists(path):
         return local
@@ -155,7 +156,8 @@ def find(path: str | os.PathLike) -> Path:
         hint = "for a model id of the Hugging Face hub install huggingface_hub (pip install 'atom-jax[hub]')"
         raise AtomError(f"{path}: no such file or directory; {hint}") from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        wanted = _HUB_FILES if weights else [name for name in _HUB_FILES if not name.endswith(".safetensors")]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as e:  # its errors have no common base: HTTP, file system, validation, offline mode
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise AtomError(f"{path}: not a local path, and the Hugging Face hub did not deliver it ({reason})") from None

@@ -18,7 +18,7 @@ _LEAST = 259
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
     """Returns the tokenizer "bytes", "hat", "hnet_bytes" or "bolmo" ("bolmo:PATH": with the subwords of the tokenizer
-    there), or the one in a tokenizer.json file or in a directory.
+    there), or the one in a tokenizer.json or .tiktoken file or in a directory.
 
     Raises AtomError when the file is missing or unreadable.
     """
@@ -36,6 +36,10 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
 
     if str(name_or_path).startswith("bolmo:"):
         return BolmoTokenizer(JsonTokenizer(str(name_or_path).removeprefix("bolmo:")))
+    if str(name_or_path).endswith(".tiktoken"):
+        from atom_jax.tokenizers import tiktoken  # imports the `tokenizers` package
+
+        return tiktoken.read(name_or_path)
     return JsonTokenizer(name_or_path)
 
 

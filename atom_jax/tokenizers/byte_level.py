@@ -70,16 +70,18 @@ def tokenizer_json(
     added: Sequence[AddedToken],
     front: Sequence[str],
     where: str,
+    whole_words: bool = False,
 ) -> str:
     """The text of tokenizer.json.
 
     merges: two entries with a space between each. added: entries that are looked for in texts. front: entries that
-    stand before every text. where: for messages. Raises AtomError where it is no tokenizer.
+    stand before every text. where: for messages. whole_words: words that are entries bypass the merges, whatever the
+    rule says. Raises AtomError where it is no tokenizer.
     """
     build, nfc, ignore_merges = RULES[rule]
     with complaint(f"{where}: the vocabulary and merges do not make a BPE tokenizer"):
         pairs = [tuple(merge.split(" ")) for merge in merges]
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole_words or ignore_merges))
         if nfc:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer, tokenizer.decoder = build(), decoders.ByteLevel()

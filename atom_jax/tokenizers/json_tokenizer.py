@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tokenizers import Encoding, models
+from tokenizers import AddedToken, Encoding, models
 from tokenizers import Tokenizer as _Tokenizer
 
 from atom_jax.files import read_regular
@@ -27,7 +27,8 @@ _MODEL = ("config.json", "generation_config.json")
 # Tokenizers of other kinds; vocab.json is read where it is known how texts are split first.
 _UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", VOCABULARY, "vocab.txt", "tekken.json")
 _MOST_IDS = 1 << 24  # bounds the tables that are made of a vocabulary
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# How SentencePiece vocabularies write a byte, and a space.
+BYTE_TOKEN, SPACE = re.compile(r"<0x([0-9A-F]{2})>"), "\u2581"
 
 
 class JsonTokenizer:
@@ -104,6 +105,16 @@ class JsonTokenizer:
             found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < self._n_ids]
         return list(dict.fromkeys(found))
 
+    @property
+    def backend(self) -> _Tokenizer:
+        """The tokenizer of the `tokenizers` package, without template, padding and truncation."""
+        return self._tk
+
+    @property
+    def kind(self) -> str:
+        """How tokens are spelled: "bytes" in GPT-2's alphabet, "spaces" as SentencePiece does, or "other"."""
+        return self._decoder.partition(",")[0]
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns i32 [n], without bos or eos. Bytes are UTF-8; AtomError when they, or a lone surrogate, are not."""
         return np.asarray(self._encoding(_valid(text)).ids, np.int32)
@@ -170,6 +181,12 @@ class JsonTokenizer:
         for name, text in files.items():
             (Path(directory) / name).write_text(text, "utf-8", newline="")
 
+    def with_special(self, tokens: dict[str, str]) -> JsonTokenizer:
+        """The same tokenizer with these names of special tokens ({"eos_token": "</s>"}) where its files say none."""
+        config = tokens | json.loads(self._files.get("tokenizer_config.json", "{}"))
+        files = self._files | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        return JsonTokenizer.from_files(files, self.name)
+
     @functools.cached_property
     def pieces(self) -> dict[int, bytes]:
         """Token id -> the bytes it stands for."""
@@ -177,7 +194,18 @@ class JsonTokenizer:
         pieces = {i: to_bytes(token) for token, i in self._vocab.items()}
         # Added tokens are matched in the raw text, so they stand for their own name.
         added = self._tk.get_added_tokens_decoder()
-        return pieces | {i: token.content.encode("utf-8") for i, token in added.items()}
+        return pieces | {i: token.content.encode("utf-8") for i, token in added.items() if self._stands_out(token)}
+
+    def _stands_out(self, token: AddedToken) -> bool:
+        """Whether an added token is no entry of the model's own: SentencePiece vocabularies list runs of spaces among
+        the added tokens again."""
+        return token.special or self._decoder == "bytes" or self._tk.model.token_to_id(token.content) is None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that came with the tokenizer, or None."""
+        config = json.loads(self._files.get("tokenizer_config.json", "{}"))
+        return self._files.get("chat_template.jinja", config.get("chat_template"))
 
 
 def in_directory(path: Path) -> JsonTokenizer | None:
@@ -234,7 +262,7 @@ def _decoder_kind(parsed: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
@@ -242,16 +270,16 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _byte_level_piece(token: str) -> bytes:
-    alphabet = _byte_of_character()
+    alphabet = byte_of_character()
     if all(c in alphabet for c in token):
         return bytes(alphabet[c] for c in token)
     return token.encode("utf-8")
 
 
 def _spaced_piece(token: str) -> bytes:
-    if match := _BYTE_TOKEN.fullmatch(token):
+    if match := BYTE_TOKEN.fullmatch(token):
         return bytes([int(match[1], 16)])
-    return token.replace("\u2581", " ").encode("utf-8")
+    return token.replace(SPACE, " ").encode("utf-8")
 
 
 def _byte_bounds(text: str) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What byteification starts from: texts as bytes and subwords at once, and a Bolmo made of a source model."""
+"""What byteification starts from: texts as bytes and subwords at once, and a Bolmo made of a source model; and what
+tuning changed in a source model, put on what was made of it."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree
 from atom_jax.tokenizers import BolmoTokenizer
+from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.tokenizers.suffix import SPECIALS
+from atom_jax.transfer import transplant
 from atom_jax.transfer.byteify import Lesson
+from atom_jax.transfer.initialisers import FVT, Aux, Zero
 from atom_jax.typing import LM, AtomError, Batch, Suffix
 
 # Rows and bytes per row of the sample that the projection of patches is fitted on.
@@ -78,12 +82,16 @@ def _fitted_pool(key: jax.Array, p: Tree, mean: jax.Array, deviation: jax.Array,
 
 
 def add_tuning(lm: LM, tuned: LM, base: LM, alpha: float = 1.0) -> LM:
-    """A Bolmo with what tuning changed in its source model (section 5 of the paper): layers over patches and final
-    norm become theirs plus alpha times (tuned - base). Raises AtomError where the models' layers differ in size."""
+    """A model with what tuning changed in the model that it was made of: layers (of a Bolmo those over patches;
+    section 5 of its paper) and final norm become theirs plus alpha times (tuned - base).
+
+    A transformer with another tokenizer gets the difference of the tables too, row by row: that of the same token, or
+    the mean over its pieces. Raises AtomError where the models differ in size.
+    """
     families = [m.family for m in (tuned, base) if not isinstance(m.config, TransformerConfig)]
-    if families or not isinstance(lm.config, BolmoConfig):
-        raise AtomError("task arithmetic: expected a Bolmo and two transformers over subwords")
-    parts = {"main": "layers", "norm": "norm"}
+    if families or not isinstance(lm.config, BolmoConfig | TransformerConfig):
+        raise AtomError("task arithmetic: expected a Bolmo or a transformer, and two transformers over subwords")
+    parts = {"main" if isinstance(lm.config, BolmoConfig) else "layers": "layers", "norm": "norm"}
     new: dict[str, Any] = {}
     for ours, theirs in parts.items():
         trees = lm.params[ours], tuned.params[theirs], base.params[theirs]
@@ -93,4 +101,19 @@ def add_tuning(lm: LM, tuned: LM, base: LM, alpha: float = 1.0) -> LM:
         new[ours] = jax.tree.map(
             lambda x, t, b: (x + alpha * (t.astype(jnp.float32) - b.astype(jnp.float32))).astype(x.dtype), *trees
         )
+    if isinstance(lm.config, TransformerConfig):
+        new |= _tables(lm, tuned, base, alpha)
     return LM(lm.config, lm.params | new, lm.tokenizer)
+
+
+def _tables(lm: LM, tuned: LM, base: LM, alpha: float) -> dict[str, jax.Array]:
+    """The tables of a transformer with another tokenizer than the other two, with what tuning changed in theirs."""
+    if None in (lm.tokenizer, tuned.tokenizer):
+        raise AtomError("task arithmetic: a model has no tokenizer, so nobody knows what its rows stand for")
+    ours, after, before = (transplant.stacked(m) for m in (lm, tuned, base))
+    if after.shape != before.shape or after.shape[1:] != ours.shape[1:]:
+        shapes = ", ".join(str(list(x.shape)) for x in (ours, after, before))
+        raise AtomError(f"task arithmetic: the tables of the three models are of different kinds or sizes ({shapes})")
+    views = byte_view(tuned.tokenizer), byte_view(lm.tokenizer)
+    change, _, _ = transplant.new_table(*views, after - before, FVT(), Aux(), Zero(), {})
+    return transplant.unstacked(ours + alpha * change[: len(ours)], lm.params)

@@ -116,7 +116,9 @@ def test_models_that_do_not_fit_are_refused():
     wrong = LM(other, params.init(jax.random.key(0), transformer.spec(other)), None)
     with pytest.raises(AtomError, match="do not have the sizes"):
         lessons.begin(jax.random.key(0), wrong, CFG)
-    with pytest.raises(AtomError, match="expected a Bolmo and two transformers"):
+    with pytest.raises(AtomError, match="expected a Bolmo or a transformer, and two transformers"):
+        lessons.add_tuning(wrong, wrong, model())
+    with pytest.raises(AtomError, match="a model has no tokenizer"):
         lessons.add_tuning(wrong, wrong, wrong)
     with pytest.raises(AtomError, match="needs the tokenizer of the source"):
         lessons.lesson(BolmoTokenizer(), tokens(), 64)

@@ -1,0 +1,140 @@
+"""Which tokens may follow which: a sequence is canonical where it is what a tokenizer makes of its own text."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from atom_jax.tokenizers.byte_level import complaint
+from atom_jax.tokenizers.byte_view import ByteView, byte_view
+
+# Splitting rules look at what follows a run of spaces: these are the kinds of things that may, each with characters
+# that tokens with a space in front seldom begin with.
+_AFTER_SPACE = ("a", "\u0436", "\u4e2d", "1", "#", "~", "\u2603", "\n")
+# Tokens back to which a place is looked for where texts are split whatever follows.
+_FAR = 32
+_SPACE = frozenset(b" \t\n\r\v\f")
+
+
+class Canonical:
+    """The vocabulary of a tokenizer by the bytes of its tokens, and which of them may follow a canonical sequence.
+
+    view: ByteView. first: i32 [ids], the first byte of each token; 256 for special ones, 257 for ids that stand for
+    nothing. sizes: i32 [ids]; flat u8 and starts i64 [ids]: their bytes one after another.
+
+    Where the tokenizer splits texts by a rule, sequences are encoded again from the last place where any rule splits:
+    between something and a space with a letter after it; a run of spaces may be cut as any of its continuations asks
+    for. Without such a rule, and inside of characters, two neighbours that stay apart are enough for vocabularies
+    that were made by merging. Rules that look far ahead (digits grouped from the right) are beyond this.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.view: ByteView = byte_view(tokenizer)
+        self._tokenizer = tokenizer
+        size = self.view.size
+        pieces = [self.view.pieces.get(i, b"") for i in range(size)]
+        self.sizes = np.array([len(p) for p in pieces], np.int32)
+        self.flat = np.frombuffer(b"".join(pieces), np.uint8)
+        self.starts = (np.cumsum(self.sizes) - self.sizes).astype(np.int64)
+        self.first = np.full(size, 257, np.int32)
+        self.first[self.sizes > 0] = self.flat[self.starts[self.sizes > 0]]
+        self.first[[i for i in self.view.special if i < size]] = 256
+        self.ids_by_first = [np.flatnonzero(self.first == b) for b in range(256)]
+        backend = getattr(tokenizer, "backend", None)
+        self._splits = backend is not None and tokenizer.kind == "bytes" and backend.pre_tokenizer is not None
+        self._known: dict[tuple[int, ...], np.ndarray] = {}
+
+    def byte_at(self, ids: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Byte number `at` of tokens, i32."""
+        return self.flat[self.starts[ids] + at].astype(np.int32)
+
+    def text(self, ids: Any) -> bytes:
+        """The bytes of tokens, of special ones those of their names."""
+        view = self.view
+        return b"".join(view.pieces.get(int(i)) or view.special.get(int(i), "").encode("utf-8") for i in ids)
+
+    def follows(self, ids: tuple[int, ...]) -> np.ndarray:
+        """bool [ids]: tokens that may follow this canonical sequence. Special ones always may."""
+        tail = ids[self._cut(ids) :]
+        if tail not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            self._known[tail] = self._follows(tail)
+        return self._known[tail]
+
+    def settled(self, ids: tuple[int, ...]) -> int:
+        """How many of the tokens of a text stay, whatever follows."""
+        if self._splits:
+            return self._cut(ids)
+        size, i = 0, len(ids)
+        while i > 0 and size < self.view.longest and ids[i - 1] not in self.view.special:
+            i -= 1
+            size += self.sizes[ids[i]]
+        return i
+
+    def _cut(self, ids: tuple[int, ...]) -> int:
+        """The last token that begins where texts are split whatever comes; with no splitting the last token. Special
+        tokens split in any case."""
+        if not self._splits:
+            return len(ids) - bool(ids and ids[-1] not in self.view.special)
+        for i in range(len(ids) - 1, max(len(ids) - _FAR, 0) - 1, -1):
+            if ids[i] in self.view.special:
+                return i + 1
+            if i and self._begins[ids[i]] and not self._ends_in_space(ids[i - 1]):
+                return i
+        return max(len(ids) - _FAR, 0)
+
+    def _ends_in_space(self, i: int) -> bool:
+        return self.view.pieces.get(i, b"-")[-1] in _SPACE
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        """bool [ids]: tokens that begin with a space and a letter."""
+
+        def is_letter(piece: bytes) -> bool:
+            return len(piece) > 1 and piece[0] == 32 and piece[1:].decode("utf-8", "replace")[0].isalpha()
+
+        return np.array([is_letter(self.view.pieces.get(i, b"")) for i in range(self.view.size)], bool)
+
+    @functools.cached_property
+    def _alone(self) -> np.ndarray:
+        """bool [ids]: tokens that are what their own bytes are cut into."""
+        return self._kept((), np.flatnonzero(self.first < 256))
+
+    def _follows(self, tail: tuple[int, ...]) -> np.ndarray:
+        if not tail:
+            out = self._alone.copy()
+        else:
+            free = self._begins if self._splits and not self._ends_in_space(tail[-1]) else np.zeros_like(self._begins)
+            out = self._kept(tail, np.flatnonzero((self.first < 256) & ~free))
+            out |= free & self._alone
+        out[self.first == 256] = True
+        return out
+
+    def _kept(self, tail: tuple[int, ...], candidates: np.ndarray) -> np.ndarray:
+        """bool [ids]: candidates for which the tail and the candidate are what their text is cut into."""
+        before, out = self.text(tail), np.zeros(self.view.size, bool)
+        texts: dict[int, str] = {}
+        for i in candidates.tolist():
+            text = before + self.view.pieces[i]
+            try:
+                texts[i] = text.decode("utf-8") if self._splits else ""
+            except UnicodeDecodeError:
+                texts[i] = ""
+            if not texts[i]:
+                del texts[i]
+                out[i] = self.view.cut(text) == [*tail, i]
+        for probe in ("", *_AFTER_SPACE):
+            left = [i for i, text in texts.items() if not out[i] and (not probe or text[-1].isspace())]
+            for i, ids in zip(left, self._encoded([texts[i] + probe for i in left])):
+                out[i] = tuple(ids[: len(tail) + 1]) == (*tail, i) and (bool(probe) or len(ids) == len(tail) + 1)
+        return out
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        with complaint(f"{self.view.name}: tokenizer.json cannot encode a text of its own tokens"):
+            found = self._tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]

@@ -1,0 +1,116 @@
+"""Exact laws of bytes against full enumeration on toy vocabularies, and what may follow what."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from atom_jax.tokenizers import train
+from atom_jax.tokenizers.canonical import Canonical
+from atom_jax.tokenizers.covers import Covers, contexts_of
+from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
+from tests.transfer.numbers import array, numbers, tokenizer
+
+
+def toy():
+    fixture = numbers("exact_bytes")
+    tk = Tokenizer(models.BPE({t: i for i, t in enumerate(fixture["vocab"])}, [tuple(m) for m in fixture["merges"]]))
+    tk.decoder = decoders.ByteLevel()
+    return Canonical(JsonTokenizer.from_files({"tokenizer.json": tk.to_str()}, "toy")), fixture
+
+
+def markov(fixture):
+    """The law of a chain over tokens."""
+    init, transition = np.log(array(fixture["init"])), np.log(array(fixture["transition"]))
+    return lambda ids: transition[ids[-1]] if ids else init
+
+
+def walked(canonical, law, text, **options):
+    covers = Covers(canonical, **options)
+    for byte in text:
+        covers = covers.push(byte, covers.masked(law))
+    return covers
+
+
+def test_laws_equal_full_enumeration():
+    canonical, fixture = toy()
+    law = markov(fixture)
+    for row in fixture["rows"]:
+        covers = walked(canonical, law, row["prefix"].encode())
+        np.testing.assert_allclose(np.exp(covers.log_total), row["p_prefix"], atol=2e-9)
+        found = np.exp(covers.next_bytes(covers.masked(law)))
+        np.testing.assert_allclose(found[[97, 98]], row["next_byte"], atol=2e-9)
+        assert found[[97, 98]].sum() == pytest.approx(1, abs=1e-12)
+        names = {tuple(fixture["vocab"][i] for i in ids): w for ids, w in listed(covers)}
+        for tokens, weight in row["cover"]:
+            assert names.pop(tuple(tokens)) == pytest.approx(weight, abs=2e-9)
+        assert not names
+
+
+def listed(covers):
+    """Covers as (ids, probability), the whole text's own encoding among them."""
+    out = [((*covers.contexts[c], int(t)), np.exp(w)) for c, t, w in zip(covers.context, covers.token, covers.logw)]
+    return out + [(ids, np.exp(w)) for ids, w in covers.wholes.items()]
+
+
+def test_what_may_follow_is_what_is_encoded_so():
+    canonical, _ = toy()
+    tk = canonical._tokenizer
+    for length in (1, 2, 3, 4):
+        for ids in itertools.product(range(5), repeat=length):
+            right = tuple(tk.encode(canonical.text(ids)).tolist()) == ids
+            steps = all(canonical.follows(ids[:i])[ids[i]] for i in range(length))
+            assert right == steps, ids
+
+
+@pytest.mark.parametrize("name", ["gpt2like", "qwenlike", "gemmalike"])
+def test_texts_are_walked_along_their_own_tokens(name):
+    tk = tokenizer(name)
+    canonical = Canonical(tk)
+    for text in numbers("byteify")["texts"][:4]:
+        data = text.encode()
+        asked, end = contexts_of(Covers(canonical), data)
+        whole = tuple(tk.encode(text).tolist())
+        assert whole in end.wholes
+        assert all(canonical.text(ids) == data[: len(canonical.text(ids))] for ids in asked)
+        assert end.stable == whole[: len(end.stable)]
+        for cut in (3, 9, len(data) // 2):
+            begin = tuple(tk.encode(data[:cut].decode("utf-8", "ignore")).tolist())
+            kept = canonical.settled(begin)
+            assert whole[:kept] == begin[:kept]
+
+
+def test_total_of_all_texts_is_one_with_ends():
+    """A tokenizer with specials: all texts up to two bytes, and longer ones, have probability 1 together."""
+    tk = train.train("bpe:262", [b"abababa ab"])
+    canonical = Canonical(tk)
+    rng = np.random.default_rng(0)
+    laws = {}
+
+    def law(ids):
+        if ids not in laws:
+            laws[ids] = np.log(rng.dirichlet(np.full(canonical.view.size, 0.05)) + 1e-12)
+        return laws[ids]
+
+    for drop in (True, False):
+        covers = Covers(canonical, renormalise=not drop)
+        first = covers.next_bytes(covers.masked(law))
+        assert np.exp(first).sum() == pytest.approx(1)
+        after = covers.push(97, covers.masked(law))
+        if not drop:
+            assert after.log_total == pytest.approx(first[97])
+        second = after.next_bytes(after.masked(law))
+        assert np.exp(second).sum() == pytest.approx(1) and second[256] > -np.inf
+
+
+def test_special_tokens_split():
+    tk = JsonTokenizer.from_files(
+        {"tokenizer.json": tokenizer("qwenlike").backend.to_str(), "tokenizer_config.json": json.dumps({})}, "q"
+    )
+    canonical = Canonical(tk)
+    ids = tuple(tk.encode("the<|im_end|>\n").tolist())
+    assert ids[-2] == 1 and canonical.settled(ids) == len(ids) - 1
+    assert canonical.text(ids) == b"the<|im_end|>\n"
+    np.testing.assert_array_equal(canonical.follows(ids[:-1]), canonical.follows(()))
