@@ -58,13 +58,14 @@ class Heads:
 @struct.dataclass
 class Seen:
     """What attention without a memory is to see of a layer: keys and values [b, h, t, k]; keep: f32 [b, h, t], added
-    to the scores of the key at t by queries more than `keep_window` (static) after it, or None; aux: what is to be
-    reported, by name."""
+    to the scores of the key at t by queries more than `keep_window` (static) after it, or None; bias: f32 [b, h, t],
+    added to those by all queries, or None; aux: what is to be reported, by name."""
 
     k: jax.Array
     v: jax.Array
     keep: Any = None
     keep_window: int = struct.field(pytree_node=False, default=0)
+    bias: Any = None
     aux: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 

@@ -141,8 +141,9 @@ def attention(
         if context.probe is not None:
             report["probe"] = context.probe(p, heads, call)
         out = self_attend(
-            q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window
-        )
+            q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window,
+            bias_bht=seen.bias,
+        )  # fmt: skip
     elif context.tentative:
         out, state = state.attend(call), call
     else:

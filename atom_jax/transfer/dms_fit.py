@@ -14,52 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from atom_jax import config
 from atom_jax.kvcache.dms import DMS, observed
-from atom_jax.kvcache.dms.config import FEATURES, LEARNED
+from atom_jax.kvcache.dms.config import LEARNED
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.attention import NEGATIVE, Tokens
 from atom_jax.nn.blockwise import blockwise_lse
 from atom_jax.nn.norm import rms_norm
+from atom_jax.transfer import ridge
+from atom_jax.transfer.ridge import BLOCK, LEAST_QUERIES, FitConfig
 from atom_jax.typing import AtomError, Batch
 
-TARGETS = ("attention", "loss")
-# Queries after the window that a key needs to count in the fit.
-LEAST_QUERIES = 64
-# Queries per block of the pass that finds the largest attention.
-BLOCK = 128
 FLOOR = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class FitConfig:
-    """target: "attention", log of the largest attention that a query after the window pays to the key; "loss", log of
-        the squared change of log-likelihood (of tokens drawn from the model) with the key's weight in attention.
-    windows: rows of text for the regression; 0: the evictors stay as they are, but for the threshold.
-    calibration: rows for each adjustment of the threshold.
-    ridge: regularisation as a share of the mean diagonal. steepness: decision logit per unit of log-importance.
-    entries: keys that a head should hold on average after a document, sinks and window included.
-    """
-
-    target: str = "attention"
-    windows: int = 16
-    calibration: int = 4
-    ridge: float = 1e-3
-    steepness: float = 4.0
-    entries: int = 512
-    seed: int = 0
-
-    def __post_init__(self):
-        config.check(
-            self, windows=(0, 2**20), calibration=(1, 2**20), ridge=(0, 1e6), steepness=(0, 1e6),
-            entries=(1, 2**31 - 1), seed=(0, 2**31 - 1),
-        )  # fmt: skip
-        if self.target not in TARGETS:
-            raise AtomError(f"fit.target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
 
 
 def fit(
@@ -77,19 +45,16 @@ def fit(
     dms = cfg.memory
     if not isinstance(dms, DMS) or dms.form not in LEARNED or not dms.bias:
         raise AtomError("fit: the model's memory must be dms of the form adapter or observed, with bias=true")
+    if how.target == "output":
+        raise AtomError("fit.target: output is of merging; evictors are fitted to attention or loss")
     rows = iter(rows)
-    sums = None
-    for number in range(how.windows):
-        batch = _take(rows)
+
+    def sums_of(batch: Batch, number: int) -> dict[str, jax.Array]:
         y = targets(params, batch, jax.random.key(how.seed + number), cfg=cfg, target=how.target)
-        new = _sums(params, batch, y, cfg=cfg)
-        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-        say(f"fit: {number + 1} of {how.windows} rows")
-    if sums is not None:
-        if not np.asarray(sums["xx"])[0, -1, -1]:
-            least = cfg.memory.sinks + cfg.memory.window + LEAST_QUERIES
-            raise AtomError(f"fit: no document of the data is longer than {least} tokens, as it takes")
-        params = put(params, solve(jax.device_get(sums), how.ridge), cfg, how.steepness, 0.0)
+        return _sums(params, batch, y, cfg=cfg)
+
+    if (sums := ridge.gathered(sums_of, rows, cfg, how, say)) is not None:
+        params = put(params, ridge.solve(sums, how.ridge), cfg, how.steepness, 0.0)
     return calibrate(params, cfg, rows, how, say)
 
 
@@ -100,36 +65,9 @@ def calibrate(
     how: FitConfig,
     say: Callable[[str], None] = print,
 ) -> Any:
-    """Moves the threshold of all heads together until `how.entries` keys per head are left after a document, on
-    average.
-
-    Three times, because what is evicted in one layer changes the decisions of those above.
-    """
-    rows = iter(rows)
-    for _ in range(3):
-        logits, held = [], []
-        # Of all documents: keys that stay in any case, and those about which is decided.
-        sure = open_ = documents = 0
-        for _ in range(how.calibration):
-            batch = _take(rows)
-            z, entries = _logits(params, batch, cfg=cfg)
-            tokens = Tokens(batch.positions, batch.segments)
-            decided = np.asarray((tokens.positions >= cfg.memory.sinks) & (tokens.left > cfg.memory.window))
-            logits.append(np.moveaxis(np.asarray(z), 1, 2)[:, :, decided].ravel())
-            held.append(float(entries))
-            documents += int(batch.segments.max(1).sum())
-            open_ += int(decided.sum())
-            sure += int((np.asarray(batch.segments) > 0).sum()) - int(decided.sum())
-        kept = (how.entries * documents - sure) / max(open_, 1)
-        if not 0 < kept < 1:
-            raise AtomError(
-                f"fit.entries: {how.entries} is impossible with a window of {cfg.memory.window} and documents of"
-                f" {(sure + open_) / max(documents, 1):.0f} tokens"
-            )
-        move = -float(np.quantile(np.concatenate(logits), kept))
-        params = shifted(params, move, cfg)
-        say(f"fit: {np.sum(held) / documents:.0f} entries held, threshold moved by {move:.3f}")
-    return params
+    """See `ridge.calibrate`."""
+    move = lambda params, by: shifted(params, by, cfg)  # noqa: E731
+    return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks, cfg.memory.window + 1, move)
 
 
 def targets(params: Any, batch: Batch, key: jax.Array, *, cfg: TransformerConfig, target: str) -> jax.Array:
@@ -217,53 +155,20 @@ def _sums(params: Any, batch: Batch, y_lbht: jax.Array, *, cfg: TransformerConfi
     return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off", y_lbht), probe=probe)[2]["probe"]
 
 
-def solve(sums: dict[str, np.ndarray], ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of the prediction, float64: [l, d, h] on the residual stream, [l, h] constant, [l, 3, h] on what was
-    observed."""
-    layers, heads, d = sums["xy"].shape
-    out = np.zeros((layers, d + FEATURES, heads))
-    for i in range(layers):
-        for j in range(heads):
-            xx, xo, oo = (
-                np.asarray(sums[n][at], np.float64) for n, at in (("xx", i), ("xo", (i, j)), ("oo", (i, j)))
-            )
-            a = np.block([[xx, xo], [xo.T, oo]])
-            b = np.concatenate([sums["xy"][i, j], sums["oy"][i, j]])
-            out[i, :, j] = np.linalg.solve(a + ridge * np.trace(a) / len(a) * np.eye(len(a)), b)
-    return out[:, : d - 1], out[:, d - 1], out[:, d:]
-
-
 def put(params: Any, weights: tuple, cfg: TransformerConfig, steepness: float, threshold: float) -> Any:
     """Parameters whose decision logit is steepness * (threshold - prediction)."""
     alpha, constant, seen = weights
-    attn, s = params["layers"]["attn"], steepness / cfg.memory.scale
+    s = steepness / cfg.memory.scale
     new = {
-        "norm": attn["dms"]["norm"],
         "alpha": jnp.asarray(-s * alpha, jnp.float32),
         "bias": jnp.asarray(s * (threshold - constant) + cfg.memory.offset / cfg.memory.scale, jnp.float32),
     }
     if cfg.memory.form == "observed":
         new["observed"] = jnp.asarray(-s * seen, jnp.float32)
-    return {**params, "layers": {**params["layers"], "attn": {**attn, "dms": new}}}
+    return ridge.learned(params, cfg, new)
 
 
 def shifted(params: Any, move: float, cfg: TransformerConfig) -> Any:
     """Parameters whose decision logits are all larger by `move`."""
-    attn = params["layers"]["attn"]
-    dms = {**attn["dms"], "bias": attn["dms"]["bias"] + move / cfg.memory.scale}
-    return {**params, "layers": {**params["layers"], "attn": {**attn, "dms": dms}}}
-
-
-@jax.jit(static_argnames="cfg")
-def _logits(params: Any, batch: Batch, *, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Decision logits f32 [l, b, h, t] with eviction on, and the number of keys left at the ends of documents, summed
-    over them and averaged over layers and heads."""
-    _, _, aux = transformer.hidden(params, batch, cfg=cfg)
-    return aux["evict_logits"], jnp.sum(jnp.mean(aux["occupancy"].astype(jnp.float32), axis=(0, 2)))
-
-
-def _take(rows: Any) -> Batch:
-    batch = next(rows)
-    if batch.ids.shape[1] % BLOCK:
-        raise AtomError(f"fit: rows of {batch.ids.shape[1]} tokens; expected a multiple of {BLOCK}")
-    return batch
+    bias = params["layers"]["attn"]["dms"]["bias"]
+    return ridge.learned(params, cfg, {"bias": bias + move / cfg.memory.scale})

@@ -25,13 +25,14 @@ from tests.kvcache.tiny import small
 from tests.models.tiny_units import stream, weights
 
 STEPS = 3
-# What policies need besides; the evictors of this form are the hardest.
-SETTINGS = {"form": "observed", "separators": tuple(range(32, 48)), "heads": ((0, 0), (1, 1))}
+# What policies need besides, and the hardest forms of those that learn.
+SETTINGS = {"separators": tuple(range(32, 48)), "heads": ((0, 0), (1, 1))}
+HARDEST = {"dms": {"form": "observed"}, "dmc": {"form": "adapter", "mass": True}}
 
 
 def policy(name: str, budget: int = 6) -> Any:
     """A policy that keeps little."""
-    return small(POLICIES[name], budget, **SETTINGS)
+    return small(POLICIES[name], budget, **SETTINGS, **HARDEST.get(name, {}))
 
 
 def cases(examples: int | None = None) -> Iterator[tuple[str, str, str]]:
@@ -52,10 +53,10 @@ def _takes(cfg: Any, chosen: Any) -> bool:
 @functools.cache
 def _parameters(cfg: Any) -> Any:
     tree = weights(cfg) if isinstance(cfg, HNetConfig) else params.init(jax.random.key(3), registry.of(cfg).spec(cfg))
-    flat = params.flatten(tree)
+    flat, learned = params.flatten(tree), registry.learned(cfg)
     for i, (path, x) in enumerate(flat.items()):
-        # Evictors that evict about half, and ends of units that differ between positions.
-        if ("/dms/" in path and not path.endswith("norm")) or path.startswith("rule/"):
+        # Decisions of which about half are against a token, and ends of units that differ between positions.
+        if (path in learned and not path.endswith("norm")) or path.startswith("rule/"):
             flat[path] = jax.random.normal(jax.random.key(i), x.shape)
     return params.unflatten(flat)
 

@@ -21,7 +21,9 @@ from tests.reliability.rows import policy
 # Where a number below zero has a meaning: what is left, no window, a threshold that lets more leave.
 NEGATIVE = {
     ("MeshConfig", name) for name in ("data", "fsdp", "tensor", "context")
-} | {("HNetConfig", "window"), ("DMS", "scale"), ("DMS", "offset")}  # fmt: skip
+} | {
+    ("HNetConfig", "window"), *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
+}  # fmt: skip
 
 
 def inside(value):

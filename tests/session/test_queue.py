@@ -14,7 +14,7 @@ MOST, WIDTH = 14, 2
 # Ways to keep rows: all slots, a budget, pages with statistics, a pool; and learned units.
 MODELS = {
     "dense": ("llama", "plain", None), "budget": ("llama", "plain", "tova"), "quest": ("llama", "plain", "quest"),
-    "dms": ("qwen3", "plain", "dms"), "units": ("hnet", "hnet", None),
+    "dms": ("qwen3", "plain", "dms"), "dmc": ("qwen3", "plain", "dmc"), "units": ("hnet", "hnet", None),
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.norm import rms_norm
-from atom_jax.transfer import dms_fit
-from atom_jax.transfer.dms_fit import FitConfig
+from atom_jax.transfer import dms_fit, ridge
+from atom_jax.transfer.ridge import FitConfig
 from atom_jax.typing import AtomError, Batch
 
 T, WINDOW = 256, 12
@@ -56,7 +56,7 @@ def test_the_weights_are_those_of_least_squares(model):
     cfg, params = model
     batch = next(rows(1))
     y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target="attention")
-    alpha, constant, seen = dms_fit.solve(jax.device_get(dms_fit._sums(params, batch, y, cfg=cfg)), 1e-9)
+    alpha, constant, seen = ridge.solve(jax.device_get(dms_fit._sums(params, batch, y, cfg=cfg)), 1e-9)
 
     def probe(p, heads, call):
         x = rms_norm(heads.x_btd, p["dms"]["norm"], cfg.norm_eps)
@@ -64,7 +64,7 @@ def test_the_weights_are_those_of_least_squares(model):
 
     _, _, aux = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)
     x, o = map(np.asarray, aux["probe"])
-    used = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    used = slice(cfg.memory.sinks, T - WINDOW - ridge.LEAST_QUERIES)
     for layer in range(2):
         for head in range(2):
             columns = [np.roll(x[layer, 0], -1, 0), np.ones((T, 1))]
@@ -77,7 +77,7 @@ def test_the_weights_are_those_of_least_squares(model):
             np.testing.assert_allclose(a @ np.concatenate(w), best, atol=2e-2)
 
 
-@pytest.mark.parametrize("target", dms_fit.TARGETS)
+@pytest.mark.parametrize("target", ["attention", "loss"])
 def test_a_fit_holds_the_entries_asked_for_and_prefers_important_keys(model, target):
     cfg, params = model
     how = FitConfig(target=target, windows=2, calibration=2, entries=90)
@@ -88,7 +88,7 @@ def test_a_fit_holds_the_entries_asked_for_and_prefers_important_keys(model, tar
     _, _, aux = transformer.hidden(fitted, batch, cfg=cfg)
     assert 70 < aux["occupancy"].mean() < 110
     y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target=target)
-    far = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    far = slice(cfg.memory.sinks, T - WINDOW - ridge.LEAST_QUERIES)
     evict, y = np.asarray(aux["evict"])[..., far], np.asarray(y)[..., far]
     assert y[~evict].mean() > y[evict].mean()
     assert fitted["embed"] is params["embed"]
@@ -144,5 +144,5 @@ def test_documents_of_one_row_are_fitted_as_in_rows_of_their_own(model):
     wanted = jax.tree.map(lambda *x: sum(x), *parts)
     for name in wanted:
         np.testing.assert_allclose(got[name], wanted[name], rtol=2e-4, atol=2e-3)
-    held = [dms_fit._logits(params, one, cfg=cfg)[1] for one in alone]
-    np.testing.assert_allclose(dms_fit._logits(params, packed, cfg=cfg)[1], sum(held))
+    held = [ridge._logits(params, one, cfg=cfg)[1] for one in alone]
+    np.testing.assert_allclose(ridge._logits(params, packed, cfg=cfg)[1], sum(held))

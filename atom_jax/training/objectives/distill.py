@@ -1,4 +1,6 @@
-"""Retrofitting learned evictors: a model with eviction is trained towards itself without (Łańcucki et al., 2025)."""
+"""Retrofitting learned evictors: a model with eviction is trained towards itself without (Łańcucki et al., 2025).
+
+Merging (`kvcache.dmc`) is learned in the same way: what merges is what is evicted here."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.types import PlanState
 from atom_jax.data.pipeline import make_iterator
-from atom_jax.kvcache.dms import decide
+from atom_jax.kvcache import learned
 from atom_jax.training import loop, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.objectives import OBJECTIVES, Byteify, Distill, Fit, NextToken
@@ -63,7 +63,7 @@ def test_batches_and_steps_are_known_without_data(example, name):
 @pytest.mark.parametrize("name", TRAINING)
 def test_parts_of_a_batch_add_up(example, name, monkeypatch):
     """But for noise, which is drawn for every part."""
-    monkeypatch.setattr(decide, "logistic", lambda key, shape: jnp.full(shape, 0.3))
+    monkeypatch.setattr(learned, "logistic", lambda key, shape: jnp.full(shape, 0.3))
     for exp, _ in example(name).stages(pathlib.Path("nowhere")):
         found = []
         for parts in (1, 4):
