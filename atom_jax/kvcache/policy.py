@@ -73,8 +73,7 @@ class Policy:
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
     after the time before. shrinks: its memory can be smaller after a prompt than while that is read. stepwise:
-    reading several tokens in one call is not reading them one after another. spelled: it looks at the ids of tokens,
-    which layers over units do not see. slides: it also serves layers whose
+    reading several tokens in one call is not reading them one after another. slides: it also serves layers whose
     queries see a window only. fields: of config.json that `from_hf` knows.
     """
 
@@ -82,7 +81,6 @@ class Policy:
     part: ClassVar[int | None] = None
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
-    spelled: ClassVar[bool] = False
     slides: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
     shrinks: ClassVar[bool] = False

@@ -31,11 +31,6 @@ class DMS(Settings):
     fields: ClassVar[frozenset[str]] = published.FIELDS
     shrinks: ClassVar[bool] = True
 
-    @property
-    def spelled(self) -> bool:
-        """Whether separators are what stays."""
-        return self.form == "separators"
-
     def fitted(self, tokenizer: Tokenizer) -> DMS:
         """With the tokenizer's separators where they are needed and missing."""
         if self.form != "separators" or self.separators:
