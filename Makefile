@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-$(EXTRAS)  ## style and obvious mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 check: lint  ## lint, then the quick tests
 	$(PYTEST) -m "not slow"
