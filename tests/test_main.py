@@ -68,6 +68,9 @@ def test_generate_takes_several_prompts_and_stops(run, checkpoint):
     stop = next(c for c in whole[0][3:] if c < "\x80")
     code, out, _ = run("generate", *flags, f"--stop={stop}")
     assert code == 0 and out == f"--- abc\n{whole[0].split(stop)[0]}\n--- \n{whole[1].split(stop)[0]}\n"
+    code, out, _ = run("generate", *flags, "--json", "--draft=ngram", "--draft_tokens=3")
+    assert code == 0 and json.loads(out)["text"] == whole
+    assert json.loads(out)["stats"]["tokens_per_call"] >= 1
 
 
 def test_convert_and_info(run, checkpoint, tmp_path):
@@ -120,6 +123,8 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--max_new_tokens=511"], "exceed the 512"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--top_p=2"], "top_p"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--dtype=int8"], "int8"),
+        (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=oracle"], "draft 'oracle': expected none"),
+        (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft_tokens=65"], "draft_tokens is 65"),
         (["units", "--text=x"], "--checkpoint is missing"),
         (["units", "--checkpoint=CHECKPOINT"], "--text or --file is missing"),
         (["units", "--checkpoint=CHECKPOINT", "--text=x", "--file=y"], "--text and --file were given"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +12,23 @@ import jax
 import numpy as np
 
 from atom_jax import config
-from atom_jax import params as params_lib
 from atom_jax.inference.stream import TextStream
 from atom_jax.models import registry
-from atom_jax.session import laid_out, reading, sampling
+from atom_jax.session import reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
+from atom_jax.session.drafts import drafters
+from atom_jax.session.drafts.drafter import Drafter
+from atom_jax.session.drafts.slots import DraftSlots
 from atom_jax.session.prompts import end_ids, listed, token_rows
+from atom_jax.session.queue import cores
 from atom_jax.session.session import ROOM, Session
 from atom_jax.session.slots import Slots
 from atom_jax.typing import LM, AtomError
 
 # Steps between looks at the text, where somebody waits for it or a stop string may end it.
 LOOK = 8
-# Bytes of weights up to which the rows of a batch are dealt out to the cores of a CPU: about what a cache holds that
-# the cores share. Every core reads all weights then; larger ones are better read once, by all cores for all rows.
-SHARED = 32 * 2**20
+# The longest draft.
+LONGEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Generation:
     tokens_per_second: later tokens by the time that they took, without compilation; kv_entries_peak: the most cache
     entries that unfinished rows held together (the sum of these for the parts of a batch on several cores); kv_reads:
     entries that decoding read (both averaged over layers and key/value heads; sliding layers read at most their
-    window); kv_bytes: size of the cache buffers at the end.
+    window); kv_bytes: size of the cache buffers at the end. With drafts, for which a call of the model counts what it
+    reads once, also tokens_per_call: later tokens by the calls in which their rows took part; and
+    kv_reads_per_query: entries that all queries read, those of drafts included, where each reads by itself.
+    acceptance: with drafts, of every row the share of their tokens that was accepted (0 where there were none).
     memory: with `keep_memory`, where the model stands after all that it has read and chosen: `generate(..., after=)`
     goes on from it.
     """
@@ -46,6 +50,7 @@ class Generation:
     ids: list[list[int]]
     text: list[str] | None
     stats: dict[str, float]
+    acceptance: list[float] | None = None
     memory: Session | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
@@ -64,6 +69,8 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     keep_memory: bool = False,
     after: Generation | None = None,
+    draft: str | Drafter | None = None,
+    draft_tokens: int = 7,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
@@ -79,6 +86,10 @@ def generate(
         that has been read.
       after: such a result, whose rows the prompts continue: only they are read. Learned memory is given up then, and
         the result cannot be continued again. A stop id that ended a row stays part of it.
+      draft: who guesses at what follows, so that the model reads several tokens in one call: a name of
+        `drafts.drafters` ("ngram", "recycle", "spine") or a drafter. The ids are those without drafts. Where drafts
+        cost more than they gain, and in models that read one token at a time (with units of their own), there are
+        none. draft_tokens: their greatest length.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
@@ -93,6 +104,7 @@ def generate(
     if "" in stop:
         raise AtomError("stop: an empty string would stop everywhere")
     how = sampling.sampler(temperature, top_k, top_p, min_p)
+    drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
     rows = token_rows(lm, prompts, first=after is None)
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
@@ -113,7 +125,12 @@ def generate(
             session = before.extend(mine)
         choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
-        runs.append(_Run(Slots(session, choice, parts > 1), mine, stop, on_text, int(part[0]), peak))
+        if drafter is None or registry.of(lm.config).commit is None:
+            slots = Slots(session, choice, parts > 1)
+        else:
+            texts = mine if after is None else [np.append(after.ids[i], rows[i]).astype(np.int32) for i in part]
+            slots = DraftSlots(session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens)
+        runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started, busy = time.perf_counter(), 0.0
     with ThreadPoolExecutor(parts) as threads:
         while going := [run for run in runs if run.made < max_new_tokens and not run.finished]:
@@ -130,10 +147,7 @@ def generate(
 
 def _parts(lm: LM, rows: int) -> int:
     """Into how many equal parts a batch is split, each decoded by a thread of its own."""
-    if not laid_out.unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(n for n in range(1, cores + 1) if rows % n == 0)
+    return max(n for n in range(1, cores(lm) + 1) if rows % n == 0)
 
 
 def _drops(lm: LM) -> bool:
@@ -170,8 +184,16 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
         "kv_reads": sum(run.reads for run in runs),
         "kv_bytes": sum(run.slots.session.nbytes for run in runs),
     }
+    drafts = [run.slots for run in runs if isinstance(run.slots, DraftSlots)]
+    acceptance = None
+    if drafts:
+        tried, accepted, steps = (np.concatenate(x) for x in zip(*((s.tried, s.accepted, s.steps) for s in drafts)))
+        acceptance = (accepted / np.maximum(tried, 1)).tolist()
+        stats["tokens_per_call"] = float((steps + accepted).sum() / max(steps.sum(), 1))
+        stats["kv_reads_per_query"] = sum(s.queries for s in drafts)
     text = None if lm.tokenizer is None else [s.text for s in streams]
-    return Generation([s.ids for s in streams], text, stats, runs[0].slots.session if keep_memory else None)
+    kept = runs[0].slots.session if keep_memory else None
+    return Generation([s.ids for s in streams], text, stats, acceptance, kept)
 
 
 class _Run:
@@ -196,7 +218,7 @@ class _Run:
 
     def take(self, made: Made) -> None:
         """Adds what was made to the texts and the counts."""
-        self.reads += float(made.reads.astype(np.float64).sum())
+        self.reads += float(made.read.astype(np.float64).sum())
         self.peak = max(self.peak, float(made.peak))
         self._take(made.tokens)
 

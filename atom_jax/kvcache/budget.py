@@ -200,6 +200,8 @@ class BudgetLayer(Layer):
     extra: Any = None
     policy: Budget = struct.field(pytree_node=False, default=None)
 
+    free: ClassVar[dict[str, float]] = {"pos": -1}
+
     @classmethod
     def empty(cls, policy: Budget, sizes: Sizes, slots: int) -> BudgetLayer:
         """A layer with nothing in it."""
@@ -292,19 +294,27 @@ class BudgetLayer(Layer):
         least = score == score.min(-1, keepdims=True)
         return jnp.argmin(jnp.where(least, order, 2 * FAR - 1), axis=-1)
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """Rows where a head may hold more, but has no slot for it; at its limit it uses slots again."""
-        return jnp.any((self.n < self.limit) & (self.n >= self.k.shape[-2]), axis=-1)
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Rows where a head may hold more, but has no slots for it; at its limit it uses slots again."""
+        after = jnp.minimum(self.n + more, self.limit)
+        return jnp.any((self.n < self.limit) & (after > self.k.shape[-2]), axis=-1)
 
     def grow(self, length_b: np.ndarray, more: int) -> BudgetLayer:
-        """Room for `more` further tokens in one call; for 1: for single tokens, of which full heads need none."""
-        n, limit = np.asarray(self.n), np.asarray(self.limit)
-        slots = self.k.shape[-2]
+        """Room for `more` further tokens in one call."""
         if more == 1:
-            need, most = int(np.where(n < limit, n + 1, n).max()), max(int(limit.max()), int(n.max()))
-        else:
-            need = int(n.max()) + more
-            most = bucket(need)
+            return self.grow_singly(length_b, 1)
+        need = int(np.asarray(self.n).max()) + more
+        return self._resized(need, bucket(need))
+
+    def grow_singly(self, length_b: np.ndarray, more: int) -> BudgetLayer:
+        """Room for `more` single tokens, of which full heads need none."""
+        n, limit = np.asarray(self.n), np.asarray(self.limit)
+        need = int(np.where(n < limit, np.minimum(n.astype(np.int64) + more, limit), n).max())
+        return self._resized(need, max(int(limit.max()), int(n.max())))
+
+    def _resized(self, need: int, most: int) -> BudgetLayer:
+        """The same entries in at least `need` slots, and more than `most` only where that many are needed."""
+        slots = self.k.shape[-2]
         if self.policy.shrinks:
             taken = np.asarray(self.pos) >= 0
             need = max(need, int(taken.any(tuple(range(taken.ndim - 1))).nonzero()[0].max(initial=-1)) + 1)

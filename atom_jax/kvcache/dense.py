@@ -11,13 +11,15 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.memory import Call, Layer
-from atom_jax.nn.attention import Tokens, attend
+from atom_jax.nn.attention import Tokens, attend, attend_parts
 from atom_jax.sharding import split
 from pallas_kernels.cache_attention.api import cache_attention, fits, in_pages
 from pallas_kernels.dispatch import choose
 
 # Sizes of the pages in which a TPU reads a dense cache.
 PAGES = (128, 64, 32, 16)
+# Tokens of a draft that are read without laying them beside what is stored.
+FEW = 32
 
 
 @struct.dataclass
@@ -35,14 +37,14 @@ class DenseLayer(Layer):
     def write(self, k_bhtk: jax.Array, v_bhtk: jax.Array, start_b: jax.Array) -> DenseLayer:
         """Stores t new tokens of every row from its slot start_b on; a single one beyond the capacity is dropped."""
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
             if new.shape[2] == 1:
-                return put_one(old, new, start_b)
+                return put(old, new, start_b[:, None])
             return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice(o, n, (0, i, 0)))(
                 old, new.astype(old.dtype), start_b
             )
 
-        return DenseLayer(put(self.k, k_bhtk), put(self.v, v_bhtk))
+        return DenseLayer(write(self.k, k_bhtk), write(self.v, v_bhtk))
 
     def _attend(self, q_bhgtk: jax.Array, q: Tokens, length_b: jax.Array, window: int | None) -> jax.Array:
         """Attention of t queries per row to the `length_b` tokens stored (those of this call included)."""
@@ -65,9 +67,30 @@ class DenseLayer(Layer):
         here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
         return state._attend(call.q, here, call.after, call.window), state
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """Rows whose next token does not fit."""
-        return length_b >= self.k.shape[-2]
+    def attend(self, call: Call) -> jax.Array:
+        """Few tokens read what is stored where it lies, and each other."""
+        if call.q.shape[3] > FEW:
+            return self.extend(call)[0]
+        b, _, capacity, _ = self.k.shape
+        slots = jnp.broadcast_to(jnp.arange(capacity)[None], (b, capacity))
+        held = Tokens(slots, (slots < call.length[:, None]).astype(jnp.int32))
+        here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
+        parts = (self.k, self.v, held), (call.k, call.v, call.tokens)
+        return attend_parts(call.q, parts, here, window=call.window)
+
+    def store(self, call: Call) -> DenseLayer:
+        """Writes the real tokens and nothing else."""
+        t, capacity = call.k.shape[2], self.k.shape[2]
+        if t > FEW:
+            return self.extend(call)[1]
+        offsets = jnp.arange(t)[None]
+        # Different places beyond the end, for the promise that no two are the same.
+        at = jnp.where(call.real, call.length[:, None] + offsets, capacity + offsets)
+        return DenseLayer(put(self.k, call.k, at), put(self.v, call.v, at))
+
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Rows whose next tokens do not fit."""
+        return length_b + more > self.k.shape[-2]
 
     def grow(self, length_b: np.ndarray, more: int) -> DenseLayer:
         """Room for `more` tokens after the longest row, in the next bucket."""
@@ -81,12 +104,13 @@ class DenseLayer(Layer):
         return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
 
 
-def put_one(old_bhck: jax.Array, new_bh1k: jax.Array, at_b: jax.Array) -> jax.Array:
-    """`old` with one new vector per row and head in slot at_b; past the end nothing is written."""
-    # One scatter index per row and head: XLA then updates in place, where other forms copy.
+def put(old_bhck: jax.Array, new_bhtk: jax.Array, at_bt: jax.Array) -> jax.Array:
+    """`old` with t new vectors per row and head in its slots at_bt, i32, all different; past the end nothing is
+    written."""
+    # One scatter index per row, head and token: XLA then updates in place, where other forms copy.
     rows, heads = (jnp.arange(n) for n in old_bhck.shape[:2])
-    at = old_bhck.at[rows[:, None], heads[None], at_b[:, None]]
-    return at.set(new_bh1k[:, :, 0].astype(old_bhck.dtype), mode="drop", unique_indices=True)
+    at = old_bhck.at[rows[:, None, None], heads[None, :, None], at_bt[:, None]]
+    return at.set(new_bhtk.astype(old_bhck.dtype), mode="drop", unique_indices=True)
 
 
 def widen(x: jax.Array, slots: int) -> jax.Array:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import params
+from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
 
@@ -103,6 +104,8 @@ class Layer:
 
     # The configuration that made it; None for the dense cache and the ring.
     policy: ClassVar[Any] = None
+    # What free places hold, by array; 0 in others.
+    free: ClassVar[dict[str, float]] = {}
     k: jax.Array
 
     def extend(self, call: Call) -> tuple[jax.Array, Layer]:
@@ -133,8 +136,8 @@ class Layer:
         layer, out = jax.lax.scan(step, self, jnp.arange(call.q.shape[3]))
         return jnp.moveaxis(out, 0, 3), layer
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """bool [b]: rows of these lengths whose next single token might not fit."""
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """bool [b]: rows of these lengths whose next `more` tokens, one after another, might not fit."""
         raise NotImplementedError
 
     def grow(self, length_b: np.ndarray, more: int) -> Layer:
@@ -142,9 +145,19 @@ class Layer:
         the policy can make it smaller. Runs on the host; arrays may change their shapes."""
         raise NotImplementedError
 
+    def grow_singly(self, length_b: np.ndarray, more: int) -> Layer:
+        """As `grow`, for tokens that are read one after another."""
+        return self.grow(length_b, more)
+
     def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
         """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
         return jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self)
+
+    def put(self, index_b: np.ndarray, other: Layer, axis: int = 0) -> Layer:
+        """The memory whose rows `index_b`, i32 [n], are those of `other`, a memory of n rows in buffers of any
+        size; a row of `other` whose index is none of this memory's is left out. Uses this memory up. axis: as for
+        `rows`. Runs on the host."""
+        return put_rows(self, other, index_b, axis, self.free)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """i32 [b, h]: entries stored."""
@@ -197,16 +210,16 @@ def each(fn: Callable[..., Memory], memory: Memory, *rest: Memory) -> Memory:
     return fn(memory.replace(parts=parts), *rest)
 
 
-def full(memory: Memory) -> jax.Array:
-    """bool [b]: rows whose next token might not fit somewhere."""
-    found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full")]
+def full(memory: Memory, more: int = 1) -> jax.Array:
+    """bool [b]: rows whose next `more` tokens, one after another, might not fit somewhere."""
+    found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full", more)]
     return functools.reduce(jnp.logical_or, found, jnp.zeros(memory.length.shape, bool))
 
 
-def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
+def grow(memory: Memory, more: int | Sequence[int] = 1, singly: bool = False) -> Memory:
     """The same memory with room for `more` further tokens per row in every node, or for a number of its own in each
     of `nodes`, which then lie one inside the other: larger only where that is needed, and smaller where a policy can
-    make it so. Runs on the host."""
+    make it so. singly: they are read one after another. Runs on the host."""
     numbers = iter([more] * len(nodes(memory)) if isinstance(more, int) else reversed(more))
 
     def larger(node: Memory) -> Memory:
@@ -215,7 +228,7 @@ def grow(memory: Memory, more: int | Sequence[int] = 1) -> Memory:
         def one(x: Any) -> Any:
             if (layer := _layer(x)) is None:
                 return x
-            layer = layer.grow(length, more)
+            layer = layer.grow_singly(length, more) if singly else layer.grow(length, more)
             return Stack(layer) if isinstance(x, Stack) else layer
 
         return node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state))
@@ -242,6 +255,27 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
         return node.replace(layers=layers, length=take(node.length), parts=parts)
 
     return each(of, memory)
+
+
+def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
+    """The memory whose rows `index_b`, i32 [n], are those of `other`, which has n of them; see
+    `Layer.put`. Uses `memory` up. Runs on the host."""
+
+    def state(x: Any, y: Any) -> Any:
+        if isinstance(x, Layer):
+            return x.put(index_b, y)
+        if isinstance(x, Stack):
+            inside = x.states.put(index_b, y.states, 1) if isinstance(x.states, Layer) else None
+            return Stack(put_rows(x.states, y.states, index_b, 1) if inside is None else inside)
+        return put_rows(x, y, index_b, 0)
+
+    def of(node: Memory, new: Memory) -> Memory:
+        keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
+        parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
+        layers = jax.tree.map(state, node.layers, new.layers, is_leaf=_is_state)
+        return node.replace(layers=layers, length=put_rows(node.length, new.length, index_b, 0), parts=parts)
+
+    return each(of, memory, other)
 
 
 def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
@@ -347,11 +381,11 @@ def policies(memory: Memory) -> Iterator[Any]:
         yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
 
 
-def _ask(node: Memory, what: str) -> list[jax.Array]:
+def _ask(node: Memory, what: str, *how: int) -> list[jax.Array]:
     """What every attention layer of a node answers, [layers, b, ...] for each leaf."""
     out = []
     for x in jax.tree.leaves(node.layers, is_leaf=_is_state):
         if (layer := _layer(x)) is not None:
-            ask = lambda one: getattr(one, what)(node.length)  # noqa: E731
+            ask = lambda one: getattr(one, what)(node.length, *how)  # noqa: E731
             out.append(jax.vmap(ask)(layer) if isinstance(x, Stack) else ask(layer)[None])
     return out

@@ -68,6 +68,8 @@ class QuestLayer(Layer):
     most: int = struct.field(pytree_node=False, default=1)
     policy: Quest = struct.field(pytree_node=False, default=None)
 
+    free: ClassVar[dict[str, float]] = {"low": np.inf, "high": -np.inf}
+
     @classmethod
     def empty(cls, policy: Quest, sizes: Sizes, capacity: int, most: int) -> QuestLayer:
         """A layer with room for `capacity` tokens per row."""
@@ -141,9 +143,9 @@ class QuestLayer(Layer):
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))
         return jnp.concatenate([index, current], -1), jnp.concatenate([used, jnp.ones_like(current, bool)], -1)
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """Rows whose next token does not fit."""
-        return length_b >= self.k.shape[-2]
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Rows whose next tokens do not fit."""
+        return length_b + more > self.k.shape[-2]
 
     def grow(self, length_b: np.ndarray, more: int) -> QuestLayer:
         """Room for `more` tokens after the longest row."""

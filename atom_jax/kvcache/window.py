@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.kvcache.dense import bucket, put_one, widen
+from atom_jax.kvcache.dense import bucket, put, widen
 from atom_jax.kvcache.memory import Call, Layer
 from atom_jax.nn.attention import Tokens, attend
 
@@ -68,23 +68,23 @@ class WindowLayer(Layer):
     def _write_one(self, call: Call) -> WindowLayer:
         # Padding is written too, over a token that no later query sees, or past the end, where nothing is written.
         at_b = call.length if self.k.shape[-2] < self.window else call.length % self.window
-        return self.replace(k=put_one(self.k, call.k, at_b), v=put_one(self.v, call.v, at_b))
+        return self.replace(k=put(self.k, call.k, at_b[:, None]), v=put(self.v, call.v, at_b[:, None]))
 
     def _write(self, call: Call) -> WindowLayer:
         newest = self._newest(call.after)
         new_bc = newest >= call.length[:, None]
         source = jnp.clip(newest - call.length[:, None], 0, call.q.shape[3] - 1)
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        def renewed(old: jax.Array, new: jax.Array) -> jax.Array:
             taken = jnp.take_along_axis(new.astype(old.dtype), source[:, None, :, None], axis=2)
             return jnp.where(new_bc[:, None, :, None], taken, old)
 
-        return self.replace(k=put(self.k, call.k), v=put(self.v, call.v))
+        return self.replace(k=renewed(self.k, call.k), v=renewed(self.v, call.v))
 
-    def full(self, length_b: jax.Array) -> jax.Array:
-        """Rows whose next token does not fit: none of a whole ring."""
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Rows whose next tokens do not fit: none of a whole ring."""
         capacity = self.k.shape[-2]
-        return (length_b >= capacity) & (capacity < self.window)
+        return (length_b + more > capacity) & (capacity < self.window)
 
     def grow(self, length_b: np.ndarray, more: int) -> WindowLayer:
         """Room for `more` tokens after the longest row, in the next bucket, up to the window."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,6 +20,15 @@ class Tokens:
 
     positions: jax.Array
     segments: jax.Array
+
+    @property
+    def left(self) -> jax.Array:
+        """i32 [b, t]: tokens of the same document after each one in its row; 0 for padding."""
+        t = self.segments.shape[1]
+        following = jnp.concatenate([self.segments[:, 1:], jnp.full_like(self.segments[:, :1], -1)], axis=1)
+        places = jnp.arange(t)[None]
+        last = jax.lax.cummin(jnp.where(following != self.segments, places, t), axis=1, reverse=True)
+        return jnp.where(self.segments > 0, last - places, 0)
 
 
 def attention_spec(d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0) -> dict[str, ParamSpec]:
@@ -65,6 +77,7 @@ def attend(
     aligned: bool = False,
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
+    bias_bhs: jax.Array | None = None,
     start: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
@@ -78,8 +91,12 @@ def attend(
         start + i stands where query i stands.
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
         probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
+      bias_bhs: added to the scores of every key, see `with_bias`; None: nothing.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
     """
+    if bias_bhs is not None:
+        options = {"window": window, "aligned": aligned, "keep_bhs": keep_bhs, "keep_window": keep_window}
+        return attend(*with_bias(q_bhgtk, k_bhsk, v_bhsk, bias_bhs), q, k, start=start, **options)[..., :-1]
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
     if t == 1 and keep_bhs is None:
         return _attend_one(q_bhgtk[..., 0, :], k_bhsk, v_bhsk, mask(q, k, window)[:, None])[..., None, :]
@@ -96,6 +113,42 @@ def attend(
     scores = jnp.where(seen, scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bhsk.dtype)
     return jnp.einsum("bhgts,bhsk->bhgtk", weights, v_bhsk).astype(q_bhgtk.dtype)
+
+
+def attend_parts(
+    q_bhgtk: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, Tokens]],
+    q: Tokens,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """`attend` for a few queries per row, to keys and values [b, h, s, k] that lie in several arrays, each with where
+    its keys stand: as if they lay in one, without moving them there."""
+    scores, size = [], q_bhgtk.shape[-1]
+    for k_bhsk, _, k in parts:
+        part = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32) * size**-0.5
+        seen = jnp.broadcast_to(mask(q, k, window)[:, None, None], part.shape)
+        scores.append(jnp.where(seen, part, NEGATIVE))
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - top) for part in scores]
+    out = sum(
+        jnp.einsum("bhgts,bhsk->bhgtk", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v, _) in zip(weights, parts)
+    )
+    return (out / sum(w.sum(-1, keepdims=True) for w in weights)).astype(q_bhgtk.dtype)
+
+
+def with_bias(
+    q_bhgtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, bias_bhs: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values with one more channel, by which `attend` adds `bias_bhs` to the scores of every key;
+    its outputs have that channel, too, which means nothing."""
+    size = q_bhgtk.shape[-1]
+    # The scores are divided by the root of the new size.
+    q = jnp.pad(q_bhgtk * jnp.asarray(((size + 1) / size) ** 0.5, q_bhgtk.dtype), [(0, 0)] * 4 + [(0, 1)])
+    q = q.at[..., size].set((size + 1) ** 0.5)
+    k = jnp.concatenate([k_bhsk, bias_bhs[..., None].astype(k_bhsk.dtype)], axis=-1)
+    return q, k, jnp.pad(v_bhsk, [(0, 0)] * 3 + [(0, 1)])
 
 
 def _attend_one(q_bhgk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, seen_b11s: jax.Array) -> jax.Array:

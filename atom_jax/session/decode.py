@@ -57,13 +57,21 @@ class Choice:
 class Made:
     """What one call made.
 
-    tokens: i32 [b, CHUNK], -1 where there is none. reads: f32 [b], cache entries that each row read; peak: f32, the
-    most entries that unfinished rows held together; both averaged over layers and heads.
+    tokens: i32 [b, CHUNK], -1 where there is none. held, read: f32 [b, CHUNK], cache entries that the row held after
+    reading the token before each of these (or before a stop id), and that it read; 0 where there is none. peak: f32,
+    the most entries that unfinished rows held together. All three are averaged over layers and heads.
     """
 
     tokens: jax.Array
-    reads: jax.Array
+    held: jax.Array
+    read: jax.Array
     peak: jax.Array
+
+    @classmethod
+    def nothing(cls, b: int) -> Made:
+        """Of b rows, nothing."""
+        zeros = jnp.zeros((b, CHUNK), jnp.float32)
+        return cls(jnp.full((b, CHUNK), -1, jnp.int32), zeros, zeros, jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -87,6 +95,20 @@ def begin(
     return jnp.where(open_b, same, token), done & ~open_b, (~open_b).astype(jnp.int32)
 
 
+def advance(
+    params: Any, state: State, choice: Choice, live_b: jax.Array, *, cfg: Any
+) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    """One step of the rows `live_b`: the state after it; the tokens i32 [b] that were chosen, -1 for a stop id; the
+    rows that have one, bool [b]; and what the model says in these, f32 [b, v]."""
+    model = registry.of(cfg)
+    batch = Batch(state.token[:, None], state.memory.length[:, None], live_b[:, None].astype(jnp.int32))
+    x_b1d, memory, ready = model.step(params, batch, cfg=cfg, cache=state.memory)
+    logits_bv = model.logits(params, x_b1d, cfg=cfg)[:, 0]
+    token, stopped = choice.take(logits_bv, state.made)
+    kept, done = jnp.where(ready, token, state.token), state.done | (ready & stopped)
+    return State(memory, kept, done, state.made + ready), jnp.where(stopped, -1, token), ready, logits_bv
+
+
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: Any) -> tuple[State, Made]:
     """Makes tokens until every row that is not done has `until` of them, at most CHUNK more than it had.
@@ -95,7 +117,6 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
     other (`step` of the model says which are ready for their next token), and nothing changes in rows that are done
     or have enough, although they are computed along.
     """
-    model = registry.of(cfg)
     rows, before = jnp.arange(state.token.shape[0]), state.made
 
     def live(state: State) -> jax.Array:
@@ -107,27 +128,24 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
 
     def step(loop: tuple[State, Made]) -> tuple[State, Made]:
         state, made = loop
-        batch = Batch(state.token[:, None], state.memory.length[:, None], live(state)[:, None].astype(jnp.int32))
-        x_b1d, memory, ready = model.step(params, batch, cfg=cfg, cache=state.memory)
-        held_b, read_b = memory_lib.use(memory)
-        token, stopped = choice.take(model.logits(params, x_b1d, cfg=cfg)[:, 0], state.made)
+        after, token, ready, _ = advance(params, state, choice, live(state), cfg=cfg)
+        held_b, read_b = memory_lib.use(after.memory)
         # Past the end, where nothing is written, in rows without a new token.
         at = jnp.where(ready, state.made - before, CHUNK)
         made = Made(
-            tokens=made.tokens.at[rows, at].set(jnp.where(stopped, -1, token), mode="drop"),
-            reads=made.reads + jnp.where(ready, read_b, 0.0),
+            tokens=made.tokens.at[rows, at].set(token, mode="drop"),
+            held=made.held.at[rows, at].set(held_b, mode="drop"),
+            read=made.read.at[rows, at].set(read_b, mode="drop"),
             peak=jnp.maximum(made.peak, jnp.where(state.done, 0.0, held_b).sum()),
         )
-        token, done = jnp.where(ready, token, state.token), state.done | (ready & stopped)
-        return State(memory, token, done, state.made + ready), made
+        return after, made
 
-    nothing = Made(jnp.full((len(rows), CHUNK), -1, jnp.int32), jnp.zeros(len(rows), jnp.float32), jnp.float32(0))
-    return jax.lax.while_loop(going, step, (state, nothing))
+    return jax.lax.while_loop(going, step, (state, Made.nothing(len(rows))))
 
 
 @functools.cache
-def decode_beside() -> Any:
-    """`decode` for calls that run next to each other on the cores of a CPU.
+def beside() -> dict[str, str] | None:
+    """Options of the compiler for calls that run next to each other on the cores of a CPU.
 
     Of the libraries that XLA has for products there, one has threads of its own, which get in the way of such calls:
     it is left out where the installed XLA can do without.
@@ -136,5 +154,11 @@ def decode_beside() -> Any:
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:
-        return decode
-    return jax.jit(decode.__wrapped__, static_argnames="cfg", donate_argnames="state", compiler_options=options)
+        return None
+    return options
+
+
+@functools.cache
+def decode_beside() -> Any:
+    """`decode` for calls that run `beside` each other."""
+    return jax.jit(decode.__wrapped__, static_argnames="cfg", donate_argnames="state", compiler_options=beside())

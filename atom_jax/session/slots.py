@@ -24,6 +24,9 @@ class Slots:
     it is a stop id, or a token waits to be read or to get its form.
     """
 
+    # Tokens that a row may come to read in one call of the model.
+    _ahead = 1
+
     def __init__(self, session: Session, choice: Choice, beside: bool = False):
         self.choice, self._lm, self._params = choice, session.lm, session.params
         self._decode = decode_beside() if beside else decode
@@ -57,7 +60,7 @@ class Slots:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
         state, until = self._state, np.asarray(until, np.int32)
         if bool(programs.short(state.memory, ~state.done & (state.made < until))):
-            self._state = state.replace(memory=memory_lib.grow(state.memory))
+            self._state = state.replace(memory=memory_lib.grow(state.memory, self._ahead, singly=True))
         shapes = [x.shape for x in jax.tree.leaves(self._state)]
         if shapes != self._compiled:
             # No step is taken.
@@ -72,6 +75,20 @@ class Slots:
 
     def _call(self, until: np.ndarray) -> tuple[State, Made]:
         return self._decode(self._params, self._state, self.choice, until, cfg=self._lm.config)
+
+    def put(self, index_b: Sequence[int], other: Slots) -> None:
+        """Gives these rows, i32 [n], to those of `other`, which has n of them and is given up: with their keys, and
+        what they have chosen. A row of it is left out where its index is none of these."""
+        index, old, new = np.asarray(index_b, np.int32), self._state, other._state
+
+        def place(a: jax.Array, b: jax.Array) -> jax.Array:
+            return a.at[index].set(b, mode="drop")
+
+        self._state = State(
+            memory_lib.put(old.memory, index, new.memory), place(old.token, new.token), place(old.done, new.done),
+            place(old.made, new.made),
+        )  # fmt: skip
+        self.choice = self.choice.replace(keys=place(self.choice.keys, other.choice.keys))
 
     def rows(self, index_b: Sequence[int]) -> Slots:
         """These rows in this order, each with its key, some perhaps repeatedly, others left out; a copy."""

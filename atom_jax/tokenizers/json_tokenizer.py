@@ -106,6 +106,11 @@ class JsonTokenizer:
             found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < self._n_ids]
         return list(dict.fromkeys(found))
 
+    def padded(self, rows: int) -> JsonTokenizer:
+        """See `tokenizers.padded`."""
+        self._n_ids = max(self._n_ids, rows)
+        return self
+
     @property
     def backend(self) -> _Tokenizer:
         """The tokenizer of the `tokenizers` package, without template, padding and truncation."""

@@ -1,0 +1,27 @@
+"""The table of drafters by name, and how they are written on a command line: "ngram:longest=3,least=1"."""
+
+from __future__ import annotations
+
+from atom_jax import config
+from atom_jax.session.drafts.drafter import Drafter
+from atom_jax.session.drafts.ngram import NGram
+from atom_jax.session.drafts.recycle import Recycle
+from atom_jax.session.drafts.spine import Spine
+from atom_jax.typing import AtomError
+
+DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (NGram, Recycle, Spine)}
+
+
+def parse(draft: str | Drafter | None) -> Drafter | None:
+    """The drafter that a text such as "ngram:least=1" names; None for "none". A drafter is itself.
+
+    Raises AtomError for an unknown name, an unknown field or an unreadable value.
+    """
+    if draft is None or isinstance(draft, Drafter):
+        return draft
+    name, _, fields = str(draft).strip().partition(":")
+    if name == "none":
+        return None
+    if name not in DRAFTERS:
+        raise AtomError(f"draft {name!r}: expected none, {', '.join(DRAFTERS)}")
+    return config.build(DRAFTERS[name], [f for f in fields.split(",") if f], f"draft {name}:")
