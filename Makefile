@@ -9,7 +9,7 @@ AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
 .PHONY: quickstart test soak check lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
-  bench bench-kv aot clean help
+  reason bench bench-kv aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-$(EXTRAS)  ## style and obvious mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 check: lint  ## lint, then the quick tests
 	$(PYTEST) -m "not slow"
@@ -72,6 +72,13 @@ english: $(VENV)/.installed-core  ## fetch long English documents to corpora/eng
 
 heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpora/heldout/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch heldout
+
+reason: $(VENV)/.installed-core  ## train a small reasoner, give it learned memory, compare what accuracy costs (an hour or two)
+	$(BIN)/python train.py --config=configs/reason.py:subset --workdir=runs/reason
+	$(BIN)/python train.py --config=configs/reason.py:dms_4x --workdir=runs/reason-dms4
+	$(BIN)/python train.py --config=configs/reason.py:dms_8x --workdir=runs/reason-dms8
+	$(BIN)/python eval.py --checkpoint=runs/reason --tasks=hyper --out=runs/hyper.json \
+	  --set hyper.adapters=runs/reason-dms4,runs/reason-dms8
 
 bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one table
 	$(BIN)/python -m benchmarks.lm

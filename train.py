@@ -1,6 +1,6 @@
 """Trains a model.
 
-    python train.py --config=configs/lm.py:quick --workdir=runs/quick [--set optim.learning_rate=1e-3 ...]
+    python train.py --config=configs/lm.py:quick --workdir=runs/quick [--set optim.learning_rate=1e-3 train.steps=9]
 
 The same command continues a run that was interrupted. WORKDIR receives metrics.jsonl, tb/ (TensorBoard), plots/,
 checkpoints/ and experiment.json. `python -m atom_jax generate --checkpoint=WORKDIR` uses the result.
@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:variant, see configs/.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.")
-SET = flags.DEFINE_multi_string("set", [], "Changes a field of the configuration: NAME=VALUE. Repeatable.")
+SET = flags.DEFINE_multi_string("set", [], "Changes fields of the configuration: NAME=VALUE, one or several.")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step, say what it needs per chip, stop.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: chips nobody has to have, such as v5p:4x4x4.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of other hosts before anything else.")
@@ -23,7 +23,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: numbe
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: number of processes.")
 
 
-def run() -> int:
+def run(settings: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     import jax
 
@@ -32,7 +32,7 @@ def run() -> int:
 
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    experiment = start.configure(CONFIG.value, SET.value)
+    experiment = start.configure(CONFIG.value, settings)
     if COMPILE_ONLY.value:
         report = check(experiment, TOPOLOGY.value)
         print(report)
@@ -53,11 +53,11 @@ def main(argv: list[str]) -> None:
     from atom_jax.typing import AtomError
 
     def command() -> int:
-        if len(argv) > 1:
+        if len(argv) > 1 and (not SET.value or "=" not in argv[1]):
             raise AtomError(f"unexpected argument {argv[1]!r}")
         if not COMPILE_ONLY.value and not WORKDIR.value:
             raise AtomError("--workdir is missing")
-        return run()
+        return run([*SET.value, *argv[1:]])
 
     sys.unraisablehook = _unraisable
     if not flags.FLAGS["verbosity"].present:

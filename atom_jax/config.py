@@ -181,6 +181,8 @@ def _parse(text: str, hint: Any, flag: str) -> Any:
             elif math.isfinite(value):
                 raise AtomError(f"{flag}: {text[:60]!r} is not an integer")
         return in_range(flag, value, hint)
+    if hint is Any and text.lower() == "none":
+        return None
     raise AtomError(f"{flag}: this field holds {hint}; set its parts instead, or write a config file")
 
 

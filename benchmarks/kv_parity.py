@@ -16,6 +16,7 @@ from atom_jax.evaluation.tasks import EvalConfig, kv, kv_cells
 from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.budget import Budget
 from atom_jax.typing import LM
 
 # Policies that kvpress has too, under other names (`benchmarks.press`).
@@ -139,5 +140,5 @@ def table(rows: Sequence[Row]) -> str:
 
 def default_policies() -> tuple[str, ...]:
     """Everything with a budget that selects entries, as kvpress's presses do."""
-    names = [name for name in policies.POLICIES if name not in ("dms", "quest")]
+    names = [name for name, p in policies.POLICIES.items() if issubclass(p, Budget) and name != "quest"]
     return ("none", *(f"{name}:first=true" if name == "kvcompose" else name for name in names))

@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.evaluation.metrics import columns
-from atom_jax.kvcache.dms.serve import AHEAD
+from atom_jax.kvcache.paged import AHEAD
 from atom_jax.models import registry
 from atom_jax.session import sampling
 from atom_jax.session.decode import CHUNK, Choice

@@ -1,4 +1,4 @@
-"""Retrofits of published models with Dynamic Memory Sparsification (kvcache/dms).
+"""Retrofits of published models with Dynamic Memory Sparsification (kvcache/dms), and with merging (kvcache/dmc).
 
 make smollm2 english
 python train.py --config=configs/dms.py:smollm2 --workdir=runs/dms
@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 from atom_jax.data.config import DataConfig
+from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.sharding import MeshConfig
@@ -51,6 +52,23 @@ def smollm2_8x() -> Experiment:
         data=dataclasses.replace(exp.data, seed=1),
         distill=Distill(direction="both", cr_start=15.0, cr_end=22.0, cr_steps=70, remat=False),
     )  # fmt: skip
+
+
+def smollm2_merged(entries: int = 512) -> Experiment:
+    """Merging in place of eviction, in our form: means of keys after RoPE, with their mass."""
+    return merged(smollm2(entries))
+
+
+def merged(exp: Experiment) -> Experiment:
+    """The same retrofit with merging."""
+    memory = DMC(
+        "adapter", turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=4, cr=exp.memory.cr
+    )
+    return dataclasses.replace(exp, memory=memory, fit=dataclasses.replace(exp.fit, target="output"))
+
+
+def tiny_merged() -> Experiment:
+    return merged(tiny())
 
 
 def tiny() -> Experiment:
@@ -101,7 +119,7 @@ def qwen3(**sizes: Any) -> TransformerConfig:
 
 
 def adapters_only(*groups: Group, **options: Any) -> OptimConfig:
-    return OptimConfig(weight_decay=0.0, groups=(*groups, Group(r"(?!layers/attn/dms/).*")), **options)
+    return OptimConfig(weight_decay=0.0, groups=(*groups, Group(r"(?!layers/attn/dm[cs]/).*")), **options)
 
 
 def english(seq_len: int) -> DataConfig:
@@ -112,6 +130,7 @@ def english(seq_len: int) -> DataConfig:
 
 
 VARIANTS = {
-    "smollm2": smollm2, "smollm2_8x": smollm2_8x, "tiny": tiny, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
+    "smollm2": smollm2, "smollm2_8x": smollm2_8x, "smollm2_merged": smollm2_merged, "tiny": tiny,
+    "tiny_merged": tiny_merged, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
     "qwen3_8b_pod": qwen3_8b_pod,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight simulated devices, quick compiles and a persistent compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -18,6 +19,8 @@ import jax
 import pytest
 from absl import flags
 
+# Tracing leaves many objects behind, few of which are garbage.
+gc.set_threshold(50_000, 50, 50)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 flags.FLAGS.mark_as_parsed()
@@ -34,27 +37,40 @@ SLOW = (
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_kv.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "models/test_bolmo.py", "models/test_dynpool.py",
-    "models/test_hnet.py", "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
-    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "test_eval_script.py",
-    "test_flax_bridge.py", "test_kernels.py", "test_main.py", "test_notebooks.py", "test_train_script.py",
-    "training/test_byteify_run.py", "training/test_distill.py", "training/test_distill_mesh.py",
-    "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py", "training/test_step.py",
-    "training/test_training_units.py", "transfer",
+    "models/test_hnet.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
+    "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
+    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability",
+    "session/test_session.py", "test_eval_script.py", "test_flax_bridge.py", "test_kernels.py", "test_main.py",
+    "test_notebooks.py", "test_train_script.py",
+    "training/objectives", "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py",
+    "training/test_step.py", "training/test_training_units.py", "transfer",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is in SLOW."""
+    """Marks what is in SLOW, and has it run first: no process is to be left with it alone."""
     slow = [ROOT / "tests" / name for name in SLOW]
     for item in items:
         if any(item.path.is_relative_to(place) for place in slow):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """Directory of the small reference numbers."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    """Layers one after another in a loop, as accelerators have them in generation: they compile in a fraction of the
+    time. For tests of what doesn't depend on it."""
+    from atom_jax.session import laid_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: False)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

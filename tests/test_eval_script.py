@@ -104,7 +104,12 @@ def test_smollm2_reads_english(tmp_path):
     if not model.is_dir():
         pytest.skip("SmolLM2 is not here: run `make smollm2`")
     done = evaluate(
-        f"--checkpoint={model}", "--tasks=bpb", "--set=bpb.limit=2", "max_length=128", f"--out={tmp_path}/out.json"
+        f"--checkpoint={model}",
+        "--tasks=bpb",
+        "--set=bpb.limit=2",
+        "max_length=128",
+        "batch_tokens=256",
+        f"--out={tmp_path}/out.json",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["tasks"]["bpb"]["metrics"]["bpb"]["value"] < 1.3

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from tests import quick
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -13,5 +15,7 @@ def test_notebook_runs(path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra: pip install 'atom-jax[dev]'")
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parent.parent), os.environ.get("PYTHONPATH", "")]))
+    # One device, as where they are meant to run.
+    monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()

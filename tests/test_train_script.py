@@ -116,6 +116,7 @@ def test_two_processes_equal_one(whole, tmp_path, axis):
         (["--config=configs/lm.py:huge", "--workdir=x"], "no variant 'huge'"),
         (["--config=configs/lm.py:tiny"], "--workdir is missing"),
         (["--config=configs/lm.py:tiny", "--workdir=x", "--set=optim.lr=1"], "no field 'lr'"),
+        (["--config=configs/lm.py:tiny", "--workdir=x", "--set", "train.steps=1", "optim.lr=1"], "no field 'lr'"),
         (["--config=configs/lm.py:tiny", "--workdir=x", "extra"], "unexpected argument 'extra'"),
         (["--config=configs/lm.py:tiny", "--compile_only", "--topology=v5p:4x4x4x4x4"], "--topology="),
     ],

@@ -311,8 +311,8 @@ def _about(step: pathlib.Path) -> tuple[Any, Any]:
         raise AtomError(f"{step}: tokenizer: expected a name, got {str(name)[:100]!r}")
     # A run keeps a copy of its tokenizer, whatever became of the original.
     if name != "bytes" and (home / "tokenizer.json").exists():
-        return model, tokenizers.from_name(f"bolmo:{home}" if name.startswith("bolmo") else home)
-    return model, tokenizers.from_name(name or "bytes")
+        name = f"bolmo:{home}" if name.startswith("bolmo") else str(home)
+    return model, tokenizers.padded(tokenizers.from_name(name or "bytes"), model.vocab_size)
 
 
 def _note(path: pathlib.Path) -> Any:

@@ -28,9 +28,10 @@ class Seen:
 
     h:      [b, t, d] states of the positions; entry t depends on positions up to t only.
     tokens: Tokens [b, t]; position 0 begins a document, segment 0 is padding (after the real positions of a row).
-    ids:    i32 [b, t] token ids, or None in deeper stages, whose positions are chunks.
+    ids:    i32 [b, t] token ids; in deeper stages, whose positions are chunks, `Plan.ids` of these; or None.
     marks:  bool [b, t] unit ends that the data supplies (targets of supervised rules), or None.
     key:    PRNG key while training; None turns noise off.
+    deep:   static: the positions are chunks.
     """
 
     h: jax.Array
@@ -38,6 +39,7 @@ class Seen:
     ids: jax.Array | None = None
     marks: jax.Array | None = None
     key: jax.Array | None = None
+    deep: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -79,6 +81,7 @@ class Plan:
     count:     i32 [b] marks in this call (with the chunks that hold nothing).
     lost:      i32 [b] marks beyond the capacity, whose positions stay in chunk m - 1 ("start") or are read by nobody
                ("end").
+    ids:       i32 [b, m]: the token id at the chunk's mark, -1 of one that holds nothing; None where ids are unknown.
     """
 
     slot: jax.Array
@@ -92,13 +95,14 @@ class Plan:
     count: jax.Array
     lost: jax.Array
     null: jax.Array
+    ids: jax.Array | None = None
 
     @classmethod
     def empty(cls, b: int, t: int, m: int) -> Plan:
         """No chunks at all."""
         i_bt, i_bm, i_b = (jnp.zeros(shape, jnp.int32) for shape in ((b, t), (b, m), (b,)))
         no_bt, no_bm, no_b = (i > 0 for i in (i_bt, i_bm, i_b))
-        return cls(i_bt, no_bt, no_bt, i_bt, i_bm, i_bt - 1, Tokens(i_bm, i_bm), no_b, i_b, i_b, no_bm)
+        return cls(i_bt, no_bt, no_bt, i_bt, i_bm, i_bt - 1, Tokens(i_bm, i_bm), no_b, i_b, i_b, no_bm, i_bm)
 
 
 @struct.dataclass
@@ -135,7 +139,7 @@ def previous(x: jax.Array, old: jax.Array) -> jax.Array:
 
 def ids_of(seen: Seen, rule: str) -> jax.Array:
     """The token ids i32 [b, t]. Raises AtomError in a stage whose positions are chunks."""
-    if seen.ids is None:
+    if seen.ids is None or seen.deep:
         raise AtomError(f"rule: {rule} reads token ids, so it can only cut the outermost stage")
     return seen.ids
 

@@ -23,6 +23,8 @@ class DataConfig:
             UTF-8 text (also .gz, .xz): one document per file;
             .jsonl, .ndjson, .json, .csv and .tsv (also .gz, .xz): one document per line, object or row, in its field
             "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, which is UTF-8
+        "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
+                      "reason:subset:letters=6:high=20" sets how hard they are
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.
@@ -37,6 +39,9 @@ class DataConfig:
     piece_bytes: long documents are cut into pieces of about this many bytes and the pieces are shuffled, so
         that a document doesn't fill one row for many steps. 0: about eight rows' worth. Records of
         array_record and tfds sources stay whole, for their lengths are unknown until they are read.
+    whole: no document is cut: those that fit follow each other in a row, and longer ones than a row are left out.
+    prompt_end: a text, such as ";": what a document begins with, up to and with the first of these, is read but not
+        learned from: the loss leaves out its tokens. "": everything is learned from.
     marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
@@ -51,6 +56,8 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     piece_bytes: int = 0
+    whole: bool = False
+    prompt_end: str = ""
     marks: str = ""
     tokens: int = 0
 
@@ -71,5 +78,9 @@ class DataConfig:
             raise AtomError(f"data.marks is {self.marks!r}: it must be empty or unigram:SIZE.")
         if self.tokens == 1 or (self.tokens and self.marks):
             raise AtomError(f"data.tokens is {self.tokens}: it must be 0, or 2 or more without data.marks.")
+        if self.tokens and (self.whole or self.prompt_end):
+            raise AtomError("data.tokens: rows of subwords know neither data.whole nor data.prompt_end.")
+        if self.whole and self.piece_bytes:
+            raise AtomError(f"data.piece_bytes is {self.piece_bytes}, but data.whole cuts no document.")
         if 0 < self.piece_bytes < LEAST_PIECE:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")

@@ -7,6 +7,8 @@ token is the input at exactly one place.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from atom_jax.data.config import DataConfig
@@ -17,11 +19,17 @@ from atom_jax.tokenizers.units import unit_ends
 Batch = dict[str, np.ndarray]
 
 
-Tokens = tuple[np.ndarray, np.ndarray | None]
+class Tokens(NamedTuple):
+    """Of a piece of text: ids i32 [n]; marks: bool [n], or None; prompt: so many, in front, are only read."""
+
+    ids: np.ndarray
+    marks: Any = None
+    prompt: int = 0
 
 
-def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Tokens:
-    """Returns the tokens i32 [n] of {"text", "first", "last"} and, given `units`, their marks bool [n], else None.
+def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None, prompt_end: str = "") -> Tokens:
+    """Returns the tokens of {"text", "first", "last"}; given `units`, with their marks; and how many of them belong
+    to what is read only, up to and with `prompt_end` (all, where it does not occur).
 
     The first piece of a document begins with what `beginning` says, the last ends with eos, where there is one.
     A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
@@ -29,27 +37,33 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
     end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     head = beginning(tokenizer) if piece["first"] else []
     tail = [end] if piece["last"] and end is not None else []
-    if units is None:
-        text, marks = tokenizer.encode(piece["text"]), None
+    asks, marks = piece["first"] and prompt_end, None
+    if units is None and not asks:
+        text = tokenizer.encode(piece["text"])
     else:
         text, spans = tokenizer.spans(piece["text"])
+    if units is not None:
         ends = np.concatenate([[False], unit_ends(units, piece["text"])])
         # A token of no bytes (the end of a word) is not marked again.
         marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
-    return ids.astype(np.int32, copy=False), marks
+    prompt = 0
+    if asks:
+        before, found, _ = piece["text"].partition(prompt_end.encode())
+        prompt = len(head) + int(np.sum(spans[:, 0] < len(before) + len(found)))
+    return Tokens(ids.astype(np.int32, copy=False), marks, prompt)
 
 
 def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:
-    """Returns (i32 [n], None): the subwords of {"text", "first", "last"}; the last piece of a document ends with the
-    one that ends documents."""
+    """Returns the subwords of {"text", "first", "last"}; the last piece of a document ends with the one that ends
+    documents."""
     ids = tokenizer.subwords.encode(piece["text"])
-    return (np.append(ids, np.int32(tokenizer.document_id)) if piece["last"] else ids), None
+    return Tokens(np.append(ids, np.int32(tokenizer.document_id)) if piece["last"] else ids)
 
 
 def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
     """Returns the tokens alone of `piece_tokens`."""
-    return piece_tokens(piece, tokenizer)[0]
+    return piece_tokens(piece, tokenizer).ids
 
 
 def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Batch:

@@ -31,6 +31,7 @@ from atom_jax.typing import AtomError
 _AHEAD = 2  # batches prepared before they are asked for
 _THREADS = 4  # tokenizers release the interpreter lock
 _EMPTY_LIMIT = 10_000  # pieces without a token in a row, after which the source is called empty
+_WHOLE = 1 << 62  # bytes of a piece that is a document, however long
 
 
 def make_iterator(
@@ -56,6 +57,15 @@ def make_iterator(
     iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
     _open_iterators.add(iterator)
     return iterator
+
+
+def left_out(cfg: DataConfig, tokenizer: Tokenizer) -> float:
+    """The share of documents that `cfg.whole` leaves out for their length, among 256 of each source."""
+    sizes = []
+    for found in open_pieces(cfg, tokenizer):
+        sample = np.unique(np.linspace(0, len(found) - 1, 256).astype(np.int64))
+        sizes += [len(piece_tokens(found[int(k)], tokenizer).ids) for k in sample]
+    return float(np.mean(np.array(sizes) > cfg.seq_len))
 
 
 class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
@@ -92,7 +102,7 @@ def merge_states(states: Sequence[dict]) -> dict:
 def open_pieces(cfg: DataConfig, tokenizer: Tokenizer) -> list[Pieces]:
     """Returns the pieces of every source, in the sources' own order."""
     size = cfg.piece_bytes or 8 * cfg.seq_len * (1 if isinstance(tokenizer, ByteTokenizer) else 4)
-    return [Pieces(open_source(source, cfg.split), size) for source in cfg.sources]
+    return [Pieces(open_source(source, cfg.split), _WHOLE if cfg.whole else size) for source in cfg.sources]
 
 
 def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
@@ -126,8 +136,9 @@ class _PackedRows(grain.DatasetIterator):
         if cfg.tokens:
             tokens = functools.partial(subwords, tokenizer=tokenizer)
         else:
-            tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units)
-        self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool) for r in numbers]
+            tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units, prompt_end=cfg.prompt_end)
+        longest = cfg.seq_len if cfg.whole else None
+        self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool, longest) for r in numbers]
 
     def __next__(self) -> Batch:
         batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id, marks=self.units is not None)
@@ -171,7 +182,8 @@ class _SpelledRows(_PackedRows):
 
 
 class _Lane:
-    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current."""
+    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current. longest: no
+    piece is cut, and those with more tokens are left out; None: they are."""
 
     def __init__(
         self,
@@ -180,63 +192,66 @@ class _Lane:
         stream: grain.MapDataset,
         tokens: Callable[[dict], Tokens],
         pool: ThreadPoolExecutor,
+        longest: int | None = None,
     ):
         self.row = row
         self.stride = stride
         self.stream = stream
-        self.tokens = tokens
+        self.read = tokens
         self.pool = pool
+        self.longest = longest
         self.seek(0, 0)
 
     def seek(self, piece: int, used: int) -> None:
         self.piece = piece
         self.used = used
-        self.ids: np.ndarray | None = None
-        self.marks: np.ndarray | None = None
+        self.tokens: Tokens | None = None
         self.next: Future | None = None
 
     def fill(self, batch: Batch, row: int) -> None:
         at, segment, seq_len = 0, 0, batch["ids"].shape[1]
         while at < seq_len:
-            self._load()
-            take = min(seq_len - at, len(self.ids) - self.used)
+            ids, marks, prompt = self._load()
+            take = min(seq_len - at, len(ids) - self.used)
+            if self.longest is not None and take < len(ids):
+                break
             segment += 1
-            place(batch, row, at, segment, self.ids[self.used :], take)
-            if self.marks is not None:
-                batch["marks"][row, at : at + take] = self.marks[self.used : self.used + take]
+            place(batch, row, at, segment, ids[self.used :], take, max(prompt - 1 - self.used, 0))
+            if marks is not None:
+                batch["marks"][row, at : at + take] = marks[self.used : self.used + take]
             at += take
             self.used += take
 
     def take(self, most: int, room: Callable[[np.ndarray], int]) -> np.ndarray:
         """The next tokens of the current piece, as many as `most` and `room` allow."""
-        self._load()
-        ids = self.ids[self.used : self.used + most]
+        ids = self._load().ids[self.used : self.used + most]
         # A token without room in an empty row is left out.
         count = max(room(ids), 1)
         self.used += count
         return ids[:count]
 
-    def _load(self) -> None:
-        """Makes sure that the current piece has tokens left."""
-        if self.ids is None:
-            self.ids, self.marks = self._tokens(self.piece)
+    def _load(self) -> Tokens:
+        """The current piece, once it has tokens left."""
+        if self.tokens is None:
+            self.tokens = self._tokens(self.piece)
             self.next = self.pool.submit(self._tokens, self.piece + 1)
         for _ in range(_EMPTY_LIMIT):
-            if self.used < len(self.ids):
-                return
-            self.ids, self.marks = self.next.result()
+            if self.used < len(self.tokens.ids) and len(self.tokens.ids) <= (self.longest or np.inf):
+                return self.tokens
+            self.tokens = self.next.result()
             self.piece, self.used = self.piece + 1, 0
             self.next = self.pool.submit(self._tokens, self.piece + 1)
-        raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row without a token.")
+        what = "without a token" if self.longest is None else f"that are empty or longer than {self.longest} tokens"
+        raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row {what}.")
 
     def _tokens(self, piece: int) -> Tokens:
-        return self.tokens(self.stream[self.row + piece * self.stride])
+        return self.read(self.stream[self.row + piece * self.stride])
 
 
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
     """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-    for name in ("marks", "tokens"):
+    for name in ("marks", "tokens", "whole", "prompt_end"):
         if not identity[name]:
             del identity[name]  # states from before there were such rows stay valid
     content = {"pieces": [len(p) for p in found], "content": [p.corpus.crc for p in found]}

@@ -10,7 +10,7 @@ from functools import partial
 
 import grain
 
-from atom_jax.data import builtin, formats
+from atom_jax.data import builtin, formats, puzzles
 from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing
 from atom_jax.data.splits import take_split
 from atom_jax.typing import AtomError
@@ -31,6 +31,8 @@ def open_source(source: str, split: str) -> Corpus:
         corpus = builtin.pystdlib(split)
     elif source.startswith("tfds:"):
         corpus = _tfds(source, split)
+    elif source.startswith("reason:"):
+        corpus = puzzles.Generated(puzzles.parse(source.removeprefix("reason:")), split)
     else:
         corpus = _paths(source, split)
     if not len(corpus):

@@ -10,7 +10,7 @@ from atom_jax.data.sources import open_source
 from atom_jax.tokenizers.base import Tokenizer
 
 # Bytes to train on. A unigram model takes two minutes for its share in seven languages (7 s for six novels).
-LIMITS = {"bpe": 1 << 26, "unigram": 1 << 22}
+LIMITS = {"bpe": 1 << 26, "unigram": 1 << 22, "words": 1 << 20}
 _READ = 1 << 20
 _PART = 1 << 12  # training takes the square of the length of text without spaces
 
@@ -32,7 +32,7 @@ def training_text(sources: Sequence[str], limit: int = LIMITS["bpe"]) -> Iterato
 
 @functools.lru_cache(maxsize=2)
 def trained_tokenizer(name: str, sources: tuple[str, ...]) -> Tokenizer:
-    """The tokenizer "bpe:SIZE" or "unigram:SIZE" of the sources' train splits (tokenizers/train.py)."""
+    """The tokenizer "bpe:SIZE", "unigram:SIZE" or "words:SIZE" of the sources' train splits (tokenizers/train.py)."""
     from atom_jax.tokenizers.train import train  # imports the `tokenizers` package
 
     return train(name, training_text(sources, LIMITS[name.partition(":")[0]]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,15 @@ import jax
 import numpy as np
 
 from atom_jax import config
-from atom_jax import params as params_lib
 from atom_jax.inference.stream import TextStream
 from atom_jax.models import registry
-from atom_jax.session import laid_out, reading, sampling
+from atom_jax.session import reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
 from atom_jax.session.drafts import drafters
 from atom_jax.session.drafts.drafter import Drafter
 from atom_jax.session.drafts.slots import DraftSlots
 from atom_jax.session.prompts import end_ids, listed, token_rows
+from atom_jax.session.queue import cores
 from atom_jax.session.session import ROOM, Session
 from atom_jax.session.slots import Slots
 from atom_jax.typing import LM, AtomError
@@ -30,9 +29,6 @@ from atom_jax.typing import LM, AtomError
 LOOK = 8
 # The longest draft.
 LONGEST = 64
-# Bytes of weights up to which the rows of a batch are dealt out to the cores of a CPU: about what a cache holds that
-# the cores share. Every core reads all weights then; larger ones are better read once, by all cores for all rows.
-SHARED = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +147,7 @@ def generate(
 
 def _parts(lm: LM, rows: int) -> int:
     """Into how many equal parts a batch is split, each decoded by a thread of its own."""
-    if not laid_out.unrolls(lm) or params_lib.nbytes(lm.params) > SHARED:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(n for n in range(1, cores + 1) if rows % n == 0)
+    return max(n for n in range(1, cores(lm) + 1) if rows % n == 0)
 
 
 def _drops(lm: LM) -> bool:
@@ -225,7 +218,7 @@ class _Run:
 
     def take(self, made: Made) -> None:
         """Adds what was made to the texts and the counts."""
-        self.reads += float(made.reads.astype(np.float64).sum())
+        self.reads += float(made.read.astype(np.float64).sum())
         self.peak = max(self.peak, float(made.peak))
         self._take(made.tokens)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax import checkpoint, tokenizers
+from atom_jax import checkpoint, config, tokenizers
 from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.transfer import initialisers
 from atom_jax.transfer import transplant as lib
@@ -29,6 +29,7 @@ def transplant(
     embed: Callable[[Sequence[str]], np.ndarray] | None = None,
     fallback: str | Initialiser = "normal",
     special: Mapping[str, str] | None = None,
+    untrained: float = 0.0,
 ) -> tuple[LM, Report]:
     """The model with another tokenizer, and a report of what became of every row of its table.
 
@@ -42,6 +43,7 @@ def transplant(
       source_vectors, target_vectors: f32 [ids, e], zeros for unknown tokens; for wechsel and focus.
       embed: texts -> f32 [texts, e]; for tokenadapt.
       special: names of special tokens of the new tokenizer -> those of the model whose rows they get.
+      untrained: share of the model's rows that count as hardly trained, from which no others are made.
     Raises AtomError for models, tokenizers and options that don't go together.
     """
     method = initialisers.parse(method) if isinstance(method, str) else method
@@ -49,8 +51,10 @@ def transplant(
     tokenizer = find_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
     if target_vectors is None and texts is not None:
         target_vectors = vectors.from_text(tokenizer, texts)
+    config.in_range("untrained", untrained, float, 0, 0.5)
     table = None if donor is None else _donor(donor, tokenizer)
-    return lib.transplant(lm, tokenizer, method, Aux(table, source_vectors, target_vectors, embed), fallback, special)
+    aux = Aux(table, source_vectors, target_vectors, embed)
+    return lib.transplant(lm, tokenizer, method, aux, fallback, special, untrained)
 
 
 def find_tokenizer(name: str | os.PathLike) -> Any:

@@ -200,6 +200,8 @@ class BudgetLayer(Layer):
     extra: Any = None
     policy: Budget = struct.field(pytree_node=False, default=None)
 
+    free: ClassVar[dict[str, float]] = {"pos": -1}
+
     @classmethod
     def empty(cls, policy: Budget, sizes: Sizes, slots: int) -> BudgetLayer:
         """A layer with nothing in it."""

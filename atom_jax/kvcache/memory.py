@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import params
+from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
 
@@ -103,6 +104,8 @@ class Layer:
 
     # The configuration that made it; None for the dense cache and the ring.
     policy: ClassVar[Any] = None
+    # What free places hold, by array; 0 in others.
+    free: ClassVar[dict[str, float]] = {}
     k: jax.Array
 
     def extend(self, call: Call) -> tuple[jax.Array, Layer]:
@@ -149,6 +152,12 @@ class Layer:
     def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
         """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
         return jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self)
+
+    def put(self, index_b: np.ndarray, other: Layer, axis: int = 0) -> Layer:
+        """The memory whose rows `index_b`, i32 [n], are those of `other`, a memory of n rows in buffers of any
+        size; a row of `other` whose index is none of this memory's is left out. Uses this memory up. axis: as for
+        `rows`. Runs on the host."""
+        return put_rows(self, other, index_b, axis, self.free)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """i32 [b, h]: entries stored."""
@@ -246,6 +255,27 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
         return node.replace(layers=layers, length=take(node.length), parts=parts)
 
     return each(of, memory)
+
+
+def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
+    """The memory whose rows `index_b`, i32 [n], are those of `other`, which has n of them; see
+    `Layer.put`. Uses `memory` up. Runs on the host."""
+
+    def state(x: Any, y: Any) -> Any:
+        if isinstance(x, Layer):
+            return x.put(index_b, y)
+        if isinstance(x, Stack):
+            inside = x.states.put(index_b, y.states, 1) if isinstance(x.states, Layer) else None
+            return Stack(put_rows(x.states, y.states, index_b, 1) if inside is None else inside)
+        return put_rows(x, y, index_b, 0)
+
+    def of(node: Memory, new: Memory) -> Memory:
+        keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
+        parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
+        layers = jax.tree.map(state, node.layers, new.layers, is_leaf=_is_state)
+        return node.replace(layers=layers, length=put_rows(node.length, new.length, index_b, 0), parts=parts)
+
+    return each(of, memory, other)
 
 
 def use(memory: Memory) -> tuple[jax.Array, jax.Array]:

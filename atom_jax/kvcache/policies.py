@@ -10,7 +10,9 @@ from typing import Any
 from atom_jax import config
 from atom_jax.fields import Fields
 from atom_jax.kvcache.adakv import AdaKV
+from atom_jax.kvcache.cam import CaM
 from atom_jax.kvcache.dense import DenseLayer
+from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
@@ -29,6 +31,7 @@ from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.kvcache.window import WindowLayer
+from atom_jax.kvcache.wmerge import WMerge
 from atom_jax.naming import Rule
 from atom_jax.typing import AtomError
 
@@ -36,6 +39,7 @@ POLICIES: dict[str, type[Policy]] = {
     p.name: p
     for p in (
         DMS,
+        DMC,
         StreamingLLM,
         TOVA,
         H2O,
@@ -51,6 +55,8 @@ POLICIES: dict[str, type[Policy]] = {
         KVCompose,
         RandomPolicy,
         Quest,
+        WMerge,
+        CaM,
     )
 }
 

@@ -27,11 +27,13 @@ class Mode:
         added to the scores of keys beyond the window.
     noise: of "relaxed", f32 [l, b, h, t] (of one layer [b, h, t]), or None for none.
     fade: f32 [], what is left of a borrowed channel inside attention: 1 at the start of a retrofit, 0 in the end.
+    cool: f32 [], a factor on the temperature of relaxed decisions, or None.
     """
 
     kind: str = struct.field(pytree_node=False, default="hard")
     noise: Any = None
     fade: Any = None
+    cool: Any = None
 
 
 @struct.dataclass
@@ -56,13 +58,14 @@ class Heads:
 @struct.dataclass
 class Seen:
     """What attention without a memory is to see of a layer: keys and values [b, h, t, k]; keep: f32 [b, h, t], added
-    to the scores of the key at t by queries more than `keep_window` (static) after it, or None; aux: what is to be
-    reported, by name."""
+    to the scores of the key at t by queries more than `keep_window` (static) after it, or None; bias: f32 [b, h, t],
+    added to those by all queries, or None; aux: what is to be reported, by name."""
 
     k: jax.Array
     v: jax.Array
     keep: Any = None
     keep_window: int = struct.field(pytree_node=False, default=0)
+    bias: Any = None
     aux: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
@@ -73,8 +76,7 @@ class Policy:
     name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
     in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
     after the time before. shrinks: its memory can be smaller after a prompt than while that is read. stepwise:
-    reading several tokens in one call is not reading them one after another. spelled: it looks at the ids of tokens,
-    which layers over units do not see. slides: it also serves layers whose
+    reading several tokens in one call is not reading them one after another. slides: it also serves layers whose
     queries see a window only. fields: of config.json that `from_hf` knows.
     """
 
@@ -82,7 +84,6 @@ class Policy:
     part: ClassVar[int | None] = None
     passes: ClassVar[int] = 1
     stepwise: ClassVar[bool] = False
-    spelled: ClassVar[bool] = False
     slides: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
     shrinks: ClassVar[bool] = False

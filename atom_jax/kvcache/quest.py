@@ -68,6 +68,8 @@ class QuestLayer(Layer):
     most: int = struct.field(pytree_node=False, default=1)
     policy: Quest = struct.field(pytree_node=False, default=None)
 
+    free: ClassVar[dict[str, float]] = {"low": np.inf, "high": -np.inf}
+
     @classmethod
     def empty(cls, policy: Quest, sizes: Sizes, capacity: int, most: int) -> QuestLayer:
         """A layer with room for `capacity` tokens per row."""

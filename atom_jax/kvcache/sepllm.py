@@ -30,7 +30,6 @@ class SepLLM(Budget):
     """
 
     name: ClassVar[str] = "sepllm"
-    spelled: ClassVar[bool] = True
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"separators": (0, 2**28)}
     sinks: int = 4
     window: int = 256

@@ -58,12 +58,12 @@ class Context:
     """What the layers of one call share.
 
     tokens: where the positions stand. length: i32 [b], positions that the memory holds already; None without memory.
-    fresh: nothing is stored yet. reading: how often the positions were read before. ids: i32 [b, t], ids of the
-    positions where they are tokens. mode: how decisions are made without memory, with a leading layer axis; None: as
-    policies draw them with `key`, or, without one, hard. probe: called in every layer without memory, its results are
-    reported as "probe". tentative: memory is read as it is, and in place of a new one layers return what is to be
-    stored. shared: parameters that all layers have in common. remat: activations are computed again in the backward
-    pass. tables, modes: see `over`.
+    fresh: nothing is stored yet. reading: how often the positions were read before. ids: i32 [b, t], of the tokens;
+    where positions are units, those at their marks (`chunking.Plan.ids`). mode: how decisions are made without
+    memory, with a leading layer axis; None: as policies draw them with `key`, or, without one, hard. probe: called in
+    every layer without memory, its results are reported as "probe". tentative: memory is read as it is, and in place
+    of a new one layers return what is to be stored. shared: parameters that all layers have in common. remat:
+    activations are computed again in the backward pass. tables, modes: see `over`.
     """
 
     tokens: Tokens
@@ -141,8 +141,9 @@ def attention(
         if context.probe is not None:
             report["probe"] = context.probe(p, heads, call)
         out = self_attend(
-            q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window
-        )
+            q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window,
+            bias_bht=seen.bias,
+        )  # fmt: skip
     elif context.tentative:
         out, state = state.attend(call), call
     else:

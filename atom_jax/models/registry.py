@@ -9,7 +9,6 @@ import jax
 
 from atom_jax import params
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.memory import nodes
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
 from atom_jax.models import bolmo, hnet, transformer_family
@@ -71,8 +70,6 @@ def with_memory(lm: LM, memory: Any) -> LM:
             raise AtomError(
                 f"memory: {policy.name} is for layers that see everything before them; there is none here"
             )
-    for policy in (policy for node in nodes(cache)[1:] for policy in policies_in(node) if policy.spelled):
-        raise AtomError(f"memory: {policy.name} looks at the ids of tokens, which layers over units do not see")
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)
     if missing := [path for path in wanted if path not in there]:
         names = ", ".join(policy.name for policy in policies_of(memory))

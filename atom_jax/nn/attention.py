@@ -21,6 +21,15 @@ class Tokens:
     positions: jax.Array
     segments: jax.Array
 
+    @property
+    def left(self) -> jax.Array:
+        """i32 [b, t]: tokens of the same document after each one in its row; 0 for padding."""
+        t = self.segments.shape[1]
+        following = jnp.concatenate([self.segments[:, 1:], jnp.full_like(self.segments[:, :1], -1)], axis=1)
+        places = jnp.arange(t)[None]
+        last = jax.lax.cummin(jnp.where(following != self.segments, places, t), axis=1, reverse=True)
+        return jnp.where(self.segments > 0, last - places, 0)
+
 
 def attention_spec(d: int, n: int, h: int, k: int, qk_norm: str, out_scale: float = 1.0) -> dict[str, ParamSpec]:
     """Projections of an attention layer: width d, n query heads, h key/value heads of size k.
@@ -68,6 +77,7 @@ def attend(
     aligned: bool = False,
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
+    bias_bhs: jax.Array | None = None,
     start: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
@@ -81,8 +91,12 @@ def attend(
         start + i stands where query i stands.
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
         probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
+      bias_bhs: added to the scores of every key, see `with_bias`; None: nothing.
     Returns: [b, h, g, t, k] in the dtype of the queries. Rows that see no key return finite, meaningless values.
     """
+    if bias_bhs is not None:
+        options = {"window": window, "aligned": aligned, "keep_bhs": keep_bhs, "keep_window": keep_window}
+        return attend(*with_bias(q_bhgtk, k_bhsk, v_bhsk, bias_bhs), q, k, start=start, **options)[..., :-1]
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
     if t == 1 and keep_bhs is None:
         return _attend_one(q_bhgtk[..., 0, :], k_bhsk, v_bhsk, mask(q, k, window)[:, None])[..., None, :]
@@ -122,6 +136,19 @@ def attend_parts(
         for w, (_, v, _) in zip(weights, parts)
     )
     return (out / sum(w.sum(-1, keepdims=True) for w in weights)).astype(q_bhgtk.dtype)
+
+
+def with_bias(
+    q_bhgtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, bias_bhs: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values with one more channel, by which `attend` adds `bias_bhs` to the scores of every key;
+    its outputs have that channel, too, which means nothing."""
+    size = q_bhgtk.shape[-1]
+    # The scores are divided by the root of the new size.
+    q = jnp.pad(q_bhgtk * jnp.asarray(((size + 1) / size) ** 0.5, q_bhgtk.dtype), [(0, 0)] * 4 + [(0, 1)])
+    q = q.at[..., size].set((size + 1) ** 0.5)
+    k = jnp.concatenate([k_bhsk, bias_bhs[..., None].astype(k_bhsk.dtype)], axis=-1)
+    return q, k, jnp.pad(v_bhsk, [(0, 0)] * 3 + [(0, 1)])
 
 
 def _attend_one(q_bhgk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, seen_b11s: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atom_jax.nn.attention import Tokens, attend
+from atom_jax.nn.attention import Tokens, attend, with_bias
 from atom_jax.sharding import partition
 
 
@@ -18,12 +18,16 @@ def self_attend(
     window: int | None = None,
     keep_bht: jax.Array | None = None,
     keep_window: int = 0,
+    bias_bht: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention.attend` where key i stands where query i stands.
+    """`attention.attend` where key i stands where query i stands. bias_bht: added to the scores of every key.
 
     Every device attends for its own rows and heads. Along the mesh axis "context" it does so for two pieces of the
     row, an early one and a late one, so that all have equally much to do, and gathers the keys and values of the row.
     """
+    if bias_bht is not None:
+        wider = with_bias(q_bhgtk, k_bhtk, v_bhtk, bias_bht)
+        return self_attend(*wider, tokens, window=window, keep_bht=keep_bht, keep_window=keep_window)[..., :-1]
     mesh = jax.sharding.get_abstract_mesh()
     options = {"window": window, "keep_window": keep_window, "aligned": True}
     if mesh.size <= 1:

@@ -57,13 +57,21 @@ class Choice:
 class Made:
     """What one call made.
 
-    tokens: i32 [b, CHUNK], -1 where there is none. reads: f32 [b], cache entries that each row read; peak: f32, the
-    most entries that unfinished rows held together; both averaged over layers and heads.
+    tokens: i32 [b, CHUNK], -1 where there is none. held, read: f32 [b, CHUNK], cache entries that the row held after
+    reading the token before each of these (or before a stop id), and that it read; 0 where there is none. peak: f32,
+    the most entries that unfinished rows held together. All three are averaged over layers and heads.
     """
 
     tokens: jax.Array
-    reads: jax.Array
+    held: jax.Array
+    read: jax.Array
     peak: jax.Array
+
+    @classmethod
+    def nothing(cls, b: int) -> Made:
+        """Of b rows, nothing."""
+        zeros = jnp.zeros((b, CHUNK), jnp.float32)
+        return cls(jnp.full((b, CHUNK), -1, jnp.int32), zeros, zeros, jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -126,13 +134,13 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
         at = jnp.where(ready, state.made - before, CHUNK)
         made = Made(
             tokens=made.tokens.at[rows, at].set(token, mode="drop"),
-            reads=made.reads + jnp.where(ready, read_b, 0.0),
+            held=made.held.at[rows, at].set(held_b, mode="drop"),
+            read=made.read.at[rows, at].set(read_b, mode="drop"),
             peak=jnp.maximum(made.peak, jnp.where(state.done, 0.0, held_b).sum()),
         )
         return after, made
 
-    nothing = Made(jnp.full((len(rows), CHUNK), -1, jnp.int32), jnp.zeros(len(rows), jnp.float32), jnp.float32(0))
-    return jax.lax.while_loop(going, step, (state, nothing))
+    return jax.lax.while_loop(going, step, (state, Made.nothing(len(rows))))
 
 
 @functools.cache

@@ -22,6 +22,12 @@ def logits(params: Any, x: jax.Array, *, cfg: Any) -> jax.Array:
 
 
 @jax.jit
+def unstack(memory: Memory) -> Memory:
+    """See `memory.unstack`; in one call, for hundreds of small arrays."""
+    return memory_lib.unstack(memory)
+
+
+@jax.jit
 def short(memory: Memory, live_b: jax.Array) -> jax.Array:
     """bool []: whether the next token of one of these rows might not fit."""
     return jnp.any(memory_lib.full(memory) & live_b)

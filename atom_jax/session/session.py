@@ -75,7 +75,7 @@ class Session:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         scanned = lm.params if unroll else params
         x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
-        memory = memory_lib.unstack(memory) if unroll else memory
+        memory = programs.unstack(memory) if unroll else memory
         return cls(lm, params, reading.trimmed(memory, lm.config), *_latest(lm, ids_bt, length_b, x_bd))
 
     def extend(self, texts: Any) -> Session:

@@ -81,6 +81,20 @@ class Slots:
     def _call(self, until: np.ndarray) -> tuple[State, Made]:
         return self._decode(self._params, self._state, self.choice, until, cfg=self._lm.config)
 
+    def put(self, index_b: Sequence[int], other: Slots) -> None:
+        """Gives these rows, i32 [n], to those of `other`, which has n of them and is given up: with their keys, and
+        what they have chosen. A row of it is left out where its index is none of these."""
+        index, old, new = np.asarray(index_b, np.int32), self._state, other._state
+
+        def place(a: jax.Array, b: jax.Array) -> jax.Array:
+            return a.at[index].set(b, mode="drop")
+
+        self._state = State(
+            memory_lib.put(old.memory, index, new.memory), place(old.token, new.token), place(old.done, new.done),
+            place(old.made, new.made),
+        )  # fmt: skip
+        self.choice = self.choice.replace(keys=place(self.choice.keys, other.choice.keys))
+
     def rows(self, index_b: Sequence[int]) -> Slots:
         """These rows in this order, each with its key, some perhaps repeatedly, others left out; a copy."""
         session, index = self.session.rows(index_b), jnp.asarray(index_b, jnp.int32)

@@ -10,7 +10,7 @@ from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
 from atom_jax.typing import AtomError
 
-__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained"]
+__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained", "padded"]
 
 # One entry per byte, and bos, eos, pad.
 _LEAST = 259
@@ -43,12 +43,20 @@ def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
     return JsonTokenizer(name_or_path)
 
 
-def is_trained(name: str) -> bool:
-    """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE" or "unigram:SIZE".
+def padded(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer for a model whose table has so many rows: those beyond the vocabulary, which can be drawn, stand
+    for no text."""
+    return tokenizer.padded(rows) if hasattr(tokenizer, "padded") else tokenizer
 
-    Raises AtomError for such a name with less than 259 entries: one per byte and three special ones.
+
+def is_trained(name: str) -> bool:
+    """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE", "unigram:SIZE" or
+    "words:SIZE".
+
+    Raises AtomError for such a name with too few entries: less than one per byte and three special ones, or, of
+    words, than four special ones and one word.
     """
-    match = re.fullmatch(r"(bpe|unigram):(\d+)", name)
-    if match and int(match[2]) < _LEAST:
-        raise AtomError(f"{name}: a trained vocabulary must have at least {_LEAST} entries")
+    match = re.fullmatch(r"(bpe|unigram|words):(\d+)", name)
+    if match and int(match[2]) < (least := 5 if match[1] == "words" else _LEAST):
+        raise AtomError(f"{name}: a trained vocabulary must have at least {least} entries")
     return bool(match)

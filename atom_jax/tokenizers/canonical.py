@@ -13,6 +13,8 @@ from atom_jax.tokenizers.byte_view import ByteView, byte_view
 # Splitting rules look at what follows a run of spaces: these are the kinds of things that may, each with characters
 # that tokens with a space in front seldom begin with.
 _AFTER_SPACE = ("a", "\u0436", "\u4e2d", "1", "#", "~", "\u2603", "\n")
+# Vocabularies of which every token is looked at, and sequences of which it is remembered what may follow.
+_SMALL, _TAILS = 4096, 256
 # Tokens back to which a place is looked for where texts are split whatever follows.
 _FAR = 32
 _SPACE = frozenset(b" \t\n\r\v\f")
@@ -55,14 +57,28 @@ class Canonical:
         view = self.view
         return b"".join(view.pieces.get(int(i)) or view.special.get(int(i), "").encode("utf-8") for i in ids)
 
-    def follows(self, ids: tuple[int, ...]) -> np.ndarray:
-        """bool [ids]: tokens that may follow this canonical sequence. Special ones always may."""
+    def follows(self, ids: tuple[int, ...], candidates: np.ndarray) -> np.ndarray:
+        """bool [n]: which of the tokens `candidates`, i64 [n], may follow this canonical sequence. Special ones
+        always may, and ids that stand for nothing never."""
         tail = ids[self._cut(ids) :]
-        if tail not in self._known:
-            if len(self._known) > 4096:
-                self._known.clear()
-            self._known[tail] = self._follows(tail)
-        return self._known[tail]
+        if tail not in self._known and len(self._known) > _TAILS:
+            self._known = {(): self._known[()]} if () in self._known else {}
+        known = self._known.setdefault(tail, np.where(self.first < 256, -1, self.first == 256).astype(np.int8))
+        asked = candidates[known[candidates] < 0]
+        if len(asked):
+            free = self._begins[asked] & bool(tail and self._splits and not self._ends_in_space(tail[-1]))
+            if free.any():
+                known[asked[free]] = self.follows((), asked[free])
+            known[asked[~free]] = self._kept(tail, asked[~free])
+        return known[candidates] > 0
+
+    def likely(self, logp: np.ndarray) -> np.ndarray:
+        """Ids of which alone it is worth knowing whether they may follow, given log-probabilities f64 [ids]: the
+        others have less than a millionth together. Of small vocabularies all."""
+        if len(logp) <= _SMALL:
+            return np.arange(len(logp))
+        order = np.argsort(logp)
+        return order[np.searchsorted(np.cumsum(np.exp(logp[order])), 1e-6) :]
 
     def settled(self, ids: tuple[int, ...]) -> int:
         """How many of the tokens of a text stay, whatever follows."""
@@ -98,38 +114,25 @@ class Canonical:
 
         return np.array([is_letter(self.view.pieces.get(i, b"")) for i in range(self.view.size)], bool)
 
-    @functools.cached_property
-    def _alone(self) -> np.ndarray:
-        """bool [ids]: tokens that are what their own bytes are cut into."""
-        return self._kept((), np.flatnonzero(self.first < 256))
-
-    def _follows(self, tail: tuple[int, ...]) -> np.ndarray:
-        if not tail:
-            out = self._alone.copy()
-        else:
-            free = self._begins if self._splits and not self._ends_in_space(tail[-1]) else np.zeros_like(self._begins)
-            out = self._kept(tail, np.flatnonzero((self.first < 256) & ~free))
-            out |= free & self._alone
-        out[self.first == 256] = True
-        return out
-
     def _kept(self, tail: tuple[int, ...], candidates: np.ndarray) -> np.ndarray:
-        """bool [ids]: candidates for which the tail and the candidate are what their text is cut into."""
-        before, out = self.text(tail), np.zeros(self.view.size, bool)
+        """bool [n]: candidates for which the tail and the candidate are what their text is cut into."""
+        before, out = self.text(tail), np.zeros(len(candidates), bool)
         texts: dict[int, str] = {}
-        for i in candidates.tolist():
-            text = before + self.view.pieces[i]
+        for place, i in enumerate(candidates.tolist()):
+            data = before + self.view.pieces[i]
             try:
-                texts[i] = text.decode("utf-8") if self._splits else ""
+                text = data.decode("utf-8") if self._splits else ""
             except UnicodeDecodeError:
-                texts[i] = ""
-            if not texts[i]:
-                del texts[i]
-                out[i] = self.view.cut(text) == [*tail, i]
+                text = ""
+            if text:
+                texts[place] = text
+            else:
+                out[place] = self.view.cut(data) == [*tail, i]
         for probe in ("", *_AFTER_SPACE):
-            left = [i for i, text in texts.items() if not out[i] and (not probe or text[-1].isspace())]
-            for i, ids in zip(left, self._encoded([texts[i] + probe for i in left])):
-                out[i] = tuple(ids[: len(tail) + 1]) == (*tail, i) and (bool(probe) or len(ids) == len(tail) + 1)
+            left = [at for at, text in texts.items() if not out[at] and (not probe or text[-1].isspace())]
+            for at, ids in zip(left, self._encoded([texts[at] + probe for at in left])):
+                begins = ids[: len(tail) + 1] == [*tail, candidates[at]]
+                out[at] = begins and (bool(probe) or len(ids) == len(tail) + 1)
         return out
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:

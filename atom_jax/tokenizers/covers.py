@@ -45,7 +45,7 @@ class Covers:
     @property
     def log_total(self) -> float:
         """Log-probability of the text."""
-        return float(np.logaddexp.reduce([*self.logw, *self.wholes.values()], initial=-np.inf))
+        return log_sum(np.array([*self.logw, *self.wholes.values()]))
 
     @property
     def stable(self) -> tuple[int, ...]:
@@ -53,11 +53,14 @@ class Covers:
         return common([*self.contexts, *self.wholes])
 
     def masked(self, law: Law) -> list[np.ndarray]:
-        """Log-probabilities f64 [ids] of the tokens that may follow each of `wholes`."""
+        """Log-probabilities f64 [ids] of the tokens that may follow each of `wholes`; tokens that have less than a
+        millionth together pass as such."""
         out = []
         for ids in self.wholes:
-            logp = np.where(self.canonical.follows(ids), law(ids), -np.inf)
-            out.append(logp - np.logaddexp.reduce(logp) if self.renormalise else logp)
+            logp = np.where(self.canonical.first <= END, law(ids), -np.inf)
+            looked_at = self.canonical.likely(logp)
+            logp[looked_at[~self.canonical.follows(ids, looked_at)]] = -np.inf
+            out.append(logp - log_sum(logp) if self.renormalise else logp)
         return out
 
     def next_bytes(self, logps: list[np.ndarray]) -> np.ndarray:
@@ -71,15 +74,16 @@ class Covers:
             raise AtomError("no token can follow this text")
         with np.errstate(divide="ignore"):
             out = np.log(np.bincount(byte, np.exp(weight - high), minlength=END + 1))
-        return out - np.logaddexp.reduce(out)
+        return out - log_sum(out)
 
     def push(self, byte: int, logps: list[np.ndarray]) -> Covers:
         """The covers once the text goes on with this byte."""
         kept = self.canonical.byte_at(self.token, self.at) == byte
         parts = [(self.context[kept], self.token[kept], self.at[kept] + 1, self.logw[kept])]
         contexts, starting = [*self.contexts, *self.wholes], self.canonical.ids_by_first[byte]
-        for i, (logp, weight) in enumerate(zip(logps, self.wholes.values()), len(self.contexts)):
-            ids = starting[logp[starting] > -np.inf].astype(np.int32)
+        for i, (logp, (whole, weight)) in enumerate(zip(logps, self.wholes.items()), len(self.contexts)):
+            ids = starting[logp[starting] > -np.inf]
+            ids = ids[self.canonical.follows(whole, ids)].astype(np.int32)
             parts.append((np.full_like(ids, i), ids, np.ones_like(ids), logp[ids] + weight))
         context, token, at, logw = (np.concatenate(columns) for columns in zip(*parts))
         done = at == self.canonical.sizes[token]
@@ -97,10 +101,16 @@ def contexts_of(covers: Covers, text: bytes) -> tuple[list[tuple[int, ...]], Cov
     even, out = np.zeros(covers.canonical.view.size), []
     for byte in text:
         out += covers.wholes
-        covers = covers.push(byte, covers.masked(lambda ids: even))
+        covers = covers.push(byte, [even] * len(covers.wholes))
         if not covers.wholes and not len(covers.token):
             raise AtomError(f"{covers.canonical.view.name}: no tokens stand for byte {byte} of this text")
     return out, covers
+
+
+def log_sum(x: np.ndarray) -> float:
+    """Logarithm of the sum of exp(x), -inf for none."""
+    high = x.max(initial=-np.inf)
+    return float(high + np.log(np.exp(x - high).sum())) if high > -np.inf else -np.inf
 
 
 def common(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -105,6 +106,11 @@ class JsonTokenizer:
             found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < self._n_ids]
         return list(dict.fromkeys(found))
 
+    def padded(self, rows: int) -> JsonTokenizer:
+        """See `tokenizers.padded`."""
+        self._n_ids = max(self._n_ids, rows)
+        return self
+
     @property
     def backend(self) -> _Tokenizer:
         """The tokenizer of the `tokenizers` package, without template, padding and truncation."""
@@ -200,6 +206,11 @@ class JsonTokenizer:
         """Whether an added token is no entry of the model's own: SentencePiece vocabularies list runs of spaces among
         the added tokens again."""
         return token.special or self._decoder == "bytes" or self._tk.model.token_to_id(token.content) is None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of tokenizer.json."""
+        return hashlib.sha256(self._files[MAIN].encode("utf-8")).hexdigest()
 
     @property
     def chat_template(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Tokenizers made from a run's own text: byte-level BPE and unigram."""
+"""Tokenizers made from a run's own text: byte-level BPE, unigram, and words."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from atom_jax.tokenizers.json_tokenizer import MAIN, JsonTokenizer
 from atom_jax.typing import AtomError
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
+UNKNOWN = "<|unk|>"
 
 
 def train(name: str, texts: Iterable[bytes]) -> JsonTokenizer:
-    """Returns the tokenizer "bpe:SIZE" or "unigram:SIZE" (Kudo 2018) of some text.
+    """Returns the tokenizer "bpe:SIZE", "unigram:SIZE" (Kudo 2018) or "words:SIZE" of some text.
 
-    texts: UTF-8, in parts small enough (some KB) that one without spaces is no trouble. Texts are bytes in GPT-2's
-    alphabet, first split into words, numbers, signs and spaces as GPT-2 does. Every byte is an entry, so any text
-    goes there and back. Ids 0 to 2 are bos, eos and pad; no text contains them, whatever it says. The same text
+    texts: UTF-8, in parts small enough (some KB) that one without spaces is no trouble. For the first two, texts are
+    bytes in GPT-2's alphabet, first split into words, numbers, signs and spaces as GPT-2 does; every byte is an
+    entry, so any text goes there and back. Words are what lies between blanks, the most frequent ones; others are one
+    unknown token, with id 3. Ids 0 to 2 are bos, eos and pad; no text contains them, whatever it says. The same text
     gives the same tokenizer. A text too small for SIZE entries gets fewer. Raises AtomError for another name.
     """
     if not is_trained(name):
-        raise AtomError(f"{name}: expected bpe:SIZE or unigram:SIZE")
+        raise AtomError(f"{name}: expected bpe:SIZE, unigram:SIZE or words:SIZE")
     kind, size = name.split(":")
-    options = {
-        "vocab_size": int(size),
-        "special_tokens": list(SPECIALS),
-        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "show_progress": False,
-    }
-    if kind == "bpe":
-        tk, trainer = _Tokenizer(models.BPE()), trainers.BpeTrainer(**options)
+    options = {"vocab_size": int(size), "special_tokens": list(SPECIALS), "show_progress": False}
+    if kind == "words":
+        options["special_tokens"].append(UNKNOWN)
+        tk, trainer = _Tokenizer(models.WordLevel(unk_token=UNKNOWN)), trainers.WordLevelTrainer(**options)
+        tk.pre_tokenizer, tk.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
-        tk, trainer = _Tokenizer(models.Unigram()), trainers.UnigramTrainer(**options)
-    tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tk.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bpe = kind == "bpe"
+        tk = _Tokenizer(models.BPE() if bpe else models.Unigram())
+        trainer = (trainers.BpeTrainer if bpe else trainers.UnigramTrainer)(**options)
+        tk.pre_tokenizer, tk.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tk.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], 0)])
     tk.train_from_iterator((text.decode("utf-8") for text in texts), trainer)
     parsed = json.loads(tk.to_str())

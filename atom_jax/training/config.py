@@ -120,8 +120,8 @@ class Experiment:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    # "bytes"; "bpe:SIZE" or "unigram:SIZE", trained on the train split of data.sources (at most 64 and 4 MiB of it);
-    # a tokenizer.json or its directory; "" = the tokenizer of init_from.
+    # "bytes"; "bpe:SIZE", "unigram:SIZE" or "words:SIZE", trained on the train split of data.sources (at most 64, 4
+    # and 1 MiB of it); a tokenizer.json or its directory; "" = the tokenizer of init_from.
     tokenizer: str = "bytes"
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -50,6 +51,7 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
     does not fit the model, the devices, the data or the checkpoint, for a full disk while a checkpoint is saved, and
     when gradients stay not finite.
     """
+    _keep_freed_memory()
     stages = exp.stages(pathlib.Path(workdir))
     begun = [i for i, (_, place) in enumerate(stages) if has_begun(place)]
     for stage, place in stages[max(begun, default=0) :]:
@@ -57,6 +59,18 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
         if result.signal:
             break
     return result
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library keep what is freed. A step on CPU frees its buffers, which would otherwise go back to the
+    system, to be asked for and cleared again in the next step."""
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries lack this
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
+            mallopt(parameter, value)
 
 
 def _stage(exp: Experiment, workdir: pathlib.Path) -> Result:

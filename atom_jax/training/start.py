@@ -11,6 +11,7 @@ import jax
 from atom_jax import checkpoint, config, tokenizers
 from atom_jax import params as params_lib
 from atom_jax.data import vocabulary
+from atom_jax.data.pipeline import left_out
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
 from atom_jax.training.objectives.base import Rows
@@ -46,7 +47,7 @@ def tokenizer(exp: Experiment) -> Any:
     if needed:
         return needed[-1]
     if tokenizers.is_trained(exp.tokenizer):
-        return vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources)
+        return tokenizers.padded(vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources), exp.model.vocab_size)
     if exp.tokenizer:
         return tokenizers.from_name(exp.tokenizer)
     found = _given(exp, "tokenizer")[1]
@@ -60,6 +61,8 @@ def begin(program: Program, data: Iterator[Rows]) -> tuple[Any, list[str]]:
     what the objectives do; None where all are drawn. data: the rows of the run."""
     exp, places = program.setting.exp, shardings(program.state).params
     params, notes = parameters(exp, places) if exp.init_from else (None, [])
+    if exp.data.whole and (share := left_out(exp.data, program.setting.tokenizer)):
+        notes.append(f"data: {share:.0%} of the documents are longer than {exp.data.seq_len} tokens and left out")
     for objective in exp.objectives:
         params, more = objective.begin(program.setting, params, places, data)
         notes += more

@@ -1,7 +1,8 @@
 """A model that speaks another tokenizer: its table is made anew, everything else stays.
 
 Rows of special tokens are copied from those with the same name, else of the same use; ordinary tokens that stand for
-the same bytes are copied; the rest is made by a method (`initialisers`), and what that can't make by a fallback.
+the same bytes are copied; the rest is made by a method (`initialisers`), what that can't make by another one, the
+fallback, and what is left then is drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.tokenizers.byte_view import ROLES, ByteView, byte_view
 from atom_jax.transfer.initialisers import Aux, Initialiser, Normal, Task
+from atom_jax.transfer.initialisers.trained import trained
 from atom_jax.typing import LM, AtomError
 
 LABELS = ("special", "exact", "byte", "composed", "interpolated", "fallback")
@@ -63,11 +65,13 @@ def transplant(
     aux: Aux = Aux(),  # noqa: B008, it is frozen
     fallback: Initialiser = Normal(),  # noqa: B008
     special: Mapping[str, str] | None = None,
+    untrained: float = 0.0,
 ) -> tuple[LM, Report]:
     """The model with the tokenizer in place of its own, and what became of the rows of its table.
 
     aux: what the method needs beside. special: names of special tokens of the new tokenizer -> of the model's own,
-    before all other rules.
+    before all other rules. untrained: quantile for rows that were hardly trained (`initialisers.trained`), from which
+    no others are made; 0: all are used.
     Raises AtomError for models other than transformers over subwords, a model without a tokenizer, tokenizers that
     change texts or can't write every text, and what the method lacks.
     """
@@ -78,7 +82,7 @@ def transplant(
     source, target = byte_view(lm.tokenizer), byte_view(tokenizer)
     _check_texts(tokenizer, target)
     table = stacked(lm)
-    made, labels, warnings = new_table(source, target, table, method, aux, fallback, special or {})
+    made, labels, warnings = new_table(source, target, table, method, aux, fallback, special or {}, untrained)
     own_pad = getattr(tokenizer, "own_pad_id", tokenizer.pad_id)
     cfg = dataclasses.replace(
         lm.config, vocab_size=target.size, bos_id=tokenizer.bos_id, eos_ids=tuple(tokenizer.eos_ids), pad_id=own_pad
@@ -87,6 +91,7 @@ def transplant(
         "method": method.name, "options": dataclasses.asdict(method), "fallback": fallback.name,
         "planes": table.shape[1], "rows_before": len(table), "rows_after": len(made),
         "digits_before": source.digits, "digits_after": target.digits,
+        "tokenizer_before": _named(lm.tokenizer), "tokenizer_after": _named(tokenizer),
     }  # fmt: skip
     warnings = [*warnings, *_warnings(lm.tokenizer, tokenizer, source, target)]
     params = lm.params | unstacked(made, lm.params)
@@ -101,40 +106,49 @@ def new_table(
     aux: Aux,
     fallback: Initialiser,
     special: Mapping[str, str],
+    untrained: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Rows f32 [ids, n, d] for the target's vocabulary, labels str [ids], and warnings.
 
     table: f32 [v, n, d], the source's: one plane where it is tied, else input and output. Tokens beyond it don't
     count, nor do rows that no token names.
     """
-    rows, labels = np.zeros((target.size, *table.shape[1:]), np.float32), np.full(target.size, "fallback", "<U12")
+    shared = shared_rows(source, target, len(table))
+    rows, labels, warnings = _copied(source, target, table, shared if method.copies else shared[:0], special)
+    named = np.zeros(target.size, bool)
+    named[[i for i in (*target.pieces, *target.special) if i < target.size]] = True
+    known = np.unique([i for i in (*source.pieces, *source.special) if i < len(table)])
+    used = table[known]
+    if untrained:
+        nameless = np.setdiff1d(np.arange(len(table)), known)
+        shared = shared[trained(table, nameless, untrained)[shared[:, 1]]]
+    for maker in (method, fallback, Normal()):
+        draws = maker.label == "fallback"
+        new = np.flatnonzero(labels == "")
+        new = new if draws else new[named[new]]
+        if len(new):
+            values, found = maker.rows(Task(source, target, used if draws else table, new, shared, aux))
+            rows[new[found]], labels[new[found]] = values[found], maker.label
+    return rows, labels, warnings
+
+
+def _copied(
+    source: ByteView, target: ByteView, table: np.ndarray, shared: np.ndarray, special: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """As `new_table`, what can be copied only; other labels are "". shared: i64 [s, 2], (target id, source id)."""
+    rows, labels = np.zeros((target.size, *table.shape[1:]), np.float32), np.full(target.size, "", "<U12")
     n, warnings = table.shape[1], []
     for i, ids in special_rows(source, target, special).items():
         ids = [j for j in ids if j < len(table)]
         if len(ids) > 1 and n == 1:
             name = target.special[i]
-            warnings.append(
-                f"{name} begins texts and ends them, and the table is tied: it has the row of the beginning"
-            )
+            warnings.append(f"{name} begins and ends texts, and the table is tied: its row is that of the beginning")
         if ids:
             rows[i] = [table[ids[0] if plane == 0 else ids[-1], plane] for plane in range(n)]
             labels[i] = "special"
-    shared = shared_rows(source, target, len(table))
-    if method.copies:
-        rows[shared[:, 0]] = table[shared[:, 1]]
-        of_bytes = np.array([a in target.byte_ids or b in source.byte_ids for a, b in shared.tolist()], bool)
-        labels[shared[:, 0]] = np.where(of_bytes, "byte", "exact")
-    named = np.zeros(target.size, bool)
-    named[[i for i in (*target.pieces, *target.special) if i < target.size]] = True
-    used = table[np.unique([i for i in (*source.pieces, *source.special) if i < len(table)])]
-    missing = np.flatnonzero(labels == "fallback")
-    task = Task(source, target, table, missing[named[missing]], shared, aux)
-    if len(task.new):
-        values, found = method.rows(task)
-        rows[task.new[found]], labels[task.new[found]] = values[found], method.label
-    left = dataclasses.replace(task, table=used, new=np.flatnonzero(labels == "fallback"))
-    if len(left.new):
-        rows[left.new] = fallback.rows(left)[0]
+    rows[shared[:, 0]] = table[shared[:, 1]]
+    of_bytes = np.array([a in target.byte_ids or b in source.byte_ids for a, b in shared.tolist()], bool)
+    labels[shared[:, 0]] = np.where(of_bytes, "byte", "exact")
     return rows, labels, warnings
 
 
@@ -192,6 +206,11 @@ def _check_texts(tokenizer: Any, view: ByteView) -> None:
         raise AtomError(f"{view.name}: it rewrites texts ({', '.join(view.rewrites)}), so their bytes get lost")
     if lost := [c for c in _PROBE if c not in tokenizer.decode(tokenizer.encode(c))]:
         raise AtomError(f"{view.name}: it has no token for {lost[0]!r} and none for its bytes")
+
+
+def _named(tokenizer: Any) -> str:
+    """SHA-256 of tokenizer.json, or a tokenizer's name."""
+    return getattr(tokenizer, "digest", tokenizer.name)
 
 
 def _warnings(old: Any, new: Any, source: ByteView, target: ByteView) -> list[str]:

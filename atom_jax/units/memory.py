@@ -20,8 +20,9 @@ class Latest:
 
     on: bool [b], rows that wait: their position begins or ends a unit, and nothing inside has run for it.
     h: [b, 1, d] encoder states. u: [b, 1, k, d] the units' vectors. boundary, plan: of this one position.
-    undecided: bool [b], rows whose rule has yet to see the position that follows; x: [b, 1, d] the final states of
-    the latest position that all layers have seen. Both None where the rule does not look ahead.
+    undecided: bool [b], rows whose rule has yet to see the position that follows; ids: i32 [b, 1], its token ids;
+    x: [b, 1, d] the final states of the latest position that all layers have seen. All None where the rule does not
+    look ahead.
     """
 
     on: jax.Array
@@ -30,6 +31,7 @@ class Latest:
     boundary: Boundary
     plan: Plan
     undecided: jax.Array | None = None
+    ids: jax.Array | None = None
     x: jax.Array | None = None
 
     @classmethod
@@ -38,7 +40,7 @@ class Latest:
         rule, no = rules.of(chunking.rule), jnp.zeros((b, 1), bool)
         p = jnp.zeros((b, 1), jnp.float32) if getattr(rule, "HAS_P", False) else None
         h, u = jnp.zeros((b, 1, d), dtype), jnp.zeros((b, 1, chunking.slots, d), dtype)
-        ahead = (no[:, 0], h) if rules.looks_ahead(chunking.rule) else (None, None)
+        ahead = (no[:, 0], no.astype(jnp.int32), h) if rules.looks_ahead(chunking.rule) else (None, None, None)
         return cls(no[:, 0], h, u, Boundary(no, p, loss=None, kind=rule.KIND), Plan.empty(b, 1, 1), *ahead)
 
     @property

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from atom_jax.chunking import pooling, rules, upsampling
 from atom_jax.chunking.config import Chunking, slots_for
 from atom_jax.chunking.plan import make_plan
+from atom_jax.chunking.segments import gather
 from atom_jax.chunking.types import Boundary, Plan, Seen, last_real
 from atom_jax.kvcache.memory import Memory, each
 from atom_jax.nn.attention import Tokens
@@ -22,20 +23,21 @@ from atom_jax.units.memory import Latest, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the positions of a call stand: tokens; and length (None without a memory), fresh and reading of the
-    memory that they go to."""
+    """Where the positions of a call stand: tokens; their ids, as `Seen` has them; and length (None without a
+    memory), fresh and reading of the memory that they go to."""
 
     tokens: Tokens
+    ids: jax.Array | None = None
     length: jax.Array | None = None
     fresh: bool = False
     reading: int = 0
 
     @classmethod
-    def after(cls, memory: Memory | None, tokens: Tokens, behind: jax.Array | int = 0) -> Place:
-        """After what a memory holds, but for the latest `behind` i32 [b] positions of every row."""
+    def after(cls, memory: Memory | None, seen: Seen, behind: jax.Array | int = 0) -> Place:
+        """Positions after what a memory holds, but for the latest `behind` i32 [b] of every row."""
         if memory is None:
-            return cls(tokens)
-        return cls(tokens, memory.length - behind, memory.fresh, memory.reading)
+            return cls(seen.tokens, seen.ids)
+        return cls(seen.tokens, seen.ids, memory.length - behind, memory.fresh, memory.reading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def run(
         the end (`step`); padding comes last then.
       ends_bt: bool [b, t], marks in place of those that the rule finds; None: the rule's own.
     """
-    tokens, place = seen.tokens, Place.after(memory, seen.tokens)
+    given, place = seen, Place.after(memory, seen)
     encoder, decoder, parts = (None, None, None) if memory is None else (*memory.layers, memory.parts)
     with jax.named_scope("encoder"):
         h_btd, encoder, said = stage.encode(seen.h, encoder, place)
@@ -107,10 +109,10 @@ def run(
             seen = _pack(seen) if stage.chunking.pack else seen
             parts = Parts.empty(stage.chunking, stage.d, seen.h.shape[0], stage.dtype)
         boundary, parts, seen = _decide(stage, seen, parts, place, ends_bt)
-        y_btd, parts, notes = _units(stage, seen, boundary, parts, place, tokens.segments.shape[0])
+        y_btd, parts, notes = _units(stage, seen, boundary, parts, place, len(h_btd))
     ahead = None if memory is None or not rules.looks_ahead(stage.chunking.rule) else memory.parts.latest
     if ahead is not None:
-        place = Place.after(memory, seen.tokens, ahead.behind)
+        place = Place.after(memory, seen, ahead.behind)
     with jax.named_scope("decoder"):
         x_btd, decoder, more = stage.decode(y_btd.reshape(h_btd.shape), decoder, place)
     said = {name: (*said.get(name, ()), *more.get(name, ())) for name in said | more}
@@ -118,9 +120,9 @@ def run(
     if memory is None:
         return x_btd, None, notes
     if ahead is not None:
-        x_btd, latest = _behind(x_btd, h_btd, tokens, place, ahead)
+        x_btd, latest = _behind(x_btd, given.replace(h=h_btd), place, ahead)
         parts = parts.replace(latest=latest)
-    length = memory.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
+    length = memory.length + jnp.sum(given.tokens.segments > 0, axis=1, dtype=jnp.int32)
     return x_btd, memory.replace(layers=(encoder, decoder), length=length, parts=parts, fresh=False), notes
 
 
@@ -157,17 +159,17 @@ def _after(latest: Latest, seen: Seen, place: Place) -> Seen:
         jnp.concatenate([place.length[:, None] - 1, seen.tokens.positions], axis=1),
         jnp.concatenate([latest.undecided[:, None].astype(jnp.int32), seen.tokens.segments], axis=1),
     )
-    return Seen(jnp.concatenate([latest.h, seen.h], axis=1), tokens)
+    h_btd, ids = (jnp.concatenate(pair, axis=1) for pair in ((latest.h, seen.h), (latest.ids, seen.ids)))
+    return Seen(h_btd, tokens, ids)
 
 
-def _behind(
-    x_btd: jax.Array, h_btd: jax.Array, tokens: Tokens, place: Place, latest: Latest
-) -> tuple[jax.Array, Latest]:
-    """States of the positions before the given ones (`tokens`), from those of the ones that were decided (`place`),
-    and what is kept of the latest."""
-    before_btd = jnp.concatenate([latest.x, x_btd[:, :-1]], axis=1)
+def _behind(x_btd: jax.Array, given: Seen, place: Place, latest: Latest) -> tuple[jax.Array, Latest]:
+    """States of the positions before the given ones, from those of the ones that were decided (`place`), and what is
+    kept of the latest."""
+    before_btd, tokens = jnp.concatenate([latest.x, x_btd[:, :-1]], axis=1), given.tokens
     after = latest.replace(
-        h=last_real(h_btd, tokens, latest.h[:, 0])[:, None],
+        h=last_real(given.h, tokens, latest.h[:, 0])[:, None],
+        ids=last_real(given.ids, tokens, latest.ids[:, 0])[:, None],
         undecided=latest.undecided | jnp.any(tokens.segments > 0, axis=1),
         x=last_real(x_btd, place.tokens, latest.x[:, 0])[:, None],
     )
@@ -208,6 +210,8 @@ def find(
     chunking, null = stage.chunking, "null" in stage.p
     m = slots_for(seen.h.shape[1], chunking.capacity, 1 if stage.official else 8) + null * documents
     plan, layout = make_plan(boundary, seen.tokens, m, parts.plan, official=stage.official, null=null)
+    if seen.ids is not None:
+        plan = plan.replace(ids=jnp.where(plan.null, -1, gather(seen.ids, plan.at)))
     pool, p = pooling.POOLS[chunking.pool], stage.p.get("pool", {})
     u_bmkd, state = pool.apply(p, seen.h, boundary, plan, parts.pool, cfg=chunking)
     return plan, u_bmkd, parts.replace(plan=layout, pool=state)

@@ -27,7 +27,7 @@ def step(
     """Reads the next position of every row; rows whose position begins or ends a unit wait until enough others do.
 
     Args:
-      seen: [b, 1], `h` the inputs of the encoder, segment 1 in `new_rows`, 0 in all others.
+      seen: [b, 1], `h` the inputs of the encoder, segment 1 in `new_rows`, 0 in all others, whose ids play no part.
       memory: of an earlier call. While any row waits, it is for this function only.
       live_b: bool [b], rows that go on, those that wait included. least: how many of them should wait.
       ends_b: bool [b], marks of rows that go on, for rules that look ahead.
@@ -37,7 +37,7 @@ def step(
     (encoder, decoder), parts, latest = memory.layers, memory.parts, memory.parts.latest
     behind, tokens = latest.behind, seen.tokens
     with jax.named_scope("encoder"):
-        h_b1d, encoder, _ = stage.encode(seen.h, encoder, Place.after(memory, tokens))
+        h_b1d, encoder, _ = stage.encode(seen.h, encoder, Place.after(memory, seen))
     with jax.named_scope("units"):
         boundary, parts, seen = _decide(stage, seen.replace(h=h_b1d), memory, live_b, ends_b)
         plan, u_b1kd, parts = find(stage, seen, boundary, parts)
@@ -47,12 +47,13 @@ def step(
         y_b1d, parts = _units(stage, waiting, waiting.on & ready, run, parts)
     # The decoder has not seen the positions of rows that have waited.
     here = Tokens((memory.length - behind)[:, None], ready[:, None].astype(jnp.int32))
+    seen = seen.replace(tokens=here, ids=jnp.where(waiting.on[:, None], waiting.plan.ids, seen.ids))
     with jax.named_scope("decoder"):
-        x_b1d, decoder, _ = stage.decode(y_b1d, decoder, Place.after(memory, here, behind))
+        x_b1d, decoder, _ = stage.decode(y_b1d, decoder, Place.after(memory, seen, behind))
     waiting = waiting.replace(on=waiting.on & ~ready)
     if latest.undecided is not None:
         x = jnp.where(ready[:, None, None], x_b1d, latest.x)
-        waiting = waiting.replace(undecided=latest.undecided & ~live_b, x=x)
+        waiting = waiting.replace(undecided=latest.undecided & ~live_b, ids=seen.ids, x=x)
     memory = memory.replace(
         layers=(encoder, decoder), length=memory.length + tokens.segments[:, 0],
         parts=parts.replace(latest=waiting), fresh=False,
@@ -80,11 +81,11 @@ def _decide(
         # Only probabilities are needed from here on.
         return boundary.replace(logit=None, hard=None, loss=None), parts.replace(rule=state), seen
     new, here = seen.tokens.segments > 0, (live_b & ~latest.on)[:, None]
-    h_b1d = jnp.where(new[..., None], seen.h, latest.h)
+    h_b1d, ids = jnp.where(new[..., None], seen.h, latest.h), jnp.where(new, seen.ids, latest.ids)
     positions = (memory.length - latest.behind)[:, None]
     mark = here & ends_b[:, None]
     boundary = Boundary(mark, mark.astype(jnp.float32), loss=None, kind=rule.KIND)
-    return boundary, parts, seen.replace(h=h_b1d, tokens=Tokens(positions, here.astype(jnp.int32)))
+    return boundary, parts, Seen(h_b1d, Tokens(positions, here.astype(jnp.int32)), ids)
 
 
 def _join(old: Latest, new: Latest) -> Latest:
@@ -93,7 +94,7 @@ def _join(old: Latest, new: Latest) -> Latest:
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(old.on.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    return jax.tree.map(pick, old.replace(undecided=None, x=None), new)
+    return jax.tree.map(pick, old.replace(undecided=None, ids=None, x=None), new)
 
 
 def _units(stage: Stage, waiting: Latest, now: jax.Array, run: jax.Array, parts: Parts) -> tuple[jax.Array, Parts]:

@@ -43,12 +43,17 @@ def test_published_recipes(name, size):
 
 
 def test_the_smallest_one_trains_and_writes(tmp_path):
-    exp = start.configure("configs/bolmo.py:tiny", [])
-    result = loop.fit(exp, tmp_path)
-    lines = [x for x in read(tmp_path / "metrics.jsonl") if x["kind"] == "train"]
+    # Of six novels, the units of whole words take longer to find than all else here.
+    for split in ("train", "validation"):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        text = "".join(f"It was truth number {i}, universally acknowledged.\n" for i in range(300))
+        (tmp_path / "text" / split / "a.txt").write_text(text)
+    exp = start.configure("configs/bolmo.py:tiny", [f"data.sources={tmp_path / 'text'}"])
+    result = loop.fit(exp, tmp_path / "run")
+    lines = [x for x in read(tmp_path / "run" / "metrics.jsonl") if x["kind"] == "train"]
     assert result.step == 8 and lines[-1]["loss"] < lines[0]["loss"]
     assert all(0 < x["boundary_accuracy"] <= 1 for x in lines)
-    lm = atom_jax.load(tmp_path)
+    lm = atom_jax.load(tmp_path / "run")
     assert lm.family == "bolmo" and lm.tokenizer.name == "bolmo"
     made = atom_jax.generate(lm, ["It was", "a"], 6)
     assert [len(row) for row in made.ids] == [6, 6]

@@ -31,7 +31,8 @@ def test_published_recipes_train_only_evictors_of_the_published_sizes():
         assert params.count(spec) - added == count
 
 
-def test_a_retrofit_from_fit_to_adapter(tmp_path):
+@pytest.mark.parametrize("variant", ["tiny", "tiny_merged"])
+def test_a_retrofit_from_fit_to_adapter(tmp_path, variant):
     cfg = transformer.TransformerConfig(
         vocab_size=264,
         d_model=32,
@@ -45,7 +46,7 @@ def test_a_retrofit_from_fit_to_adapter(tmp_path):
     )
     base = LM(cfg, params.init(jax.random.key(0), transformer.spec(cfg)), tokenizers.from_name("bytes"))
     atom_jax.save_hf(base, tmp_path / "base")
-    exp = start.configure("configs/dms.py:tiny", [f"init_from={tmp_path / 'base'}"])
+    exp = start.configure(f"configs/dms.py:{variant}", [f"init_from={tmp_path / 'base'}"])
     result = loop.fit(exp, tmp_path / "run")
     assert result.step == exp.train.steps and {"kl", "agreement", "held"} <= set(result.validation)
     lm = atom_jax.load(tmp_path / "run")

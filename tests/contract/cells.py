@@ -23,11 +23,10 @@ from atom_jax.kvcache.policy import PerLayer, Policy
 from atom_jax.models import registry
 from atom_jax.models.hnet.examples import small as small_hnet
 from atom_jax.typing import LM, AtomError
+from tests.kvcache.tiny import small
 
-# A policy that looks at the ids of tokens, and one of the others.
-IDS, KEYS = policies.POLICIES["sepllm"], policies.POLICIES["tova"]
-# Fields of policies, where they have them: with these, short texts don't fit.
-SMALL = {"budget": 3, "window": 1, "sinks": 1, "page": 2, "offset": 0.0, "scale": 1.0, "least": 1}
+# Some policy: where a layer can have it, it can have all others.
+ANY = policies.POLICIES["tova"]
 TEXT = "It is so. He, a кот, is at 12 on a hill; Дом г! Is it to be or not? I am in. "
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -94,11 +93,6 @@ def padded(rows: list[list[int]], t: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.arange(t)[None] < np.array([[len(row)] for row in rows])
 
 
-def small(kind: type[Policy]) -> Policy:
-    """A policy of this kind for which a short text is too long."""
-    return kind(**{f.name: SMALL[f.name] for f in dataclasses.fields(kind) if f.name in SMALL})
-
-
 @functools.cache
 def example(name: str) -> LM:
     """An example with random parameters."""
@@ -125,8 +119,7 @@ def publish(name: str) -> None:
 
 # What an example may refuse, by the heading of its column. Whatever is not here works in all of them.
 CAPABILITIES: dict[str, Callable[[str], Any]] = {
-    "cache policies": lambda name: under(name, small(KEYS)),
-    "policies that look at ids": lambda name: under(name, small(IDS)),
+    "cache policies": lambda name: under(name, small(ANY)),
     "Hugging Face directory": publish,
 }
 
@@ -159,9 +152,8 @@ def dealt() -> dict[str, tuple[str, Any]]:
     for name, cfg in EXAMPLES.items():
         if not refusal(name, "cache policies"):
             of_kind.setdefault(type(cfg), []).append(name)
-    out = {}
+    out, known = {}, list(policies.POLICIES.values())
     for names in of_kind.values():
-        known = [kind for kind in policies.POLICIES.values() if not refused(names[0], kind)]
         for i, name in enumerate(names):
             mine = [known[j % len(known)] for j in range(i, max(len(names), len(known)), len(names))]
             places = layers(name) if len(mine) > 1 else [0]
@@ -189,8 +181,8 @@ The small examples of every family (`Family.examples`) together take every path 
 all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what it is
 alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
 Cache policies run in every kind of model, in layers that see everything before them and have their positions in keys
-(letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens don't run over
-units, which have none.
+(letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens see the one at
+a unit's mark.
 
 What an example refuses, it refuses with the sentence that stands here. `python -m tests.contract.cells` writes this
 page.

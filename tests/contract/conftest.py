@@ -3,7 +3,6 @@
 import jax
 import pytest
 
-from atom_jax.session import laid_out
 from tests.contract import cells
 
 
@@ -15,8 +14,5 @@ def name(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scanned():
-    """Layers as accelerators have them, which compile in a fraction of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laid_out, "unrolls", lambda lm: False)
-        yield
+def every_test(scanned):
+    """All of them."""

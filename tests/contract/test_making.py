@@ -12,7 +12,7 @@ from atom_jax.session.session import Session
 from tests.contract import cells
 
 # All prompts and conversations are padded to the same length.
-ROWS, MORE, NEW = (33, 20), (3, 2), 5
+ROWS, MORE, NEW = (33, 20), (2, 1), 5
 
 
 def rows(lm):

@@ -16,7 +16,7 @@ from atom_jax.inference import generate as module
 from atom_jax.inference import score
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import forward
-from atom_jax.session import sampling, session
+from atom_jax.session import queue, sampling, session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import AtomError
 from tests.models.tiny_bolmo import NAMES, ids_of, model, numbers, texts
@@ -52,7 +52,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(temperature, top_p, row):
 
 def test_the_layers_over_patches_run_once_per_patch_of_the_batch(monkeypatch):
     """And not whenever a patch of any row ends, where all rows wait for each other."""
-    monkeypatch.setattr(module, "SHARED", 0)
+    monkeypatch.setattr(queue, "SHARED", 0)
     expected = found().ids
     runs, blocks = [], forward.transformer.blocks
 
@@ -107,8 +107,13 @@ def test_a_prompt_of_nothing_begins_a_text():
     row = atom_jax.generate(model(), [""], 4).ids[0]
     ids = np.array([[1, *row]], np.int32)
     batch = score.to_batch(model(), ids)
-    x, _, _ = bolmo.hidden(model().params, batch, cfg=model().config, ends=jnp.asarray(ids >= 260).at[:, 0].set(True))
-    logits = np.asarray(bolmo.logits(model().params, x, cfg=model().config))[0]
+    ends = (ids >= 260) | (np.arange(5) == 0)
+
+    @jax.jit
+    def read(p):
+        return bolmo.logits(p, bolmo.hidden(p, batch, cfg=model().config, ends=ends)[0], cfg=model().config)
+
+    logits = np.asarray(read(model().params))[0]
     assert list(logits[:4].argmax(-1)) == row
 
 

@@ -47,7 +47,8 @@ def brute(lm, text):
     canonical = canonical_of(lm)
     beginnings = [tuple(lm.tokenizer.encode(text[:i]).tolist()) for i in range(len(text))]
     laws = token_laws(lm, beginnings)[:, : canonical.view.size]
-    rows = {ids: np.where(canonical.follows(ids), law, -np.inf) for ids, law in zip(beginnings, laws)}
+    every = np.arange(canonical.view.size)
+    rows = {ids: np.where(canonical.follows(ids, every), law, -np.inf) for ids, law in zip(beginnings, laws)}
     rows = {ids: law - np.logaddexp.reduce(law) for ids, law in rows.items()}
     path = {(): 0.0}
 

@@ -20,7 +20,7 @@ from atom_jax.kvcache import memory
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import decode, laid_out, reading, session
+from atom_jax.session import decode, laid_out, queue, reading, session
 from atom_jax.session.sampling import row_keys
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError, Batch
@@ -114,7 +114,7 @@ def test_sharded_parameters_give_the_same(tiny):
 
 
 def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
-    monkeypatch.setattr(module, "SHARED", 0)  # rows stay together, so that all caches are those of the longest
+    monkeypatch.setattr(queue, "SHARED", 0)  # rows stay together, so that all caches are those of the longest
     expected = generate(tiny, PROMPTS[:2], 60, 1.0)
     monkeypatch.setattr(session, "LEAST", 16)
     monkeypatch.setattr(module, "ROOM", 1)
@@ -206,10 +206,10 @@ def test_text_is_what_the_ids_say_and_what_was_streamed(byte_lm, prompts):
 def test_rows_that_are_dealt_out_to_cores_are_the_same_as_together(byte_lm, monkeypatch, cores, parts):
     prompts = ["Emma", "Mr. Knightley was", "x", "Höhe: "]
     options = {"temperature": 1.0, "key": jax.random.key(5), "stop": ["\x01"]}
-    monkeypatch.setattr(module, "SHARED", 0)
+    monkeypatch.setattr(queue, "SHARED", 0)
     together = generate(byte_lm, prompts, 60, **options)
-    monkeypatch.setattr(module, "SHARED", 2**20)
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(queue, "SHARED", 2**20)
+    monkeypatch.setattr(queue.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     rows, pieces = collections.defaultdict(int), collections.defaultdict(str)
 
     def counted(self):

@@ -14,7 +14,7 @@ from atom_jax.inference.generate import generate
 from atom_jax.kvcache import memory
 from atom_jax.models import hnet
 from atom_jax.models.hnet import forward
-from atom_jax.session import session
+from atom_jax.session import queue, session
 from atom_jax.session.sampling import row_keys
 from atom_jax.typing import LM
 from atom_jax.units import quorum, waiting
@@ -115,7 +115,7 @@ def test_greedy_tokens_are_those_of_the_whole_forward_pass(name):
 
 def test_the_network_inside_runs_once_per_unit(monkeypatch):
     """And not whenever a unit of any row begins or ends."""
-    monkeypatch.setattr(module, "SHARED", 0)
+    monkeypatch.setattr(queue, "SHARED", 0)
     runs, only_if = [], waiting.only_if
 
     def counted(needed, run, memory):
@@ -138,7 +138,7 @@ def test_the_network_inside_runs_once_per_unit(monkeypatch):
 
 
 def test_caches_may_grow_while_rows_wait(monkeypatch):
-    monkeypatch.setattr(module, "SHARED", 0)
+    monkeypatch.setattr(queue, "SHARED", 0)
     # Fewer units than come are expected, and bytes see all before them, so that both caches grow.
     model = lm("words")
     model = dataclasses.replace(model, config=dataclasses.replace(capacity(model.config, 0.25), window=(-1, -1)))

@@ -121,7 +121,7 @@ def test_a_conversation():
         two = make(text, more, after=one)
         made.append(one.ids + two.ids)
     np.testing.assert_array_equal(one.memory.use()[0], [8, 8])
-    alone = make(text, rows[:1])
-    assert alone.ids == one.ids[:1] and make(text, more[:1], after=alone).ids == two.ids[:1]
+    alone = make(text, 2 * rows[:1])
+    assert alone.ids == 2 * one.ids[:1] and make(text, 2 * more[:1], after=alone).ids == 2 * two.ids[:1]
     dense, roomy, merged = made
     assert roomy == dense and merged != dense

@@ -13,6 +13,9 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache import memory, policies
+from atom_jax.kvcache.budget import Budget
+from atom_jax.kvcache.dmc import DMC
+from atom_jax.kvcache.dmc.decide import Said
 from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.memory import Call, Layer, Memory, Sizes, Stack
 from atom_jax.kvcache.policies import empty, parse
@@ -29,18 +32,26 @@ DMS_FORMS = {
     "dms-observed": DMS("observed", window=5, page=4, scale=1.0, offset=0.0),
     "dms-separators": DMS("separators", window=5, page=4, sinks=2, separators=(1, 3)),
 }
+DMC_FORMS = {
+    "dmc-borrowed": DMC("borrowed", span=4, page=4, offset=0.0),
+    "dmc-adapter": DMC("adapter", page=4, scale=1.0, offset=0.0, sinks=2, mass=True),
+}
 TEXTS = {
     "snapkv": "window=4", "pyramidkv": "window=4", "adakv": "window=4", "streaming_llm": "sinks=2",
     "expected_attention": "sinks=2,future=5", "quest": "page=4", "sepllm": "sinks=2,window=3",
     "razor_attention": "sinks=2",
 }  # fmt: skip
-BUDGETS = {name: parse(f"{name}:budget=10,{TEXTS.get(name, '')}") for name in policies.POLICIES if name != "dms"}
+BUDGETS = {
+    name: parse(f"{name}:budget=10,{TEXTS.get(name, '')}")
+    for name, kind in policies.POLICIES.items()
+    if issubclass(kind, Budget)
+}
 BUDGETS["sepllm"] = dataclasses.replace(BUDGETS["sepllm"], separators=(1, 3))
 BUDGETS["razor_attention"] = dataclasses.replace(BUDGETS["razor_attention"], heads=((0, 1),))
 # Name: policy and window of the layer.
 CASES: dict[str, tuple[Policy | None, int | None]] = {
     "dense": (None, None), "ring": (None, 6),
-    **{name: (p, None) for name, p in (DMS_FORMS | BUDGETS).items()},
+    **{name: (p, None) for name, p in (DMS_FORMS | DMC_FORMS | BUDGETS).items()},
     "tova-sliding": (BUDGETS["tova"], 9),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", CASES)
@@ -63,6 +74,8 @@ def call(name: str, done: Any, real: Any, t: int, fresh: bool = False, rows: Any
     k, v, said = (np.take_along_axis(x, at[:, None, :, None][..., : x.ndim], 2) if x.ndim == 4
                   else np.take_along_axis(x, at[:, None], 2) for x in kv)  # fmt: skip
     learned = {"observed": jnp.ones((3, H)) * jnp.array([[1.0], [-1.0], [0.1]])} if name == "dms-observed" else None
+    if name in DMC_FORMS:
+        said = Said(jnp.asarray(said), jnp.exp(said))
     segments = (np.arange(t)[None] < np.asarray(real)[:, None]).astype(np.int32)
     return Call(
         *map(jnp.asarray, (q, k, v)), Tokens(jnp.asarray(at), jnp.asarray(segments)), jnp.asarray(done), k_plain=k,

@@ -15,6 +15,7 @@ from atom_jax.models.hnet.examples import small
 from atom_jax.models.mixers import MIXERS, Mixer, register
 from atom_jax.params import ParamSpec, normal
 from atom_jax.typing import LM, AtomError
+from tests.contract.cells import padded
 from tests.models.tiny_units import rows, stream, weights
 
 
@@ -64,14 +65,15 @@ def test_a_new_mixer_is_one_entry(average):
     cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=("a2", "A1T1", "a1m1"))
     p, batch = weights(cfg), rows([[stream(20)], [stream(9, 3), stream(8)]], 24)
     assert p["stage0"]["encoder"]["0"]["mixer"]["w"].shape == (2, 16, 16)
-    value, grads = jax.value_and_grad(lambda p: hnet.apply(p, batch, cfg=cfg)[0].logits.std())(p)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: hnet.apply(p, batch, cfg=cfg)[0].logits.std()))(p)
     assert np.isfinite(value) and np.abs(grads["stage0"]["encoder"]["0"]["mixer"]["w"]).max() > 0
     lm = LM(cfg, p, None)
     prompts = [list(range(60, 71)), [70, 32, 71]]
     made = atom_jax.generate(lm, prompts, 12).ids
-    for prompt, new in zip(prompts, made):
-        likely = np.asarray(atom_jax.apply(lm, [prompt + new]).logits)[0].argmax(-1)
-        np.testing.assert_array_equal(new, likely[len(prompt) - 1 : -1])
+    written = [prompt + new for prompt, new in zip(prompts, made)]
+    likely = np.asarray(atom_jax.apply(lm, *padded(written, 24)).logits).argmax(-1)
+    for prompt, new, row in zip(prompts, made, likely):
+        np.testing.assert_array_equal(new, row[len(prompt) - 1 :][:12])
     assert registry.of(cfg).flops(cfg, 32) > 0
     assert "means" in dict(registry.of(cfg).describe(cfg))["stage 0"]
 

@@ -13,8 +13,7 @@ import numpy as np
 from atom_jax import params
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.budget import BudgetLayer, steady
-from atom_jax.kvcache.dms import DMS
-from atom_jax.kvcache.policies import POLICIES, parse
+from atom_jax.kvcache.policies import POLICIES
 from atom_jax.kvcache.policy import policies_of
 from atom_jax.models import registry
 from atom_jax.models.bolmo import BolmoConfig
@@ -22,27 +21,18 @@ from atom_jax.models.hnet import HNetConfig
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
 from atom_jax.typing import LM
+from tests.kvcache.tiny import small
 from tests.models.tiny_units import stream, weights
 
 STEPS = 3
-# What policies need besides a budget, or to choose among few tokens at all.
-SETTINGS = {
-    "streaming_llm": "sinks=2", "snapkv": "window=3", "pyramidkv": "window=3,beta=3", "adakv": "window=3,floor=0.4",
-    "expected_attention": "sinks=1,future=5,eps=0.01", "sepllm": "sinks=1,window=2", "quest": "page=2",
-    "razor_attention": "sinks=1,least=2",
-}  # fmt: skip
-SEPARATORS = tuple(range(32, 48))
-EVICTORS = DMS("observed", window=3, scale=1.0, offset=0.0, page=4)
+# What policies need besides, and the hardest forms of those that learn.
+SETTINGS = {"separators": tuple(range(32, 48)), "heads": ((0, 0), (1, 1))}
+HARDEST = {"dms": {"form": "observed"}, "dmc": {"form": "adapter", "mass": True}}
 
 
 def policy(name: str, budget: int = 6) -> Any:
     """A policy that keeps little."""
-    if name == "dms":
-        return EVICTORS
-    made = parse(f"{name}:budget={budget},{SETTINGS.get(name, '')}")
-    if name == "sepllm":
-        return dataclasses.replace(made, separators=SEPARATORS)
-    return dataclasses.replace(made, heads=((0, 0), (1, 1))) if name == "razor_attention" else made
+    return small(POLICIES[name], budget, **SETTINGS, **HARDEST.get(name, {}))
 
 
 def cases(examples: int | None = None) -> Iterator[tuple[str, str, str]]:
@@ -50,8 +40,7 @@ def cases(examples: int | None = None) -> Iterator[tuple[str, str, str]]:
     for family in registry.FAMILIES.values():
         for example, cfg in list(family.examples().items())[:examples]:
             for name in POLICIES:
-                # Layers over units have no ids, of which some separate.
-                if not (name == "sepllm" and isinstance(cfg, HNetConfig | BolmoConfig)) and _takes(cfg, policy(name)):
+                if _takes(cfg, policy(name)):
                     yield family.name, example, name
 
 
@@ -64,10 +53,10 @@ def _takes(cfg: Any, chosen: Any) -> bool:
 @functools.cache
 def _parameters(cfg: Any) -> Any:
     tree = weights(cfg) if isinstance(cfg, HNetConfig) else params.init(jax.random.key(3), registry.of(cfg).spec(cfg))
-    flat = params.flatten(tree)
+    flat, learned = params.flatten(tree), registry.learned(cfg)
     for i, (path, x) in enumerate(flat.items()):
-        # Evictors that evict about half, and ends of units that differ between positions.
-        if ("/dms/" in path and not path.endswith("norm")) or path.startswith("rule/"):
+        # Decisions of which about half are against a token, and ends of units that differ between positions.
+        if (path in learned and not path.endswith("norm")) or path.startswith("rule/"):
             flat[path] = jax.random.normal(jax.random.key(i), x.shape)
     return params.unflatten(flat)
 

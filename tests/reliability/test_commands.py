@@ -19,6 +19,7 @@ from atom_jax.models import hnet
 from atom_jax.models.hnet.examples import examples
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUMBERS = ["", "x", "nan", "inf", "-1", "0", "1e400", "9" * 400, "1.5", "1,2", "0x10", "²"]
@@ -201,7 +202,7 @@ for line in sys.stdin:
 
 def again(script, cases, home):
     """What is wrong with how the script ended, case by case."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:surrogatepass"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:surrogatepass", "XLA_FLAGS": quick.FLAGS}
     done = subprocess.run(
         [sys.executable, "-c", AGAIN, str(ROOT / script)], input="".join(json.dumps(case) + "\n" for case in cases),
         capture_output=True, text=True, cwd=home, env=env, check=False,

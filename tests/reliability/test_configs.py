@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from atom_jax import config
+from atom_jax.data.puzzles import PUZZLES
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache.policies import POLICIES, parse
 from atom_jax.models import registry
@@ -20,7 +21,9 @@ from tests.reliability.rows import policy
 # Where a number below zero has a meaning: what is left, no window, a threshold that lets more leave.
 NEGATIVE = {
     ("MeshConfig", name) for name in ("data", "fsdp", "tensor", "context")
-} | {("HNetConfig", "window"), ("DMS", "scale"), ("DMS", "offset")}  # fmt: skip
+} | {
+    ("HNetConfig", "window"), *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
+}  # fmt: skip
 
 
 def inside(value):
@@ -38,6 +41,7 @@ def everything():
     """One configuration of every type."""
     roots = [EvalConfig(), Experiment(), Group("x"), RopeScaling("yarn"), parse("none;1=tova:budget=4")]
     roots += [cfg for family in registry.FAMILIES.values() for cfg in family.examples().values()]
+    roots += [puzzle() for puzzle in PUZZLES.values()]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 

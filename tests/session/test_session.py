@@ -11,6 +11,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache.policies import parse
+from atom_jax.kvcache.policy import PerLayer
 from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.session import sampling
@@ -25,27 +26,32 @@ CONFIG = TransformerConfig(
     vocab_size=50, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, max_length=400
 )
 SLIDING = dataclasses.replace(CONFIG, family="olmo3", layer_types=("sliding", "full"), sliding_window=6)
-CONFIGS = {"dense": CONFIG, "sliding": SLIDING}
-CONFIGS |= {name: dataclasses.replace(CONFIG, memory=memory) for name, memory in (DMS_FORMS | BUDGETS).items()}
 EXACT = ("dense", "sliding", *DMS_FORMS)  # memories with which several tokens may be read at once or one by one
 UNITS = ("hnet-2", "words")
+# Of the others every layer has one; that of some heads is for the first layer.
+NAMES = sorted(BUDGETS, key=lambda name: name != "razor_attention")
+PAIRS = [f"{a},{b}" for a, b in zip(NAMES[::2], [*NAMES[1::2], NAMES[0]])]
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (21, 4, 13)]
 MORE = RNG.integers(0, 50, (3, 6))
+LONGEST = 48
 
 
 @functools.cache
 def lm_of(name):
     if name in UNITS:
         return LM(capacity(MODELS[name], 1.0), weights(MODELS[name]), None)
-    tree = params.init(jax.random.key(1), transformer.spec(CONFIGS[name]))
+    first, *second = [(DMS_FORMS | BUDGETS).get(part) for part in name.split(",")]
+    memory = PerLayer(first, ((1, second[0]),)) if second else first
+    cfg = SLIDING if name == "sliding" else dataclasses.replace(CONFIG, memory=memory)
+    tree = params.init(jax.random.key(1), transformer.spec(cfg))
     tree["embed"] = tree["embed"] * 20
-    return LM(CONFIGS[name], tree, None)
+    return LM(cfg, tree, None)
 
 
 def said(lm, rows):
     """What the whole forward pass says after every row, [b, v]."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    ids = np.zeros((len(rows), LONGEST), np.int32)
     for row, out in zip(rows, ids):
         out[: len(row)] = row
     lengths = np.array([len(row) for row in rows])
@@ -91,7 +97,7 @@ def test_rows_without_a_token_stay_where_they_are():
     np.testing.assert_array_equal(session.token, [7, rows[1][-1], 9])
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *UNITS])
+@pytest.mark.parametrize("name", [*EXACT, *PAIRS, *UNITS])
 def test_what_is_tried_leaves_no_trace_and_what_is_accepted_is_read(name):
     lm, accepted = lm_of(name), np.array([2, 0, 6])
     session = Session.prefill(lm, PROMPTS)
@@ -123,7 +129,7 @@ def test_rows_may_try_fewer_tokens_than_others():
     np.testing.assert_array_equal(tried.accept([1, 2, 0]).length, [22, 6, 13])
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *UNITS])
+@pytest.mark.parametrize("name", [*EXACT, *PAIRS, *UNITS])
 def test_rows_are_those_of_a_session_with_these_prompts(name):
     lm, index = lm_of(name), [2, 0, 2]
     session = Session.prefill(lm, PROMPTS)

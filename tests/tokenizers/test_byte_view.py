@@ -11,7 +11,7 @@ from atom_jax import tokenizers
 from atom_jax.tokenizers import ByteTokenizer, suffix, tiktoken, train
 from atom_jax.tokenizers.bolmo import BolmoTokenizer
 from atom_jax.tokenizers.byte_view import byte_view
-from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
+from atom_jax.tokenizers.json_tokenizer import JsonTokenizer, _byte_level_piece, _spaced_piece
 from atom_jax.typing import AtomError
 from tests.transfer.numbers import numbers, spelled, tokenizer, view
 
@@ -37,6 +37,22 @@ def test_vocabularies_overlap_as_bytes():
     both = view("gemmalike").ids.keys() & view("qwenlike").ids.keys()
     raw = tokenizer("gemmalike").backend.get_vocab().keys() & tokenizer("qwenlike").backend.get_vocab().keys()
     assert len(both) == fixture["overlap_byteified"] and len(raw) == fixture["overlap_raw"]
+
+
+def test_spellings_are_undone_whole():
+    """mergekit takes away one mark of a space; bytes, further marks and GPT-2's alphabet stay as they are spelled."""
+    special = numbers("normalise")["special_tokens_map"]
+    special = [special["bos_token"], special["eos_token"], *special["additional_special_tokens"]]
+    for prefix, piece, other in (
+        ("▁", _spaced_piece, {"<0x0A>": b"\n", "▁▁": b"  "}),
+        ("Ġ", _byte_level_piece, {"ĠĠ": b"  ", "ĠCafÃ©": " Café".encode()}),
+    ):
+        rows = [
+            row for row in numbers("normalise")["rows"] if row["prefix"] == prefix and row["token"] not in special
+        ]
+        assert len(rows) == 8
+        for row in rows:
+            assert piece(row["token"]) == other.get(row["token"], row["text"].encode())
 
 
 @pytest.mark.parametrize("name", ["gpt2like", "qwenlike", "gemmalike"])

@@ -61,7 +61,7 @@ def test_what_may_follow_is_what_is_encoded_so():
     for length in (1, 2, 3, 4):
         for ids in itertools.product(range(5), repeat=length):
             right = tuple(tk.encode(canonical.text(ids)).tolist()) == ids
-            steps = all(canonical.follows(ids[:i])[ids[i]] for i in range(length))
+            steps = all(canonical.follows(ids[:i], np.array([ids[i]]))[0] for i in range(length))
             assert right == steps, ids
 
 
@@ -113,4 +113,12 @@ def test_special_tokens_split():
     ids = tuple(tk.encode("the<|im_end|>\n").tolist())
     assert ids[-2] == 1 and canonical.settled(ids) == len(ids) - 1
     assert canonical.text(ids) == b"the<|im_end|>\n"
-    np.testing.assert_array_equal(canonical.follows(ids[:-1]), canonical.follows(()))
+    every = np.arange(canonical.view.size)
+    np.testing.assert_array_equal(canonical.follows(ids[:-1], every), canonical.follows((), every))
+    assert canonical.follows(ids, every)[[0, 1, 2]].all()
+
+
+def test_what_is_unlikely_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr("atom_jax.tokenizers.canonical._SMALL", 0)
+    looked_at = Canonical(tokenizer("gpt2like")).likely(np.log(np.array([1e-9, 0.5, 9.5e-7, 0.4, 0.1, 9e-8])))
+    assert sorted(looked_at) == [1, 2, 3, 4]

@@ -74,5 +74,5 @@ def test_another_process_makes_the_same(name, tmp_path):
 def test_bad_names():
     with pytest.raises(AtomError, match="bpe:258: a trained vocabulary must have at least 259"):
         train("bpe:258", TEXT)
-    with pytest.raises(AtomError, match="expected bpe:SIZE or unigram:SIZE"):
+    with pytest.raises(AtomError, match="expected bpe:SIZE, unigram:SIZE or words:SIZE"):
         train("wordpiece:300", TEXT)

@@ -13,9 +13,9 @@ from atom_jax.kvcache.dms.decide import Mode
 from atom_jax.models import transformer
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.norm import rms_norm
-from atom_jax.transfer import dms_fit
-from atom_jax.transfer.dms_fit import FitConfig
-from atom_jax.typing import AtomError
+from atom_jax.transfer import dms_fit, ridge
+from atom_jax.transfer.ridge import FitConfig
+from atom_jax.typing import AtomError, Batch
 
 T, WINDOW = 256, 12
 
@@ -31,9 +31,13 @@ def model(request):
     return cfg, params
 
 
+def whole(ids):
+    return Batch(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids))
+
+
 def rows(n, seed=0):
     draw = np.random.default_rng(seed)
-    return iter([draw.integers(0, 40, (1, T)) for _ in range(n)])
+    return iter([whole(jnp.asarray(draw.integers(0, 40, (1, T)), jnp.int32)) for _ in range(n)])
 
 
 def test_attention_targets_are_the_largest_later_attention():
@@ -50,17 +54,17 @@ def test_attention_targets_are_the_largest_later_attention():
 
 def test_the_weights_are_those_of_least_squares(model):
     cfg, params = model
-    ids = jnp.asarray(next(rows(1)))
-    y = dms_fit.targets(params, ids, jax.random.key(0), cfg=cfg, target="attention")
-    alpha, constant, seen = dms_fit.solve(jax.device_get(dms_fit._sums(params, ids, y, cfg=cfg)), 1e-9)
+    batch = next(rows(1))
+    y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target="attention")
+    alpha, constant, seen = ridge.solve(jax.device_get(dms_fit._sums(params, batch, y, cfg=cfg)), 1e-9)
 
     def probe(p, heads, call):
         x = rms_norm(heads.x_btd, p["dms"]["norm"], cfg.norm_eps)
         return x, observed.observe(call.q, call.k, call.tokens, WINDOW)
 
-    _, _, aux = transformer.hidden(params, dms_fit._batch(ids), cfg=cfg, mode=Mode("off"), probe=probe)
+    _, _, aux = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)
     x, o = map(np.asarray, aux["probe"])
-    used = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    used = slice(cfg.memory.sinks, T - WINDOW - ridge.LEAST_QUERIES)
     for layer in range(2):
         for head in range(2):
             columns = [np.roll(x[layer, 0], -1, 0), np.ones((T, 1))]
@@ -73,18 +77,18 @@ def test_the_weights_are_those_of_least_squares(model):
             np.testing.assert_allclose(a @ np.concatenate(w), best, atol=2e-2)
 
 
-@pytest.mark.parametrize("target", dms_fit.TARGETS)
+@pytest.mark.parametrize("target", ["attention", "loss"])
 def test_a_fit_holds_the_entries_asked_for_and_prefers_important_keys(model, target):
     cfg, params = model
     how = FitConfig(target=target, windows=2, calibration=2, entries=90)
     said = []
     fitted = dms_fit.fit(params, cfg, rows(8), how, said.append)
     assert len(said) == 5
-    ids = jnp.asarray(next(rows(1)))
-    _, _, aux = transformer.hidden(fitted, dms_fit._batch(ids), cfg=cfg)
+    batch = next(rows(1))
+    _, _, aux = transformer.hidden(fitted, batch, cfg=cfg)
     assert 70 < aux["occupancy"].mean() < 110
-    y = dms_fit.targets(params, ids, jax.random.key(0), cfg=cfg, target=target)
-    far = slice(cfg.memory.sinks, T - WINDOW - dms_fit.LEAST_QUERIES)
+    y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target=target)
+    far = slice(cfg.memory.sinks, T - WINDOW - ridge.LEAST_QUERIES)
     evict, y = np.asarray(aux["evict"])[..., far], np.asarray(y)[..., far]
     assert y[~evict].mean() > y[evict].mean()
     assert fitted["embed"] is params["embed"]
@@ -114,6 +118,31 @@ def test_models_without_a_projection_and_short_rows_are_refused(model):
     with pytest.raises(AtomError, match="adapter or observed"):
         dms_fit.fit(params, borrowed, rows(1), FitConfig())
     with pytest.raises(AtomError, match="multiple of 128"):
-        dms_fit.fit(params, cfg, iter([np.zeros((1, 100), int)]), FitConfig())
+        dms_fit.fit(params, cfg, iter([whole(jnp.zeros((1, 100), jnp.int32))]), FitConfig())
     with pytest.raises(AtomError, match=r"fit\.target"):
         FitConfig(target="size")
+
+
+def test_documents_of_one_row_are_fitted_as_in_rows_of_their_own(model):
+    cfg, params = model
+    lengths = (160, 90, 6)
+    ids = jax.random.randint(jax.random.key(4), (1, T), 0, 40)
+    segments = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths))[None]
+    packed = Batch(ids, jnp.concatenate([jnp.arange(n) for n in lengths])[None], segments)
+    starts = np.cumsum([0, *lengths])
+    alone = []
+    for start, n in zip(starts, lengths):
+        own = jnp.pad(ids[:, start : start + n], ((0, 0), (0, T - n)))
+        alone.append(whole(own).replace(segments=(jnp.arange(T) < n)[None].astype(jnp.int32)))
+    key = jax.random.key(0)
+    y = dms_fit.targets(params, packed, key, cfg=cfg, target="attention")
+    got = dms_fit._sums(params, packed, y, cfg=cfg)
+    parts = [
+        dms_fit._sums(params, one, dms_fit.targets(params, one, key, cfg=cfg, target="attention"), cfg=cfg)
+        for one in alone
+    ]
+    wanted = jax.tree.map(lambda *x: sum(x), *parts)
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=2e-4, atol=2e-3)
+    held = [ridge._logits(params, one, cfg=cfg)[1] for one in alone]
+    np.testing.assert_allclose(ridge._logits(params, packed, cfg=cfg)[1], sum(held))

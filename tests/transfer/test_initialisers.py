@@ -9,6 +9,7 @@ from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.transfer import initialisers
 from atom_jax.transfer.initialisers import FVT, INITIALISERS, Aux, Task, base, focus, landmarks, omp, vectors, wechsel
 from atom_jax.transfer.initialisers.neighbours import Neighbours
+from atom_jax.transfer.initialisers.trained import trained
 from atom_jax.transfer.transplant import new_table, shared_rows
 from atom_jax.typing import AtomError
 from tests.transfer.numbers import array, numbers, view
@@ -200,6 +201,15 @@ def test_draws_have_the_mean_and_deviation_of_the_table():
         rows = INITIALISERS[name]().rows(wanted)[0]
         np.testing.assert_allclose(rows[:, 0].mean(0), (table + 1)[:, 0].mean(0), atol=0.1)
         np.testing.assert_allclose(np.cov(rows[:, 0].T), cov, atol=0.15)
+
+
+def test_rows_that_were_never_trained():
+    fixture = numbers("normalise")["magikarp"]
+    table = np.stack([array(fixture["embed"]), array(fixture["lm_head"])], axis=1)
+    unused = [int(name[1:]) for name in fixture["known_unused"]] + list(range(fixture["vocab_size_named"], 200))
+    np.testing.assert_array_equal(
+        np.flatnonzero(trained(table, np.array(unused), fixture["quantile"])), fixture["good"]
+    )
 
 
 def test_vectors_from_text_know_what_is_alike():

@@ -55,6 +55,7 @@ def test_there_and_back_keeps_shared_rows():
     np.testing.assert_array_equal(table(there)[[0, 1, 2]], table(lm)[[4, 5, 1]])
     assert "1 digits" not in str(report) or view("gemmalike").digits == 1
     stored = json.loads(json.dumps(report.to_json()))
+    assert stored["tokenizer_before"] == tokenizer("gemmalike").digest != stored["tokenizer_after"]
     assert len(stored["rows"]) == 1000 and stored["labels"][int(stored["rows"][0])] == "special"
 
 
@@ -101,8 +102,21 @@ def test_donor_and_texts():
     texts = [b"the version of the file, and the other files of the documentation " * 20]
     _, report = atom_jax.transplant(lm, tokenizer("qwenlike"), "focus", texts=texts)
     assert report.counts["interpolated"] > 0 and report.counts["fallback"] > report.counts["interpolated"]
+    _, report = atom_jax.transplant(lm, tokenizer("qwenlike"), "focus", texts=texts, fallback="fvt")
+    assert report.counts["interpolated"] > 0 and report.counts["composed"] > 0 == report.counts["fallback"]
     with pytest.raises(AtomError, match=r"donor: its tokenizer \(gpt2like\) is not the one"):
         atom_jax.transplant(lm, tokenizer("qwenlike"), "omp", donor=lm)
+
+
+def test_rows_that_were_hardly_trained_are_no_anchors():
+    lm, donor = model(), model("qwenlike", 1, vocab_size=1008)
+    plain, _ = atom_jax.transplant(lm, tokenizer("qwenlike"), "neighbours", donor=donor)
+    picky, report = atom_jax.transplant(lm, tokenizer("qwenlike"), "neighbours", donor=donor, untrained=0.2)
+    copied = np.array([label == "exact" for label in report.labels])
+    np.testing.assert_array_equal(table(plain)[copied], table(picky)[copied])
+    assert (table(plain)[~copied] != table(picky)[~copied]).any()
+    with pytest.raises(AtomError, match="untrained: expected a number from 0 to"):
+        atom_jax.transplant(lm, tokenizer("qwenlike"), untrained=2.0)
 
 
 def test_a_donor_that_shares_nothing():

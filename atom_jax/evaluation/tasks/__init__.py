@@ -13,6 +13,7 @@ from atom_jax.evaluation.tasks.bpb import TextBpb
 from atom_jax.evaluation.tasks.characters import Characters
 from atom_jax.evaluation.tasks.choice import Choice
 from atom_jax.evaluation.tasks.gold import Gold
+from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.kv import Kv
 from atom_jax.evaluation.tasks.task import Runner, Task
 from atom_jax.sharding import MeshConfig
@@ -48,6 +49,7 @@ TASKS: dict[str, Task | Runner] = {
     "coqa": Gold("coqa/bpb_0shot"),
     "jeopardy": Gold("jeopardy/bpb_5shot"),
     "kv": Kv(),
+    "hyper": Hyper(),
 }
 
 

@@ -16,7 +16,7 @@ _LABELS = {
     "lambada": "share of last words right",
 }
 # Colours that stay apart for most colour-blind readers (Okabe and Ito, without yellow), and shapes for more methods.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
 _MARKERS = "osD^vPX"
 # Points between the labels of two lines.
 _APART = 10
@@ -52,7 +52,7 @@ def _panel(ax: Any, part: str, source: str, rows: list[dict], names: list[str], 
         mine = sorted((r for r in rows if r["policy"] == name), key=lambda r: r["held"])
         if mine:
             x, y = ([r[k] for r in mine] for k in ("held", "value"))
-            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number // len(_COLORS) % len(_MARKERS)]
+            color, marker = COLORS[number % len(COLORS)], _MARKERS[number // len(COLORS) % len(_MARKERS)]
             error = [r["stderr"] or 0.0 for r in mine]
             style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5, "elinewidth": 0.7}
             ax.errorbar(x, y, yerr=error, label=name, **style)

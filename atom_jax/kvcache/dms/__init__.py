@@ -6,7 +6,6 @@ config    the forms of the decision, and their sizes
 decide    decision logits, their relaxation for training, and what they mean for attention
 low_rank  corrections of attention's projections for a memory that keys have left
 observed  the attention that a key receives while it is in the window
-pool      keys and values in pages that belong to heads, so that the memory is what is retained
 serve     the cache: prompts in parts, one token at a time, several turns
 """
 

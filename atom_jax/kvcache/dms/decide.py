@@ -11,11 +11,10 @@ from flax import struct
 from atom_jax.kvcache import separators
 from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.dms.observed import observe
+from atom_jax.kvcache.learned import project, shift, straight_through
 from atom_jax.kvcache.policy import Heads, Mode
 from atom_jax.nn.attention import NEGATIVE, Tokens
-from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
-from atom_jax.sharding import constrain
 
 # A logit beyond doubt.
 SURE = 1000.0
@@ -37,11 +36,6 @@ class Decisions:
     z: jax.Array
 
 
-def logistic(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard logistic noise, the difference of two standard Gumbel draws, float32."""
-    return constrain(jax.random.logistic(key, shape, jnp.float32), None, "batch", "kv_heads", "length")
-
-
 def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
     """Decision logits of every token, float32 [b, h, t]: they speak of the token before, those of the form separators
     of the token itself. Of the observed form, the part that does not depend on attention."""
@@ -51,14 +45,10 @@ def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
         z = jnp.where(stays, -SURE, SURE)[:, None]
         return jnp.broadcast_to(z, (z.shape[0], h, z.shape[2]))
     if cfg.form == "borrowed":
-        z = heads.q_btnk[:, :, :: heads.q_btnk.shape[2] // h, -1].astype(jnp.float32)
+        z = heads.q_btnk[:, :, :: heads.q_btnk.shape[2] // h, -1].astype(jnp.float32).transpose(0, 2, 1)
     else:
-        y = rms_norm(heads.x_btd, p["norm"], heads.eps)
-        z = jnp.einsum("btd,dh->bth", y, p["alpha"].astype(y.dtype), preferred_element_type=jnp.float32)
-        z = constrain(z, "batch", "stored_length", None)
-        if cfg.bias:
-            z += p["bias"].astype(jnp.float32)[None, None]
-    return z.transpose(0, 2, 1) * cfg.scale - cfg.offset
+        z = project(heads, p["norm"], p["alpha"], p["bias"] if cfg.bias else None)
+    return z * cfg.scale - cfg.offset
 
 
 def lend(q_btnk: jax.Array, h: int, fade: Any = None) -> jax.Array:
@@ -67,11 +57,6 @@ def lend(q_btnk: jax.Array, h: int, fade: Any = None) -> jax.Array:
     borrowed = ((jnp.arange(n) % (n // h)) == 0)[:, None] & (jnp.arange(size) == size - 1)[None]
     factor = jnp.where(borrowed, 0.0 if fade is None else fade, 1.0).astype(q_btnk.dtype)
     return q_btnk * factor[None, None]
-
-
-def shift(x_bht: jax.Array, last: float) -> jax.Array:
-    """What was said at token t + 1, at t; `last` for the newest token."""
-    return jnp.concatenate([x_bht[..., 1:], jnp.full_like(x_bht[..., :1], last)], axis=-1)
 
 
 def from_observed(p: Tree, seen_bhtf: jax.Array, cfg: Settings) -> jax.Array:
@@ -88,15 +73,16 @@ def decide(
     """
     relaxed = mode.kind == "relaxed"
     noise = 0.0 if not relaxed or mode.noise is None else mode.noise
+    tau = cfg.tau if mode.cool is None else cfg.tau * mode.cool
     if cfg.form == "observed":
         seen = jax.lax.stop_gradient(observe(q_bhgtk, k_bhtk, tokens, cfg.window))
         z = _per(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
-        said = _per((z + noise) / cfg.tau, cfg) if relaxed else z
+        said = _per((z + noise) / tau, cfg) if relaxed else z
         of_key = said
     elif not cfg.late:
         z = said = of_key = z_bht
     else:
-        said = _per((z_bht + noise) / cfg.tau if relaxed else z_bht, cfg)
+        said = _per((z_bht + noise) / tau if relaxed else z_bht, cfg)
         z, of_key = _per(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)
     sink = (tokens.positions < cfg.sinks)[:, None]
     evict = (of_key > 0) & ~sink
@@ -109,7 +95,7 @@ def decide(
         return Decisions(jnp.where(evict, NEGATIVE, 0.0), evict, hard, z)
     soft = jax.nn.sigmoid(said)
     keep = jnp.where(sink, 0.0, jax.nn.log_sigmoid(-of_key))
-    return Decisions(keep, evict, soft + jax.lax.stop_gradient(hard - soft), z)
+    return Decisions(keep, evict, straight_through(soft, hard), z)
 
 
 def _per(x_bht: jax.Array, cfg: Settings) -> jax.Array:
@@ -118,8 +104,7 @@ def _per(x_bht: jax.Array, cfg: Settings) -> jax.Array:
 
 
 def occupancy(evict_bht: jax.Array, tokens: Tokens, window: int) -> jax.Array:
-    """i32 [b, h]: keys left once the last token of every row was read: those not evicted, and those in its window."""
-    real = tokens.segments > 0
-    newest = jnp.max(jnp.where(real, tokens.positions, -1), axis=1)
-    recent = newest[:, None] - tokens.positions <= window
-    return jnp.sum((~evict_bht | recent[:, None]) & real[:, None], axis=2, dtype=jnp.int32)
+    """i32 [b, h]: keys left once the last token of every document was read: those not evicted, and those in its
+    window; of rows with several documents, the sum."""
+    left = ~evict_bht | (tokens.left <= window)[:, None]
+    return jnp.sum(left & (tokens.segments > 0)[:, None], axis=2, dtype=jnp.int32)

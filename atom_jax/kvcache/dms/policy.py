@@ -11,7 +11,7 @@ import jax
 
 from atom_jax import config
 from atom_jax.fields import Fields
-from atom_jax.kvcache import separators
+from atom_jax.kvcache import learned, separators
 from atom_jax.kvcache.dms import decide, low_rank, published, serve
 from atom_jax.kvcache.dms.config import Settings
 from atom_jax.kvcache.memory import Call, Sizes
@@ -30,11 +30,6 @@ class DMS(Settings):
     part: ClassVar[int] = 1024
     fields: ClassVar[frozenset[str]] = published.FIELDS
     shrinks: ClassVar[bool] = True
-
-    @property
-    def spelled(self) -> bool:
-        """Whether separators are what stays."""
-        return self.form == "separators"
 
     def fitted(self, tokenizer: Tokenizer) -> DMS:
         """With the tokenizer's separators where they are needed and missing."""
@@ -66,7 +61,7 @@ class DMS(Settings):
         """Relaxed, with logistic noise; what separates is known."""
         if self.form == "separators":
             return Mode()
-        return Mode("relaxed", decide.logistic(key, (layers, b, h, t)))
+        return Mode("relaxed", learned.logistic(key, (layers, b, h, t)))
 
     def train(self, call: Call) -> Seen:
         """Reports `evict`, bool [b, h, t] (by the key), `evict_soft`, f32 of that shape (`Decisions.soft`),
@@ -78,7 +73,7 @@ class DMS(Settings):
             "evict_logits": chosen.z,
             "occupancy": decide.occupancy(chosen.evict, call.tokens, self.window),
         }
-        return Seen(call.k, call.v, chosen.keep, self.window, aux)
+        return Seen(call.k, call.v, chosen.keep, self.window, aux=aux)
 
     def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> serve.DMSLayer:
         """An empty paged cache."""

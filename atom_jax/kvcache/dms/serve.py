@@ -8,25 +8,22 @@ Model-Optimizer in other words). Any number of tokens may follow at any time.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import FEW
 from atom_jax.kvcache.dms import decide, observed
 from atom_jax.kvcache.dms.config import FEATURES, Settings
-from atom_jax.kvcache.dms.pool import NEGATIVE, NEVER, Pool, coarse, fine
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
-from atom_jax.nn.attention import Tokens, attend, block_size
-from atom_jax.nn.blockwise import blockwise_lse
+from atom_jax.kvcache.learned import shift
+from atom_jax.kvcache.memory import Call, Sizes, stack_layers
+from atom_jax.kvcache.paged import PagedLayer, attend_both
+from atom_jax.kvcache.pool import NEGATIVE, NEVER, Pool, coarse
+from atom_jax.nn.attention import Tokens, attend
 
 UNDECIDED = -1e9
-# Tokens per row for which there is room after `grow` for a few tokens; for more at once, room is found coarsely.
-AHEAD = 64
 
 
 @struct.dataclass
@@ -49,22 +46,12 @@ class Ring:
 
 
 @struct.dataclass
-class DMSLayer(Layer):
+class DMSLayer(PagedLayer):
     """The memory of one layer. policy: static."""
 
     pool: Pool
     ring: Ring
     policy: Settings = struct.field(pytree_node=False)
-
-    @property
-    def k(self) -> jax.Array:
-        """Keys [p, c, k], by pages."""
-        return self.pool.k
-
-    @property
-    def v(self) -> jax.Array:
-        """Values [p, c, k], by pages."""
-        return self.pool.v
 
     def extend(self, call: Call) -> tuple[jax.Array, DMSLayer]:
         """Reads new tokens; see `memory.Layer`."""
@@ -74,34 +61,15 @@ class DMSLayer(Layer):
         """A few tokens are put where there is room; many lay the pool out anew."""
         return (self.one_by_one if call.q.shape[3] <= FEW else self.extend)(call)[1]
 
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Whether the next tokens of all rows might not fit."""
-        page, tail = self.k.shape[1], self.pool.tail
-        free = jnp.where(tail < 0, 0, page - tail % page)
-        short = jnp.sum(-(-jnp.maximum(more - free, 0) // page)) > self.k.shape[0] - self.pool.used
-        return jnp.broadcast_to(short, length_b.shape)
+    def _copied(self, index_b: jax.Array, pages: int) -> DMSLayer:
+        pool, slot = self.pool.rows_of(index_b, self.ring.slot[index_b], pages)
+        ring = jax.tree.map(lambda x: x[index_b], self.ring)
+        return self.replace(pool=pool, ring=ring.replace(slot=slot))
 
-    def grow(self, length_b: np.ndarray, more: int) -> DMSLayer:
-        """Room for `more` tokens per row, whatever is evicted.
-
-        For single tokens (at most AHEAD) in closely spaced sizes, and smaller ones where that is enough; for a prompt
-        in few sizes, never smaller.
-        """
-        pages = fine(self.pool.pages_for(AHEAD)) if more <= AHEAD else coarse(self.pool.pages_for(more))
-        if more > AHEAD:
-            pages = max(pages, self.k.shape[-3])
-        return self.replace(pool=self.pool.resized(pages))
-
-    def held(self, length_b: jax.Array) -> jax.Array:
-        """Entries of every head."""
-        return self.pool.n
-
-    def rows(self, index_b: jax.Array, axis: int = 0) -> DMSLayer:
-        """Copies of the rows' pages; pages nobody refers to are not there any more."""
-        pool, index = self.pool, jnp.asarray(index_b)
-        pages = fine(pool.replace(n=jnp.take(pool.n, index, axis=axis)).pages_for(AHEAD))
-        of = functools.partial(_rows, pages=pages)
-        return (jax.vmap(of, in_axes=(0, None)) if axis else of)(self, index)
+    def _after(self, other: DMSLayer) -> DMSLayer:
+        later = other.ring.replace(slot=other.ring.slot + self.k.shape[0] * self.k.shape[1])
+        ring = jax.tree.map(lambda *x: jnp.concatenate(x), self.ring, later)
+        return self.replace(pool=self.pool.joined(other.pool), ring=ring)
 
     def _evicted(self, ring: Ring, positions_br: jax.Array, learned: Any) -> jax.Array:
         """bool [b, h, R]: what is decided about the ring's tokens."""
@@ -175,7 +143,7 @@ class DMSLayer(Layer):
         if self.policy.late:
             # The decision of token t + 1 is about token t; none is about the last token of a row yet.
             said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-            z = jnp.where(said[:, None], decide.shift(z, UNDECIDED), UNDECIDED)
+            z = jnp.where(said[:, None], shift(z, UNDECIDED), UNDECIDED)
         ring, stats = self._receive(ring, call, tokens)
         evict = self._decided(z, stats, tokens.positions, call.learned)
         keep = jnp.where(evict, NEGATIVE, 0.0)
@@ -187,7 +155,7 @@ class DMSLayer(Layer):
             slot = ring.slot
         else:
             until = self._until(ring, known, call.learned)
-            out = _merged(self.pool, call, tokens, keep, window, until)
+            out = attend_both(self.pool, call.q, call.k, call.v, tokens, keep, window, until)
             still = self.pool.there & (until > last[self.pool.row_of // call.k.shape[1]][:, None])
             pool, moved, to = self.pool.rebuild(still, call.k, call.v, alive)
             slot = moved[ring.slot]
@@ -250,24 +218,6 @@ def _combine(old: jax.Array, new: jax.Array) -> jax.Array:
     """Statistics [..., 3] of the same keys from earlier and from later queries."""
     top = jnp.maximum(old[..., :1], new[..., :1])
     return jnp.concatenate([top, old[..., 1:] + new[..., 1:]], axis=-1)
-
-
-def _merged(pool: Pool, call: Call, tokens: Tokens, keep: jax.Array, window: int, until: jax.Array) -> jax.Array:
-    """Attention [b, h, g, t, k] of new tokens to each other and to the pool, as one softmax."""
-    places = (tokens.positions, tokens.segments) * 2
-    block = block_size(call.k.shape[2])
-    own, lse = blockwise_lse(call.q, call.k, call.v, places, None, True, block, keep, window)
-    total, top, out = pool.attend_many(call.q, tokens.positions, until)
-    highest = jnp.maximum(lse, top)
-    w_own, w_pool = jnp.exp(lse - highest), jnp.exp(top - highest)
-    mixed = w_own[..., None] * own.astype(jnp.float32) + w_pool[..., None] * out
-    return mixed / (w_own + w_pool * total)[..., None]
-
-
-def _rows(layer: DMSLayer, index_b: jax.Array, pages: int) -> DMSLayer:
-    pool, slot = layer.pool.rows_of(index_b, layer.ring.slot[index_b], pages)
-    ring = jax.tree.map(lambda x: x[index_b], layer.ring)
-    return layer.replace(pool=pool, ring=ring.replace(slot=slot))
 
 
 def init(cfg: Settings, sizes: Sizes, capacity: int, n: int) -> DMSLayer:

@@ -56,7 +56,7 @@ def hidden(
     """
     tokens = Tokens(batch.positions, batch.segments)
     x_btd, found = inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
-    seen = Seen(x_btd, tokens, batch.ids, batch.marks)
+    seen = Seen(x_btd, tokens, batch.ids % FUSED, batch.marks)
     x_btd, cache, notes = units.run(stage(p, cfg, key), seen, cache, ends)
     if cache is not None and found is not None:
         cache = cache.replace(parts=cache.parts.replace(port=found.state))
@@ -83,7 +83,7 @@ def step(p: Tree, batch: Batch, *, cfg: BolmoConfig, cache: Memory) -> tuple[jax
     x_b1d, found = inlet(p, batch, tokens, cache.parts.port, cfg)
     if found is not None:
         cache = cache.replace(parts=cache.parts.replace(port=found.state))
-    seen, ends_b = Seen(x_b1d, tokens), batch.ids[:, 0] >= FUSED
+    seen, ends_b = Seen(x_b1d, tokens, batch.ids % FUSED), batch.ids[:, 0] >= FUSED
     return units.step(stage(p, cfg), seen, cache, live, enough(p, cfg, cache), ends_b)
 
 
@@ -139,7 +139,7 @@ def stage(p: Tree, cfg: BolmoConfig, key: jax.Array | None = None) -> Stage:
         u_bmd = linear(p["pool"], u_bm1d[:, :, 0])
         with jax.named_scope("main"):
             v_bmd, memory, said = transformer.blocks(
-                p["main"], u_bmd, plan.tokens, cfg=cfg.blocks, cache=memory, key=key
+                p["main"], u_bmd, plan.tokens, cfg=cfg.blocks, cache=memory, ids=plan.ids, key=key
             )
         return rms_norm(v_bmd, p["patch_norm"], cfg.edge_eps)[:, :, None], memory, Notes(memory=(said,))
 

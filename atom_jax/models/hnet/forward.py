@@ -47,7 +47,7 @@ def hidden(
     tokens = Tokens(batch.positions, batch.segments)
     x_btd, latest = port.inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
     seen = Seen(x_btd, tokens, batch.ids, batch.marks)
-    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, batch.ids, key))
+    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, key))
     if cache is not None:
         cache = cache.replace(parts=cache.parts.replace(port=latest))
     aux = units.report(notes, batch, cfg.chunking)
@@ -72,9 +72,7 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.
     tokens = Tokens(cache.length[:, None], waiting.new_rows(cache, live)[:, None].astype(jnp.int32))
     x_b1d, latest = port.inlet(p, batch, tokens, cache.parts.port, cfg)
     cache = cache.replace(parts=cache.parts.replace(port=latest))
-    return units.step(
-        stage(0, Call(p, cfg, batch.ids)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache)
-    )
+    return units.step(stage(0, Call(p, cfg)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache))
 
 
 def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
@@ -86,11 +84,10 @@ def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What all stages of one call share. ids: of stage 0. key: noise, or None."""
+    """What all stages of one call share. key: noise, or None."""
 
     p: Tree
     cfg: HNetConfig
-    ids: jax.Array
     key: jax.Array | None = None
 
 
@@ -105,7 +102,8 @@ def stage(s: int, call: Call) -> Stage:
         u_bmkd: jax.Array, boundary: Boundary, plan: Plan, newest_bkd: jax.Array, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None, Notes]:
         b, m, k, d = u_bmkd.shape
-        v, memory, notes = _run(s + 1, Seen(*_joined(u_bmkd, plan, p, cfg)), memory, call)
+        chunks = Seen(*_joined(u_bmkd, plan, p, cfg), plan.ids, deep=True)
+        v, memory, notes = _run(s + 1, chunks, memory, call)
         v = (project(v, p["part"]) if "part" in p else v).astype(jnp.float32)
         if chunking.mix == "ema":
             p_bm = jnp.take_along_axis(boundary.p, plan.at, axis=1)
@@ -130,7 +128,7 @@ def _run(s: int, seen: Seen, memory: Memory | None, call: Call) -> tuple[jax.Arr
     if s < cfg.stages - 1:
         key = None if call.key is None else jax.random.fold_in(call.key, s)
         return units.run(stage(s, call), seen.replace(key=key), memory)
-    states, place = None if memory is None else memory.layers[0], Place.after(memory, tokens)
+    states, place = None if memory is None else memory.layers[0], Place.after(memory, seen)
     with jax.named_scope("main"):
         y_btd, states, said = _stack("main", s, _lifted(seen.h, p), states, place, call)
     if memory is not None:
@@ -150,7 +148,7 @@ def _stack(
     # Policies draw apart from rules, whose keys have the stages' numbers.
     key = None if call.key is None or states is not None else jax.random.fold_in(call.key, cfg.stages)
     context = Context(
-        tokens, place.length, place.fresh, place.reading, ids=None if s else call.ids, key=key,
+        tokens, place.length, place.fresh, place.reading, ids=place.ids, key=key,
         shared=call.p.get("relative"), remat=cfg.remat and states is None,
     )  # fmt: skip
     runs = cfg.stacks(s)[name == "decoder"]

@@ -116,9 +116,12 @@ def decode(
         offsets = jnp.arange(n + 1)[None]
         # Past the end, where nothing is written, what a row has not got.
         at = jnp.where(offsets < said.count[:, None], (state.made - before)[:, None] + offsets, CHUNK + offsets)
+        # A call reads once for all that it gives.
+        first = jnp.where(took > 0, state.made - before, CHUNK)
         made = Made(
             tokens=made.tokens.at[rows[:, None], at].set(said.tokens, mode="drop", unique_indices=True),
-            reads=made.reads + jnp.where(took > 0, read_b, 0.0),
+            held=made.held.at[rows, first].set(held_b, mode="drop"),
+            read=made.read.at[rows, first].set(read_b, mode="drop"),
             peak=jnp.maximum(made.peak, jnp.where(state.done, 0.0, held_b).sum()),
         )
         tried_b = jnp.where(wide, count_b, 0)
@@ -133,8 +136,7 @@ def decode(
         )
         return after, own, made, tally
 
-    nothing = Made(jnp.full((b, CHUNK), -1, jnp.int32), jnp.zeros(b, jnp.float32), jnp.float32(0))
-    return jax.lax.while_loop(going, step, (state, own, nothing, Tally.zero(b, n)))
+    return jax.lax.while_loop(going, step, (state, own, Made.nothing(b), Tally.zero(b, n)))
 
 
 def short(state: State, until: jax.Array, n: int) -> jax.Array:

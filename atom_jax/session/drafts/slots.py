@@ -105,9 +105,14 @@ class DraftSlots(Slots):
 
 
 def _joined(one: Made, two: Made) -> Made:
-    """What two calls made, as one."""
-    tokens = np.full_like(one.tokens, -1)
-    for row, first, second in zip(tokens, one.tokens, two.tokens):
-        both = np.concatenate([first[first >= 0], second[second >= 0]])
-        row[: len(both)] = both
-    return Made(tokens, one.reads + two.reads, np.maximum(one.peak, two.peak))
+    """What two calls made, as one, without the gaps between what their steps gave."""
+
+    def joined(one: np.ndarray, two: np.ndarray, none: int) -> np.ndarray:
+        out = np.full_like(one, none)
+        for row, first, second in zip(out, one, two):
+            both = np.concatenate([first[first > none], second[second > none]])
+            row[: len(both)] = both
+        return out
+
+    pairs = ((one.tokens, two.tokens, -1), (one.held, two.held, 0), (one.read, two.read, 0))
+    return Made(*(joined(*pair) for pair in pairs), np.maximum(one.peak, two.peak))

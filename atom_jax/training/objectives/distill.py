@@ -1,4 +1,6 @@
-"""Retrofitting learned evictors: a model with eviction is trained towards itself without (Łańcucki et al., 2025)."""
+"""Retrofitting learned evictors: a model with eviction is trained towards itself without (Łańcucki et al., 2025).
+
+Merging (`kvcache.dmc`) is learned in the same way: what merges is what is evicted here."""
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ class Distill(Objective):
         "both", their mean.
     cr_start, cr_end, cr_steps: the compression ratio CR rises linearly over so many steps; a share 1 - 1/CR of all
         decisions should evict, and what is missing from it is added to the loss, `weight` times.
+    cool: relaxed decisions become harder over these steps: factor on their temperature in the end.
     fade_steps: of the borrowed form: steps over which the borrowed channel leaves attention, before anything is
         evicted.
     remat: compute the layers again in the backward pass instead of keeping their activations.
@@ -38,6 +41,7 @@ class Distill(Objective):
     cr_end: float = 8.0
     cr_steps: int = 238
     weight: float = 1.0
+    cool: float = 1.0
     fade_steps: int = 0
     remat: bool = True
 
@@ -51,7 +55,7 @@ class Distill(Objective):
     }
 
     def __post_init__(self):
-        config.check(self, weight=(0, 1e6))
+        config.check(self, weight=(0, 1e6), cool=(1e-6, 1))
         if self.direction not in ("reverse", "forward", "both"):
             raise AtomError(f"distill.direction: expected reverse, forward or both, got {self.direction!r}")
         if min(self.cr_start, self.cr_end) < 1 or self.cr_steps < 1 or self.fade_steps < 0:
@@ -64,10 +68,13 @@ class Distill(Objective):
         """The divergences whose mean is minimised."""
         return ("reverse", "forward") if self.direction == "both" else (self.direction,)
 
+    def progress(self, step: Any) -> jax.Array:
+        """From 0 to 1 while the compression ratio rises, f32 []."""
+        return jnp.clip((step - self.fade_steps) / self.cr_steps, 0.0, 1.0)
+
     def target(self, step: Any) -> jax.Array:
         """The share of decisions that should evict at a step, f32 []."""
-        progress = jnp.clip((step - self.fade_steps) / self.cr_steps, 0.0, 1.0)
-        return 1.0 - 1.0 / (self.cr_start + (self.cr_end - self.cr_start) * progress)
+        return 1.0 - 1.0 / (self.cr_start + (self.cr_end - self.cr_start) * self.progress(step))
 
     def check(self, exp: Any) -> None:
         """The model's memory must have something to learn."""
@@ -98,10 +105,12 @@ class Distill(Objective):
 
 
 def counts(batch: Batch, cfg: transformer.TransformerConfig) -> dict[str, jax.Array]:
-    """f32 []: targets, those of them in the divergence, and rows."""
+    """f32 []: targets, those of them in the divergence, rows, and documents in them."""
+    documents = jnp.sum(jnp.max(batch.segments, axis=1), dtype=jnp.float32)
     compared = jnp.sum(_compared(batch, cfg), dtype=jnp.float32)
     targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-    return {"targets": targets, "compared": compared, "rows": jnp.float32(batch.ids.shape[0])}
+    rows = jnp.float32(batch.ids.shape[0])
+    return {"targets": targets, "compared": compared, "rows": rows, "documents": documents}
 
 
 def self_distillation(
@@ -121,7 +130,7 @@ def self_distillation(
     With a key, decisions are relaxed and drawn; without (validation), they are hard, and no share is demanded. The
     rest as for `losses.next_token`; positions whose input ends a text do not count in the divergence. whole: `counts`
     of the batch that this one is a part of. `learned`: kl (nats per token), agreement (share of tokens where both
-    think the same token likeliest), evicted (share of decisions), held (entries per head at the end of a row).
+    think the same token likeliest), evicted (share of decisions), held (entries per head at the end of a document).
     """
     b, t = batch.ids.shape
     fade, before = None, 0.0
@@ -133,7 +142,8 @@ def self_distillation(
         teacher_mode = Mode("off", fade=jnp.where(step < how.fade_steps, 1.0, 0.0))
     if key is not None:
         relaxed = cfg.memory.mode(key, cfg.n_layers, b, cfg.n_kv_heads, t)
-        student_mode = relaxed.replace(noise=relaxed.noise + before, fade=fade)
+        cool = None if how.cool == 1 or step is None else how.cool ** how.progress(step)
+        student_mode = relaxed.replace(noise=relaxed.noise + before, fade=fade, cool=cool)
     frozen = jax.lax.stop_gradient(params)
     teacher, _, _ = transformer.hidden(frozen, batch, cfg=cfg, mode=teacher_mode)
     student, _, aux = transformer.hidden(
@@ -156,7 +166,7 @@ def self_distillation(
         missing = how.weight * jnp.sum(jnp.maximum(how.target(step) - share_b, 0.0))
     whole = own if whole is None else whole
     loss = kl / jnp.maximum(whole["compared"], 1.0) + missing / whole["rows"]
-    held = jnp.mean(aux["occupancy"].astype(jnp.float32))
+    held = jnp.sum(jnp.mean(aux["occupancy"].astype(jnp.float32), axis=(0, 2)))
     return Sums(
         objective=loss * whole["targets"],
         nats=jnp.sum(found["nats"] * batch.loss_mask),
@@ -166,7 +176,7 @@ def self_distillation(
             "kl": jnp.stack([kl, own["compared"]]),
             "agreement": jnp.stack([agree, own["compared"]]),
             "evicted": jnp.stack([jnp.sum(share_b), own["rows"]]),
-            "held": jnp.stack([held * b, own["rows"]]),
+            "held": jnp.stack([held, own["documents"]]),
         },
     )
 

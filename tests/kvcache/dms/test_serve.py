@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.dms import DMS, pool, serve
+from atom_jax.kvcache import paged, pool
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import layers, registry, transformer
 from atom_jax.params import init
 from atom_jax.session import reading
@@ -100,7 +101,7 @@ def test_official_left_padding(official):
 
 
 def test_official_decoding(official, monkeypatch):
-    monkeypatch.setattr(serve, "AHEAD", 8)  # so that the memory has to grow
+    monkeypatch.setattr(paged, "AHEAD", 8)  # so that the memory has to grow
     cfg, params, io = official
     out, cache = read_in(params, io["input_ids"], 40, cfg=cfg)
     token, made, last = out[:, -1].argmax(-1), [], []
@@ -208,7 +209,7 @@ CASES = {
 
 @pytest.mark.parametrize(("memory", "calls", "unstacked"), CASES.values(), ids=list(CASES))
 def test_like_the_pass_without_a_cache(memory, calls, unstacked, monkeypatch):
-    monkeypatch.setattr(serve, "AHEAD", 16)
+    monkeypatch.setattr(paged, "AHEAD", 16)
     cfg, params = untrained(memory)
     ids = np.random.default_rng(0).integers(0, 48, (3, int(np.sum(calls, axis=0).max())))
     worst, held, expected = follow(params, ids, calls, cfg=cfg, unstacked=unstacked)

@@ -70,15 +70,15 @@ def example(source, tmp_path_factory):
 
 
 @pytest.fixture
-def stop_once(monkeypatch):
-    """When it is called, the next run is stopped by a signal after its first step."""
+def stop_after(monkeypatch):
+    """When it is called, the runs to come are stopped by signals after these of all their steps, counted from 1."""
 
-    def arm():
+    def arm(*steps):
         ask, asked = interrupt.Agreement.ask, []
 
         def stopping(self, interrupted):
             asked.append(1)
-            if len(asked) == 1:
+            if len(asked) in steps:
                 signal.raise_signal(signal.SIGTERM)
                 interrupted = True
             return ask(self, interrupted)

@@ -1,8 +1,7 @@
-"""A subword model becomes a Bolmo: both stages in one run, stopped and continued, and what is left behind."""
+"""A subword model becomes a Bolmo: both stages in one run, and what is left behind."""
 
 import contextlib
 import json
-import signal
 
 import chex
 import jax
@@ -11,11 +10,10 @@ import pytest
 
 import atom_jax
 from atom_jax import config, params
-from atom_jax.aot.training import check
 from atom_jax.data import vocabulary
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import transformer
-from atom_jax.training import interrupt, loop, start
+from atom_jax.training import loop, start
 from atom_jax.training.record import read
 from atom_jax.typing import LM, AtomError
 from configs import bolmo
@@ -96,24 +94,6 @@ def test_the_sources_own_bits(source, whole):
     np.testing.assert_allclose(nats / size / np.log(2), expected, rtol=1e-5)
 
 
-def test_stopped_in_both_stages_and_continued_equals_uninterrupted(source, whole, tmp_path, monkeypatch):
-    ask, asked = interrupt.Agreement.ask, []
-
-    def stopping(self, interrupted):
-        asked.append(1)
-        if len(asked) in (2, 8):
-            signal.raise_signal(signal.SIGTERM)
-            interrupted = True
-        return ask(self, interrupted)
-
-    monkeypatch.setattr(interrupt.Agreement, "ask", stopping)
-    ends = [loop.fit(experiment(source), tmp_path) for _ in range(3)]
-    assert [(r.step, r.signal) for r in ends] == [(2, signal.SIGTERM), (2, signal.SIGTERM), (6, 0)]
-    assert len(lines(tmp_path / "first", "train")) == 6
-    chex.assert_trees_all_equal(atom_jax.load(tmp_path).params, atom_jax.load(whole[0]).params)
-    assert ends[-1].validation == whole[1].validation
-
-
 def test_the_result_in_the_published_layout(source, whole, tmp_path):
     lm = atom_jax.load(whole[0])
     assert lm.family == "bolmo" and lm.tokenizer.subwords.vocab_size == 400
@@ -124,13 +104,6 @@ def test_the_result_in_the_published_layout(source, whole, tmp_path):
     chex.assert_trees_all_equal(again.params, lm.params)
     texts = [atom_jax.generate(m, ["It was", "a"], 5).ids for m in (lm, again)]
     assert texts[0] == texts[1] and [len(row) for row in texts[0]] == [5, 5]
-
-
-@pytest.mark.parametrize("variant", ["tiny_byteify", "tiny_byteify_first"])
-def test_the_steps_compile_without_a_source(variant):
-    exp = bolmo.tiny_byteify()
-    report = check(exp.first if variant.endswith("first") else exp, "cpu:8")
-    assert report.fits and report.needed > 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Self-distillation next to the official losses and gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import families
-from atom_jax.kvcache.dms import decide
+from atom_jax.kvcache import learned
+from atom_jax.kvcache.dmc import DMC
+from atom_jax.models import transformer
 from atom_jax.training.objectives import distill
 from atom_jax.typing import AtomError
 from tests.kvcache.dms import tiny
@@ -25,7 +28,7 @@ def sums(case, params, monkeypatch, tau, key=True, **how):
     cfg = dataclasses.replace(cfg, memory=dataclasses.replace(cfg.memory, tau=tau))
     batch = tiny.batch(io["input_ids"])
     batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
-    monkeypatch.setattr(decide, "logistic", lambda key, shape: jnp.asarray(io["train_noise"]))
+    monkeypatch.setattr(learned, "logistic", lambda key, shape: jnp.asarray(io["train_noise"]))
     settings = distill.Distill(**{"cr_start": 8.0, "cr_end": 8.0, **how})
     lengths = np.ones(cfg.vocab_size, np.int32)
     drawn = jax.random.key(0) if key else None
@@ -89,7 +92,6 @@ def test_senseless_settings_are_refused(field, value):
 
 def test_only_the_evictors_get_gradients_when_the_rest_is_frozen(golden):
     cfg, params, _ = tiny.load(golden / "dms" / "separate_alpha")
-    from atom_jax.models import transformer
     from atom_jax.training import optim
     from atom_jax.training.config import Group, OptimConfig
 
@@ -97,3 +99,29 @@ def test_only_the_evictors_get_gradients_when_the_rest_is_frozen(golden):
     made = optim.make(OptimConfig(groups=groups), transformer.spec(cfg), 10)
     learn, _ = made.split(params)
     assert set(params_lib.flatten(learn)) == {"layers/attn/dms/alpha", "layers/attn/dms/norm"}
+
+
+def test_merging_is_retrofitted_in_the_same_way():
+    memory = DMC("adapter", scale=1.0, offset=1000.0, mass=True, bias=True)
+    cfg = transformer.TransformerConfig(
+        vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
+    )
+    params = params_lib.init(jax.random.key(0), transformer.spec(cfg))
+    batch = tiny.batch(np.random.default_rng(0).integers(0, 40, (2, 24)))
+    batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
+    how = distill.Distill(cr_start=4.0, cr_end=8.0, remat=False)
+
+    @functools.partial(jax.jit, static_argnames="offset")
+    def run(offset):
+        changed = dataclasses.replace(cfg, memory=dataclasses.replace(memory, offset=offset))
+        return distill.self_distillation(
+            params, batch, jax.random.key(0), jnp.int32(0), cfg=changed, lengths=np.ones(40, np.int32), how=how
+        )
+
+    never, half = run(1000.0), run(0.0)
+    assert abs(never.learned["kl"][0]) < 1e-3 and never.learned["evicted"][0] == 0
+    np.testing.assert_allclose(never.objective / never.tokens, 1 - 1 / 4, atol=1e-4)
+    share, held = (half.learned[name][0] / 2 for name in ("evicted", "held"))
+    assert half.learned["kl"][0] > 0 and 0.3 < share < 0.7
+    # What doesn't merge is held.
+    np.testing.assert_allclose(held, 24 * (1 - share), rtol=1e-5)

@@ -119,8 +119,8 @@ def own(workdir, step=4):
     return store._restore(workdir / "checkpoints" / str(step) / "second", {"w": shape})["w"]
 
 
-def test_stopped_and_continued_equals_uninterrupted(whole, tmp_path, stop_once):
-    stop_once()
+def test_stopped_and_continued_equals_uninterrupted(whole, tmp_path, stop_after):
+    stop_after(1)
     ends = [loop.fit(experiment(), tmp_path) for _ in range(2)]
     assert [r.step for r in ends] == [1, 4] and ends[1].validation == whole[1].validation
     chex.assert_trees_all_equal(atom_jax.load(tmp_path).params, atom_jax.load(whole[0]).params)

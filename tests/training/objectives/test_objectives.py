@@ -19,7 +19,7 @@ from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.types import PlanState
 from atom_jax.data.pipeline import make_iterator
-from atom_jax.kvcache.dms import decide
+from atom_jax.kvcache import learned
 from atom_jax.training import loop, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.objectives import OBJECTIVES, Byteify, Distill, Fit, NextToken
@@ -55,14 +55,15 @@ def test_batches_and_steps_are_known_without_data(example, name):
     for exp, _ in example(name).stages(pathlib.Path("nowhere")):
         with opened(exp) as (program, rows):
             chex.assert_trees_all_equal_shapes_and_dtypes(program.put(rows), program.abstract_batch())
-        report = aot.check(config.override(exp, ["init_from="]), "cpu:8")
+        nothing = ["init_from=", *(["byteify.source="] if exp.byteify else [])]
+        report = aot.check(config.override(exp, nothing), "cpu:8")
         assert report.fits and 0 < report.needed <= report.executed
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_parts_of_a_batch_add_up(example, name, monkeypatch):
     """But for noise, which is drawn for every part."""
-    monkeypatch.setattr(decide, "logistic", lambda key, shape: jnp.full(shape, 0.3))
+    monkeypatch.setattr(learned, "logistic", lambda key, shape: jnp.full(shape, 0.3))
     for exp, _ in example(name).stages(pathlib.Path("nowhere")):
         found = []
         for parts in (1, 4):
@@ -79,13 +80,14 @@ def test_parts_of_a_batch_add_up(example, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_stopped_and_continued_equals_uninterrupted(example, name, tmp_path, stop_once):
+def test_stopped_and_continued_equals_uninterrupted(example, name, tmp_path, stop_after):
+    """In every stage, each of two steps."""
     exp = example(name)
-    whole = loop.fit(exp, tmp_path / "whole")
-    stop_once()
-    ends = [loop.fit(exp, tmp_path / "cut") for _ in range(2)]
-    assert [(r.step, r.signal) for r in ends] == [(1, signal.SIGTERM), (2, 0)]
-    assert ends[1].validation == whole.validation and np.isfinite(whole.validation["loss"])
+    whole, stages = loop.fit(exp, tmp_path / "whole"), len(exp.stages(tmp_path))
+    stop_after(*range(1, 2 * stages, 2))
+    ends = [loop.fit(exp, tmp_path / "cut") for _ in range(stages + 1)]
+    assert [(r.step, r.signal) for r in ends] == [*stages * [(1, signal.SIGTERM)], (2, 0)]
+    assert ends[-1].validation == whole.validation and np.isfinite(whole.validation["loss"])
     chex.assert_trees_all_equal(*(atom_jax.load(tmp_path / run).params for run in ("whole", "cut")))
 
 

@@ -32,7 +32,7 @@ class Pool:
 
     k, v: [p, c, k]. owner: i32 [p], the page's row; b * h: free. filled: i32 [p], entries in it. n: i32 [b, h],
     entries of every row. tail: i32 [b, h], flat index of the next free entry of the row, -1 where it needs a page.
-    used: i32 [], pages handed out.
+    used: i32 [], pages handed out. bias: f32 [p, c], added to the scores of the entries, or None.
     """
 
     k: jax.Array
@@ -42,14 +42,16 @@ class Pool:
     n: jax.Array
     tail: jax.Array
     used: jax.Array
+    bias: Any = None
 
     @classmethod
-    def empty(cls, b: int, h: int, pages: int, page: int, k: int, dtype: Any) -> Pool:
+    def empty(cls, b: int, h: int, pages: int, page: int, k: int, dtype: Any, biased: bool = False) -> Pool:
         """Free pages."""
         return cls(
             *(jnp.zeros((pages, page, k), dtype) for _ in range(2)),
             jnp.full(pages, b * h, jnp.int32), jnp.zeros(pages, jnp.int32),
             jnp.zeros((b, h), jnp.int32), jnp.full((b, h), -1, jnp.int32), jnp.int32(0),
+            jnp.zeros((pages, page), jnp.float32) if biased else None,
         )  # fmt: skip
 
     @property
@@ -67,12 +69,14 @@ class Pool:
         """bool [p, c]: entries that hold something."""
         return jnp.arange(self.k.shape[-2])[None] < self.filled[:, None]
 
-    def put(self, k_bhk: jax.Array, v_bhk: jax.Array, instead: jax.Array, live: jax.Array) -> tuple[Pool, jax.Array]:
+    def put(
+        self, k_bhk: jax.Array, v_bhk: jax.Array, instead: jax.Array, live: jax.Array, bias_bh: Any = None
+    ) -> tuple[Pool, jax.Array]:
         """One new entry for every row with `live`, bool [b, h], and the flat indices of all, i32 [b, h].
 
         It takes the place of entry `instead`, i32 [b, h], where that is not negative, else the row's next free one.
         """
-        pages, page, size = self.k.shape
+        pages, page, _ = self.k.shape
         rows = jnp.arange(self.rows)
         instead, live, tail = (x.reshape(-1) for x in (instead, live, self.tail))
         adds = live & (instead < 0)
@@ -86,7 +90,8 @@ class Pool:
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             # One index per row: XLA then updates in place.
-            return old.at[at].set(new.reshape(-1, size).astype(old.dtype), mode="drop", unique_indices=True)
+            new = new.reshape(-1, *old.shape[2:]).astype(old.dtype)
+            return old.at[at].set(new, mode="drop", unique_indices=True)
 
         after = slot + 1
         shape = self.n.shape
@@ -98,6 +103,7 @@ class Pool:
             self.n + adds.reshape(shape),
             jnp.where(adds, jnp.where(after % page == 0, -1, after), tail).reshape(shape),
             self.used + handed[-1],
+            None if self.bias is None else write(self.bias, bias_bh),
         )
         return new, slot.reshape(shape)
 
@@ -109,6 +115,8 @@ class Pool:
         size = q_bhgk.shape[-1]
         q_pgk = q_bhgk.reshape(-1, *q_bhgk.shape[2:])[self.row_of]
         scores = jnp.einsum("pgk,pck->pgc", q_pgk, self.k, preferred_element_type=jnp.float32) * size**-0.5
+        if self.bias is not None:
+            scores += self.bias[:, None]
         masked = jnp.where(jnp.broadcast_to(self.there[:, None], scores.shape), scores, NEGATIVE)
         top = masked.max(-1)
         weights = jnp.exp(masked - top[..., None])
@@ -130,7 +138,7 @@ class Pool:
     @property
     def by_kernel(self) -> bool:
         """Whether `attend_pages` is to be used: on one TPU, for pages that its kernel can read."""
-        return choose(None) != "reference" and alone() and fits(self.k.shape[-2], self.k.dtype)
+        return self.bias is None and choose(None) != "reference" and alone() and fits(self.k.shape[-2], self.k.dtype)
 
     def _mine(self) -> jax.Array:
         return self.owner[None] == jnp.arange(self.rows)[:, None]
@@ -166,6 +174,7 @@ class Pool:
             row = self.owner[p]
             total, top, out = (x[row] for x in sums)
             scores = jnp.einsum("nk,ck->nc", q[row], self.k[p], preferred_element_type=jnp.float32)
+            scores = scores if self.bias is None else scores + self.bias[p][None]
             seen = there[p][None] & (positions[row // h][:, None] < until_pc[p][None])
             new_top = jnp.maximum(top, jnp.max(jnp.where(seen, scores, NEGATIVE), axis=-1))
             weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
@@ -180,14 +189,15 @@ class Pool:
         return total.reshape(b, h, g, t), top.reshape(b, h, g, t), out.reshape(q_bhgtk.shape)
 
     def rebuild(
-        self, alive_pc: jax.Array | None, k_bhtk: jax.Array, v_bhtk: jax.Array, alive_bht: jax.Array
-    ) -> tuple[Pool, jax.Array | None, jax.Array]:
+        self, alive_pc: jax.Array | None, k_bhtk: jax.Array, v_bhtk: jax.Array, alive_bht: jax.Array,
+        bias_bht: Any = None,
+    ) -> tuple[Pool, jax.Array | None, jax.Array]:  # fmt: skip
         """All rows laid out anew: the entries `alive_pc` (None: the pool is empty), then the tokens `alive_bht`.
 
         Returns the flat indices of old entries, i32 [p * c], and of tokens, i32 [b, h, t], too (those of the others
         lie beyond the end). The pages must suffice; what does not fit is lost.
         """
-        pages, page, size = self.k.shape
+        pages, page, _ = self.k.shape
         b, h, t, _ = k_bhtk.shape
         end = pages * page
         tokens = alive_bht.reshape(-1, t).astype(jnp.int32)
@@ -210,9 +220,9 @@ class Pool:
         source = jnp.zeros(end, jnp.int32).at[to].set(jnp.arange(len(to), dtype=jnp.int32), mode="drop")
 
         def move(old: jax.Array, new: jax.Array) -> jax.Array:
-            every = new.reshape(-1, size).astype(old.dtype)
+            every = new.reshape(-1, *old.shape[2:]).astype(old.dtype)
             if alive_pc is not None:
-                every = jnp.concatenate([old.reshape(-1, size), every])
+                every = jnp.concatenate([old.reshape(-1, *old.shape[2:]), every])
             return every[source].reshape(old.shape)
 
         ids = jnp.arange(pages, dtype=jnp.int32)
@@ -221,8 +231,9 @@ class Pool:
         filled = jnp.where(owner < b * h, jnp.clip(n[row] - (ids - first[row]) * page, 0, page), 0)
         tail = jnp.where(n % page == 0, -1, first * page + n)
         new = Pool(
-            move(self.k, k_bhtk), move(self.v, v_bhtk), owner, filled, n.reshape(b, h), tail.reshape(b, h), last[-1]
-        )
+            move(self.k, k_bhtk), move(self.v, v_bhtk), owner, filled, n.reshape(b, h), tail.reshape(b, h), last[-1],
+            None if self.bias is None else move(self.bias, bias_bht),
+        )  # fmt: skip
         return new, to_old, to_tokens.reshape(b, h, t)
 
     def _ranks(self, count_p: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -251,8 +262,21 @@ class Pool:
         old = order[jnp.clip(start[source[row]] + ids - first[row], 0, len(order) - 1)]
         tail = jnp.where(n % page == 0, -1, (last * page).reshape(n.shape) - page + n % page)
         filled = jnp.where(owner < len(source), self.filled[old], 0)
-        new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1])
+        bias = None if self.bias is None else self.bias[old]
+        new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1], bias)
         return new, (first.reshape(n.shape)[..., None] + rank[slot_bhr // page]) * page + slot_bhr % page
+
+    def joined(self, other: Pool) -> Pool:
+        """The rows of both pools, the other's pages after this one's; they are to be laid out by `rows_of`."""
+        rows, end = self.rows + other.rows, self.k.shape[0] * self.k.shape[1]
+        tail = jnp.where(other.tail < 0, other.tail, other.tail + end)
+        owner = jnp.where(self.owner < self.rows, self.owner, rows)
+        pairs = (
+            (self.k, other.k), (self.v, other.v), (owner, other.owner + self.rows), (self.filled, other.filled),
+            (self.n, other.n), (self.tail, tail),
+        )  # fmt: skip
+        bias = None if self.bias is None else jnp.concatenate([self.bias, other.bias])
+        return Pool(*map(jnp.concatenate, pairs), self.used + other.used, bias)
 
     def _places(self) -> tuple[jax.Array, jax.Array]:
         """Of every row its first place, i32 [r], where pages are ordered by their rows; of every page its number
@@ -276,7 +300,7 @@ class Pool:
         axis = self.owner.ndim - 1
         return self.replace(
             k=fit(self.k, axis, 0), v=fit(self.v, axis, 0), owner=fit(self.owner, axis, self.rows),
-            filled=fit(self.filled, axis, 0),
+            filled=fit(self.filled, axis, 0), bias=None if self.bias is None else fit(self.bias, axis, 0),
         )  # fmt: skip
 
     def pages_for(self, more: int) -> int:

@@ -1,0 +1,53 @@
+"""What the commands of `python -m atom_jax` share: flags of their own, and texts from files."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from atom_jax.files import read_regular
+from atom_jax.typing import AtomError
+
+
+class Flags:
+    """The flags of one command."""
+
+    def __init__(self, usage: str, purpose: str):
+        self._usage, self._values = usage, flags.FlagValues()
+        self._help = [f"python -m atom_jax {usage} [flags]", "", purpose, ""]
+
+    def add(self, define: Callable[..., Any], name: str, default: Any, text: str) -> None:
+        """Defines a flag with one of absl's DEFINE functions."""
+        define(name, default, text, flag_values=self._values)
+        known = "" if default in (None, False, [], "") else f" (default {default})"
+        self._help.append(f"  --{name:<16} {text}{known}")
+
+    def parse(self, argv: list[str], positional: int) -> tuple[flags.FlagValues, list[str]]:
+        """Returns the flags and the arguments left over, of which there must be `positional`."""
+        if any(a in ("--help", "-h", "-help") for a in argv):
+            print("\n".join(self._help))
+            raise Done
+        rest = self._values(argv)[1:]
+        if len(rest) != positional:
+            given = " ".join(rest) or "nothing"
+            raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
+        return self._values, rest
+
+
+class Done(Exception):
+    """The command has nothing left to do."""
+
+
+def text_of(text: str | None, file: str | None) -> str | bytes:
+    """What --text or --file says."""
+    if (text is None) == (file is None):
+        raise AtomError("--text or --file is missing" if text is None else "--text and --file were given: choose one")
+    if text is not None:
+        return text
+    try:
+        return read_regular(file).removeprefix(codecs.BOM_UTF8)
+    except OSError as e:
+        raise AtomError(f"--file={file}: {e.strerror}") from None

@@ -1,0 +1,80 @@
+"""Commands about checkpoints: convert, transplant, instructify, info."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from atom_jax.commands.flags import Flags
+from atom_jax.typing import AtomError
+
+
+def convert(argv: list[str]) -> None:
+    known = Flags("convert SRC DST", "Converts a checkpoint; DST must not exist yet.")
+    known.add(flags.DEFINE_string, "to", None, "hf or orbax; by default orbax for Hugging Face input, else hf")
+    values, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.convert(source, target, values.to))
+
+
+def transplant(argv: list[str]) -> None:
+    known = Flags(
+        "transplant SRC --tokenizer=PATH --out=DIR",
+        "Makes the table of SRC anew for another tokenizer; everything else stays. Judges it before and after.",
+    )
+    known.add(
+        flags.DEFINE_string, "tokenizer", None, "a directory, tokenizer.json, .tiktoken file, model id, or bytes"
+    )
+    known.add(flags.DEFINE_string, "out", None, "a new directory for the model, transplant.json and transplant.png")
+    known.add(flags.DEFINE_string, "method", "fvt", "how rows are made for tokens that SRC lacks: fvt, focus, "
+              "tokenadapt; with a donor omp, neighbours, landmarks; options as in omp:k=32")  # fmt: skip
+    known.add(flags.DEFINE_string, "donor", None, "a model that has this tokenizer already")
+    known.add(flags.DEFINE_string, "fallback", "normal", "where that fails: normal, covariance, mean, zero, a method")
+    known.add(flags.DEFINE_multi_string, "special", [], "NEW=OLD, special tokens of which NEW gets the row of OLD")
+    known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
+    known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
+    known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it; 0: nothing is judged")
+    values, (source,) = known.parse(argv, 1)
+    for name in ("tokenizer", "out"):
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+    pairs = [entry.split("=") for entry in values.special]
+    if wrong := [entry for entry, pair in zip(values.special, pairs) if len(pair) != 2]:
+        raise AtomError(f"--special={wrong[0]}: expected NEW=OLD")
+
+    from atom_jax import config
+    from atom_jax.evaluation.reports import transplanted
+
+    order = transplanted.Order(
+        source, values.tokenizer, values.method, values.fallback, values.donor, values.text, values.judged,
+        config.in_range("--bytes", values["bytes"].value, int, 0), dict(pairs),
+    )  # fmt: skip
+    transplanted.transplant(order, values.out, lambda text: print(text, flush=True))
+    print(f"wrote {values.out}")
+
+
+def instructify(argv: list[str]) -> None:
+    known = Flags(
+        "instructify MODEL TUNED BASE DST",
+        "Adds what tuning changed in BASE to what was made of it, a Bolmo or a transplanted model, without training.",
+    )
+    known.add(flags.DEFINE_float, "alpha", 1.0, "factor on the difference between TUNED and BASE")
+    values, (model, tuned, base, target) = known.parse(argv, 4)
+
+    from atom_jax.checkpoint import load, save_hf
+    from atom_jax.transfer.lessons import add_tuning
+
+    save_hf(add_tuning(load(model), load(tuned), load(base), values.alpha), target)
+    print(f"wrote {target}")
+
+
+def info(argv: list[str]) -> None:
+    known = Flags("info PATH", "Says what is in a checkpoint.")
+    known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
+    known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
+    values, (path,) = known.parse(argv, 1)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.info(path, values.tensors, values.verify))

@@ -1,0 +1,110 @@
+"""Commands that look at models: summary, fairness, units, memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import flags
+
+from atom_jax.commands.flags import Flags, text_of
+from atom_jax.typing import AtomError
+
+
+def summary(argv: list[str]) -> None:
+    known = Flags("summary WORKDIR [flags]", "Judges a training run on its whole validation text; draws a picture.")
+    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
+    known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
+    values, (workdir,) = known.parse(argv, 1)
+
+    from atom_jax.evaluation.reports import summary
+
+    result = summary.summarize(workdir, values.prompt, values.sample_tokens)
+    print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
+
+
+def fairness(argv: list[str]) -> None:
+    known = Flags("fairness --checkpoint=PATH", "Bits per byte, bytes per unit and units per language.")
+    known.add(flags.DEFINE_multi_string, "checkpoint", None, "what to judge; may be repeated")
+    known.add(flags.DEFINE_string, "source", "corpora/parallel", "directory with a directory for each language")
+    known.add(flags.DEFINE_integer, "limit", 100_000, "bytes per language to read at most; 0: all")
+    known.add(flags.DEFINE_list, "scripts", [], "instead: rates of these scripts that make equal units per language")
+    known.add(flags.DEFINE_float, "prior", 0.2, "with --scripts: unit ends per byte of English, in the first of them")
+    known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint and not values.scripts:
+        raise AtomError("--checkpoint is missing")
+
+    import pathlib
+
+    from atom_jax.evaluation import cache
+    from atom_jax.evaluation.reports import fairness
+
+    if values.scripts:
+        rates = fairness.priors(values.source, values.scripts, values.prior)
+        print(", ".join(f"{name} {rate:.3f}" for name, rate in zip(values.scripts, rates)))
+        return
+    report = fairness.compare(values.checkpoint, values.source, values.limit)
+    if values.out:
+        cache.write_json(pathlib.Path(values.out), report)
+    print(fairness.table(report))
+
+
+def units(argv: list[str]) -> None:
+    known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text with the units that the model makes of it.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
+    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries in")
+    known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if values.color not in ("auto", "always", "never"):
+        raise AtomError(f"--color={values.color}: expected auto, always or never")
+    text = text_of(values.text, values.file)
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation import picture, run
+    from atom_jax.evaluation.reports import unit_strip
+    from atom_jax.evaluation.reports import units as lib
+    from atom_jax.evaluation.tasks import EvalConfig
+
+    if values.out is not None:
+        picture.check_name(values.out)
+    lm = load(values.checkpoint)
+    found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
+    if values.out is not None:
+        unit_strip.draw(found, values.out)
+    terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(lib.render(found, values.color == "always" or (values.color == "auto" and terminal)))
+    number, length, before = found.windows
+    if number > 1:
+        print(f"read in {number} windows of {length} tokens, with {before} or more before each", file=sys.stderr)
+
+
+def memory(argv: list[str]) -> None:
+    known = Flags("memory --checkpoint=PATH --text=TEXT", "Says which tokens of a text each head keeps.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for a checkpoint that has none")
+    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
+    known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
+    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the decisions in")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if values.tokens < 0:
+        raise AtomError(f"--tokens={values.tokens}: expected at least 0")
+    text = text_of(values.text, values.file)
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import memory_picture
+
+    if values.out is not None:
+        picture.check_name(values.out)
+    memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
+    if values.out is not None:
+        memory_picture.draw(memory, values.out)
+    print(memory_picture.summary(memory))

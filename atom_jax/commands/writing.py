@@ -1,0 +1,213 @@
+"""Commands that write text: generate, chat, reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from absl import flags
+
+from atom_jax import terminal
+from atom_jax.commands.flags import Flags, text_of
+from atom_jax.typing import AtomError
+
+
+def generate(argv: list[str]) -> int | None:
+    known = Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_multi_string, "prompt", None, "text to continue; several --prompt run as one batch")
+    known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
+    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_string, "memory", None,
+              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
+              "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
+    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
+    known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
+    known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
+    known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
+    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1")
+    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
+    known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
+    known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
+    known.add(flags.DEFINE_multi_string, "mesh", [],
+              "with --compile_only: AXIS=N, how chips are used; by default one is")  # fmt: skip
+    values, _ = known.parse(argv, 0)
+    if values.compile_only:
+        return _compile(values)
+    for name in ("checkpoint", "prompt"):
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+
+    import jax
+
+    from atom_jax import config
+    from atom_jax.checkpoint import load
+    from atom_jax.inference import chat as chat_lib
+    from atom_jax.inference.generate import generate
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+    from atom_jax.session.drafts import drafters
+
+    seed = config.in_range("--seed", values.seed, int)
+    policy = None if values.memory is None else policies.parse(values.memory)
+    draft = drafters.parse(values.draft)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policy)
+    alone = len(values.prompt) == 1 and not values.json
+    result = generate(
+        lm,
+        values.prompt,
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        key=jax.random.key(seed),
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        stop=values.stop,
+        on_text=_write if alone else None,
+        draft=draft,
+        draft_tokens=values.draft_tokens,
+    )
+    if values.json:
+        table = {"text": result.text, "ids": result.ids, "stats": result.stats}
+        print(json.dumps(table, ensure_ascii=not terminal.is_utf8()))
+    elif alone:
+        print()
+    else:
+        for prompt, text in zip(values.prompt, result.text):
+            print(f"--- {prompt}\n{text}")
+    _report(result.stats, everything=values.stats)
+    if any(not ids for ids in result.ids) and chat_lib.template_of(lm) is not None:
+        print("the model ended at once; it was tuned for conversations: python -m atom_jax chat", file=sys.stderr)
+
+
+def _compile(values: flags.FlagValues) -> int:
+    """Prints what generation needs; 1 where it does not fit."""
+    from atom_jax import config
+    from atom_jax.aot.generation import described, generation
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+    from atom_jax.sharding import MeshConfig
+
+    lm = described(values.checkpoint, values.config, values.adapter)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policies.parse(values.memory))
+    mesh = config.build(MeshConfig, values.mesh, "--mesh") if values.mesh else None
+    report = generation(lm, values.rows, values.length, values.topology, mesh)
+    print(report)
+    return 0 if report.fits else 1
+
+
+def _write(row: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _report(stats: dict[str, float], everything: bool) -> None:
+    rate = f"{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s"
+    print(f"{rate} ({stats['prompt_tokens']} of prompt, first token after {stats['prefill_seconds']:.1f} s)",
+          file=sys.stderr)  # fmt: skip
+    if everything:
+        for name, value in stats.items():
+            print(
+                f"  {name:<20}{value:,.3f}" if isinstance(value, float) else f"  {name:<20}{value:,}", file=sys.stderr
+            )
+
+
+def chat(argv: list[str]) -> None:
+    known = Flags(
+        "chat --checkpoint=PATH",
+        "Talks with a model: a line is a message. /stats says what the memory holds, /reset begins anew, /quit ends;"
+        " Ctrl-C ends an answer.",
+    )
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=512")
+    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation")
+    known.add(flags.DEFINE_string, "file", None, "a document that the first message brings along")
+    known.add(flags.DEFINE_integer, "max_new_tokens", 512, "most tokens of an answer")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+
+    import jax
+
+    from atom_jax import config
+    from atom_jax.checkpoint import load
+    from atom_jax.inference import talk
+    from atom_jax.inference.chat import Chat
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+
+    seed = config.in_range("--seed", values.seed, int)
+    policy = None if values.memory is None else policies.parse(values.memory)
+    document = None if values.file is None else text_of(None, values.file)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policy)
+    options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
+    talk.talk(lambda: Chat(lm, values.system, **options), values.max_new_tokens, document)
+
+
+def reason(argv: list[str]) -> None:
+    known = Flags("reason --checkpoint=PATH --problem=TEXT", "Thinks in several chains, whose answers vote.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_string, "puzzle", "subset", "of what kind --problem is")
+    known.add(flags.DEFINE_string, "problem", None, "such as 'a 10 b 18 c 15 d 11 goal 26'; its answer is checked")
+    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds")
+    known.add(flags.DEFINE_string, "answer", "boxed",
+              "a regular expression (its first group, where it has one); the last match of a chain is its answer; "
+              "boxed: what stands in \\boxed{}")  # fmt: skip
+    known.add(flags.DEFINE_integer, "chains", 8, "how many times the problem is thought about")
+    known.add(flags.DEFINE_integer, "length", 512, "most tokens of a chain; one that has not ended abstains")
+    known.add(flags.DEFINE_float, "temperature", 1.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_float, "min_p", 0.2, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=64")
+    known.add(flags.DEFINE_string, "vote", "majority", "majority, or verify: the first answer that is right")
+    known.add(flags.DEFINE_string, "stop", "none",
+              "end chains early: decided (the vote can't change), first:M (M have answered), verified")  # fmt: skip
+    known.add(flags.DEFINE_bool, "show", False, "print the chains; what later steps can do without is grey")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if (values.problem is None) == (values.prompt is None):
+        raise AtomError(
+            "--problem or --prompt is missing" if values.problem is None else "--problem and --prompt: choose"
+        )
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation.reports import chains
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+
+    policy = None if values.memory is None else policies.parse(values.memory)
+    task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
+    lm = load(values.checkpoint, adapter=values.adapter)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policy)
+    result = chains.run(
+        lm, task, values.chains, values.length, values.temperature, values.seed, min_p=values.min_p, vote=values.vote,
+        stop=values.stop,
+    )  # fmt: skip
+    if values.json:
+        print(json.dumps(chains.as_json(task, result), ensure_ascii=not terminal.is_utf8()))
+        return
+    grey = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(chains.report(task, result, values.show, grey))

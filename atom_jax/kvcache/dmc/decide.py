@@ -1,0 +1,88 @@
+"""Decisions of tokens to merge, and the weights that they have in means (Nawrot et al., 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from atom_jax.kvcache.dmc.config import Settings
+from atom_jax.kvcache.learned import project, shift, straight_through
+from atom_jax.kvcache.policy import Heads, Mode
+from atom_jax.nn.attention import NEGATIVE, Tokens
+from atom_jax.params import Tree
+
+# Limits of a logarithm of a weight.
+STEEPEST = 20.0
+
+
+@struct.dataclass
+class Said:
+    """Of every token, f32 [b, h, t]: the decision logit z and the weight w."""
+
+    z: jax.Array
+    w: jax.Array
+
+
+@struct.dataclass
+class Decisions:
+    """What one layer decided.
+
+    p: f32 [b, h, t], the probability with which tokens merge; merges: bool [b, h, t], whether they do, and soft: f32
+    [b, h, t], 0 or 1 with the gradient of the probability. keep: f32 [b, h, t], added to the scores of the entry of
+    the token at t by queries after it; None: all stay.
+    """
+
+    p: jax.Array
+    merges: jax.Array
+    soft: jax.Array
+    keep: Any
+
+
+def say(p: Tree, heads: Heads, cfg: Settings) -> Said:
+    """What every token says of itself."""
+    if cfg.form == "borrowed":
+        h = heads.k_bthk.shape[2]
+        z = heads.k_bthk[..., -1].astype(jnp.float32).transpose(0, 2, 1) - cfg.offset
+        q = heads.q_btnk[..., -1].astype(jnp.float32)
+        mean = q.reshape(*q.shape[:2], h, -1).mean(-1).transpose(0, 2, 1)
+        # As in the released code: a weight is never 0.
+        return Said(z, jax.nn.sigmoid(mean + cfg.offset) + float(jnp.finfo(heads.q_btnk.dtype).eps))
+    z = project(heads, p["norm"], p["alpha"], p["bias"] if cfg.bias else None) * cfg.scale - cfg.offset
+    return Said(z, jnp.exp(jnp.clip(project(heads, p["norm"], p["weight"]), -STEEPEST, STEEPEST)))
+
+
+def lend(x: jax.Array, cfg: Settings, fade: Any = None) -> jax.Array:
+    """Queries or keys [..., k] whose borrowed channel is set to `fade` times itself (None: to 0), before RoPE and
+    again after it."""
+    if cfg.form != "borrowed":
+        return x
+    return x.at[..., -1].multiply(jnp.asarray(0.0 if fade is None else fade, x.dtype))
+
+
+def merges(z_bht: jax.Array, tokens: Tokens, cfg: Settings) -> jax.Array:
+    """bool [b, h, t]: the tokens that merge; a sink is no entry to merge into, and a text begins with one of its
+    own."""
+    return (z_bht > 0) & _may(tokens, cfg)
+
+
+def _may(tokens: Tokens, cfg: Settings) -> jax.Array:
+    return ((tokens.positions > cfg.sinks) & (tokens.segments > 0))[:, None]
+
+
+def decide(said: Said, tokens: Tokens, cfg: Settings, mode: Mode) -> Decisions:
+    """Decisions of all tokens of a pass without a cache."""
+    if mode.kind in ("off", "given"):
+        none = jnp.zeros_like(said.z)
+        return Decisions(none, none > 0, none, mode.noise if mode.kind == "given" else None)
+    if mode.kind == "hard":
+        chosen = merges(said.z, tokens, cfg)
+        p = chosen.astype(jnp.float32)
+        return Decisions(p, chosen, p, jnp.where(shift(chosen, False), NEGATIVE, 0.0))
+    tau = cfg.tau if mode.cool is None else cfg.tau * mode.cool
+    z, may = (said.z + (0.0 if mode.noise is None else mode.noise)) / tau, _may(tokens, cfg)
+    chosen, p = merges(z, tokens, cfg), jnp.where(may, jax.nn.sigmoid(z), 0.0)
+    keep = jnp.where(may, jax.nn.log_sigmoid(-z), 0.0)
+    return Decisions(p, chosen, straight_through(p, chosen.astype(jnp.float32)), shift(keep, 0.0))

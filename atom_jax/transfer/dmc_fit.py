@@ -1,0 +1,181 @@
+"""Merging fitted in closed form, without training: ridge regressions on what the dense model loses where two tokens
+share an entry.
+
+For every layer, key/value head and token, two numbers are predicted from the normalised residual stream at the token.
+The first is the logarithm of the error of attention's outputs if this token, and nothing else, were merged with the
+one before it (`costs`); it is merged where that is under one threshold for all layers and heads. The second is the
+logarithm of the attention that the token receives, its weight in the mean: values averaged by the attention that they
+get change the output least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.kvcache.dmc import DMC, serve
+from atom_jax.kvcache.dmc.decide import Said
+from atom_jax.kvcache.dmc.pooling import pooled
+from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.policy import Mode
+from atom_jax.models import transformer
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.nn.attention import NEGATIVE, Tokens
+from atom_jax.nn.blockwise import blockwise_lse
+from atom_jax.nn.norm import rms_norm
+from atom_jax.transfer import ridge
+from atom_jax.transfer.ridge import BLOCK, LEAST_QUERIES, FitConfig
+from atom_jax.typing import AtomError, Batch
+
+# Added to errors, which are relative to the size of the residual stream, and to attention, before their logarithms.
+ERROR_FLOOR, ATTENTION_FLOOR = 1e-9, 1e-6
+
+
+def fit(
+    params: Any,
+    cfg: TransformerConfig,
+    rows: Iterable[Batch],
+    how: FitConfig,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Parameters whose decisions and weights are fitted; the others are as they were.
+
+    rows: at least `windows` + 3 `calibration` batches [1, t] of one length, with one document or several. Raises
+    AtomError for a model without projections to fit, or documents that are too short.
+    """
+    dmc = cfg.memory
+    if not isinstance(dmc, DMC) or dmc.form != "adapter" or not dmc.bias:
+        raise AtomError("fit: the model's memory must be dmc of the form adapter, with bias=true")
+    if how.target != "output":
+        raise AtomError(f"fit.target: merging is fitted to output, got {how.target!r}")
+    rows = iter(rows)
+    found = ridge.gathered(lambda batch, _: sums(params, batch, cfg=cfg), rows, cfg, how, say)
+    if found is not None:
+        params = put(params, found, cfg, how)
+    return calibrate(params, cfg, rows, how, say)
+
+
+def calibrate(
+    params: Any,
+    cfg: TransformerConfig,
+    rows: Iterable[Batch],
+    how: FitConfig,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """See `ridge.calibrate`."""
+
+    def shifted(params: Any, move: float) -> Any:
+        bias = params["layers"]["attn"]["dmc"]["bias"]
+        return ridge.learned(params, cfg, {"bias": bias + move / cfg.memory.scale})
+
+    return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks + 1, 0, shifted)
+
+
+def put(params: Any, found: dict[str, np.ndarray], cfg: TransformerConfig, how: FitConfig) -> Any:
+    """Parameters whose decision logit is minus the predicted error, times the steepness, and whose weights are the
+    predicted attention, from the `sums`."""
+    of = lambda name: {**found, "xy": found[f"x{name}"], "oy": found[f"o{name}"]}  # noqa: E731
+    cost, cost_constant, _ = ridge.solve(of("cost"), how.ridge)
+    weight, _, _ = ridge.solve(of("weight"), how.ridge)
+    s, shift = how.steepness / cfg.memory.scale, cfg.memory.offset / cfg.memory.scale
+    new = {"alpha": -s * cost, "bias": shift - s * cost_constant, "weight": weight}
+    return ridge.learned(params, cfg, {name: jnp.asarray(x, jnp.float32) for name, x in new.items()})
+
+
+@jax.jit(static_argnames="cfg")
+def sums(params: Any, batch: Batch, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
+    """What `ridge.solve` needs for both predictions, called "cost" and "weight"."""
+    tokens = Tokens(batch.positions, batch.segments)
+    counts = (batch.positions > cfg.memory.sinks) & (tokens.left >= LEAST_QUERIES)
+    counts = counts.astype(jnp.float32)
+
+    def probe(p, heads, call):
+        x = rms_norm(heads.x_btd, p["dmc"]["norm"], cfg.norm_eps).astype(jnp.float32)
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1) * counts[..., None]
+        size = jnp.mean(jnp.square(heads.x_btd.astype(jnp.float32)).sum(-1))
+        cost, weight = costs(call, p["o"], cfg.memory)
+        cost = jnp.log(cost / size + ERROR_FLOOR)
+        h, d = cost.shape[1], x.shape[2]
+        empty = {"xo": jnp.zeros((h, d, 0)), "oo": jnp.zeros((h, 0, 0))}
+        empty |= dict.fromkeys(("ocost", "oweight"), jnp.zeros((h, 0)))
+        xx = jnp.einsum("btd,bte->de", x, x)
+        xcost, xweight = (jnp.einsum("btd,bht->hd", x, y) for y in (cost, weight))
+        return {"xx": xx, "xcost": xcost, "xweight": xweight, **empty}
+
+    return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
+
+
+def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array]:
+    """For every token, f32 [b, h, t]: the squared error of attention's contributions to the
+    residual stream, summed over the group's heads and all queries from the token on, if it alone were merged with the
+    one before it; and the log of the attention that it receives from later queries.
+
+    o_nkd: the output projection. The entry of both is what `dmc` makes of two tokens whose weights are the attention
+    that they receive.
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
+    (b, h, g, t, size), scale = q.shape, q.shape[-1] ** -0.5
+    places = (call.tokens.positions, call.tokens.segments) * 2
+    out, lse = blockwise_lse(q, k, v, places, None, True, min(t, BLOCK))
+    received = _attention(q, k, lse, call.tokens, scale)
+    before = lambda x: jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)  # noqa: E731
+    weight = received + ATTENTION_FLOOR
+    merging = call.replace(said=Said(weight, weight), mode=Mode("off"))
+    pairs = pooled(serve.tokens(jnp.ones_like(weight), merging, dmc), 2)
+    share = weight / pairs.c
+    k_new, _, bias = serve.seen(pairs, merging, dmc)
+    bias = jnp.zeros((1, 1, 1, 1, 1)) if bias is None else bias[:, :, None, None]
+    k_new = k_new.astype(jnp.float32)
+    # Inner products as the residual stream has them.
+    o = o_nkd.astype(jnp.float32).reshape(h, g, size, -1)
+    metric = jnp.einsum("hgkd,hgld->hgkl", o, o)
+    v_there = jnp.einsum("hgkl,bhsl->bhgsk", metric, v)
+    v_v, v_last = (jnp.einsum("bhgsk,bhsk->bhgs", v_there, x) for x in (v, before(v)))
+
+    def some(i: jax.Array) -> jax.Array:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3)  # noqa: E731
+        q_i, out_i, lse_i = cut(q), cut(out.astype(jnp.float32)), cut(lse)[..., None]
+        # Queries from the token on see what it became.
+        seen = jnp.broadcast_to(_after(call.tokens, i, 0)[:, None, None], (b, h, g, BLOCK, t))
+        attend = lambda k: jnp.einsum("bhgtk,bhsk->bhgts", q_i, k) * scale - lse_i  # noqa: E731
+        p = jnp.exp(jnp.where(seen, attend(k), NEGATIVE))
+        p_new = jnp.exp(jnp.where(seen, attend(k_new) + bias, NEGATIVE))
+        last = lambda x: jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)  # noqa: E731
+        u = share[:, :, None, None]
+        p_last = jnp.where(seen, last(p), 0.0)
+        left = jnp.maximum(1.0 - p - p_last + p_new, 1e-6)
+        x_out, x_last, x_own = 1.0 - left, p_new * (1.0 - u) - p_last, p_new * u - p
+        out_v = jnp.einsum("bhgtk,bhgsk->bhgts", out_i, v_there)
+        out_out = jnp.einsum("bhgtk,hgkl,bhgtl->bhgt", out_i, metric, out_i)[..., None]
+        vv = v_v[:, :, :, None]
+        error = x_out**2 * out_out + x_last**2 * last(vv) + x_own**2 * vv
+        error += 2.0 * x_out * (x_last * last(out_v) + x_own * out_v) + 2.0 * x_last * x_own * v_last[:, :, :, None]
+        return jnp.sum(jnp.where(seen, jnp.maximum(error, 0.0) / left**2, 0.0), axis=(2, 3))
+
+    return jax.lax.map(some, jnp.arange(t // BLOCK)).sum(0), jnp.log(weight)
+
+
+def _after(tokens: Tokens, i: jax.Array, least: int) -> jax.Array:
+    """bool [b, BLOCK, t]: whether the queries of block i stand at least so many tokens after the keys of their own
+    documents."""
+    here = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 1)[:, :, None], tokens)
+    same = here.segments == tokens.segments[:, None]
+    return same & (here.positions - tokens.positions[:, None] >= least)
+
+
+def _attention(q: jax.Array, k: jax.Array, lse: jax.Array, tokens: Tokens, scale: float) -> jax.Array:
+    """Attention f32 [b, h, t] that every key receives from the queries after its own, per query."""
+    t = k.shape[2]
+
+    def some(i: jax.Array) -> jax.Array:
+        q_i, lse_i = (jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3) for x in (q, lse))
+        scores = jnp.einsum("bhgtk,bhsk->bhgts", q_i, k) * scale - lse_i[..., None]
+        seen = jnp.broadcast_to(_after(tokens, i, 1)[:, None, None], scores.shape)
+        return jnp.exp(jnp.where(seen, scores, NEGATIVE)).sum((2, 3))
+
+    received = jax.lax.map(some, jnp.arange(t // BLOCK)).sum(0)
+    return received / jnp.maximum(tokens.left, 1)[:, None]

@@ -1,0 +1,52 @@
+"""Conversations as text, by the templates of published tokenizers."""
+
+import pytest
+
+from atom_jax.tokenizers import chat_template
+from atom_jax.typing import AtomError
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe good<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ASK = [{"role": "user", "content": "Hé?"}]
+
+
+def test_a_conversation_is_written_as_the_template_has_it():
+    text = chat_template.render(CHATML, ASK)
+    assert text == "<|im_start|>system\nBe good<|im_end|>\n<|im_start|>user\nHé?<|im_end|>\n<|im_start|>assistant\n"
+    told = [{"role": "system", "content": "Rhyme."}, *ASK, {"role": "assistant", "content": "Hey."}]
+    assert chat_template.render(CHATML, told, answer=False).endswith("<|im_start|>assistant\nHey.<|im_end|>\n")
+
+
+def test_what_published_templates_use_is_there():
+    template = (
+        "{{ bos_token }}{%- for m in messages %}\n    {%- if loop.index > 5 %}{% break %}{% endif %}\n"
+        "    {{- m.content | trim | tojson }}\n{%- endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    assert chat_template.render(template, [{"role": "user", "content": ' "é" '}], bos_token="<s>") == '<s>"\\"é\\""4'
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{% for %}", "cannot write"), ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+     ("{{ messages.append(1) }}", "cannot write"), ("{{ ''.__class__.__mro__ }}", "cannot write"),
+     ("{{ range(10**9) | list }}", "cannot write"), ("{{ messages[0].content + 1 }}", "cannot write"),
+     ("{{ 1 / 0 }}", "cannot write")],
+)  # fmt: skip
+def test_bad_templates_are_one_sentence(template, message):
+    with pytest.raises(AtomError, match=message):
+        chat_template.render(template, ASK)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [("hello", "expected a list"), ([], "expected a list"), (["hello"], r"messages\[0\]"),
+     ([*ASK, {"role": "user"}], r"messages\[1\]"), ([{"role": "king", "content": ""}], "role 'king'"),
+     ([{"role": "user", "content": 3}], r"messages\[0\]")],
+)  # fmt: skip
+def test_bad_messages_are_one_sentence(messages, message):
+    with pytest.raises(AtomError, match=message):
+        chat_template.render(CHATML, messages)
