@@ -148,7 +148,7 @@ def test_ids_and_memory_are_those_without_drafts(number, monkeypatch, free):
     )
 
 
-def slots(lm, drafter, made=PROMPTS, most=N, until=NEW, stop=()):
+def slots(lm, drafter, most=N, until=NEW, stop=()):
     ends = np.pad(np.array(stop, np.int32), (0, 8 - len(stop)), constant_values=-1)
     codec = registry.of(lm.config).codec(lm.config)
     choice = Choice(sampling.row_keys(jax.random.key(2), len(PROMPTS)), sampling.sampler(), ends, codec)
