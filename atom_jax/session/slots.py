@@ -59,13 +59,18 @@ class Slots:
     def prepare(self, until: Any) -> None:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
         state, until = self._state, np.asarray(until, np.int32)
-        if bool(programs.short(state.memory, ~state.done & (state.made < until))):
+        if self._short(until):
             self._state = state.replace(memory=memory_lib.grow(state.memory, self._ahead, singly=True))
         shapes = [x.shape for x in jax.tree.leaves(self._state)]
         if shapes != self._compiled:
             # No step is taken.
             self._state, _ = self._call(np.zeros_like(until))
             self._compiled = shapes
+
+    def _short(self, until: np.ndarray) -> bool:
+        """Whether a row that goes on has no room."""
+        state = self._state
+        return bool(programs.short(state.memory, ~state.done & (state.made < until)))
 
     def decode(self, until: Any) -> Made:
         """Chooses tokens until every row that hasn't ended has `until` of them, i32 [] or [b]; or fewer: at most

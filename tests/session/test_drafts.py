@@ -26,7 +26,7 @@ from atom_jax.session.drafts.slots import DraftSlots
 from atom_jax.session.drafts.spine import Spine
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
-from tests.kvcache.test_protocol import BUDGETS, DMS_FORMS
+from tests.kvcache.test_protocol import BUDGETS, DMC_FORMS, DMS_FORMS
 from tests.models.tiny_units import MODELS, capacity, weights
 
 RNG = np.random.default_rng(0)
@@ -42,17 +42,16 @@ def groups():
     don't go together."""
     observed, *dms = sorted(DMS_FORMS.values(), key=lambda policy: policy.form != "observed")
     others = [None, *BUDGETS.values()]
-    return [*(others[i : i + LAYERS] for i in range(0, len(others), LAYERS)), [None, *dms], [observed]]
+    cut = [others[i : i + LAYERS] for i in range(0, len(others), LAYERS)]
+    return [*cut, [None, *dms], [None, observed, *DMC_FORMS.values()]]
 
 
 @functools.cache
 def model(number):
-    some = groups()[number]
-    at = tuple((i, p) for i, p in enumerate(some) if p is not None) if len(some) > 1 else ()
-    memory = PerLayer(None, at) if at else some[0]
+    at = tuple((i, policy) for i, policy in enumerate(groups()[number]) if policy is not None)
     cfg = TransformerConfig(
-        vocab_size=VOCAB, d_model=16, n_layers=LAYERS if len(some) > 1 else 2, n_heads=4, n_kv_heads=2, head_dim=8,
-        d_ff=32, max_length=400, memory=memory,
+        vocab_size=VOCAB, d_model=16, n_layers=LAYERS, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, max_length=400,
+        memory=PerLayer(None, at),
     )  # fmt: skip
     tree = params.init(jax.random.key(1), transformer.spec(cfg))
     return LM(cfg, {**tree, "embed": tree["embed"] * 20}, None)

@@ -86,8 +86,7 @@ def decode(
         return ~state.done & (state.made < until)
 
     def going(loop: tuple) -> jax.Array:
-        live_b = live(loop[0])
-        return jnp.any(live_b) & ~jnp.any(memory_lib.full(loop[0].memory) & live_b)
+        return jnp.any(live(loop[0])) & ~short(loop[0], until, n)
 
     def step(loop: tuple) -> tuple:
         state, own, made, tally = loop
@@ -138,6 +137,17 @@ def decode(
         return after, own, made, tally
 
     return jax.lax.while_loop(going, step, (state, own, Made.nothing(b), Tally.zero(b, n)))
+
+
+def short(state: State, until: jax.Array, n: int) -> jax.Array:
+    """bool []: whether a row that goes on to `until` tokens has no room for the next one, or for a draft of n, where
+    it makes more tokens than that."""
+    left_b = jnp.where(state.done, 0, until - state.made)
+    single_b, draft_b = (memory_lib.full(state.memory, more) for more in (1, n + 1))
+    return jnp.any(single_b & (left_b > 0)) | jnp.any(draft_b & (left_b > n + 1))
+
+
+lacks_room = jax.jit(short, static_argnames="n")
 
 
 def _either(

@@ -67,6 +67,9 @@ class DraftSlots(Slots):
             self._ready[self.pace.n] = self._compiled
             self._lm.kept["compiling_drafts"] = max(compiling, time.perf_counter() - began)
 
+    def _short(self, until: np.ndarray) -> bool:
+        return bool(loop.lacks_room(self._state, until, n=self.pace.n))
+
     def decode(self, until: Any) -> Made:
         """See `Slots.decode`."""
         until = np.asarray(until, np.int32)
