@@ -73,7 +73,7 @@ english: $(VENV)/.installed-core  ## fetch long English documents to corpora/eng
 heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpora/heldout/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch heldout
 
-reason: $(VENV)/.installed-core  ## train a small reasoner, give it learned memory, compare what accuracy costs (an hour or two)
+reason: $(VENV)/.installed-core  ## train a small reasoner, give it learned memory, compare what accuracy costs; long, resumable
 	$(BIN)/python train.py --config=configs/reason.py:subset --workdir=runs/reason
 	$(BIN)/python train.py --config=configs/reason.py:dms_4x --workdir=runs/reason-dms4
 	$(BIN)/python train.py --config=configs/reason.py:dms_8x --workdir=runs/reason-dms8

@@ -9,6 +9,7 @@ from atom_jax.typing import AtomError
 
 
 def convert(argv: list[str]) -> None:
+    """Converts a checkpoint. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("convert SRC DST", "Converts a checkpoint; DST must not exist yet.")
     known.add(flags.DEFINE_string, "to", None, "hf or orbax; by default orbax for Hugging Face input, else hf")
     values, (source, target) = known.parse(argv, 2)
@@ -19,6 +20,7 @@ def convert(argv: list[str]) -> None:
 
 
 def transplant(argv: list[str]) -> None:
+    """Gives a model another tokenizer. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags(
         "transplant SRC --tokenizer=PATH --out=DIR",
         "Makes the table of SRC anew for another tokenizer; everything else stays. Judges it before and after.",
@@ -55,6 +57,7 @@ def transplant(argv: list[str]) -> None:
 
 
 def instructify(argv: list[str]) -> None:
+    """Adds what tuning changed. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags(
         "instructify MODEL TUNED BASE DST",
         "Adds what tuning changed in BASE to what was made of it, a Bolmo or a transplanted model, without training.",
@@ -70,6 +73,7 @@ def instructify(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
+    """Says what is in a checkpoint. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("info PATH", "Says what is in a checkpoint.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")

@@ -12,6 +12,7 @@ from atom_jax.typing import AtomError
 
 
 def summary(argv: list[str]) -> None:
+    """Judges a training run. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("summary WORKDIR [flags]", "Judges a training run on its whole validation text; draws a picture.")
     known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
@@ -24,6 +25,7 @@ def summary(argv: list[str]) -> None:
 
 
 def fairness(argv: list[str]) -> None:
+    """Compares languages. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("fairness --checkpoint=PATH", "Bits per byte, bytes per unit and units per language.")
     known.add(flags.DEFINE_multi_string, "checkpoint", None, "what to judge; may be repeated")
     known.add(flags.DEFINE_string, "source", "corpora/parallel", "directory with a directory for each language")
@@ -51,6 +53,7 @@ def fairness(argv: list[str]) -> None:
 
 
 def units(argv: list[str]) -> None:
+    """Shows the units of a text. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text with the units that the model makes of it.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "text", None, "the text")
@@ -84,6 +87,7 @@ def units(argv: list[str]) -> None:
 
 
 def memory(argv: list[str]) -> None:
+    """Shows what heads keep of a text. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("memory --checkpoint=PATH --text=TEXT", "Says which tokens of a text each head keeps.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for a checkpoint that has none")

@@ -14,6 +14,7 @@ from atom_jax.typing import AtomError
 
 
 def generate(argv: list[str]) -> int | None:
+    """Writes what follows prompts. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
@@ -125,6 +126,7 @@ def _report(stats: dict[str, float], everything: bool) -> None:
 
 
 def chat(argv: list[str]) -> None:
+    """Talks with a model. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags(
         "chat --checkpoint=PATH",
         "Talks with a model: a line is a message. /stats says what the memory holds, /reset begins anew, /quit ends;"
@@ -164,6 +166,7 @@ def chat(argv: list[str]) -> None:
 
 
 def reason(argv: list[str]) -> None:
+    """Thinks in several chains. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("reason --checkpoint=PATH --problem=TEXT", "Thinks in several chains, whose answers vote.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")

@@ -87,6 +87,8 @@ def reason(
     most = config.whole("max_new_tokens", max_new_tokens, 1)
     rows = config.whole("rows", rows, 1)
     enough = _enough(stop, verify)
+    if lm.tokenizer is None:
+        raise AtomError("this model has no tokenizer: answers are found in texts")
     if vote not in VOTES or (vote == "verify" and verify is None):
         raise AtomError(f"vote={vote}: expected majority, or verify where answers can be checked")
     ids = token_rows(lm, prompts, first=True)
@@ -118,20 +120,21 @@ def reason(
     )
     found = [made[p * chains : (p + 1) * chains] for p in range(len(ids))]
     answers = [group.answer(vote) for group in groups]
+    cost = {"prompt_tokens": int(sum(map(len, ids))), **_stats(found, stats), "seconds": time.perf_counter() - began}
+    right = None if verify is None else [a is not None and verify(p, a) for p, a in enumerate(answers)]
+    text = [[lm.tokenizer.decode(one.ids) for one in group] for group in found]
+    return Reasoning(answers, [group.votes for group in groups], right, found, text, cost)
+
+
+def _stats(found: list[list[Made]], stats: queue.Stats) -> dict[str, float]:
     every = [one for group in found for one in group]
-    return Reasoning(
-        answers, [group.votes for group in groups],
-        None if verify is None else [a is not None and verify(p, a) for p, a in enumerate(answers)],
-        found, [[lm.tokenizer.decode(one.ids) for one in group] for group in found],
-        {
-            "prompt_tokens": int(sum(map(len, ids))), "new_tokens": sum(len(one.ids) for one in every),
-            "chains": len(every), "finished": sum(one.ended for one in every),
-            "chains_cut": sum(one.cut for one in every),
-            "kv_reads": float(sum(one.read.astype(np.float64).sum() for one in every)),
-            "kv_entries_peak": max(peak([one.held for one in group]) for group in found),
-            "row_steps": stats.row_steps, "rows_idle": stats.idle, "seconds": time.perf_counter() - began,
-        },
-    )  # fmt: skip
+    return {
+        "new_tokens": sum(len(one.ids) for one in every), "chains": len(every),
+        "finished": sum(one.ended for one in every), "chains_cut": sum(one.cut for one in every),
+        "kv_reads": float(sum(one.read.astype(np.float64).sum() for one in every)),
+        "kv_entries_peak": max(peak([one.held for one in group]) for group in found),
+        "row_steps": stats.row_steps, "rows_idle": stats.idle,
+    }  # fmt: skip
 
 
 def peak(held: Sequence[np.ndarray]) -> float:

@@ -17,7 +17,8 @@ def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes |
     begin: makes a new conversation. document: goes before the first message.
     """
     conversation = begin()
-    brought = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
+    document = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
+    brought = document
     person = sys.stdin.isatty()
     if person:
         print(f"A line is a message; {COMMANDS}; Ctrl-C ends an answer.", file=sys.stderr)

@@ -96,13 +96,17 @@ class _Queue:
         self.cut: set[int] = set()
 
     def take(self, most: int) -> list[int]:
-        """Up to so many jobs that wait."""
+        """Up to so many jobs that wait; those that are cut before they began end here."""
         found: list[int] = []
         while len(found) < most and self.waiting:
             try:
-                found.append(self.waiting.popleft())
+                number = self.waiting.popleft()
             except IndexError:  # another thread was faster
                 break
+            if number in self.cut:
+                self.end(number, _Row(number, -1).made(False, True))
+            else:
+                found.append(number)
         return found
 
     def end(self, number: int, made: Made) -> None:

@@ -8,7 +8,7 @@ import pytest
 from atom_jax.data import pipeline
 from atom_jax.data.config import DataConfig
 from atom_jax.data.pipeline import make_iterator
-from atom_jax.data.puzzles import Generated, Subset, parse
+from atom_jax.data.puzzles import PUZZLES, Generated, Subset, parse
 from atom_jax.data.puzzles.subset import LETTERS, Problem
 from atom_jax.data.sources import open_source
 from atom_jax.data.vocabulary import trained_tokenizer
@@ -66,6 +66,22 @@ def test_chains_obey_the_rules_and_answers_are_unique():
         wrong = " ".join(f"{x}: {b}" for x, b in zip(LETTERS, ["1" if b == "0" else "0" for b in bits]))
         assert not puzzle.solves(problem, wrong) and puzzle.read(puzzle.prompt(problem)) == problem
         assert sum(step.free for step in puzzle.steps(chain)) == coins
+
+
+@pytest.mark.parametrize("kind", PUZZLES)
+def test_every_puzzle_can_be_read_answered_and_checked(kind):
+    corpus = open_source(f"reason:{kind}", "test")
+    for number in range(20):
+        problem, rng = corpus.pose(number)
+        puzzle = corpus.puzzle
+        prompt, chain = puzzle.prompt(problem), puzzle.chain(problem, rng)
+        assert prompt.split()[-1] == puzzle.END and prompt.split().count(puzzle.END) == 1
+        assert puzzle.read(prompt) == problem and puzzle.solves(problem, puzzle.answer(chain))
+        assert puzzle.answer("") is None and puzzle.answer(chain.split()[0]) is None
+        assert len(puzzle.steps(chain)) == len(chain.split())
+        words = [*prompt.split(), *chain.split()]
+        assert len(puzzle.dead(words)) == len(words) and not any(puzzle.dead(prompt.split()))
+        assert corpus.read(number).decode() == f"{prompt} {chain}"
 
 
 def test_documents_are_the_same_everywhere():

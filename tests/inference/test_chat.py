@@ -91,7 +91,7 @@ def test_models_without_a_template_are_refused(tokenizer):
 def test_a_conversation_over_pipes(tokenizer, monkeypatch, capsys):
     lm = model(tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO("/stats\nhello\n\n/stats\n/nothing\n/reset\nhello\n/quit\nmore\n"))
-    talk.talk(lambda: Chat(lm), 12, "A document.")
+    talk.talk(lambda: Chat(lm), 12, b"A document.")
     out, err = capsys.readouterr()
     answers = out.splitlines()
     first = Chat(lm).say("A document.\n\nhello", 12)

@@ -1,5 +1,6 @@
 """Chains that vote: early ends that change nothing, parts of larger runs, refusals."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import atom_jax
 from atom_jax.inference import scaling
 from atom_jax.inference.scaling import last_match, majority
+from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import AtomError
 from tests.reliability import rows as examples
 
@@ -16,10 +18,6 @@ PROMPTS = ["once upon", "a time"]
 
 @pytest.fixture(scope="module")
 def lm():
-    import dataclasses
-
-    from atom_jax.tokenizers import ByteTokenizer
-
     return dataclasses.replace(examples.plain("llama", "plain"), tokenizer=ByteTokenizer())
 
 
@@ -88,6 +86,8 @@ def test_bad_options(lm, options, message):
 def test_bad_sizes(lm):
     with pytest.raises(AtomError, match="chains"):
         think(lm, 0, 8)
+    with pytest.raises(AtomError, match="no tokenizer"):
+        atom_jax.reason(dataclasses.replace(lm, tokenizer=None), [[1]], 2, 8, extract=first_letter)
     with pytest.raises(AtomError, match="exceed the"):
         think(lm, 2, lm.config.max_length)
 

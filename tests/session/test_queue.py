@@ -79,3 +79,7 @@ def test_rows_are_dealt_out_to_cores_and_ended_from_outside(monkeypatch):
     for one, whole in zip(made, alone):
         assert one.ids == whole.ids[: len(one.ids)] and (one.cut or one.ids == whole.ids)
     assert any(one.cut for one in made)
+    # One after another: all but the first of a prompt are cut before they begin.
+    monkeypatch.setattr(queue, "cores", lambda lm: 1)
+    single, _ = run(session, jobs, stops, 1, watch=watch)
+    assert [one.cut for one in single] == [False, True] * 3 and single[1].ids == []

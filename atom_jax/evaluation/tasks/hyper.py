@@ -142,11 +142,12 @@ def methods(lm: LM, settings: HyperSettings, prompt: int) -> list[Method]:
         out.append(Method(method.name.partition(":")[0], method.budget, registry.with_memory(plain, memory)))
     for path in settings.adapters:
         learned = checkpoint.load(path)
-        if learned.config.memory is None:
+        memory = registry.of(learned.config).memory(learned.config)
+        if memory is None:
             raise AtomError(f"hyper.adapters: {path} has no learned memory")
         if not _same(lm, learned):
             raise AtomError(f"hyper.adapters: {path} was made for another model than this checkpoint's")
-        out.append(Method(learned.config.memory.name, pathlib.Path(path).name, learned))
+        out.append(Method(getattr(memory, "name", "learned"), path, learned))
     return out
 
 
