@@ -131,18 +131,26 @@ def generate(
             texts = mine if after is None else [np.append(after.ids[i], rows[i]).astype(np.int32) for i in part]
             slots = DraftSlots(session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens)
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
-    started, busy = time.perf_counter(), 0.0
-    with ThreadPoolExecutor(parts) as threads:
-        while going := [run for run in runs if run.made < max_new_tokens and not run.finished]:
+    started = time.perf_counter()
+    busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
+    return _result(lm, runs, began, started, busy, keep_memory)
+
+
+def _decoded(runs: list[_Run], most: int, look: int) -> float:
+    """Makes up to `most` tokens in every row, `look` of them between two looks at the text; returns the seconds that
+    it took without compilation."""
+    busy = 0.0
+    with ThreadPoolExecutor(len(runs)) as threads:
+        while going := [run for run in runs if run.made < most and not run.finished]:
             for run in going:
-                run.until = min(run.made + (LOOK if stop or on_text else CHUNK), max_new_tokens)
+                run.until = min(run.made + look, most)
                 run.slots.prepare(run.until)
             at = time.perf_counter()
             made = list((threads.map if len(going) > 1 else map)(_Run.decode, going))
             busy += time.perf_counter() - at
             for run, one in zip(going, made):
                 run.take(one)
-    return _result(lm, runs, began, started, busy, keep_memory)
+    return busy
 
 
 def _parts(lm: LM, rows: int) -> int:
