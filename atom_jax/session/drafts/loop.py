@@ -208,6 +208,7 @@ def _verify(
 @functools.cache
 def compiled() -> Any:
     """`decode` as a program, with the options of `beside`. All products of SmolLM2 with 1, 2, 4, 8 and 16 rows take
-    two cores 23, 44, 50, 58 and 76 ms so, and 26, 43, 66, 74 and 100 ms with the library that is left out."""
+    two cores of an AMD EPYC virtual machine 23, 44, 50, 58 and 76 ms so, and 26, 43, 66, 74 and 100 ms with the
+    library that is left out."""
     static, donated = ("cfg", "drafter", "n"), ("state", "own")
     return jax.jit(decode, static_argnames=static, donate_argnames=donated, compiler_options=beside())
