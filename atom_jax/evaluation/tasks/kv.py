@@ -23,6 +23,7 @@ from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, requests
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
+from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, AtomError
 
 PARTS = ("loss", "needle", "lambada")
@@ -217,7 +218,7 @@ def _last_words(settings: KvSettings, encoder: Encoder) -> tuple[Ask, ...]:
 
 def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[dict[str, Any]]:
     """What was found in every cell; those that `lines` holds aren't measured again."""
-    model = cache.fingerprint(lm)
+    model = fingerprint(lm)
     keys = [cell.key(model, batch) for cell in cells]
     known = {row["key"]: row["found"] for row in lines.rows if "found" in row}
     left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)

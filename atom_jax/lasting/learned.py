@@ -1,0 +1,49 @@
+"""Learned scores as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
+from atom_jax.kvcache.lasting.score import Linear
+from atom_jax.typing import AtomError
+
+_PARTS = ("mean", "std", "weight")
+
+
+def arrays(score: Linear) -> dict[str, np.ndarray]:
+    """What a file holds of it."""
+    model = np.frombuffer(score.model.encode(), np.uint8)
+    return {**{name: getattr(score, name) for name in _PARTS}, "model": model}
+
+
+def of(found: dict[str, np.ndarray], where: str) -> Linear:
+    """The score of `arrays`. AtomError, which begins with `where`, for what is none."""
+    if found.keys() != {*_PARTS, "model"} or any(found[name].dtype != np.float32 for name in _PARTS):
+        raise AtomError(f"{where}: is no learned score, which holds {', '.join((*_PARTS, 'model'))}")
+    model = found["model"].tobytes().decode("ascii", "replace")
+    try:
+        return Linear(*(found[name] for name in _PARTS), model)
+    except AtomError as e:
+        raise AtomError(f"{where}: {e}") from None
+
+
+def save(score: Linear, path: str | os.PathLike) -> None:
+    """Writes a .safetensors file, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".new-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(arrays(score), part)
+        os.replace(part, path)
+    except OSError as e:
+        raise AtomError(f"{path}: could not be written ({e.strerror or e})") from None
+
+
+def load(path: str | os.PathLike) -> Linear:
+    """The score in a file. AtomError where it can't be read."""
+    source = SafetensorsSource(path)
+    return of({name: source.read(name) for name in source.infos}, str(path))
