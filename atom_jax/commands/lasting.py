@@ -117,7 +117,7 @@ def fit_memory(argv: list[str]) -> None:
     _needed(values, "checkpoint", "out")
 
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import lasting_fit
+    from atom_jax.evaluation.tasks import lasting_fit
 
     how = lasting_fit.Order(
         tuple(files), values.out, values.tokens, values.facts, tuple(values.kinds), values.ridge, values.part,

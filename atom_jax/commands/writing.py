@@ -33,6 +33,7 @@ def generate(argv: list[str]) -> int | None:
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
     known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
     known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
+    known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
     known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
@@ -87,6 +88,7 @@ def generate(argv: list[str]) -> int | None:
         draft_tokens=values.draft_tokens,
         memory=read,
         remember=values.remember,
+        reread=values.reread,
     )
     if values.json:
         table = {"text": result.text, "ids": result.ids, "stats": result.stats}

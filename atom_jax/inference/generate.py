@@ -74,6 +74,7 @@ def generate(
     draft_tokens: int = 7,
     memory: Memory | None = None,
     remember: bool = False,
+    reread: int = 0,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
@@ -95,7 +96,8 @@ def generate(
         none. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
         stand before the prompts, which then get no front. It stays as it is; remember: afterwards it also reads every
-        prompt with its answer, as one source.
+        prompt with its answer, as one source. reread: so many passages of 64 tokens that share most words with a
+        prompt are read again in front of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
@@ -111,10 +113,14 @@ def generate(
         raise AtomError("stop: an empty string would stop everywhere")
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
-    if remember and memory is None:
-        raise AtomError("remember: there is no memory to read what is said")
+    reread = config.whole("reread", reread, 0, 1024)
+    if (remember or reread) and memory is None:
+        raise AtomError("remember, reread: there is no memory")
     ahead = 0 if memory is None else _ahead(lm, memory, after)
     rows = token_rows(lm, prompts, first=after is None and not ahead)
+    said = rows
+    if reread:
+        rows = [np.concatenate([memory.passages(row, reread), row]) for row in rows]
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
     longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
@@ -146,7 +152,7 @@ def generate(
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
     result = _result(lm, runs, began, started, busy, keep_memory)
-    for row, ids in zip(rows, result.ids if remember else []):
+    for row, ids in zip(said, result.ids if remember else []):
         memory.read(np.concatenate([row, np.array(ids, np.int32)]))
     return result
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from atom_jax.kvcache.lasting import levels
-from atom_jax.kvcache.lasting.score import best
+from atom_jax.kvcache.lasting.score import Seen, best
 from atom_jax.lasting.codec import CODECS
 from atom_jax.lasting.store import Manifest, Model, Segment, Store
 from atom_jax.typing import AtomError
@@ -33,6 +33,12 @@ class Entries:
 
     def __len__(self) -> int:
         return self.k.shape[2]
+
+    @classmethod
+    def scored(cls, seen: Seen, score: np.ndarray) -> Entries:
+        """Tokens that leave the window, with their scores f32 [n] or [l, h, n]."""
+        place = np.broadcast_to(seen.place, score.shape)
+        return cls(seen.k, seen.v, score, place, np.full_like(place, seen.source))
 
     @classmethod
     def none(cls, model: Model) -> Entries:

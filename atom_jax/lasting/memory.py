@@ -14,10 +14,12 @@ import jax
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.levels import Law
-from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
+from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
-from atom_jax.lasting import learned, texts
+from atom_jax.lasting import learned, reread
+from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.lasting.store import FORMAT, Manifest, Missing, Model, Settings, Source, Store, Window
@@ -142,7 +144,7 @@ class Memory:
         """
         began, before = time.perf_counter(), self.length
         lm = self._model("reading")
-        what = texts.content(text)
+        what = texts_lib.content(text)
         ids = token_rows(lm, [what.data], first=True)[0]
         sha = hashlib.sha256(ids.tobytes() if what.raw is None else what.raw).hexdigest()
         size = 0 if what.raw is None else len(what.raw)
@@ -163,21 +165,25 @@ class Memory:
             return 0.0, 0
         if others := [s.name for s in known.values() if not s.finished and s is not old]:
             raise AtomError(f"{where}: {others[0]} was not read to its end; read or forget that first")
-        reader = Reader(self._lm, self.settings, self._learned())
+        reader, learned = Reader(self._lm, self.settings.part, self.settings.sinks), self._learned()
         blocks, state = self._resumed(reader)
+
+        def keep(seen: Seen | None) -> None:
+            if seen is not None:
+                blocks.add(Entries.scored(seen, scores.score(self.settings.score, seen, learned)))
+
         if old is source:
             source = dataclasses.replace(source, id=1 + max((s.id for s in self.sources), default=-1))
-            if state is not None and (left := reader.end(state)) is not None:
-                blocks.add(left)
+            if state is not None:
+                keep(reader.end(state))
             state = reader.begin(source.id)
         else:
             source = old
         part, nats, saved, began = self.settings.part, 0.0, source.tokens, source.tokens
         every = max(COMMIT // part, 1) * part
         for at in range(began, len(ids), part):
-            state, left = reader.read(state, ids[at : at + part])
-            if left is not None:
-                blocks.add(left)
+            state, seen = reader.read(state, ids[at : at + part])
+            keep(seen)
             end = at + state.window.count
             nats += float(state.nll[: state.window.count].sum(dtype=np.float64))
             if end == len(ids) or end % every == 0:
@@ -191,7 +197,7 @@ class Memory:
         """Writes what was read of a source; the source as it is known then. ids: of it, that are new."""
         number, files = self._manifest.next, {}
         if self.settings.text == "ids":
-            files[f"text-{number:08d}.safetensors"] = {"ids": texts.packed(ids, self._lm.config.vocab_size)}
+            files[f"text-{number:08d}.safetensors"] = {"ids": texts_lib.packed(ids, self._lm.config.vocab_size)}
             source, number = dataclasses.replace(source, text=(*source.text, *files)), number + 1
         sources = (*(s for s in self.sources if s.id != source.id), source)
         self._write(blocks, sources, state.window, reader.arrays(state), number, files)
@@ -254,7 +260,7 @@ class Memory:
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
         source = next(s for s in self.sources if s.name == name)
-        parts = [texts.unpacked(self._store.read(file)["ids"]) for file in source.text]
+        parts = [texts_lib.unpacked(self._store.read(file)["ids"]) for file in source.text]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def front(self, rows: int = 1) -> memory_lib.Memory:
@@ -281,6 +287,15 @@ class Memory:
         front = self._current(self._all)
         received = (front_lib.received(lm, front, row) for row in rows)
         return [[self._page(*page) for page in front_lib.pages(one, front, k)] for one in received]
+
+    def passages(self, ids: np.ndarray, n: int) -> np.ndarray:
+        """Ids of the n passages of what was read that share most words with a prompt, i32 [t], the best one last.
+        AtomError where ids are not kept."""
+        if self.settings.text != "ids":
+            raise AtomError(f"{self._store.directory}: keeps no token ids (text={self.settings.text}) to read again")
+        texts = self._current(lambda: [self.ids(s.name) for s in self.sources])
+        found = reread.passages(texts, ids, n)
+        return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
 
     def belongs(self, lm: LM) -> bool:
         """Whether it is a memory of this model."""
@@ -357,17 +372,16 @@ class Memory:
         return blocks, reader.state(kept, self._manifest.window, where)
 
     def _learned(self) -> Linear | None:
-        if self._manifest.score is None:
-            return None
-        return learned.of(self._store.read(self._manifest.score), str(self._store.directory / self._manifest.score))
+        name = self._manifest.score
+        return None if name is None else learned.of(self._store.read(name), str(self._store.directory / name))
 
 
 def _make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
     """Writes the manifest of an empty memory."""
+    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
     if settings.sinks + 2 * settings.part > lm.config.max_length:
         need = f"{settings.sinks} sinks and two parts of {settings.part} tokens"
         raise AtomError(f"part: {need} exceed the {lm.config.max_length} positions of the model")
-    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
     if settings.score == LEARNED:
         if score == LEARNED:
             raise AtomError("score: name the file with the learned one")

@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.layer import PartLayer
-from atom_jax.kvcache.lasting.score import Linear, Seen
+from atom_jax.kvcache.lasting.score import Seen
 from atom_jax.kvcache.memory import Layer, Memory, Stack, stack_layers
-from atom_jax.lasting.blocks import Entries
 from atom_jax.lasting.codec import half
-from atom_jax.lasting.store import Model, Settings, Window
+from atom_jax.lasting.store import Model, Window
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.nn import scoring
@@ -39,72 +37,54 @@ class State:
 
 
 class Reader:
-    """Reads sources for a memory with these settings."""
+    """Reads sources in parts, the last of which may be short. sinks: the first tokens of a source that stay in view,
+    and are no entries."""
 
-    def __init__(self, lm: LM, settings: Settings, learned: Linear | None = None):
-        self.lm, self.settings, self._learned = lm, settings, learned
+    def __init__(self, lm: LM, part: int, sinks: int):
+        self.lm, self.part, self.sinks = lm, part, sinks
         dense = dense_layers(lm)
         n, _, h, _, k = dense.k.shape
-        empty = PartLayer.empty(1, h, settings.sinks, settings.part, k, dense.k.dtype)
+        empty = PartLayer.empty(1, h, sinks, part, k, dense.k.dtype)
         self._empty = with_layers(lm, stack_layers(empty, n), 0)
 
     def begin(self, source: int) -> State:
         """Nothing is read yet of a source."""
         x_1d = jnp.zeros((1, self.lm.config.d_model), jnp.dtype(self.lm.config.dtype))
-        return State(self._empty, x_1d, np.zeros(self.settings.part, np.float32), Window(source))
+        return State(self._empty, x_1d, np.zeros(self.part, np.float32), Window(source))
 
-    def read(self, state: State, ids: np.ndarray) -> tuple[State, Entries | None]:
-        """Reads the next part, i32 [n], which is as long as parts are, or the last; and the entries of the part
-        before, which leaves the window."""
-        part, old, window = self.settings.part, state.window, state.window
-        padded = np.zeros((1, part), np.int32)
+    def read(self, state: State, ids: np.ndarray) -> tuple[State, Seen | None]:
+        """Reads the next part, i32 [n]; and what leaves the window, the part before."""
+        old = state.window
+        window = Window(old.source, old.first + old.count, len(ids))
+        padded = np.zeros((1, self.part), np.int32)
         padded[0, : len(ids)] = ids
         x_1d, memory, nll = _read(self.lm.params, padded, len(ids), state.memory, state.x_1d, cfg=self.lm.config)
         nll = np.array(nll)
-        window = Window(old.source, old.first + old.count, len(ids))
         if window.first == 0:
             nll[0] = 0.0
-        # A whole part has room for the next one behind it.
-        place = min(window.first, self.settings.sinks) + part
-        memory = memory.replace(length=jnp.full(1, place, jnp.int32))
-        left = None
-        if old.count:
-            new = layers_of(memory)
-            left = self._entries(state, new.most, new.total, nll[0])
-        return State(memory, x_1d, nll, window), left
+        memory = memory.replace(length=jnp.full(1, self._place(window), jnp.int32))
+        new = layers_of(memory)
+        return State(memory, x_1d, nll, window), self._leaving(state, new.most, new.total, nll[0])
 
-    def end(self, state: State) -> Entries | None:
-        """The entries of the latest part, which nothing follows: they are judged by what their own part paid them."""
+    def end(self, state: State) -> Seen | None:
+        """The latest part, which nothing follows: what is known of it is what its own part paid it."""
         layers = layers_of(state.memory)
-        return self._entries(state, layers.own_most, layers.own_total, 0.0) if state.window.count else None
+        return self._leaving(state, layers.own_most, layers.own_total, 0.0)
 
-    def features(self, state: State, new: State | None) -> tuple[np.ndarray, np.ndarray]:
-        """f32 [f, n], what a learned score weighs of the latest part's tokens, and their places in the source, i32
-        [n]. new: the state after the part that follows; None where there is none."""
-        layers = layers_of((new or state).memory)
-        received = (layers.own_most, layers.own_total) if new is None else (layers.most, layers.total)
-        seen = self._seen(state, *received, 0.0 if new is None else new.nll[0], None)
-        return scores.features(seen.most, seen.total, seen.nll, seen.following), seen.place
+    def _place(self, window: Window) -> int:
+        """Where the part after a whole one begins."""
+        return min(window.first, self.sinks) + self.part
 
-    def _seen(self, state: State, most: Any, total: Any, following: float, k_lhnk: np.ndarray | None) -> Seen:
-        window, skip = state.window, max(self.settings.sinks - state.window.first, 0)
-        cut = lambda x: np.asarray(x[:, 0])[..., skip : window.count]  # noqa: E731
-        nll = state.nll[: window.count]
-        after = np.append(nll[1:], np.float32(following))
-        place = np.arange(window.first + skip, window.first + window.count, dtype=np.int32)
-        norm = None if k_lhnk is None else np.linalg.norm(k_lhnk.astype(np.float32), axis=-1)
-        return Seen(cut(most), cut(total), nll[skip:], after[skip:], norm, window.source, place)
-
-    def _entries(self, state: State, most: Any, total: Any, following: float) -> Entries | None:
-        window, skip = state.window, max(self.settings.sinks - state.window.first, 0)
+    def _leaving(self, state: State, most: Any, total: Any, following: float) -> Seen | None:
+        window, skip = state.window, max(self.sinks - state.window.first, 0)
         if window.count <= skip:
             return None
-        layers, name = layers_of(state.memory), self.settings.score
-        k, v = (half(np.asarray(x)[:, 0, :, skip : window.count]) for x in _halved(layers.k, layers.v))
-        seen = self._seen(state, most, total, following, k if name == "knorm" else None)
-        score = scores.score(name, seen, self._learned)
-        place = np.broadcast_to(seen.place, score.shape)
-        return Entries(k, v, score, place, np.full_like(place, window.source))
+        layers, cut = layers_of(state.memory), slice(skip, window.count)
+        k, v = (half(np.asarray(x)[:, 0, :, cut]) for x in _halved(layers.k, layers.v))
+        most, total = (np.asarray(x)[:, 0, :, cut] for x in (most, total))
+        nll = state.nll[cut]
+        place = np.arange(window.first + skip, window.first + window.count, dtype=np.int32)
+        return Seen(k, v, most, total, nll, np.append(nll[1:], np.float32(following)), window.source, place)
 
     def arrays(self, state: State) -> dict[str, np.ndarray]:
         """What a file holds of a state, apart from its window."""
@@ -122,8 +102,7 @@ class Reader:
             if name not in arrays or arrays[name].shape != like.shape or arrays[name].dtype != like.dtype:
                 raise AtomError(f"{where}: the tensor 'window.{name}' is not of this model's shape and dtype")
         layers = empty.replace(**{name: jnp.asarray(arrays[name]) for name in _KEPT})
-        place = min(window.first, self.settings.sinks) + self.settings.part
-        memory = with_layers(self.lm, layers, place)
+        memory = with_layers(self.lm, layers, self._place(window))
         return State(memory, jnp.asarray(arrays["x"]), arrays["nll"], window)
 
 

@@ -1,6 +1,8 @@
 """Memories without a model: entries of random numbers, written as reading writes them. For tests and `make soak`."""
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 
@@ -10,6 +12,8 @@ from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import FORMAT, Manifest, Model, Settings, Source, Store
 
 MODEL = Model("llama", "0123456789abcdef", "float32", 2, 1, 4)
+# What the process that is killed adds.
+SOURCES, TOKENS = 40, 9
 SETTINGS = Settings(Law(0.5, 3, 4), part=8, sinks=1)
 
 
@@ -51,3 +55,10 @@ def content(path):
     entries = [tuple(getattr(e, f.name).tobytes() for f in dataclasses.fields(e)) for e in memory.entries()]
     ids = [memory.ids(s.name).tobytes() for s in memory.sources]
     return dataclasses.replace(plain, segments=segments, sources=sources), entries, ids
+
+
+if __name__ == "__main__":
+    home = pathlib.Path(sys.argv[1])
+    print("begins", flush=True)
+    for number in range(len(Memory.open(home).sources), SOURCES):
+        add(home, number, TOKENS)

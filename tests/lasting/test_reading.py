@@ -10,7 +10,7 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.inference import score
-from atom_jax.kvcache.lasting.score import Linear, Moments, fit
+from atom_jax.kvcache.lasting.score import Linear, Moments, features, fit
 from atom_jax.lasting import learned
 from atom_jax.lasting import memory as memory_module
 from atom_jax.lasting.memory import Memory
@@ -170,15 +170,13 @@ def test_recall_names_what_is_attended(read):
 def test_a_learned_score_chooses(tmp_path):
     lm, name = lm_of("llama"), "llama"
     memory = opened(tmp_path / "plain", name)
-    reader = Reader(lm, memory.settings)
-    state, after = reader.begin(0), None
-    moments = []
+    reader = Reader(lm, 16, 2)
+    state, moments = reader.begin(0), []
     for at in range(0, 64, 16):
-        before, (state, _) = state, reader.read(state, TEXTS[0][at : at + 16])
-        if at:
-            x, place = reader.features(before, state)
-            moments.append(Moments.of(x, place % 3 == 0))
-            after = x
+        state, seen = reader.read(state, TEXTS[0][at : at + 16])
+        if seen is not None:
+            after, place = features(seen.most, seen.total, seen.nll, seen.following), seen.place
+            moments.append(Moments.of(after, place % 3 == 0))
     fitted = fit(moments, 3.0, memory.model.fingerprint)
     learned.save(fitted, tmp_path / "s.safetensors")
     with opened(tmp_path / "m", name, score=tmp_path / "s.safetensors") as chosen:

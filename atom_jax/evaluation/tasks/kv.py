@@ -119,7 +119,7 @@ def methods(settings: KvSettings, cfg: Any) -> list[Method]:
     """
     own = registry.of(cfg).memory(cfg)
     known = [name for name, p in policies.POLICIES.items() if _has_budget(p)]
-    names = _joined(settings.policies) or (["model"] if own is not None else []) + known
+    names = joined(settings.policies) or (["model"] if own is not None else []) + known
     out = [Method("none", None, None)]
     for name in dict.fromkeys(n for n in names if n != "none"):
         if name == "model":
@@ -144,7 +144,7 @@ def _has_budget(policy: Any) -> bool:
     return "budget" in {f.name for f in dataclasses.fields(policy)}
 
 
-def _joined(names: tuple[str, ...]) -> list[str]:
+def joined(names: tuple[str, ...]) -> list[str]:
     """Texts of policies, put together again where a comma between two fields of one has divided it."""
     out: list[str] = []
     for name in names:

@@ -23,18 +23,20 @@ LEARNED = "learned"
 
 
 class Seen(NamedTuple):
-    """What is known of t tokens.
+    """t tokens that leave the window, and what is known of them.
 
-    most, total: f32 [l, h, t], the largest attention weight that each received from a query after it (of any query
-    head of the group), and the sum of these. nll, following: f32 [t], nats of the token, and of the one after it (0
-    where nothing is known). norm: f32 [l, h, t], of its keys before RoPE. source: number of its text. place: i32 [t].
+    k, v: [l, h, t, k], keys before RoPE and values. most, total: f32 [l, h, t], the largest attention weight that
+    each received from a query after it (of any query head of the group), and the sum of these. nll, following: f32
+    [t], nats of the token, and of the one after it (0 where nothing is known). source: number of its text. place: i32
+    [t], in that.
     """
 
+    k: Any
+    v: Any
     most: Any
     total: Any
     nll: Any
     following: Any
-    norm: Any
     source: int
     place: Any
 
@@ -135,7 +137,7 @@ SCORES: dict[str, Callable[[Seen], np.ndarray]] = {
     "observed": _observed,
     "observed_head": lambda seen: seen.most,
     "surprise": lambda seen: seen.nll,
-    "knorm": lambda seen: -seen.norm,
+    "knorm": lambda seen: -np.linalg.norm(seen.k.astype(np.float32), axis=-1),
     "random": _random,
     "recent": lambda seen: np.zeros_like(seen.nll),
 }
