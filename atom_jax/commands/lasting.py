@@ -36,8 +36,15 @@ def remember(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from atom_jax.checkpoint import load
+    from atom_jax.files import open_regular
     from atom_jax.lasting.memory import Memory
 
+    # Before a memory is made for them.
+    for file in files:
+        try:
+            open_regular(file).close()
+        except OSError as e:
+            raise AtomError(f"{file}: cannot be read ({e.strerror})") from None
     lm = load(values.checkpoint, dtype=values.dtype)
     options = {name: values[name].value for name in ("law", "score", "part", "codec", "text")}
     with Memory.open(values.memory_dir, lm, **options) as memory:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
-from atom_jax.kvcache.lasting.score import Linear
+from atom_jax.kvcache.lasting.score import SCORES, Linear
 from atom_jax.typing import AtomError
 
 _PARTS = ("mean", "std", "weight")
@@ -45,5 +45,7 @@ def save(score: Linear, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike) -> Linear:
     """The score in a file. AtomError where it can't be read."""
+    if not Path(path).is_file():
+        raise AtomError(f"score {str(path)!r}: is no file, and none of {', '.join(SCORES)}")
     source = SafetensorsSource(path)
     return of({name: source.read(name) for name in source.infos}, str(path))

@@ -110,11 +110,7 @@ class Memory:
         """tokens; entries, per head, as `length`; held: of these in blocks and waiting, and law: what the law allows
         there; bytes on disk, and text_bytes, those of token ids among them; horizon: to which age in tokens one stays
         of which a share of 0.05, 0.1 or 0.2 of its block ranks higher."""
-        m, law = self._manifest, self.settings.law
-
-        def size(names: Any) -> int:
-            return sum((self._store.directory / name).stat().st_size for name in names)
-
+        m, law, size = self._manifest, self.settings.law, self._store.size
         return {
             "tokens": sum(s.tokens for s in m.sources),
             "entries": self.length,
@@ -249,7 +245,7 @@ class Memory:
             for name in sorted(self._manifest.files):
                 self._store.read(name)
             self._entries()
-            return sum((self._store.directory / name).stat().st_size for name in self._manifest.files)
+            return self._store.size(self._manifest.files)
 
         return self._current(look)
 
@@ -304,7 +300,7 @@ class Memory:
         return same or model_of(registry.with_memory(lm, None)) == self.model
 
     def close(self) -> None:
-        """Lets go of what is held in memory; what is on disk is whole in any case."""
+        """Lets go of what is held in memory."""
         self._front = None
 
     def __enter__(self) -> Memory:
@@ -314,7 +310,9 @@ class Memory:
         self.close()
 
     def _page(self, source: int, first: int, last: int, weight: float) -> Page:
-        found = next(s for s in self.sources if s.id == source)
+        found = next((s for s in self.sources if s.id == source), None)
+        if found is None:
+            raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
         last, text = min(last, found.tokens - 1), None
         if found.text and self._lm.tokenizer is not None:
             text = self._lm.tokenizer.decode(self.ids(found.name)[first : last + 1].tolist())
@@ -338,7 +336,7 @@ class Memory:
         while True:
             try:
                 return look()
-            except (Missing, FileNotFoundError):
+            except Missing:
                 before = self._manifest
                 self.refresh()
                 if self._manifest == before:
@@ -384,7 +382,7 @@ def _make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
         raise AtomError(f"part: {need} exceed the {lm.config.max_length} positions of the model")
     if settings.score == LEARNED:
         if score == LEARNED:
-            raise AtomError("score: name the file with the learned one")
+            raise AtomError("score: name the file of the learned one")
         fit = learned.load(score)
         if fit.model != manifest.model.fingerprint:
             own = manifest.model.fingerprint

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.checkpoint.lock import locked
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.fields import read_json
-from atom_jax.kvcache.lasting.levels import Law
+from atom_jax.kvcache.lasting.levels import Law, levels
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES
 from atom_jax.lasting.codec import CODECS
 from atom_jax.typing import AtomError
@@ -79,6 +79,9 @@ class Model:
     layers: int
     heads: int
     size: int
+
+    def __post_init__(self):
+        config.check(self, layers=(1, 2**16), heads=(1, 2**16), size=(1, 2**16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,10 @@ class Store:
             return False
         if not self.directory.is_dir():
             raise AtomError(f"{self.directory}: is a file; a memory is a directory")
-        others = [p.name for p in self.directory.iterdir() if not _ours(p.name)]
+        try:
+            others = [p.name for p in self.directory.iterdir() if not _ours(p.name)]
+        except OSError as e:
+            raise AtomError(f"{self.directory}: cannot be read ({e.strerror})") from None
         if others:
             raise AtomError(f"{self.directory}: holds {others[0]}, and no memory ({MANIFEST}); name a new directory")
         return False
@@ -155,16 +161,23 @@ class Store:
             found = config.from_json(Manifest, data, str(path))
         except RecursionError:
             raise AtomError(f"{path}: not valid JSON") from None
-        for name in found.files:
-            if Path(name).name != name or not name.startswith(_KINDS):
-                raise AtomError(f"{path}: {name[:60]!r} is no name of a file of a memory")
+        _check(path, found)
         return found
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of files. Missing where one isn't there."""
+        total = 0
+        for name in names:
+            try:
+                total += (self.directory / name).stat().st_size
+            except OSError:
+                raise Missing(f"{self.directory / name}: is missing, and {MANIFEST} names it") from None
+        return total
 
     def read(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of a file, compared with their checksums. Damaged (or AtomError) where it is not what was
         written."""
-        if not (self.directory / name).exists():
-            raise Missing(f"{self.directory / name}: is missing, and {MANIFEST} names it")
+        self.size([name])
         source = SafetensorsSource(self.directory / name)
         if source.infos.keys() - source.crcs.keys():
             raise Damaged(f"{self.directory / name}: holds tensors without checksums")
@@ -215,6 +228,31 @@ class Store:
         free = shutil.disk_usage(self.directory).free
         if free < need + (1 << 20):
             raise AtomError(f"{self.directory}: {need:,} bytes are to be written, and {free:,} are free")
+
+
+def _check(path: Path, found: Manifest) -> None:
+    """Raises AtomError for a manifest that no memory could have."""
+    for name in found.files:
+        if Path(name).name != name or not name.startswith(_KINDS):
+            raise AtomError(f"{path}: {name[:60]!r} is no name of a file of a memory")
+    law, at = found.settings.law, 0
+    for s in found.segments:
+        right = 0 <= s.level < 31 and (s.start, s.end) == (at, at + (1 << s.level))
+        if not right or not 0 <= s.entries <= law.keep(s.level):
+            raise AtomError(f"{path}: the segment {s.file} is not as the law has it")
+        at = s.end
+    if [s.level for s in found.segments] != levels(at):
+        raise AtomError(f"{path}: the segments are not those that the law has after {at} blocks")
+    numbers, window = [s.id for s in found.sources], found.window
+    if len({*numbers, -1}) <= len(numbers) or min(numbers, default=0) < 0:
+        raise AtomError(f"{path}: the sources have not each a number of their own")
+    if any(s.tokens < 0 for s in found.sources) or min(found.next, found.written, found.waiting) < 0:
+        raise AtomError(f"{path}: a number is negative")
+    there = window.source in numbers and found.tail is not None and window.first >= 0
+    if window.source != -1 and not (there and 0 <= window.count <= found.settings.part):
+        raise AtomError(f"{path}: the window is of no source that is known")
+    if found.waiting and found.tail is None:
+        raise AtomError(f"{path}: entries wait, and no tail is named")
 
 
 class Missing(AtomError):

@@ -86,7 +86,7 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
     (["remember", "--checkpoint=model", "--memory_dir=m", "--source=x", "a", "b"], "--source names one text"),
     (["remember", "--checkpoint=model", "--memory_dir=m", "nowhere.txt"], "nowhere.txt: cannot be read"),
     (["remember", "--checkpoint=model", "--memory_dir=m", "--law=cube", "a.txt"], "law 'cube'"),
-    (["remember", "--checkpoint=model", "--memory_dir=m", "--score=nowhere", "a.txt"], "nowhere: cannot be read"),
+    (["remember", "--checkpoint=model", "--memory_dir=m", "--score=nowhere", "a.txt"], "score 'nowhere': is no file"),
     (["remember", "--checkpoint=model", "--memory_dir=model", "a.txt"], "and no memory"),
     (["generate", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["generate", "--checkpoint=model", "--remember", "--prompt=x"], "remember, reread: there is no memory"),

@@ -176,6 +176,8 @@ def damage(kind, path):
     elif kind == "entries":
         segments = json.loads((path / MANIFEST).read_text())["segments"]
         edited(path, segments=[{**segments[0], "entries": 4}, *segments[1:]])
+    elif kind == "levels":
+        edited(path, segments=json.loads((path / MANIFEST).read_text())["segments"][1:])
 
 
 @pytest.mark.parametrize("kind, message", [
@@ -184,13 +186,43 @@ def damage(kind, path):
     ("swapped", "holds entries of shape|missing|unknown"), ("pickle", "not a whole safetensors file"),
     ("format", "this version reads format 1, not 2"), ("field", "unknown field 'colour'"),
     ("elsewhere", "is no name of a file of a memory"), ("not JSON", "not valid JSON"),
-    ("entries", "which the manifest does not name"),
+    ("entries", "which the manifest does not name"), ("levels", "is not as the law has it"),
 ])  # fmt: skip
 def test_damage_is_named(memory, kind, message):
     damage(kind, memory)
     with pytest.raises(AtomError, match=message) as e:
         Memory.open(memory).verify()
     assert str(memory) in str(e.value) or "MEMORY.json" in str(e.value)
+
+
+def test_manifests_with_other_values_are_refused_or_read(memory):
+    whole, rng = json.loads((memory / MANIFEST).read_text()), np.random.default_rng(0)
+    others = (-1, 0, 1, 3, 10**6, 2**40, 1e300, None, True, "", "seg-x", "../x", [], {}, [1], {"id": 1})
+    refused = 0
+
+    def places(value, path=()):
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        yield from ([path] if path else [])
+        for key, one in inside:
+            yield from places(one, (*path, key))
+
+    everywhere = list(places(whole))
+    for _ in range(300):
+        data = json.loads(json.dumps(whole))
+        *path, key = everywhere[rng.integers(len(everywhere))]
+        place = data
+        for step in path:
+            place = place[step]
+        place[key] = others[rng.integers(len(others))]
+        (memory / MANIFEST).write_text(json.dumps(data))
+        try:
+            found = Memory.open(memory)
+            found.stats()
+            found.verify()
+        except AtomError as e:
+            refused += 1
+            assert len(str(e)) < 300
+    assert refused > 150
 
 
 def test_other_directories_are_left_alone(tmp_path):

@@ -112,6 +112,20 @@ def test_sessions_do_not_matter(tmp_path, monkeypatch):
     assert opened(tmp_path / "cut", "llama").read(TEXTS[0]).tokens == 0
 
 
+def test_half_precision_goes_on_where_it_was(tmp_path):
+    lm = lm_of("llama")
+    lm = dataclasses.replace(
+        lm, config=dataclasses.replace(lm.config, dtype="bfloat16"), params=params.cast(lm.params, "bfloat16")
+    )
+    for name in ("one", "two"):
+        memory = Memory.open(tmp_path / name, lm, law="sqrt:entries=4,block=8", part=16)
+        for text in TEXTS[1:3]:
+            memory.read(text)
+            memory = Memory.open(tmp_path / name, lm) if name == "two" else memory
+    assert files(memory) == files(Memory.open(tmp_path / "one"))
+    assert atom_jax.generate(lm, [[5, 6]], 2, memory=memory).ids
+
+
 def test_within_the_window_it_is_the_model(tmp_path):
     lm, text = lm_of("llama"), TEXTS[4][:12]
     memory = opened(tmp_path / "m", "llama")
@@ -136,6 +150,9 @@ def test_rows_lean_on_it_each_by_itself(read):
         taught = np.asarray(atom_jax.apply(lm, both, memory=memory).logits[0]).argmax(-1)
         assert taught[len(prompt) - 1 : -1].tolist() == ids
     assert made.ids != atom_jax.generate(lm, prompts, 5, stop_ids=[]).ids
+    first = atom_jax.generate(lm, prompts[:1], 5, stop_ids=[], memory=memory, keep_memory=True)
+    later = atom_jax.generate(lm, [[3]], 5, stop_ids=[], after=first).ids
+    assert atom_jax.generate(lm, [prompts[0] + first.ids[0] + [3]], 5, stop_ids=[], memory=memory).ids == later
     ids = np.zeros((2, 40), int)
     ids[0, :9], ids[1, :33] = prompts[0], prompts[2]
     mask = np.arange(40)[None] < np.array([[9], [33]])

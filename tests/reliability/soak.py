@@ -75,10 +75,8 @@ def memory_kills(item: str) -> tuple[int, list[str], dict[str, Any]]:
             process.communicate()
             if disk.content(path) not in states:
                 failures.append(f"{item}: after kill {i} the memory is none of those between commits")
-        if (
-            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
-            or disk.content(path) != states[-1]
-        ):
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        if disk.content(path) != states[-1]:
             failures.append(f"{item}: in the end it is not what an undisturbed one is")
     return KILLS, failures, {}
 
