@@ -11,6 +11,8 @@ from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.kvcache.lasting.score import SCORES, Linear
 from atom_jax.typing import AtomError
 
+# Scores that ship with the package.
+SHIPPED = Path(__file__).with_name("scores")
 _PARTS = ("mean", "std", "weight")
 
 
@@ -29,6 +31,11 @@ def of(found: dict[str, np.ndarray], where: str) -> Linear:
         return Linear(*(found[name] for name in _PARTS), model)
     except AtomError as e:
         raise AtomError(f"{where}: {e}") from None
+
+
+def shipped(model: str) -> Path | None:
+    """The file of the score that ships for the model with this fingerprint; None where there is none."""
+    return next((file for file in sorted(SHIPPED.glob("*.safetensors")) if load(file).model == model), None)
 
 
 def save(score: Linear, path: str | os.PathLike) -> None:

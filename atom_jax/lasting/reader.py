@@ -17,7 +17,7 @@ from atom_jax.kvcache.memory import Layer, Memory, Stack, stack_layers
 from atom_jax.lasting.codec import half
 from atom_jax.lasting.store import Model, Window
 from atom_jax.models import registry
-from atom_jax.models.fingerprint import fingerprint
+from atom_jax.models.fingerprint import identity
 from atom_jax.nn import scoring
 from atom_jax.typing import LM, AtomError, Batch
 
@@ -109,7 +109,7 @@ class Reader:
 def model_of(lm: LM) -> Model:
     """What a memory says of the model that it belongs to."""
     n, _, h, _, k = dense_layers(lm).k.shape
-    return Model(lm.family, fingerprint(lm), lm.config.dtype, n, h, k)
+    return Model(lm.family, identity(lm), lm.config.dtype, n, h, k)
 
 
 def dense_layers(lm: LM) -> DenseLayer:

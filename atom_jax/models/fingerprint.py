@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,18 @@ from atom_jax.typing import LM
 
 def fingerprint(lm: LM) -> str:
     """16 hex digits that depend on the configuration and on every bit of the parameters, not on where they lie."""
-    digest = hashlib.sha256(json.dumps(config.to_json(lm.config), sort_keys=True).encode())
+    return _digest(lm, config.to_json(lm.config))
+
+
+def identity(lm: LM) -> str:
+    """As `fingerprint`, for what is kept for long: of fields of the configuration only those count that don't have
+    their defaults, so that fields of later versions change nothing."""
+    fields = dataclasses.fields(lm.config)
+    return _digest(lm, {f.name: config.to_json(x) for f in fields if (x := getattr(lm.config, f.name)) != f.default})
+
+
+def _digest(lm: LM, about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in params.flatten(lm.params).items():
         digest.update(f"{name} {leaf.shape} {leaf.dtype} {_checksum(leaf)}\n".encode())
     return digest.hexdigest()[:16]

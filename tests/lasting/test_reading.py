@@ -184,7 +184,7 @@ def test_recall_names_what_is_attended(read):
     assert abs(total[best] / sum(total.values()) - found[0].weight) < 2e-3
 
 
-def test_a_learned_score_chooses(tmp_path):
+def test_a_learned_score_chooses(tmp_path, monkeypatch):
     lm, name = lm_of("llama"), "llama"
     memory = opened(tmp_path / "plain", name)
     reader = Reader(lm, 16, 2)
@@ -203,7 +203,10 @@ def test_a_learned_score_chooses(tmp_path):
     wanted = dict(zip(place.tolist(), fitted(after)))
     same = held.keys() & wanted.keys()
     assert same and all(abs(held[p] - wanted[p]) < 1e-4 for p in same)
+    monkeypatch.setattr(learned, "SHIPPED", tmp_path)
+    assert opened(tmp_path / "d", name).settings.score == "learned"
     learned.save(Linear(fitted.mean, fitted.std, fitted.weight, "another"), tmp_path / "t.safetensors")
+    assert opened(tmp_path / "e", name, score="observed").settings.score == "observed"
     with pytest.raises(AtomError, match="was fitted for the model another"):
         opened(tmp_path / "n", name, score=tmp_path / "t.safetensors")
     assert not (tmp_path / "n").exists()
