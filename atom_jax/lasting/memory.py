@@ -56,8 +56,8 @@ class Memory:
         Args:
           lm: the model that it belongs to; its cache policy plays no part. None: only to look, and to forget.
           law: such as "sqrt" (the default), "log:entries=32" or "all" (`levels.Law.parse`).
-          score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`); by
-            default the one that ships for the model (`learned.shipped`), else "observed".
+          score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`).
+            By default the one that ships for the model (`learned.shipped`), else "observed".
           part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). codec:
             "float16" or "int8". text: "ids": token ids are kept too, for `recall`; "none": they are not.
         All of these are fixed when it is made. Raises AtomError for a memory of another model or with other settings,
