@@ -17,6 +17,7 @@ _PUBLIC = {
     "chat": "atom_jax.inference.chat",
     "Chat": "atom_jax.inference.chat",
     "Session": "atom_jax.session.session",
+    "Memory": "atom_jax.lasting.memory",
     "LM": "atom_jax.typing",
     "Output": "atom_jax.typing",
     "Batch": "atom_jax.typing",

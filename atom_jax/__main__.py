@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from atom_jax import terminal
-from atom_jax.commands import models, reports, writing
+from atom_jax.commands import lasting, models, reports, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
@@ -18,10 +18,14 @@ USAGE = """python -m atom_jax COMMAND [...]
   chat      --checkpoint=PATH                 talk with a model that was tuned for it
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
+  remember  --checkpoint=PATH --memory_dir=DIR FILE...  read texts into a memory on disk
+  recall    --checkpoint=PATH --memory_dir=DIR --prompt=TEXT  what of it a prompt looks at
+  forget    --memory_dir=DIR --source=NAME    take a text out of it
+  fit_memory --checkpoint=PATH --out=FILE TEXT...  learn what is worth remembering, in closed form
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
   instructify MODEL TUNED BASE DST            give what was made of a model what tuning changed in it
-  info      PATH                              what is in a checkpoint
+  info      PATH                              what is in a checkpoint, or in a memory
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
   fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
 
@@ -35,6 +39,10 @@ def main(argv: list[str]) -> int:
         "generate": writing.generate,
         "reason": writing.reason,
         "chat": writing.chat,
+        "remember": lasting.remember,
+        "recall": lasting.recall,
+        "forget": lasting.forget,
+        "fit_memory": lasting.fit_memory,
         "convert": models.convert,
         "info": models.info,
         "instructify": models.instructify,

@@ -18,6 +18,7 @@ ROOMS = (
     ("models",),
     ("session", "transfer", "data"),
     ("checkpoint",),
+    ("lasting",),
     ("data.fetch", "inference"),
     ("training",),
     ("evaluation",),

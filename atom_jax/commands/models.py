@@ -73,12 +73,17 @@ def instructify(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
-    """Says what is in a checkpoint. argv: the command and its arguments. Raises AtomError for bad input."""
-    known = Flags("info PATH", "Says what is in a checkpoint.")
+    """Says what is in a checkpoint or memory. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags("info PATH", "Says what is in a checkpoint, or in a memory on disk.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
+    from atom_jax.commands import lasting
+    from atom_jax.lasting import store
 
-    print(cli.info(path, values.tensors, values.verify))
+    if store.is_memory(path):
+        print(lasting.info(path, values.verify))
+    else:
+        print(cli.info(path, values.tensors, values.verify))

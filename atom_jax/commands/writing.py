@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from atom_jax import terminal
+from atom_jax.commands import lasting
 from atom_jax.commands.flags import Flags, text_of
 from atom_jax.typing import AtomError
 
@@ -30,6 +31,9 @@ def generate(argv: list[str]) -> int | None:
     known.add(flags.DEFINE_string, "memory", None,
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
+    known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
+    known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
+    known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
     known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
@@ -55,15 +59,19 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference import chat as chat_lib
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
+    from atom_jax.lasting.memory import Memory
     from atom_jax.models import registry
     from atom_jax.session.drafts import drafters
 
     seed = config.in_range("--seed", values.seed, int)
+    if values.memory_dir is not None:
+        lasting.there(values.memory_dir)
     policy = None if values.memory is None else policies.parse(values.memory)
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
         lm = registry.with_memory(lm, policy)
+    read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm)
     alone = len(values.prompt) == 1 and not values.json
     result = generate(
         lm,
@@ -78,6 +86,9 @@ def generate(argv: list[str]) -> int | None:
         on_text=_write if alone else None,
         draft=draft,
         draft_tokens=values.draft_tokens,
+        memory=read,
+        remember=values.remember,
+        reread=values.reread,
     )
     if values.json:
         table = {"text": result.text, "ids": result.ids, "stats": result.stats}

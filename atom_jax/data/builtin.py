@@ -27,15 +27,22 @@ def austen(split: str) -> Corpus:
     validation: Persuasion, chapters 1 to 12 (0.22 MB).
     test: Persuasion, chapters 13 to 24 (0.25 MB).
     """
+    chapters = {name: _chapters(text) for name, text in novels().items()}
+    held_out = chapters.pop("persuasion")
+    half = len(held_out) // 2
+    train = [chapter for novel in chapters.values() for chapter in novel]
+    parts = {"train": train, "validation": held_out[:half], "test": held_out[half:], "all": train + held_out}
+    return Texts("austen", parts[split])
+
+
+def novels() -> dict[str, bytes]:
+    """Jane Austen's six novels by their names: emma, mansfield_park, northanger_abbey, persuasion,
+    pride_and_prejudice, sense_and_sensibility."""
     with lzma.open(AUSTEN) as f:
         text = f.read()
     titles = [m.start() for m in _TITLE.finditer(text)]
-    novels = [_chapters(text[a:b]) for a, b in zip(titles, [*titles[1:], len(text)])]
-    held_out = novels.pop(3)
-    half = len(held_out) // 2
-    train = [chapter for novel in novels for chapter in novel]
-    parts = {"train": train, "validation": held_out[:half], "test": held_out[half:], "all": train + held_out}
-    return Texts("austen", parts[split])
+    found = (text[a:b] for a, b in zip(titles, [*titles[1:], len(text)]))
+    return {novel.partition(b"\n")[0].decode().lower().replace(" ", "_"): novel for novel in found}
 
 
 def _chapters(novel: bytes) -> list[bytes]:

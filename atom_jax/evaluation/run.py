@@ -23,6 +23,7 @@ from atom_jax.evaluation.tasks import TASKS, EvalConfig
 from atom_jax.evaluation.tasks.task import Runner
 from atom_jax.fields import read_json
 from atom_jax.models import registry
+from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, AtomError
 
 _LONGEST = 2048
@@ -56,7 +57,7 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
     """
     check_tasks(names)
     encoder = make_encoder(lm, cfg)
-    model = cache.fingerprint(lm)
+    model = fingerprint(lm)
     whole, (lm, mesh) = lm, _place(lm, cfg.mesh)
     results: dict[str, Result] = {}
     report = {"fingerprint": model, "family": lm.family, "config": _used(cfg, names), "tasks": {}}

@@ -13,6 +13,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.inference.stream import TextStream
+from atom_jax.lasting.memory import Memory
 from atom_jax.models import registry
 from atom_jax.session import reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
@@ -71,6 +72,9 @@ def generate(
     after: Generation | None = None,
     draft: str | Drafter | None = None,
     draft_tokens: int = 7,
+    memory: Memory | None = None,
+    remember: bool = False,
+    reread: int = 0,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
@@ -90,6 +94,10 @@ def generate(
         `drafts.drafters` ("ngram", "recycle", "spine") or a drafter. The ids are those without drafts. Where drafts
         cost more than they gain, and in models that read one token at a time (with units of their own), there are
         none. draft_tokens: their greatest length.
+      memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
+        stand before the prompts, which then get no front. It stays as it is; remember: afterwards it also reads every
+        prompt with its answer, as one source. reread: so many passages of 64 tokens that share most words with a
+        prompt are read again in front of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
@@ -105,10 +113,17 @@ def generate(
         raise AtomError("stop: an empty string would stop everywhere")
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
-    rows = token_rows(lm, prompts, first=after is None)
+    reread = config.whole("reread", reread, 0, 1024)
+    if (remember or reread) and memory is None:
+        raise AtomError("remember, reread: there is no memory")
+    ahead = 0 if memory is None else _ahead(lm, memory, after)
+    rows = token_rows(lm, prompts, first=after is None and not ahead)
+    said = rows
+    if reread:
+        rows = [np.concatenate([memory.passages(row, reread), row]) for row in rows]
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
-    longest = int((lengths if before is None else lengths + 1 + before.length).max())
+    longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
     if longest + max_new_tokens > lm.config.max_length:
         raise AtomError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
@@ -120,7 +135,10 @@ def generate(
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
         if before is None:
-            session = Session.prefill(lm, mine, room=min(max_new_tokens, ROOM), longest=longest)
+            own = memory.front(len(mine)) if ahead else None
+            session = Session.prefill(
+                lm, mine, room=min(max_new_tokens, ROOM), longest=int(lengths.max()), memory=own
+            )
         else:
             session = before.extend(mine)
         choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
@@ -133,7 +151,10 @@ def generate(
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
-    return _result(lm, runs, began, started, busy, keep_memory)
+    result = _result(lm, runs, began, started, busy, keep_memory)
+    for row, ids in zip(said, result.ids if remember else []):
+        memory.read(np.concatenate([row, np.array(ids, np.int32)]))
+    return result
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:
@@ -174,6 +195,17 @@ def _memory(after: Generation, rows: int) -> Session:
         raise AtomError("after: this generation has been continued already, and its memory is given up")
     # Memory that is compacted while it reads may be large, and is written over.
     return after.memory if reading.plan(after.memory.lm.config).shrinks else after.memory.fork()
+
+
+def _ahead(lm: LM, memory: Memory, after: Generation | None) -> int:
+    """How many entries of a lasting memory stand before prompts, checked."""
+    if after is not None:
+        raise AtomError("memory: stands before a first turn, and this one goes on after another")
+    if lm.config.memory is not None:
+        raise AtomError("memory: is read whole, which this model's cache policy would not do; choose the dense cache")
+    if not memory.belongs(lm):
+        raise AtomError("memory: belongs to another model")
+    return memory.length
 
 
 def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:

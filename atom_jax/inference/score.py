@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.memory import Memory
+from atom_jax.lasting import memory as lasting
 from atom_jax.models import registry
 from atom_jax.nn import scoring
 from atom_jax.session.prompts import check_ids
@@ -16,20 +19,23 @@ from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
 
-def apply(lm: LM, ids: Any, mask: Any = None) -> Output:
+def apply(lm: LM, ids: Any, mask: Any = None, *, memory: lasting.Memory | None = None) -> Output:
     """Logits float32 [b, t, v] at every position; meaningless where the mask is False.
 
     Args:
       ids: integers [b, t].
       mask: bool [b, t], True = real; None = all real. Padding may be on the left or on the right of a row.
+      memory: what the model has read in earlier sessions, before which no row has padding; None: nothing.
     Raises AtomError for wrong shapes, ids out of range, rows longer than the model's positions, or a row whose real
     positions are not contiguous.
     """
-    batch = to_batch(lm, ids, mask)
-    return exactly(lambda cfg: _apply(lm.params, batch, cfg=cfg), lm.config)
+    batch, cache = _after(lm, to_batch(lm, ids, mask), memory)
+    return exactly(lambda cfg: _apply(lm.params, batch, cache, cfg=cfg), lm.config)
 
 
-def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.Array:
+def logprobs(
+    lm: LM, ids: Any, mask: Any = None, marginal: bool = False, *, memory: lasting.Memory | None = None
+) -> jax.Array:
     """Log-probability of each token given those before it, float32 [b, t - 1]: entry i is that of ids[:, i + 1].
 
     marginal: for ids that also say where patches end (Bolmo). False: of the byte together with what the boundary
@@ -39,10 +45,24 @@ def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.
     0 where either of the two positions is padding. Arguments and errors as for `apply`; the logits of all positions
     never exist together.
     """
-    batch = to_batch(lm, ids, mask)
+    batch, cache = _after(lm, to_batch(lm, ids, mask), memory)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    return exactly(lambda cfg: _logprobs(lm.params, batch, cfg=cfg, marginal=marginal), lm.config)
+    return exactly(lambda cfg: _logprobs(lm.params, batch, cache, cfg=cfg, marginal=marginal), lm.config)
+
+
+def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, Memory | None]:
+    """The batch behind what a lasting memory holds, and the cache that this makes; None without one."""
+    if memory is None or not memory.length:
+        return batch, None
+    if lm.config.memory is not None or not memory.belongs(lm):
+        raise AtomError("memory: belongs to another model, or this one has a cache policy; it is for the dense cache")
+    b, t = batch.ids.shape
+    if not bool(jnp.all(batch.segments[:, 0] > 0)):
+        raise AtomError("mask: with a memory, padding may only be on the right of a row")
+    if (longest := memory.length + t) > lm.config.max_length:
+        raise AtomError(f"ids: with the memory a row takes {longest} of {lm.config.max_length} positions")
+    return batch.replace(positions=batch.positions + memory.length), memory_lib.grow(memory.front(b), t)
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
@@ -69,16 +89,16 @@ def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _apply(params: Any, batch: Batch, *, cfg: Any) -> tuple[Output, Any]:
-    out, _ = registry.of(cfg).apply(params, batch, cfg=cfg)
+def _apply(params: Any, batch: Batch, cache: Memory | None, *, cfg: Any) -> tuple[Output, Any]:
+    out, _ = registry.of(cfg).apply(params, batch, cfg=cfg, cache=cache)
     return out, out.aux.get("lost")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "marginal"))
-def _logprobs(params: Any, batch: Batch, *, cfg: Any, marginal: bool) -> tuple[jax.Array, Any]:
+def _logprobs(params: Any, batch: Batch, cache: Memory | None, *, cfg: Any, marginal: bool) -> tuple[jax.Array, Any]:
     model = registry.of(cfg)
     codec = model.codec(cfg)
-    x_btd, _, aux = model.hidden(params, batch, cfg=cfg)
+    x_btd, _, aux = model.hidden(params, batch, cfg=cfg, cache=cache)
     targets_bt = codec.fuse(jnp.roll(batch.ids, -1, axis=1), aux)
     head = functools.partial(model.logits, params, cfg=cfg)
     if marginal:

@@ -109,6 +109,42 @@ def received(
     return total.reshape(b, h, g, s)
 
 
+def attend_observed(
+    q_bhgtk: jax.Array, at_bt: jax.Array, real_bt: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bs: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention [b, h, g, t, k] of queries at positions at_bt to entries at pos_bs (-1: none there), and what these
+    receive of the real queries after them, float32 [b, h, s]: the largest weight of any query head, and the sum of
+    all weights.
+
+    The weights of ROWS queries exist at once.
+    """
+    b, h, g, t, size = q_bhgtk.shape
+    blocks = -(-t // ROWS)
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
+
+    def some(received: tuple, block: tuple) -> tuple[tuple, jax.Array]:
+        q, at, real = block
+        scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k_bhsk, preferred_element_type=jnp.float32) * size**-0.5
+        distance = at[:, :, None] - pos_bs[:, None]
+        held = (pos_bs >= 0)[:, None]
+        seen = jnp.broadcast_to((held & (distance >= 0))[:, None, None], scores.shape)
+        weight = jax.nn.softmax(jnp.where(seen, scores, NEGATIVE), axis=-1)
+        out = jnp.einsum("bhgts,bhsk->bhgtk", weight.astype(v_bhsk.dtype), v_bhsk)
+        later = jnp.broadcast_to((held & (distance > 0) & real[:, :, None])[:, None, None], scores.shape)
+        weight = jnp.where(later, weight, 0.0)
+        most, total = received
+        return (jnp.maximum(most, weight.max((2, 3))), total + weight.sum((2, 3))), out.astype(q.dtype)
+
+    none = jnp.zeros((b, h, k_bhsk.shape[2]), jnp.float32)
+    inputs = split(q_bhgtk, 3), split(at_bt, 1), split(real_bt, 1)
+    (most, total), out = jax.lax.scan(some, (none, none), inputs)
+    out = jnp.moveaxis(out, 0, 3).reshape(b, h, g, blocks * ROWS, size)
+    return out[..., :t, :], most, total
+
+
 def _biased(scores: jax.Array, bias: jax.Array | None, *axes: int) -> jax.Array:
     """Scores with the entries' bias added, which lacks these axes."""
     if bias is None:

@@ -46,35 +46,46 @@ class Session:
     open_b: jax.Array | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def prefill(cls, lm: LM, texts: Any, *, room: int = ROOM, longest: int = 0, params: Any = None) -> Session:
+    def prefill(
+        cls, lm: LM, texts: Any, *, room: int = ROOM, longest: int = 0, params: Any = None,
+        memory: Memory | None = None,
+    ) -> Session:  # fmt: skip
         """Reads the beginning of every row.
 
         Args:
           texts: one text, or texts or lists of token ids, of any lengths. Texts of byte models get the bos first.
           room: further tokens per row for which there is room at once; the memory grows where there are more.
           longest: length of a longer prompt whose shapes are to be used. params: in place of `laid_out.of(lm)`.
+          memory: what the rows have read before, as the stacked layers of `lm` keep it; it is given up. None: they
+            begin.
         Raises AtomError for empty prompts, ids out of range, and a prompt longer than the model's positions.
         """
-        ids, lengths = prompts.padded(prompts.token_rows(lm, texts, first=True), longest)
+        ids, lengths = prompts.padded(prompts.token_rows(lm, texts, first=memory is None), longest)
         capacity = bucket(max(longest, int(lengths.max())) + room, LEAST)
         params = laid_out.of(lm) if params is None else params
-        return cls.begin(lm, ids, lengths, capacity=capacity, params=params, unroll=laid_out.unrolls(lm))
+        return cls.begin(
+            lm, ids, lengths, capacity=capacity, params=params, unroll=laid_out.unrolls(lm), memory=memory
+        )
 
     @classmethod
     def begin(
-        cls, lm: LM, ids_bt: np.ndarray, length_b: np.ndarray, *, capacity: int, params: Any, unroll: bool
-    ) -> Session:
+        cls, lm: LM, ids_bt: np.ndarray, length_b: np.ndarray, *, capacity: int, params: Any, unroll: bool,
+        memory: Memory | None = None,
+    ) -> Session:  # fmt: skip
         """As `prefill`, from ids i32 [b, t], padded on the right, and their lengths i32 [b], at least 1.
 
-        capacity: tokens per row for which there is room. params: as lm has them, or laid out. unroll: they are
-        laid out layer by layer, as the memory is to be.
+        capacity: tokens per row for which there is room in an empty memory. params: as lm has them, or laid out.
+        unroll: they are laid out layer by layer, as the memory is to be. memory: as for `prefill`.
         """
-        _check_positions(lm, int(length_b.max()))
+        _check_positions(lm, int((length_b + (0 if memory is None else np.asarray(memory.length))).max()))
         mask = np.arange(ids_bt.shape[1])[None] < length_b[:, None]
         suffix = registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, ids_bt, mask)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         scanned = lm.params if unroll else params
-        x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
+        if memory is None:
+            x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
+        else:
+            x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config)
         memory = programs.unstack(memory) if unroll else memory
         return cls(lm, params, memory_lib.trim(memory), *_latest(lm, ids_bt, length_b, x_bd))
 

@@ -12,6 +12,7 @@ from atom_jax.evaluation import cache, loglik, run
 from atom_jax.evaluation.encode import Item
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import AtomError
 from tests.evaluation.conftest import rows
 
@@ -98,8 +99,8 @@ def test_the_cache_is_for_one_model_and_setting(lm, sets, cfg, tmp_path, monkeyp
 
 
 def test_fingerprint_sees_every_bit(lm):
-    first = cache.fingerprint(lm)
-    assert first == cache.fingerprint(dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 0, lm.params)))
+    first = fingerprint(lm)
+    assert first == fingerprint(dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 0, lm.params)))
     q = lm.params["layers"]["attn"]["q"]
     swapped = lm.params["embed"].at[np.array([3, 4])].set(lm.params["embed"][np.array([4, 3])])
     bit = jax.lax.bitcast_convert_type(q, np.uint32).at[1, 2, 0, 3].add(1)
@@ -112,7 +113,7 @@ def test_fingerprint_sees_every_bit(lm):
     layers = lm.params["layers"]
     flipped = layers | {"attn": layers["attn"] | {"q": jax.lax.bitcast_convert_type(bit, np.float32)}}
     others.append(dataclasses.replace(lm, params=lm.params | {"layers": flipped}))
-    assert len({first, *map(cache.fingerprint, others)}) == 6
+    assert len({first, *map(fingerprint, others)}) == 6
 
 
 def test_key_depends_on_the_items():

@@ -1,6 +1,6 @@
 """The long forms of the tests of reliability: `make soak`, or one part of it, `make soak SOAK=kills`.
 
-    python -m tests.reliability.soak [--parts=kills,mutants,rows,bytes,ties,load] [--minutes=8] [--out=FILE]
+    python -m tests.reliability.soak [--parts=kills,mutants,rows,bytes,ties,memory,load] [--minutes=8] [--out=FILE]
 
 What was done is a line of the file; the same command goes on with the rest, and tries what failed again. With a limit
 of minutes nothing new is begun after them. Two items run at a time. docs/reliability.md has the results.
@@ -50,6 +50,35 @@ class Part:
     unit: str
     flags: Callable[[str], str] = lambda item: LEVELS["O0"]
     alone: bool = False
+
+
+def memory_kills(item: str) -> tuple[int, list[str], dict[str, Any]]:
+    """A process that reads sources into a memory on disk, one commit after another, and is killed some times,
+    wherever it stands: each time the memory opens, is whole, and is what it is after some number of commits; the
+    process after the last kill ends with what one that nobody killed has."""
+    from tests.lasting import disk
+
+    rng, failures = random.Random(item), []
+    with tempfile.TemporaryDirectory() as home:
+        whole, path = pathlib.Path(home) / "whole", pathlib.Path(home) / "m"
+        states = [disk.content(disk.make(whole))]
+        for source in range(disk.SOURCES):
+            disk.add(whole, source, disk.TOKENS)
+            states.append(disk.content(whole))
+        disk.make(path)
+        command = [sys.executable, "-m", "tests.lasting.disk", str(path)]
+        for i in range(KILLS):
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            if disk.content(path) not in states:
+                failures.append(f"{item}: after kill {i} the memory is none of those between commits")
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        if disk.content(path) != states[-1]:
+            failures.append(f"{item}: in the end it is not what an undisturbed one is")
+    return KILLS, failures, {}
 
 
 @functools.cache
@@ -220,6 +249,7 @@ PARTS = {
     "rows": Part(row_items, row_batches, "batch", _level),
     "bytes": Part(byte_items, generated, "byte"),
     "ties": Part(tie_items, ties, "rank", _level),
+    "memory": Part(lambda: [f"memory {i}" for i in range(200 // KILLS)], memory_kills, "kill"),
     "load": Part(lambda: ["smollm2"] if MODEL.is_dir() else [], load, "load", lambda item: "", alone=True),
 }
 
@@ -312,7 +342,7 @@ def summary(out: pathlib.Path) -> str:
 def main() -> int:
     """Runs the parts; 1 where something failed."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--parts", default="kills,mutants,rows,bytes")
+    flags.add_argument("--parts", default="kills,mutants,rows,bytes,memory")
     flags.add_argument("--minutes", type=float, default=float("inf"))
     flags.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "soak.jsonl")
     given = flags.parse_args()

@@ -15,6 +15,7 @@ from atom_jax.evaluation.tasks.choice import Choice
 from atom_jax.evaluation.tasks.gold import Gold
 from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.kv import Kv
+from atom_jax.evaluation.tasks.lasting import Lasting
 from atom_jax.evaluation.tasks.task import Runner, Task
 from atom_jax.sharding import MeshConfig
 
@@ -50,6 +51,7 @@ TASKS: dict[str, Task | Runner] = {
     "jeopardy": Gold("jeopardy/bpb_5shot"),
     "kv": Kv(),
     "hyper": Hyper(),
+    "lasting": Lasting(),
 }
 
 

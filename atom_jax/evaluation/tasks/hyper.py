@@ -29,6 +29,7 @@ from atom_jax.evaluation.metrics import Result, columns
 from atom_jax.evaluation.tasks import hyper_grid, hyper_plot, hyper_steps, kv
 from atom_jax.inference.scaling import reason
 from atom_jax.models import registry
+from atom_jax.models.fingerprint import fingerprint
 from atom_jax.session import sampling
 from atom_jax.typing import LM, AtomError
 
@@ -180,7 +181,7 @@ def _sampled(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The grid of every problem; what `lines` has is not sampled again."""
     what = {n: getattr(settings, n) for n in ("puzzle", "split", "lengths", "chains", "temperature", "min_p", "seed")}
-    text = json.dumps([cache.fingerprint(method.lm), config.to_json(what)], sort_keys=True)
+    text = json.dumps([fingerprint(method.lm), config.to_json(what)], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     done = {row["problem"]: row["grid"] for row in lines.rows if row["key"] == key}
     width, length = max(settings.chains), max(settings.lengths)

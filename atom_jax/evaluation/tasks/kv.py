@@ -23,6 +23,7 @@ from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, requests
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
+from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, AtomError
 
 PARTS = ("loss", "needle", "lambada")
@@ -118,7 +119,7 @@ def methods(settings: KvSettings, cfg: Any) -> list[Method]:
     """
     own = registry.of(cfg).memory(cfg)
     known = [name for name, p in policies.POLICIES.items() if _has_budget(p)]
-    names = _joined(settings.policies) or (["model"] if own is not None else []) + known
+    names = joined(settings.policies) or (["model"] if own is not None else []) + known
     out = [Method("none", None, None)]
     for name in dict.fromkeys(n for n in names if n != "none"):
         if name == "model":
@@ -143,7 +144,7 @@ def _has_budget(policy: Any) -> bool:
     return "budget" in {f.name for f in dataclasses.fields(policy)}
 
 
-def _joined(names: tuple[str, ...]) -> list[str]:
+def joined(names: tuple[str, ...]) -> list[str]:
     """Texts of policies, put together again where a comma between two fields of one has divided it."""
     out: list[str] = []
     for name in names:
@@ -217,7 +218,7 @@ def _last_words(settings: KvSettings, encoder: Encoder) -> tuple[Ask, ...]:
 
 def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[dict[str, Any]]:
     """What was found in every cell; those that `lines` holds aren't measured again."""
-    model = cache.fingerprint(lm)
+    model = fingerprint(lm)
     keys = [cell.key(model, batch) for cell in cells]
     known = {row["key"]: row["found"] for row in lines.rows if "found" in row}
     left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)

@@ -1,0 +1,179 @@
+"""Commands about memories on disk: remember, recall, forget, fit_memory; and what `info` says of one."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from atom_jax.commands.flags import Flags
+from atom_jax.typing import AtomError
+
+
+def remember(argv: list[str]) -> None:
+    """Reads texts into a memory. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "remember --checkpoint=PATH --memory_dir=DIR FILE...",
+        "Reads texts into a memory on disk, which is made where there is none. What was read is not read again, and"
+        " after an interruption the same command goes on.",
+    )
+    _model_and_memory(known)
+    known.add(flags.DEFINE_string, "source", None, "name of the text, by default the file's; for one FILE")
+    known.add(flags.DEFINE_string, "law", None, "what is kept: sqrt (by default), log, all, power:alpha=0.25; with "
+              "options as in sqrt:entries=64,block=128")  # fmt: skip
+    known.add(flags.DEFINE_string, "score", None, "how tokens are compared: observed (by default), observed_head, "
+              "surprise, knorm, random, recent, or a file that fit_memory wrote")  # fmt: skip
+    known.add(flags.DEFINE_integer, "part", None, "tokens that are read at once, and of the exact window: 512")
+    known.add(flags.DEFINE_string, "codec", None, "how entries are stored: float16 (by default) or int8")
+    known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
+    values, files = known.parse(argv, None)
+    _needed(values, "checkpoint", "memory_dir")
+    if values.source is not None and len(files) > 1:
+        raise AtomError("--source names one text, and several files are given")
+
+    import pathlib
+
+    from tqdm import tqdm
+
+    from atom_jax.checkpoint import load
+    from atom_jax.files import open_regular
+    from atom_jax.lasting.memory import Memory
+
+    # Before a memory is made for them.
+    for file in files:
+        try:
+            open_regular(file).close()
+        except OSError as e:
+            raise AtomError(f"{file}: cannot be read ({e.strerror})") from None
+    lm = load(values.checkpoint, dtype=values.dtype)
+    options = {name: values[name].value for name in ("law", "score", "part", "codec", "text")}
+    with Memory.open(values.memory_dir, lm, **options) as memory:
+        for file in files:
+            slow = None if sys.stderr.isatty() else 30
+            with tqdm(desc=file, unit="tok", unit_scale=True, mininterval=slow or 0.2) as bar:
+                done = memory.read(pathlib.Path(file), values.source, say=bar.update)
+            if not done.tokens:
+                print(f"{done.name}: has been read before")
+                continue
+            print(
+                f"{done.name}: {done.tokens:,} tokens, {done.tokens / done.seconds:.0f} tokens/s, {done.nll:.3f} nats"
+                f" each; the memory holds {done.entries_after:,} entries per head ({done.entries_before:,} before),"
+                f" {done.bytes:,} bytes"
+            )
+
+
+def recall(argv: list[str]) -> None:
+    """Says what prompts look at. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "recall --checkpoint=PATH --memory_dir=DIR --prompt=TEXT",
+        "Says which pages of what was read a prompt looks at, each with its share of attention.",
+    )
+    _model_and_memory(known)
+    known.add(flags.DEFINE_multi_string, "prompt", None, "text that leans on the memory; may be repeated")
+    known.add(flags.DEFINE_integer, "pages", 5, "how many to name")
+    values, _ = known.parse(argv, 0)
+    _needed(values, "checkpoint", "memory_dir", "prompt")
+
+    from atom_jax import config
+    from atom_jax.checkpoint import load
+    from atom_jax.lasting.memory import Memory
+
+    pages = config.in_range("--pages", values.pages, int, 1)
+    there(values.memory_dir)
+    with Memory.open(values.memory_dir, load(values.checkpoint, dtype=values.dtype)) as memory:
+        for prompt, found in zip(values.prompt, memory.recall(values.prompt, pages)):
+            print(f"--- {prompt}")
+            for page in found:
+                said = "" if page.text is None else f"  {' '.join(page.text.split())}"
+                print(f"{page.weight:6.1%}  {page.source}, tokens {page.first:,} to {page.last:,}{said}")
+
+
+def forget(argv: list[str]) -> None:
+    """Takes a text out of a memory. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags("forget --memory_dir=DIR --source=NAME", "Takes a text out of a memory; needs no model.")
+    known.add(flags.DEFINE_string, "memory_dir", None, "the memory")
+    known.add(flags.DEFINE_string, "source", None, "name of the text, as info lists it")
+    values, _ = known.parse(argv, 0)
+    _needed(values, "memory_dir", "source")
+
+    from atom_jax.lasting.memory import Memory
+
+    there(values.memory_dir)
+    memory = Memory.open(values.memory_dir)
+    tokens = memory.forget(values.source)
+    print(f"forgot {values.source}, {tokens:,} tokens; {memory.length:,} entries per head are left")
+
+
+def fit_memory(argv: list[str]) -> None:
+    """Learns a score. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...",
+        "Fits a score for `remember --score=FILE`: facts are planted in texts, which are read once each; what was"
+        " read lies beside FILE, and the same command goes on from it.",
+    )
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_string, "out", None, "file to write")
+    known.add(flags.DEFINE_integer, "tokens", 8192, "of each text")
+    known.add(flags.DEFINE_integer, "facts", 24, "planted in each text")
+    known.add(flags.DEFINE_list, "kinds", [], "of facts, as planted.KINDS names them; by default all")
+    known.add(flags.DEFINE_float, "ridge", 3.0, "regularisation")
+    known.add(flags.DEFINE_integer, "part", 512, "tokens that are read at once, as `remember` will")
+    known.add(flags.DEFINE_integer, "seed", 0, "of the facts")
+    values, files = known.parse(argv, None)
+    _needed(values, "checkpoint", "out")
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation.tasks import lasting_fit
+
+    how = lasting_fit.Order(
+        tuple(files), values.out, values.tokens, values.facts, tuple(values.kinds), values.ridge, values.part,
+        values.seed,
+    )  # fmt: skip
+    print(lasting_fit.run(load(values.checkpoint, dtype=values.dtype), how, lambda text: print(text, flush=True)))
+
+
+def info(path: str, verify: bool) -> str:
+    """What is in a memory. verify: everything is read and compared with its checksums. Raises AtomError for one that
+    is damaged."""
+    from atom_jax.lasting.memory import Memory
+
+    memory = Memory.open(path)
+    stats, settings, model = memory.stats(), memory.settings, memory.model
+    horizon = ", ".join(f"{age:,.0f} (rank {rank:g})" for rank, age in stats["horizon"].items())
+    lines = [
+        ("path", path),
+        ("format", "memory on disk"),
+        ("model", f"{model.family} {model.fingerprint} in {model.dtype}, {model.layers} layers, {model.heads} heads"),
+        ("law", f"{settings.law}, score {settings.score}, parts of {settings.part}, {settings.sinks} sinks"),
+        ("tokens", f"{stats['tokens']:,} of {len(memory.sources)} sources"),
+        ("entries", f"{stats['entries']:,} per head; {stats['held']:,} without the window, by law {stats['law']:,}"),
+        ("bytes", f"{stats['bytes']:,}, {stats['text_bytes']:,} of them token ids; entries as {settings.codec}"),
+        ("horizon", f"{horizon} tokens"),
+        *((("verified", f"{memory.verify():,} bytes are what was written"),) if verify else ()),
+    ]
+    out = [f"{name:<12}{text}" for name, text in lines]
+    for source in memory.sources:
+        state = "" if source.finished else ", unfinished"
+        out.append(f"  {source.name}: {source.tokens:,} tokens{state}")
+    return "\n".join(out)
+
+
+def _model_and_memory(known: Flags) -> None:
+    known.add(flags.DEFINE_string, "checkpoint", None, "the model")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_string, "memory_dir", None, "the memory, which belongs to that model in that dtype")
+
+
+def _needed(values: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+
+
+def there(path: str) -> None:
+    """Raises AtomError where no memory is at what --memory_dir names."""
+    from atom_jax.lasting import store
+
+    if not store.is_memory(path):
+        raise AtomError(f"--memory_dir={path}: there is no memory; python -m atom_jax remember makes one")

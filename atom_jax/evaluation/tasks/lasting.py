@@ -1,0 +1,256 @@
+"""Lasting memories next to each other: what a model still knows of a long text that it has read once, in parts.
+
+A stream is the beginning of a novel with facts planted in it. It is read once; what each law and score keep of it is
+found from that, as `remember` would, and questions are answered from sinks, entries and the window alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax import config
+from atom_jax.evaluation import cache
+from atom_jax.evaluation.encode import Encoder
+from atom_jax.evaluation.metrics import Metric, Result, columns, proportion
+from atom_jax.evaluation.tasks import kv, lasting_fit, planted
+from atom_jax.evaluation.tasks.needle import Haystack
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.lasting import score as scores
+from atom_jax.kvcache.lasting.levels import Law
+from atom_jax.kvcache.lasting.score import SCORES, Linear, Seen
+from atom_jax.kvcache.memory import Memory
+from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import learned, reread
+from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.reader import Reader, State, model_of
+from atom_jax.lasting.store import FORMAT, Manifest, Model, Settings
+from atom_jax.models import registry
+from atom_jax.nn import scoring
+from atom_jax.typing import LM, AtomError, Batch
+
+# The laws that are none: of nothing, and of passages that are read again.
+NONE, REREAD = "none", "reread"
+
+
+@dataclasses.dataclass(frozen=True)
+class LastingSettings:
+    """What is compared, and on what.
+
+    streams: novels (`data.builtin.novels`) or files. tokens: of each, facts included. facts: planted in each, of
+        these kinds (`planted.KINDS`; (): of all).
+    laws: as of `Law.parse`; "none" keeps only the window, and "reread" puts `passages` of the text in front of the
+        question. scores: names, or files that fit_memory wrote; laws that choose run with each of them.
+    part: tokens that are read at once. batch: questions that are answered at once. seed: of facts.
+    """
+
+    streams: tuple[str, ...] = ("pride_and_prejudice", "mansfield_park", "northanger_abbey")
+    tokens: int = 8192
+    facts: int = 24
+    kinds: tuple[str, ...] = ()
+    laws: tuple[str, ...] = ("none", "log", "sqrt", "all", "reread")
+    scores: tuple[str, ...] = ("observed", "observed_head", "random")
+    passages: int = 2
+    part: int = 512
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        some = (1, 2**24)
+        config.check(
+            self, tokens=(2, 2**30), facts=some, passages=some, part=some, batch=some, seed=(0, 2**31 - 1)
+        )  # fmt: skip
+
+
+class Method(NamedTuple):
+    """A law with a score. law: None for NONE and REREAD. learned: of a score that is none of SCORES."""
+
+    name: str
+    score: str
+    law: Law | None
+    learned: Linear | None
+
+
+class Held(NamedTuple):
+    """A stream that was read: what left the window in turn, and where reading stands."""
+
+    stream: planted.Stream
+    seen: list[Seen]
+    state: State
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Lasting:
+    """How many answers are right, by law and score."""
+
+    settings = LastingSettings()
+
+    def run(self, lm: LM, settings: LastingSettings, encoder: Encoder, out: pathlib.Path | None) -> Result:
+        """Rows of the results in the notes, under "rows": one for each stream, method and kind of facts ("" for all).
+        With `out` finished ones are kept in OUT.lasting.jsonl, and not measured again."""
+        lm = registry.with_memory(lm, None)
+        model, chosen = model_of(lm), methods(settings)
+        path = out and out.with_name(out.name + ".lasting.jsonl")
+        rows = []
+        with contextlib.closing(cache.Lines(path)) as lines:
+            known = {row["key"]: row["rows"] for row in lines.rows}
+            for number, name in enumerate(settings.streams):
+                stream = stream_of(settings, encoder, number)
+                keys = [_key(model, settings, stream, method) for method in chosen]
+                held = None if all(key in known for key in keys) else read(lm, stream, settings.part, name)
+                for key, method in zip(keys, chosen):
+                    if key not in known:
+                        known[key] = measure(lm, model, held, method, settings, encoder, name)
+                        lines.append([{"key": key, "rows": known[key]}])
+                    rows += known[key]
+        return Result({}, len(rows), {"rows": rows}, table(rows))
+
+
+def methods(settings: LastingSettings) -> list[Method]:
+    """All that are compared. AtomError for unknown laws and scores."""
+    out = []
+    for text in kv.joined(settings.laws):
+        if text in (NONE, REREAD):
+            out.append(Method(text, "", None, None))
+            continue
+        law = Law.parse(text)
+        for score in settings.scores if law.alpha < 1 else settings.scores[:1]:
+            fit = None if score in SCORES else learned.load(score)
+            out.append(Method(str(law), pathlib.Path(score).name, law, fit))
+    if not out or not settings.scores or not settings.streams:
+        raise AtomError("lasting: expected at least one law, score and stream")
+    return out
+
+
+def stream_of(settings: LastingSettings, encoder: Encoder, number: int) -> planted.Stream:
+    """A stream of the settings."""
+    # Facts of a fit, which draws with (seed, number), are others.
+    draw = np.random.default_rng((settings.seed, 7, number))
+    text = lasting_fit.text_of(settings.streams[number])
+    chosen = planted.facts(settings.kinds, settings.facts, draw)
+    return planted.plant(Haystack.of(text, encoder), chosen, settings.tokens, encoder)
+
+
+def read(lm: LM, stream: planted.Stream, part: int, name: str) -> Held:
+    """Reads a stream."""
+    began, seen, state = time.monotonic(), [], None
+    for state, left in lasting_fit.read(lm, stream.ids, part, name):  # noqa: B007 (the last one is used)
+        seen += [] if left is None else [left]
+    return Held(stream, seen, state, len(stream.ids) / (time.monotonic() - began))
+
+
+def measure(
+    lm: LM, model: Model, held: Held, method: Method, settings: LastingSettings, encoder: Encoder, name: str
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of one method on one stream."""
+    stream, window = held.stream, held.state.window
+    kept = Reader(lm, settings.part, lasting_fit.SINKS).arrays(held.state)
+    entries = [] if method.law is None else _kept(model, held, method)
+    front = front_lib.front(entries, kept, window, lasting_fit.SINKS)
+    asked = [planted.asked(fact, encoder) for fact in stream.facts]
+    if method.name == REREAD:
+        asked = [(_with_passages(stream.ids, q, settings.passages), a) for q, a in asked]
+    found = ask(lm, front, asked, settings.batch)
+    ages = len(stream.ids) - stream.at
+    rows = []
+    for kind in ("", *dict.fromkeys(fact.kind for fact in stream.facts)):
+        mine = [i for i, fact in enumerate(stream.facts) if kind in ("", fact.kind)]
+        hits, nats = ([found[i][j] for i in mine] for j in (0, 1))
+        rows.append({
+            "stream": name, "law": method.name, "score": method.score, "kind": kind, "facts": len(mine),
+            "entries": sum(map(len, entries)), "front": front.k.shape[2],
+            "right": float(np.concatenate(hits).mean()), "whole": float(np.mean([h.all() for h in hits])),
+            "nats": float(np.concatenate(nats).mean()), "ages": [int(ages[i]) for i in mine],
+            "rights": [float(h.mean()) for h in hits], "tokens_per_second": held.rate,
+        })  # fmt: skip
+    return rows
+
+
+def _kept(model: Model, held: Held, method: Method) -> list[Entries]:
+    """What a memory with this law and score holds of a stream."""
+    name = method.score if method.learned is None else scores.LEARNED
+    settings = Settings(method.law, name)
+    blocks = Blocks(None, Manifest(FORMAT, model, settings), None)
+    if method.learned is not None and method.learned.model != model.fingerprint:
+        raise AtomError(f"lasting.scores: {method.score} was fitted for another model, {method.learned.model}")
+    for seen in held.seen:
+        blocks.add(Entries.scored(seen, scores.score(name, seen, method.learned)))
+    return blocks.all()
+
+
+def _with_passages(ids: np.ndarray, question: np.ndarray, n: int) -> np.ndarray:
+    found = reread.passages([ids], question, n)
+    return np.concatenate([*(ids[a:b] for _, a, b in found[::-1]), question])
+
+
+def ask(
+    lm: LM, front: front_lib.Front, asked: list[tuple[np.ndarray, np.ndarray]], batch: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f32
+    [n], each given the true ones before it."""
+    dense = front_lib.dense(lm, front)
+    size = bucket(max(len(q) + len(a) for q, a in asked))
+    out = []
+    for at in range(0, len(asked), batch):
+        some = asked[at : at + batch]
+        ids, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+        for i, (q, a) in enumerate(some):
+            lengths[i] = len(q) + len(a)
+            ids[i, : lengths[i]] = np.concatenate([q, a])
+        memory = memory_lib.grow(memory_lib.rows(dense, np.zeros(batch, np.int32)), size)
+        hits, nats = jax.device_get(_ask(lm.params, ids, lengths, memory, cfg=lm.config))
+        for i, (q, a) in enumerate(some):
+            part = slice(len(q) - 1, len(q) + len(a) - 1)
+            out.append((hits[i, part], nats[i, part]))
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _ask(
+    params: Any, ids_bt: jax.Array, length_b: jax.Array, memory: Memory, *, cfg: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Of every token but the first, [b, t - 1]: whether it is the likeliest, and its nats."""
+    model, offsets = registry.of(cfg), jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
+    real = (offsets < length_b[:, None]).astype(jnp.int32)
+    batch = Batch(ids_bt, memory.length[:, None] + offsets, real)
+    x_btd, _, _ = model.hidden(params, batch, cfg=cfg, cache=memory)
+    head = functools.partial(model.logits, params, cfg=cfg)
+    said = scoring.score(head, x_btd[:, :-1], ids_bt[:, 1:], ("hit", "nats"))
+    return said["hit"], said["nats"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over the streams: of every method, and then of every kind of facts."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["law"], row["score"], row["kind"]), []).append(row)
+    lines = [("law", "score", "facts", "entries", "right", "whole", "stderr", "nats")]
+    order = sorted(groups, key=lambda name: name[2] != "")
+    for law, score, kind in order:
+        mine = groups[law, score, kind]
+        weight = [row["facts"] for row in mine]
+        mean = lambda field, mine=mine, weight=weight: float(np.average([r[field] for r in mine], weights=weight))  # noqa: E731
+        whole: Metric = proportion([r == 1 for row in mine for r in row["rights"]])
+        lines.append((
+            law, score, kind or "all", f"{mean('entries'):.0f}", f"{mean('right'):.2f}", f"{whole.value:.2f}",
+            f"{whole.stderr:.2f}", f"{mean('nats'):.2f}",
+        ))  # fmt: skip
+    return columns(lines, 3)
+
+
+def _key(model: Model, settings: LastingSettings, stream: planted.Stream, method: Method) -> str:
+    fit = None if method.learned is None else method.learned.weight.tobytes().hex()
+    what = [config.to_json(model), method.name, method.score, fit, settings.part, settings.passages, stream.facts]
+    return hashlib.sha256(json.dumps(what).encode() + stream.ids.tobytes()).hexdigest()[:16]

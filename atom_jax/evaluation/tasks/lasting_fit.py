@@ -1,0 +1,122 @@
+"""Fitting a score for lasting memories on planted facts: what they receive tells them from the rest of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from atom_jax import config
+from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
+from atom_jax.data.builtin import novels
+from atom_jax.evaluation.encode import Encoder
+from atom_jax.evaluation.tasks import planted
+from atom_jax.evaluation.tasks.needle import Haystack
+from atom_jax.files import read_regular
+from atom_jax.kvcache.lasting.score import Moments, Seen, features, fit
+from atom_jax.lasting import learned
+from atom_jax.lasting.reader import Reader, State, model_of
+from atom_jax.models import registry
+from atom_jax.typing import LM, AtomError
+
+SINKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """texts: files, or names of novels (`data.builtin.novels`). out: the score's file. tokens: of each text; facts:
+    planted in it, of these kinds ((): of all). ridge: of the fit. part: tokens that are read at once. seed: of facts.
+    """
+
+    texts: tuple[str, ...]
+    out: str
+    tokens: int = 8192
+    facts: int = 24
+    kinds: tuple[str, ...] = ()
+    ridge: float = 3.0
+    part: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        config.check(
+            self, tokens=(2, 2**30), facts=(1, 2**20), ridge=(1e-6, 1e6), part=(1, 2**20), seed=(0, 2**31 - 1)
+        )
+
+
+def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
+    """Fits a score, writes it, and returns a sentence about it. What each text gave is kept beside `how.out`, in
+    OUT.moments, and not read again. Raises AtomError for bad texts and settings, and models that have no memories."""
+    lm = registry.with_memory(lm, None)
+    if lm.tokenizer is None:
+        raise AtomError("fit_memory: the model has no tokenizer")
+    model, found = model_of(lm), []
+    encoder = Encoder(lm.tokenizer, 1 << 20, False)
+    kept = pathlib.Path(f"{how.out}.moments")
+    for i, name in enumerate(how.texts):
+        text = text_of(name)
+        chosen = planted.facts(how.kinds, how.facts, np.random.default_rng((how.seed, i)))
+        stream = planted.plant(Haystack.of(text, encoder), chosen, how.tokens, encoder)
+        key = hashlib.sha256(f"{model} {how.part} ".encode() + stream.ids.tobytes()).hexdigest()[:16]
+        file = kept / f"{key}.safetensors"
+        if not file.exists():
+            _save(_moments(lm, stream, how.part, name), file)
+        say(f"{name}: {how.facts} facts in {how.tokens} tokens")
+        found.append(_load(file))
+    learned.save(fit(found, how.ridge, model.fingerprint), how.out)
+    return f"wrote {how.out}: {len(found[0].first)} features, fitted on {len(found)} texts"
+
+
+def text_of(name: str) -> bytes:
+    """A novel by its name, or a file. AtomError where there is neither."""
+    known = novels()
+    if name in known:
+        return known[name]
+    try:
+        return read_regular(name)
+    except OSError as e:
+        raise AtomError(f"{name}: cannot be read ({e.strerror}), and is no novel ({', '.join(known)})") from None
+
+
+def read(lm: LM, ids: np.ndarray, part: int, name: str) -> Iterator[tuple[State, Seen | None]]:
+    """After every part of a text: where reading stands, and what has left the window."""
+    reader = Reader(lm, part, SINKS)
+    state, slow = reader.begin(0), None if sys.stderr.isatty() else 30
+    with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=slow or 0.2) as bar:
+        for at in range(0, len(ids), part):
+            state, seen = reader.read(state, ids[at : at + part])
+            bar.update(state.window.count)
+            yield state, seen
+
+
+def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
+    """Of all tokens that have left the window."""
+    rows, wanted = [], []
+    for _, seen in read(lm, stream.ids, part, name):
+        if seen is not None:
+            rows.append(features(seen.most, seen.total, seen.nll, seen.following))
+            wanted.append(stream.wanted[seen.place])
+    if not rows:
+        raise AtomError(f"{name}: {len(stream.ids)} tokens are one part, which nothing follows")
+    return Moments.of(np.concatenate(rows, axis=1), np.concatenate(wanted))
+
+
+def _save(m: Moments, file: pathlib.Path) -> None:
+    part = file.with_name(f".new-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file({"n": np.array([m.n]), "first": m.first, "second": m.second, "wanted": m.wanted}, part)
+        os.replace(part, file)
+    except OSError as e:
+        raise AtomError(f"{file}: could not be written ({e.strerror or e})") from None
+
+
+def _load(file: pathlib.Path) -> Moments:
+    source = SafetensorsSource(file)
+    n, *others = (source.read(name) for name in ("n", "first", "second", "wanted"))
+    return Moments(int(n[0]), *others)

@@ -1,0 +1,71 @@
+"""How keys and values of a lasting memory are stored: half precision, or bytes with their scales.
+
+k, v: [l, h, n, k], keys before RoPE and values of n entries. A codec makes named arrays of them and reads these back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from atom_jax.typing import AtomError
+
+# Entries of a page, which share the scales of their keys' channels.
+PAGE = 32
+_LARGEST = 65504.0
+Arrays = dict[str, np.ndarray]
+
+
+class Codec(NamedTuple):
+    """encode(k, v) -> arrays; decode(arrays) -> (k, v) float16; names: of these arrays."""
+
+    encode: Callable[[np.ndarray, np.ndarray], Arrays]
+    decode: Callable[[Arrays], tuple[np.ndarray, np.ndarray]]
+    names: tuple[str, ...]
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    """The array as float16. AtomError where a number is too large for that."""
+    if x.size and not np.abs(x.astype(np.float32)).max() <= _LARGEST:
+        raise AtomError("a key or value of this model is beyond float16, in which entries of a memory are kept")
+    return x.astype(np.float16)
+
+
+def _encode_int8(k_lhnk: np.ndarray, v_lhnk: np.ndarray) -> Arrays:
+    pages = -(-k_lhnk.shape[2] // PAGE)
+    padded = np.pad(k_lhnk, [(0, 0), (0, 0), (0, pages * PAGE - k_lhnk.shape[2]), (0, 0)])
+    paged = padded.reshape(*padded.shape[:2], pages, PAGE, padded.shape[3])
+    k_scale, v_scale = _scale(paged, 3), _scale(v_lhnk, 3)
+    k = _rounded(paged, k_scale).reshape(padded.shape)[:, :, : k_lhnk.shape[2]]
+    return {
+        "k": np.ascontiguousarray(k), "k_scale": k_scale[:, :, :, 0], "v": _rounded(v_lhnk, v_scale),
+        "v_scale": v_scale[..., 0],
+    }  # fmt: skip
+
+
+def _decode_int8(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    k_scale = np.repeat(arrays["k_scale"], PAGE, axis=2)[:, :, : arrays["k"].shape[2]]
+    k = arrays["k"] * k_scale.astype(np.float32)
+    v = arrays["v"] * arrays["v_scale"].astype(np.float32)[..., None]
+    return half(k), half(v)
+
+
+def _scale(x: np.ndarray, axis: int) -> np.ndarray:
+    """float16 scales with which numbers along an axis fit a byte."""
+    largest = np.abs(x.astype(np.float32)).max(axis, keepdims=True)
+    scale = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
+    # Rounding down would put the largest beyond a byte.
+    return np.where(scale.astype(np.float32) * 127 < largest, np.nextafter(scale, np.float16(np.inf)), scale)
+
+
+def _rounded(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.rint(x.astype(np.float32) / scale.astype(np.float32)).astype(np.int8)
+
+
+CODECS = {
+    "float16": Codec(lambda k, v: {"k": half(k), "v": half(v)}, lambda a: (a["k"], a["v"]), ("k", "v")),
+    # The largest of a page's channel (keys) or of an entry (values) is 127.
+    "int8": Codec(_encode_int8, _decode_int8, ("k", "k_scale", "v", "v_scale")),
+}

@@ -1,0 +1,400 @@
+"""A memory of what a model has read, in a directory: it outlasts the process, and grows by a law."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.lasting import score as scores
+from atom_jax.kvcache.lasting.levels import Law
+from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
+from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import learned, reread
+from atom_jax.lasting import texts as texts_lib
+from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.reader import Reader, State, model_of
+from atom_jax.lasting.store import FORMAT, Manifest, Missing, Model, Settings, Source, Store, Window
+from atom_jax.lasting.texts import Page, Reading
+from atom_jax.models import registry
+from atom_jax.session.prompts import token_rows
+from atom_jax.typing import LM, AtomError
+
+# Tokens of a long source between two commits, to the next end of a part.
+COMMIT = 65536
+_WINDOW = "window."
+_T = TypeVar("_T")
+
+
+class Memory:
+    """A memory on disk: `open` it, `read` texts into it, generate with it. Any number may look while one reads.
+
+    What it is, is what MEMORY.json says; others see what was committed when they look anew (`refresh`).
+    """
+
+    def __init__(self, store: Store, lm: LM | None):
+        """See `open`."""
+        self._store, self._lm, self._front = store, lm, None
+        self._manifest = store.manifest()
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike, lm: LM | None = None, *, law: str | None = None,
+        score: str | os.PathLike | None = None, part: int | None = None, sinks: int | None = None,
+        codec: str | None = None, text: str | None = None,
+    ) -> Memory:  # fmt: skip
+        """The memory in a directory, which is made where there is none.
+
+        Args:
+          lm: the model that it belongs to; its cache policy plays no part. None: only to look, and to forget.
+          law: such as "sqrt" (the default), "log:entries=32" or "all" (`levels.Law.parse`).
+          score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`).
+            By default the one that ships for the model (`learned.shipped`), else "observed".
+          part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). codec:
+            "float16" or "int8". text: "ids": token ids are kept too, for `recall`; "none": they are not.
+        All of these are fixed when it is made. Raises AtomError for a memory of another model or with other settings,
+        for what is damaged, and where something else is in the directory.
+        """
+        store = Store(directory)
+        name = score if score in (None, LEARNED, *SCORES) else LEARNED
+        wanted = {"score": name, "part": part, "sinks": sinks, "codec": codec, "text": text}
+        wanted = {field: value for field, value in wanted.items() if value is not None}
+        wanted |= {} if law is None else {"law": Law.parse(law)}
+        lm = None if lm is None else registry.with_memory(lm, None)
+        if not store.exists:
+            if lm is None:
+                raise AtomError(f"{directory}: there is no memory")
+            if score is None and (score := learned.shipped(model_of(lm).fingerprint)) is not None:
+                wanted["score"] = LEARNED
+            _make(store, lm, dataclasses.replace(Settings(), **wanted), score)
+        memory = cls(store, lm)
+        for field, value in wanted.items():
+            if (there := getattr(memory.settings, field)) != value:
+                raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
+        if lm is not None and (own := model_of(lm)) != (of := memory.model):
+            raise AtomError(
+                f"{directory}: belongs to the {of.family} model {of.fingerprint} in {of.dtype}, not to this one,"
+                f" {own.family} {own.fingerprint} in {own.dtype}"
+            )
+        return memory
+
+    @property
+    def settings(self) -> Settings:
+        """What was fixed when it was made."""
+        return self._manifest.settings
+
+    @property
+    def model(self) -> Model:
+        """The model that it belongs to."""
+        return self._manifest.model
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The texts that it has read."""
+        return self._manifest.sources
+
+    @property
+    def length(self) -> int:
+        """Entries per head that a prompt sees: sinks, blocks, what waits for its block, the window."""
+        m = self._manifest
+        ahead = 0 if m.window.source < 0 else min(self.settings.sinks, m.window.first) + m.window.count
+        return sum(s.entries for s in m.segments) + m.waiting + ahead
+
+    def stats(self) -> dict[str, Any]:
+        """tokens; entries, per head, as `length`; held: of these in blocks and waiting, and law: what the law allows
+        there; bytes on disk, and text_bytes, those of token ids among them; horizon: to which age in tokens one stays
+        of which a share of 0.05, 0.1 or 0.2 of its block ranks higher."""
+        m, law, size = self._manifest, self.settings.law, self._store.size
+        return {
+            "tokens": sum(s.tokens for s in m.sources),
+            "entries": self.length,
+            "held": sum(s.entries for s in m.segments) + m.waiting,
+            "law": law.held(m.written),
+            "bytes": self._current(lambda: size(self._manifest.files)),
+            "text_bytes": self._current(lambda: size(f for s in self.sources for f in s.text)),
+            "horizon": {rank: law.horizon(rank) for rank in (0.05, 0.1, 0.2)},
+        }
+
+    def refresh(self) -> None:
+        """Looks at what others have committed since."""
+        manifest = self._store.manifest()
+        if manifest != self._manifest:
+            self._manifest, self._front = manifest, None
+
+    def read(self, text: Any, name: str | None = None, *, say: Callable[[int], None] | None = None) -> Reading:
+        """Reads a text to its end, and keeps of it what the law allows.
+
+        Args:
+          text: a path, or a string that is one of a file; another string, or bytes; or token ids.
+          name: of the source; None: the file's, or one made from what the text is.
+          say: called with the number of tokens after every part.
+        Committed at its end, and about every 65,536 tokens of it: the same call goes on behind the last commit. What
+        was read to its end is not read again. Raises AtomError for another text under a known name, while another
+        source is unfinished, and while another process writes.
+        """
+        began, before = time.perf_counter(), self.length
+        lm = self._model("reading")
+        what = texts_lib.content(text)
+        ids = token_rows(lm, [what.data], first=True)[0]
+        sha = hashlib.sha256(ids.tobytes() if what.raw is None else what.raw).hexdigest()
+        size = 0 if what.raw is None else len(what.raw)
+        source = Source(-1, name or what.label or f"text-{sha[:8]}", sha, 0, size, False)
+        with self._writing():
+            nats, tokens = self._read(source, ids, say or (lambda n: None))
+        seconds = time.perf_counter() - began
+        after, mean = self.stats(), nats / max(tokens, 1)
+        return Reading(source.name, tokens, mean, before, after["entries"], after["bytes"], seconds)
+
+    def _read(self, source: Source, ids: np.ndarray, say: Callable[[int], None]) -> tuple[float, int]:
+        """Nats of the tokens that were read, and how many these are."""
+        where, known = self._store.directory, {s.name: s for s in self.sources}
+        old = known.get(source.name, source)
+        if old.sha256 != source.sha256:
+            raise AtomError(f"{where}: another text is known there as {source.name}; give this one a name of its own")
+        if old.finished:
+            return 0.0, 0
+        if others := [s.name for s in known.values() if not s.finished and s is not old]:
+            raise AtomError(f"{where}: {others[0]} was not read to its end; read or forget that first")
+        reader, learned = Reader(self._lm, self.settings.part, self.settings.sinks), self._learned()
+        blocks, state = self._resumed(reader)
+
+        def keep(seen: Seen | None) -> None:
+            if seen is not None:
+                blocks.add(Entries.scored(seen, scores.score(self.settings.score, seen, learned)))
+
+        if old is source:
+            source = dataclasses.replace(source, id=1 + max((s.id for s in self.sources), default=-1))
+            if state is not None:
+                keep(reader.end(state))
+            state = reader.begin(source.id)
+        else:
+            source = old
+        part, nats, saved, began = self.settings.part, 0.0, source.tokens, source.tokens
+        every = max(COMMIT // part, 1) * part
+        for at in range(began, len(ids), part):
+            state, seen = reader.read(state, ids[at : at + part])
+            keep(seen)
+            end = at + state.window.count
+            nats += float(state.nll[: state.window.count].sum(dtype=np.float64))
+            if end == len(ids) or end % every == 0:
+                source = dataclasses.replace(source, tokens=end, finished=end == len(ids))
+                source = self._commit(reader, blocks, state, source, ids[saved:end])
+                saved = end
+            say(state.window.count)
+        return nats, len(ids) - began
+
+    def _commit(self, reader: Reader, blocks: Blocks, state: State, source: Source, ids: np.ndarray) -> Source:
+        """Writes what was read of a source; the source as it is known then. ids: of it, that are new."""
+        number, files = self._manifest.next, {}
+        if self.settings.text == "ids":
+            files[f"text-{number:08d}.safetensors"] = {"ids": texts_lib.packed(ids, self._lm.config.vocab_size)}
+            source, number = dataclasses.replace(source, text=(*source.text, *files)), number + 1
+        sources = (*(s for s in self.sources if s.id != source.id), source)
+        self._write(blocks, sources, state.window, reader.arrays(state), number, files)
+        return source
+
+    def _write(
+        self, blocks: Blocks, sources: tuple[Source, ...], window: Window, kept: dict[str, np.ndarray], number: int,
+        files: dict[str, dict[str, np.ndarray]],
+    ) -> None:  # fmt: skip
+        """Commits all that has changed. number: of the next new file."""
+        segments, new, number = blocks.files(number)
+        waiting = len(blocks.waiting)
+        tail = {f"{_WINDOW}{name}": x for name, x in kept.items()}
+        tail |= blocks.waiting.arrays("float16") if waiting else {}
+        name = f"tail-{number:08d}.safetensors" if tail else None
+        manifest = dataclasses.replace(
+            self._manifest, next=number + 1, written=blocks.written, waiting=waiting, segments=segments,
+            sources=sources, window=window, tail=name,
+        )  # fmt: skip
+        self._store.commit(manifest, {**files, **new, **({name: tail} if tail else {})})
+        self.refresh()
+
+    def forget(self, name: str) -> int:
+        """Takes a source out: its entries, its window, its ids. Returns how many tokens it had.
+
+        Nothing of it is in other sources: none is read with another in view. What lost its place to it does not come
+        back.
+        """
+        with self._writing():
+            source = next((s for s in self.sources if s.name == name), None)
+            if source is None:
+                known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
+                raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
+            waiting, kept = self._tail()
+            window = self._manifest.window
+            if window.source == source.id:
+                window, kept = Window(), {}
+            blocks = Blocks(self._store, self._manifest, waiting)
+            blocks.forget(source.id)
+            others = tuple(s for s in self.sources if s.id != source.id)
+            self._write(blocks, others, window, kept, self._manifest.next, {})
+        return source.tokens
+
+    def verify(self) -> int:
+        """Reads everything, and compares it with its checksums; returns the bytes of all files. Raises AtomError,
+        which names the first file that is damaged or missing."""
+
+        def look() -> int:
+            for name in sorted(self._manifest.files):
+                self._store.read(name)
+            self._entries()
+            return self._store.size(self._manifest.files)
+
+        return self._current(look)
+
+    def entries(self) -> list[Entries]:
+        """What is held of texts apart from the window: block by block, the oldest first, then what waits."""
+        return self._current(self._entries)
+
+    def ids(self, name: str) -> np.ndarray:
+        """Token ids of a source, i32 [n]; none where they are not kept."""
+        source = next(s for s in self.sources if s.name == name)
+        parts = [texts_lib.unpacked(self._store.read(file)["ids"]) for file in source.text]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    def front(self, rows: int = 1) -> memory_lib.Memory:
+        """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
+        places from 0 on. AtomError where that exceeds the model's positions."""
+        lm = self._model("answering")
+        if self.length >= lm.config.max_length:
+            raise AtomError(
+                f"{self._store.directory}: its {self.length} entries leave no room in the {lm.config.max_length}"
+                " positions of the model; a law with fewer entries does"
+            )
+        if self._front is None:
+            self._front = front_lib.dense(lm, self._current(self._all))
+        return memory_lib.rows(self._front, np.zeros(rows, np.int32))
+
+    def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
+        """For every prompt (as of `generate`) the k pages of 32 tokens whose entries its tokens attend to most."""
+        lm = self._model("recall")
+        rows = token_rows(lm, prompts, first=False)
+        if not self.length:
+            return [[] for _ in rows]
+        if (longest := max(map(len, rows)) + self.length) > lm.config.max_length:
+            raise AtomError(f"prompts: with the memory one takes {longest} of {lm.config.max_length} positions")
+        front = self._current(self._all)
+        received = (front_lib.received(lm, front, row) for row in rows)
+        return [[self._page(*page) for page in front_lib.pages(one, front, k)] for one in received]
+
+    def passages(self, ids: np.ndarray, n: int) -> np.ndarray:
+        """Ids of the n passages of what was read that share most words with a prompt, i32 [t], the best one last.
+        AtomError where ids are not kept."""
+        if self.settings.text != "ids":
+            raise AtomError(f"{self._store.directory}: keeps no token ids (text={self.settings.text}) to read again")
+        texts = self._current(lambda: [self.ids(s.name) for s in self.sources])
+        found = reread.passages(texts, ids, n)
+        return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
+
+    def belongs(self, lm: LM) -> bool:
+        """Whether it is a memory of this model."""
+        mine, others = (jax.tree.leaves(x.params) for x in (self._model("answering"), lm))
+        same = len(mine) == len(others) and all(a is b for a, b in zip(mine, others))
+        return same or model_of(registry.with_memory(lm, None)) == self.model
+
+    def close(self) -> None:
+        """Lets go of what is held in memory."""
+        self._front = None
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _page(self, source: int, first: int, last: int, weight: float) -> Page:
+        found = next((s for s in self.sources if s.id == source), None)
+        if found is None:
+            raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
+        last, text = min(last, found.tokens - 1), None
+        if found.text and self._lm.tokenizer is not None:
+            text = self._lm.tokenizer.decode(self.ids(found.name)[first : last + 1].tolist())
+        return Page(found.name, first, last, weight, text)
+
+    def _model(self, what: str) -> LM:
+        if self._lm is None:
+            raise AtomError(f"{self._store.directory}: was opened without a model, which {what} needs")
+        return self._lm
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keeps others from writing, begins at what is there, and removes what they left unfinished."""
+        with self._store.lock():
+            self.refresh()
+            self._store.clean(self._manifest)
+            yield
+
+    def _current(self, look: Callable[[], _T]) -> _T:
+        """What `look` finds, again where another process has meanwhile replaced the files."""
+        while True:
+            try:
+                return look()
+            except Missing:
+                before = self._manifest
+                self.refresh()
+                if self._manifest == before:
+                    raise
+
+    def _tail(self) -> tuple[Entries | None, dict[str, np.ndarray]]:
+        """What waits for its block, and the arrays of the window."""
+        if self._manifest.tail is None:
+            return None, {}
+        arrays = self._store.read(self._manifest.tail)
+        kept = {name.removeprefix(_WINDOW): x for name, x in arrays.items() if name.startswith(_WINDOW)}
+        rest = {name: x for name, x in arrays.items() if not name.startswith(_WINDOW)}
+        where = str(self._store.directory / self._manifest.tail)
+        waiting = Entries.of(rest, "float16", where) if rest or self._manifest.waiting else None
+        if (0 if waiting is None else len(waiting)) != self._manifest.waiting:
+            raise AtomError(f"{where}: holds {len(waiting)} entries, and the manifest names {self._manifest.waiting}")
+        return waiting, kept
+
+    def _entries(self) -> list[Entries]:
+        return Blocks(self._store, self._manifest, self._tail()[0]).all()
+
+    def _all(self) -> front_lib.Front:
+        return front_lib.front(self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks)
+
+    def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
+        waiting, kept = self._tail()
+        blocks = Blocks(self._store, self._manifest, waiting)
+        if self._manifest.window.source < 0:
+            return blocks, None
+        where = str(self._store.directory / self._manifest.tail)
+        return blocks, reader.state(kept, self._manifest.window, where)
+
+    def _learned(self) -> Linear | None:
+        name = self._manifest.score
+        return None if name is None else learned.of(self._store.read(name), str(self._store.directory / name))
+
+
+def _make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
+    """Writes the manifest of an empty memory."""
+    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
+    if settings.sinks + 2 * settings.part > lm.config.max_length:
+        need = f"{settings.sinks} sinks and two parts of {settings.part} tokens"
+        raise AtomError(f"part: {need} exceed the {lm.config.max_length} positions of the model")
+    if settings.score == LEARNED:
+        if score == LEARNED:
+            raise AtomError("score: name the file of the learned one")
+        fit = learned.load(score)
+        if fit.model != manifest.model.fingerprint:
+            own = manifest.model.fingerprint
+            raise AtomError(f"{score}: was fitted for the model {fit.model}, and this one is {own}")
+        manifest = dataclasses.replace(manifest, score="score-00000000.safetensors", next=1)
+        files = {manifest.score: learned.arrays(fit)}
+    try:
+        store.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AtomError(f"{store.directory}: cannot be made ({e.strerror})") from None
+    with store.lock():
+        if not store.exists:
+            store.commit(manifest, files)

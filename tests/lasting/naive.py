@@ -1,0 +1,159 @@
+"""Reading in parts and leaning on what was kept, written out in numpy for transformers: what `lasting` is to give."""
+
+import jax
+import numpy as np
+
+from atom_jax.kvcache.lasting.levels import merge
+from atom_jax.models.transformer_variants import FAMILIES
+from atom_jax.nn import rope
+
+
+class Naive:
+    """A model and what it keeps. Entries are (source, place, plain keys [l, h, k], values, score [l, h])."""
+
+    def __init__(self, lm, settings):
+        self.cfg, self.settings = lm.config, settings
+        self.p = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
+        self.blocks, self.waiting, self.source, self.tokens = [], [], -1, 0
+        self.family = FAMILIES[self.cfg.family]
+
+    def norm(self, x, w):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.cfg.norm_eps) * w
+
+    def heads(self, x, w):
+        if w is None:
+            return x
+        flat = x if w.shape[0] == x.shape[-1] else x.reshape(len(x), -1)
+        return self.norm(flat, w).reshape(x.shape)
+
+    def turn(self, x_tnk, places):
+        freq, factor = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+        angle = np.asarray(places)[:, None, None] * freq
+        cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
+        a, b = np.split(x_tnk, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def run(self, ids, before_k, before_v):
+        """Logits [t, v] of tokens behind s others (plain keys and values [l, s, h, k]), their plain keys and values,
+        and weights [l, n, t, s + t]."""
+        cfg, t, post = self.cfg, len(ids), self.family.post_norm
+        s = before_k.shape[1]
+        x, keys, values, weights = self.p["embed"][ids], [], [], []
+        for i in range(cfg.n_layers):
+            p = jax.tree.map(lambda a, i=i: a[i], self.p["layers"])
+            y = x if post else self.norm(x, p["attn_norm"])
+            a = p["attn"]
+            q, k, v = (np.einsum("td,dnk->tnk", y, a[name]) for name in "qkv")
+            q, k = self.heads(q, a.get("q_norm")), self.heads(k, a.get("k_norm"))
+            keys.append(k)
+            values.append(v)
+            both_k = self.turn(np.concatenate([before_k[i], k]), np.arange(s + t))
+            both_v = np.concatenate([before_v[i], v])
+            g = cfg.n_heads // cfg.n_kv_heads
+            scores = np.einsum("tnk,snk->nts", self.turn(q, np.arange(s, s + t)), np.repeat(both_k, g, axis=1))
+            scores = scores * cfg.head_dim**-0.5
+            scores = np.where(np.arange(s + t)[None] <= np.arange(s, s + t)[:, None], scores, -np.inf)
+            w = np.exp(scores - scores.max(-1, keepdims=True))
+            w /= w.sum(-1, keepdims=True)
+            weights.append(w)
+            out = np.einsum("nts,snk->tnk", w, np.repeat(both_v, g, axis=1))
+            y = np.einsum("tnk,nkd->td", out, a["o"])
+            x = x + (self.norm(y, p["attn_norm"]) if post else y)
+            y = x if post else self.norm(x, p["mlp_norm"])
+            m = p["mlp"]
+            gate = y @ m["gate"]
+            y = (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
+            x = x + (self.norm(y, p["mlp_norm"]) if post else y)
+        table = self.p["unembed"] if "unembed" in self.p else self.p["embed"].T
+        return self.norm(x, self.p["norm"]) @ table, np.array(keys), np.array(values), np.array(weights)
+
+    def received(self, weights, part, later):
+        """[l, h, n]: the largest weight of tokens `part` from queries after them. later: all queries are."""
+        layers, _, t, _ = weights.shape
+        own = weights[..., part]
+        if not later:
+            own = np.where(np.arange(t)[:, None] > np.arange(own.shape[-1])[None], own, 0)
+        return own.reshape(layers, self.cfg.n_kv_heads, -1, own.shape[-1]).max(2)
+
+    def read(self, ids):
+        """A source."""
+        part, sinks = self.settings.part, self.settings.sinks
+        if self.source >= 0:
+            self.leave(self.own)
+        self.source += 1
+        none = np.zeros((self.cfg.n_layers, 0, self.cfg.n_kv_heads, self.cfg.head_dim))
+        for start in range(0, len(ids), part):
+            here = ids[start : start + part]
+            if start == 0:
+                before_k, before_v = none, none
+            elif start == part:
+                before_k, before_v = self.window_k, self.window_v
+            else:
+                before_k = np.concatenate([self.sink_k, self.window_k], axis=1)
+                before_v = np.concatenate([self.sink_v, self.window_v], axis=1)
+            _, k, v, w = self.run(here, before_k, before_v)
+            s = before_k.shape[1]
+            if start:
+                self.leave(self.received(w, slice(s - part, s), True))
+            else:
+                self.sink_k, self.sink_v = k[:, :sinks], v[:, :sinks]
+            self.first, self.window_k, self.window_v = start, k, v
+            self.own = self.received(w, slice(s, None), False)
+
+    def leave(self, score_lhn):
+        """The window leaves."""
+        for i in range(self.window_k.shape[1]):
+            place = self.first + i
+            if place < self.settings.sinks:
+                continue
+            score = score_lhn[:, :, i]
+            if self.settings.score == "observed":
+                layers = len(score)
+                score = np.full_like(score, score[layers // 3 : max(4 * layers // 5, layers // 3 + 1)].mean())
+            k, v = (x[:, i].astype(np.float16).astype(np.float64) for x in (self.window_k, self.window_v))
+            self.waiting.append((self.source, place, k, v, score))
+            if len(self.waiting) == self.settings.law.block:
+                self.blocks.append((0, self.best(self.each(self.waiting), self.settings.law.keep(0))))
+                self.waiting = []
+                while (at := merge([level for level, _ in self.blocks])) is not None:
+                    (level, a), (_, b) = self.blocks[at : at + 2]
+                    both = [[x + y for x, y in zip(*rows)] for rows in zip(a, b)]
+                    self.blocks[at : at + 2] = [(level + 1, self.best(both, self.settings.law.keep(level + 1)))]
+
+    def each(self, entries):
+        """[l][h] lists of (source, place, key, value, score)."""
+        return [
+            [[(s, p, k[i, j], v[i, j], r[i, j]) for s, p, k, v, r in entries] for j in range(self.cfg.n_kv_heads)]
+            for i in range(self.cfg.n_layers)
+        ]
+
+    def best(self, entries, keep):
+        def of(head):
+            return sorted(sorted(head, key=lambda e: (-e[4], -e[0], -e[1]))[:keep], key=lambda e: e[:2])
+
+        return [[of(head) for head in layer] for layer in entries]
+
+    def held(self):
+        """[l][h] lists of all entries in order."""
+        parts = [entries for _, entries in self.blocks] + [self.each(self.waiting)]
+        return [
+            [[e for part in parts for e in part[i][j]] for j in range(self.cfg.n_kv_heads)]
+            for i in range(self.cfg.n_layers)
+        ]
+
+    def ask(self, ids):
+        """Logits [t, v] of a prompt."""
+        return self.run(ids, *self.front())[0]
+
+    def weights(self, ids):
+        """[l, n, t, s], what the tokens of a prompt pay to what stands before it."""
+        k, v = self.front()
+        return self.run(ids, k, v)[3][..., : k.shape[1]]
+
+    def front(self):
+        """Plain keys and values [l, s, h, k] of all that stands before a prompt."""
+        held = self.held()
+        k, v = (np.array([[[e[n] for e in head] for head in layer] for layer in held]).swapaxes(1, 2) for n in (2, 3))
+        skip = 0 if self.first else min(self.settings.sinks, self.window_k.shape[1])
+        k = np.concatenate([self.sink_k, k, self.window_k[:, skip:]], axis=1)
+        return k, np.concatenate([self.sink_v, v, self.window_v[:, skip:]], axis=1)
