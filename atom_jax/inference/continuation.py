@@ -19,11 +19,11 @@ from atom_jax.typing import LM, AtomError
 
 
 class Scores(NamedTuple):
-    """Of b rows with s tokens to score each.
+    """Of b rows with s tokens to score each, and c contexts.
 
     logprobs: f32 [b, s], nats; 0 beyond the end of a continuation. hits: bool [b, s], whether the token was the
-    likeliest; False there. held: i32 [l, b, h], entries stored after the context. nbytes: size of the cache's buffers
-    then, for all rows. held_after: i32 [l, b, h], entries after the continuation, whose last token isn't read.
+    likeliest; False there. held: i32 [l, c, h], entries stored after the context. nbytes: size of the cache's buffers
+    then, for all contexts. held_after: i32 [l, b, h], entries after the continuation, whose last token isn't read.
     """
 
     logprobs: np.ndarray
@@ -33,7 +33,9 @@ class Scores(NamedTuple):
     held_after: np.ndarray
 
 
-def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes: Any = None) -> Scores:
+def score(
+    lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes: Any = None, of: Any = None
+) -> Scores:
     """Reads contexts through the model's cache, then their continuations, and scores the latter.
 
     Both are read as the policy `lm.config.memory` has it: a whole context in one call, or in parts (`reading.plan`).
@@ -43,17 +45,19 @@ def score(lm: LM, contexts: Any, continuations: Any, lengths: Any = None, sizes:
     Args:
       contexts: ids [b, t], padded on the right. lengths: their lengths [b], at least 1; None: t.
       continuations: ids [b, s], padded on the right. sizes: their lengths [b], at least 1; None: s.
+      of: [b], the row of the context that each of them continues; None: its own. A context is read once.
     Raises AtomError for wrong shapes, ids out of range, and models that are not transformers.
     """
     if not isinstance(lm.config, transformer.TransformerConfig):
         raise AtomError(f"{lm.family}: only transformers have a memory to choose")
     contexts, lengths = _rows("contexts", contexts, lengths, lm.config.vocab_size)
     continuations, sizes = _rows("continuations", continuations, sizes, lm.config.vocab_size)
-    if len(contexts) != len(continuations):
+    if (len(contexts) if of is None else len(of)) != len(continuations):
         raise AtomError(f"there are {len(contexts)} contexts, but {len(continuations)} continuations")
     capacity = bucket(contexts.shape[1])
     session = Session.begin(lm, contexts, lengths, capacity=capacity, params=lm.params, unroll=False)
     held, nbytes = _held(session.memory, cfg=lm.config), session.nbytes
+    session = session if of is None else session.rows(of)
     states = [session.x_bd[:, None]]
     if continuations.shape[1] > 1:
         session, rest = session.read(continuations[:, :-1], sizes - 1)

@@ -19,14 +19,14 @@ from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder, front
 from atom_jax.evaluation.metrics import Result
-from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, requests
+from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, planted, requests
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, AtomError
 
-PARTS = ("loss", "needle", "lambada")
+PARTS = ("loss", "facts", "needle", "lambada")
 _BUILTIN = ("austen", "pystdlib")
 # Bytes of a source after which no further document is read.
 _MOST = 1 << 24
@@ -39,10 +39,13 @@ class KvSettings:
     policies: such as "none" (everything is kept), "model" (the checkpoint's own memory), "streaming_llm",
         "snapkv:window=64"; (): these and all that `kvcache.policies` knows. "none" is always among them.
     budgets: entries per head; each policy that has a budget, and whose text sets none, runs with all of them.
-    parts: "loss", "needle" and "lambada".
+    parts: "loss", "facts", "needle" and "lambada".
     sources: texts of "loss", as in DataConfig.sources: of "austen" and "pystdlib" the held-out splits, of others
         everything. The documents of a source follow each other.
     context, scored, windows: so many windows per source, evenly spaced, of `context` tokens and `scored` after them.
+    fact_lengths, fact_texts, facts, kinds: of "facts": contexts of so many tokens, so many of each from two novels,
+        with so many facts planted in each, of these kinds (`planted.KINDS`; (): of all). Questions come afterwards:
+        a policy does not know what will be asked.
     lengths, depths, needles: of "needle": contexts of so many tokens, from two novels; where in them the sentence
         stands, 0 to 1; and how many of each.
     limit: documents of LAMBADA to draw at random (0: all).
@@ -51,11 +54,15 @@ class KvSettings:
 
     policies: tuple[str, ...] = ()
     budgets: tuple[int, ...] = (1024, 512, 256)
-    parts: tuple[str, ...] = ("loss",)
+    parts: tuple[str, ...] = ("loss", "facts")
     sources: tuple[str, ...] = ("austen",)
     context: int = 2048
     scored: int = 256
     windows: int = 8
+    fact_lengths: tuple[int, ...] = (2048,)
+    fact_texts: int = 1
+    facts: int = 24
+    kinds: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (512, 1024, 2048)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     needles: int = 2
@@ -67,7 +74,7 @@ class KvSettings:
         some, count = (1, 2**24), (0, 2**31 - 1)
         config.check(
             self, budgets=some, context=some, scored=some, windows=some, lengths=some, depths=(0, 1), needles=some,
-            limit=count, batch=some, seed=count,
+            limit=count, batch=some, seed=count, fact_lengths=some, fact_texts=some, facts=some,
         )  # fmt: skip
 
 
@@ -103,10 +110,13 @@ def check(settings: KvSettings, max_length: int) -> None:
     for part in settings.parts or ("",):
         if part not in PARTS:
             raise AtomError(f"kv.parts: no part {part!r}; expected some of {', '.join(PARTS)}")
-    for name in ("budgets", "lengths", "depths", "sources"):
+    for name in ("budgets", "lengths", "depths", "sources", "fact_lengths"):
         if not getattr(settings, name):
             raise AtomError(f"kv.{name}: there is none")
-    longest = {"loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16}
+    longest = {
+        "loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16,
+        "facts": max(settings.fact_lengths) + 128,
+    }  # fmt: skip
     for part in settings.parts:
         if longest.get(part, 0) > max_length:
             raise AtomError(f"kv: {part} reads up to {longest[part]} tokens, the model was made for {max_length}")
@@ -162,10 +172,11 @@ def _texts(settings: KvSettings, encoder: Encoder) -> dict[tuple[str, str], tupl
         if part == "loss":
             for source in settings.sources:
                 texts[part, source] = windows(settings, encoder, source)
-        elif part == "needle":
+        elif part in ("needle", "facts"):
             hay = needle.Haystack.of(_read("austen"), encoder)
-            for length in settings.lengths:
-                texts[part, f"{length} tokens"] = _needles(settings, encoder, hay, length)
+            make, lengths = (_needles, settings.lengths) if part == "needle" else (_facts, settings.fact_lengths)
+            for length in lengths:
+                texts[part, f"{length} tokens"] = make(settings, encoder, hay, length)
         else:
             texts[part, "lambada"] = _last_words(settings, encoder)
     return texts
@@ -204,6 +215,22 @@ def _needles(settings: KvSettings, encoder: Encoder, hay: needle.Haystack, lengt
         for i in range(settings.needles):
             one = needle.build(hay, encoder, length, depth, (settings.seed, length, d, i))
             asks.append(Ask(one.ids, one.answer, d, one.at))
+    return tuple(asks)
+
+
+def _facts(settings: KvSettings, encoder: Encoder, hay: needle.Haystack, length: int) -> tuple[Ask, ...]:
+    asks = []
+    first = np.array(front(encoder.tokenizer) if encoder.always_front else [], np.int32)
+    for number in range(settings.fact_texts):
+        draw = np.random.default_rng((settings.seed, 11, length, number))
+        start = int(draw.integers(max(len(hay.ids) - length, 0) + 1))
+        text = needle.Haystack(hay.ids[start:], hay.ends[start:])
+        chosen = planted.facts(settings.kinds, settings.facts, draw)
+        stream = planted.plant(text, chosen, length - len(first), encoder)
+        context = np.concatenate([first, stream.ids])
+        for fact in stream.facts:
+            question, answer = planted.asked(fact, encoder)
+            asks.append(Ask(context, answer, number, start, question, fact.kind))
     return tuple(asks)
 
 

@@ -12,6 +12,7 @@ from atom_jax.evaluation import picture
 
 _LABELS = {
     "added": "added loss (nats per token)",
+    "facts": "share of facts recalled",
     "needle": "share of needles found",
     "lambada": "share of last words right",
 }

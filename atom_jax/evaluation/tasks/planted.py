@@ -14,8 +14,8 @@ from atom_jax.typing import AtomError
 
 
 class Fact(NamedTuple):
-    """sentence: says that something is `answer`, behind the text before it; earlier: a sentence that said otherwise
-    long before, or "". question: after which the answer follows."""
+    """sentence: says that something is `answer`, behind the text before it; earlier: a sentence that stands long
+    before (it said otherwise, or says whom this one is about), or "". question: after which the answer follows."""
 
     kind: str
     sentence: str
@@ -25,11 +25,13 @@ class Fact(NamedTuple):
 
 
 class Wording(NamedTuple):
-    """How a fact about {s} is said, asked for, and, where it is news, what was said before. {a}: the answer."""
+    """How a fact about {s} is said, asked for, and what was said long before, if anything. {a}, {b}: two things of
+    its kind; {m}: somebody else. answer: what is to be said, as the sentence has it."""
 
     sentence: str
     question: str
     earlier: str = ""
+    answer: str = "{a}"
 
 
 class Kind(NamedTuple):
@@ -57,6 +59,10 @@ _CITIES = _words(
 _THINGS = _words(
     "boiler, lathe, loom, pump, furnace, printing press, crane, kiln, mill, winch, scale, compass, lantern, clock,"
     " telescope, harrow, plough, anvil, bellows, still, press, oven, saw, drill"
+)
+_OTHERS = _words(
+    "Tobias Crane, Hester Lowe, Jonas Pike, Abigail Snow, Silas Webb, Martha Kemp, Rufus Dale, Edith Nash,"
+    " Caleb Frost, Ursula Bird, Amos Reed, Clara Holt, Giles Park, Nora Finch, Enoch Wade, Phoebe Lunt"
 )
 _ANIMALS = _words("Biscuit, Pepper, Tansy, Bramble, Comet, Velvet, Nutmeg, Rascal, Thistle, Juniper, Marble, Sable")
 _COLOURS = _words("green, yellow, purple, scarlet, orange, grey, violet, brown, crimson, silver, turquoise, pink")
@@ -110,6 +116,18 @@ KINDS = {
                     " The password of {s} was {b}."),
         ), _PEOPLE, _SECRETS,
     ),
+    "values": Kind(
+        (
+            Wording(" The two colours of {s}'s flag are {a} and {b}.",
+                    " What are the two colours of {s}'s flag? The two colours are", answer="{a} and {b}"),
+        ), _PEOPLE, _COLOURS,
+    ),
+    "chain": Kind(
+        (
+            Wording(" {m} had moved to {a}.", " To which city had the tutor of {s} moved? The tutor had moved to",
+                    " The tutor of {s} was {m}."),
+        ), _PEOPLE, _CITIES,
+    ),
     "manual": Kind(
         (Wording(" To start the {s}, turn the {a} wheel.", " Which wheel starts the {s}? Turn the"),),
         _THINGS, _COLOURS,
@@ -142,6 +160,7 @@ def facts(kinds: Sequence[str], n: int, draw: np.random.Generator) -> list[Fact]
         raise AtomError(f"kinds: no kind {unknown[0]!r} of facts; expected some of {', '.join(KINDS)}")
     kinds = list(kinds) or list(KINDS)
     subjects = {kind: draw.permutation(len(KINDS[kind].subjects)) for kind in kinds}
+    others = draw.permutation(len(_OTHERS))
     out = []
     for i in range(n):
         name, number = kinds[i % len(kinds)], i // len(kinds)
@@ -153,9 +172,9 @@ def facts(kinds: Sequence[str], n: int, draw: np.random.Generator) -> list[Fact]
             a, b = (str(x) for x in draw.integers(10 ** (kind.digits - 1), 10**kind.digits, 2))
         else:
             a, b = (kind.answers[j] for j in draw.permutation(len(kind.answers))[:2])
-        said = {"s": kind.subjects[subjects[name][number]], "a": a, "b": b}
-        sentence, question, earlier = (text.format(**said) for text in wording)
-        out.append(Fact(name, sentence, question, a, earlier))
+        said = {"s": kind.subjects[subjects[name][number]], "a": a, "b": b, "m": _OTHERS[others[i % len(others)]]}
+        sentence, question, earlier, answer = (text.format(**said) for text in wording)
+        out.append(Fact(name, sentence, question, answer, earlier))
     return [out[i] for i in draw.permutation(n)]
 
 
@@ -170,7 +189,7 @@ def plant(hay: Haystack, chosen: Sequence[Fact], tokens: int, encoder: Encoder) 
     ends = np.append(np.flatnonzero(hay.ends[:n]), n)
     places = [ends[np.argmin(np.abs(ends - x))] for x in np.linspace(0.02, 0.98, len(chosen)) * n]
     todo = [(place, i, piece) for i, (place, piece) in enumerate(zip(places, pieces))]
-    # What is said otherwise stands half as far into the text.
+    # What was said before stands half as far into the text.
     todo += [(ends[np.argmin(np.abs(ends - place / 2))], -1, piece) for place, piece in zip(places, before)]
     ids, wanted, at, cut = [], [], np.zeros(len(chosen), np.int32), 0
     for place, i, (new, answer) in sorted(todo, key=lambda one: (one[0], one[1])):

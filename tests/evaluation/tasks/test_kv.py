@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -37,7 +38,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def cfg(text):
-    settings = ["context=32", "scored=8", "windows=3", "batch=2", "budgets=16,8", f"sources={text}"]
+    settings = ["parts=loss", "context=32", "scored=8", "windows=3", "batch=2", "budgets=16,8", f"sources={text}"]
     return config.override(EvalConfig(), [f"kv.{s}" for s in settings])
 
 
@@ -127,6 +128,26 @@ def test_needles_run(lm, cfg, monkeypatch):
     assert [r["source"] for r in found[:4]] == ["44 tokens"] * 2 + ["48 tokens"] * 2
     assert len(found) == 8 and found[0]["held"] == 44 and len(found[0]["depths"]) == 2 and found[0]["windows"] == 2
     assert found[1]["part"] == "needle_nats" and found[1]["value"] > 0
+
+
+def test_facts_are_read_once_and_asked_for_afterwards(lm, cfg):
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=1024))
+    settings = ["parts=facts", "fact_lengths=400", "fact_texts=2", "facts=3", "kinds=number,pet", "budgets=390"]
+    cfg = config.override(cfg, [f"kv.{s}" for s in settings])
+    found = run.evaluate(lm, ["kv"], cfg)["kv"].notes["rows"]
+    names = ["facts", "facts_nats", "facts:number", "facts:pet"]
+    assert [r["part"] for r in found] == names * 2 and [r["windows"] for r in found[:4]] == [6, 6, 4, 2]
+    assert found[0]["held"] == 400 and found[4]["held"] == 390
+    asks = kv._facts(cfg.kv, Encoder(lm.tokenizer, 1024, True), needle.Haystack.of(kv._read("austen"), BYTES), 400)
+    assert asks[0].context is asks[2].context and len(asks[3].context) == 400 and asks[0].kind in ("number", "pet")
+    nats = []
+    for ask in asks:
+        ids = np.concatenate([ask.context, ask.question, ask.target])
+        text = lm.tokenizer.decode(ask.context)
+        assert lm.tokenizer.decode(ask.target).strip() in text
+        nats.append(-float(np.asarray(logprobs(lm, ids[None]))[0, -len(ask.target) :].sum()))
+    assert found[1]["value"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found[1]["value"] != found[5]["value"]
 
 
 def test_a_needle_is_where_it_should_be():
