@@ -22,7 +22,6 @@ from absl import flags
 # Tracing leaves many objects behind, few of which are garbage.
 gc.set_threshold(50_000, 50, 50)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
 flags.FLAGS.mark_as_parsed()
 
 
@@ -46,6 +45,13 @@ SLOW = (
     "test_notebooks.py", "test_train_script.py",
     "training/objectives", "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py",
     "training/test_step.py", "training/test_training_units.py", "transfer",
+)  # fmt: skip
+
+
+# Where random keys are drawn with: that none is used twice is looked at while programs are traced, which takes time.
+KEYS = (
+    "configs/test_reason.py", "inference/test_generate.py", "inference/test_scaling.py", "nn", "session",
+    "test_params.py", "training",
 )  # fmt: skip
 
 
@@ -73,6 +79,14 @@ def scanned():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(laid_out, "unrolls", lambda lm: False)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keys_used_once(request: pytest.FixtureRequest):
+    """In KEYS, a random key that is used twice is an error."""
+    places = [ROOT / "tests" / name for name in KEYS]
+    jax.config.update("jax_debug_key_reuse", any(request.path.is_relative_to(place) for place in places))
+    yield
 
 
 @pytest.fixture(scope="module", autouse=True)
