@@ -45,7 +45,9 @@ class PagedLayer(Layer):
 
         For single tokens (at most AHEAD) smaller where it is half as large again as it need be; for a prompt never.
         """
-        return self.replace(pool=self.pool.resized(_pages(self.pool, more, self.k.shape[-3])))
+        have = self.k.shape[-3]
+        pages = _pages(self.pool, more, have)
+        return self if pages == have else self.replace(pool=self.pool.resized(pages))
 
     def trim(self) -> PagedLayer:
         """Pages for what is held and AHEAD tokens of every row."""
