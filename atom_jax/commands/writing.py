@@ -32,6 +32,8 @@ def generate(argv: list[str]) -> int | None:
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
     known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
+    known.add(flags.DEFINE_list, "choice", [], "with --memory_dir: how prompts choose in a large one, by default "
+              "whole=2048,pages=16,page=32,stride=16")  # fmt: skip
     known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
     known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
@@ -59,6 +61,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference import chat as chat_lib
     from atom_jax.inference.generate import generate
     from atom_jax.kvcache import policies
+    from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
     from atom_jax.models import registry
     from atom_jax.session.drafts import drafters
@@ -71,7 +74,8 @@ def generate(argv: list[str]) -> int | None:
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
         lm = registry.with_memory(lm, policy)
-    read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm)
+    choice = config.build(Choice, values.choice, "--choice:")
+    read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice)
     alone = len(values.prompt) == 1 and not values.json
     result = generate(
         lm,

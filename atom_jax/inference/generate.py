@@ -205,7 +205,7 @@ def _ahead(lm: LM, memory: Memory, after: Generation | None) -> int:
         raise AtomError("memory: is read whole, which this model's cache policy would not do; choose the dense cache")
     if not memory.belongs(lm):
         raise AtomError("memory: belongs to another model")
-    return memory.length
+    return memory.ahead if memory.length else 0
 
 
 def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:

@@ -57,6 +57,8 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
         return batch, None
     if lm.config.memory is not None or not memory.belongs(lm):
         raise AtomError("memory: belongs to another model, or this one has a cache policy; it is for the dense cache")
+    if memory.chooses:
+        raise AtomError(f"memory: prompts choose among its {memory.length} entries; whole rows have no logits then")
     b, t = batch.ids.shape
     if not bool(jnp.all(batch.segments[:, 0] > 0)):
         raise AtomError("mask: with a memory, padding may only be on the right of a row")

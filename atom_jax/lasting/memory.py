@@ -15,14 +15,15 @@ import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting import score as scores
+from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
-from atom_jax.lasting import learned, reread
+from atom_jax.lasting import learned, making, reread
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.reader import Reader, State, model_of
-from atom_jax.lasting.store import FORMAT, Manifest, Missing, Model, Settings, Source, Store, Window
+from atom_jax.lasting.store import Missing, Model, Settings, Source, Store, Window
 from atom_jax.lasting.texts import Page, Reading
 from atom_jax.models import registry
 from atom_jax.session.prompts import token_rows
@@ -40,16 +41,16 @@ class Memory:
     What it is, is what MEMORY.json says; others see what was committed when they look anew (`refresh`).
     """
 
-    def __init__(self, store: Store, lm: LM | None):
+    def __init__(self, store: Store, lm: LM | None, choice: Choice):
         """See `open`."""
-        self._store, self._lm, self._front = store, lm, None
+        self._store, self._lm, self._front, self.choice = store, lm, None, choice
         self._manifest = store.manifest()
 
     @classmethod
     def open(
         cls, directory: str | os.PathLike, lm: LM | None = None, *, law: str | None = None,
         score: str | os.PathLike | None = None, part: int | None = None, sinks: int | None = None,
-        codec: str | None = None, text: str | None = None,
+        codec: str | None = None, text: str | None = None, choice: Choice | None = None,
     ) -> Memory:  # fmt: skip
         """The memory in a directory, which is made where there is none.
 
@@ -60,8 +61,9 @@ class Memory:
             By default the one that ships for the model (`learned.shipped`), else "observed".
           part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). codec:
             "float16" or "int8". text: "ids": token ids are kept too, for `recall`; "none": they are not.
-        All of these are fixed when it is made. Raises AtomError for a memory of another model or with other settings,
-        for what is damaged, and where something else is in the directory.
+          choice: how prompts choose among more entries than they all attend to.
+        But for the last, all of these are fixed when it is made. Raises AtomError for a memory of another model or
+        with other settings, for what is damaged, and where something else is in the directory.
         """
         store = Store(directory)
         name = score if score in (None, LEARNED, *SCORES) else LEARNED
@@ -74,8 +76,8 @@ class Memory:
                 raise AtomError(f"{directory}: there is no memory")
             if score is None and (score := learned.shipped(model_of(lm).fingerprint)) is not None:
                 wanted["score"] = LEARNED
-            _make(store, lm, dataclasses.replace(Settings(), **wanted), score)
-        memory = cls(store, lm)
+            making.make(store, lm, dataclasses.replace(Settings(), **wanted), score)
+        memory = cls(store, lm, choice or Choice())
         for field, value in wanted.items():
             if (there := getattr(memory.settings, field)) != value:
                 raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
@@ -107,6 +109,20 @@ class Memory:
         m = self._manifest
         ahead = 0 if m.window.source < 0 else min(self.settings.sinks, m.window.first) + m.window.count
         return sum(s.entries for s in m.segments) + m.waiting + ahead
+
+    @property
+    def chooses(self) -> bool:
+        """Whether prompts choose pages of what is held, and don't attend to all of it."""
+        return self.length > self.choice.whole
+
+    @property
+    def ahead(self) -> int:
+        """Places in front of a prompt."""
+        if not self.chooses:
+            return self.length
+        m = self._manifest
+        near = self.length - sum(s.entries for s in m.segments) - m.waiting
+        return near + self.choice.pages * self.choice.page
 
     def stats(self) -> dict[str, Any]:
         """tokens; entries, per head, as `length`; held: of these in blocks and waiting, and law: what the law allows
@@ -263,15 +279,16 @@ class Memory:
 
     def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
-        places from 0 on. AtomError where that exceeds the model's positions."""
+        places from 0 on, or a choice among it. AtomError where that exceeds the model's positions."""
         lm = self._model("answering")
-        if self.length >= lm.config.max_length:
+        if self.ahead >= lm.config.max_length:
             raise AtomError(
-                f"{self._store.directory}: its {self.length} entries leave no room in the {lm.config.max_length}"
-                " positions of the model; a law with fewer entries does"
+                f"{self._store.directory}: the {self.ahead} entries that a prompt attends to leave no room in the"
+                f" {lm.config.max_length} positions of the model"
             )
         if self._front is None:
-            self._front = front_lib.dense(lm, self._current(self._all))
+            front = self._current(self._all)
+            self._front = front_lib.chosen(lm, front, self.choice) if self.chooses else front_lib.dense(lm, front)
         return memory_lib.rows(self._front, np.zeros(rows, np.int32))
 
     def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
@@ -374,27 +391,3 @@ class Memory:
     def _learned(self) -> Linear | None:
         name = self._manifest.score
         return None if name is None else learned.of(self._store.read(name), str(self._store.directory / name))
-
-
-def _make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
-    """Writes the manifest of an empty memory."""
-    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
-    if settings.sinks + 2 * settings.part > lm.config.max_length:
-        need = f"{settings.sinks} sinks and two parts of {settings.part} tokens"
-        raise AtomError(f"part: {need} exceed the {lm.config.max_length} positions of the model")
-    if settings.score == LEARNED:
-        if score == LEARNED:
-            raise AtomError("score: name the file of the learned one")
-        fit = learned.load(score)
-        if fit.model != manifest.model.fingerprint:
-            own = manifest.model.fingerprint
-            raise AtomError(f"{score}: was fitted for the model {fit.model}, and this one is {own}")
-        manifest = dataclasses.replace(manifest, score="score-00000000.safetensors", next=1)
-        files = {manifest.score: learned.arrays(fit)}
-    try:
-        store.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise AtomError(f"{store.directory}: cannot be made ({e.strerror})") from None
-    with store.lock():
-        if not store.exists:
-            store.commit(manifest, files)

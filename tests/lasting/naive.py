@@ -28,7 +28,8 @@ class Naive:
 
     def turn(self, x_tnk, places):
         freq, factor = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-        angle = np.asarray(places)[:, None, None] * freq
+        places = np.asarray(places)
+        angle = (places[:, None] if places.ndim == 1 else places)[..., None] * freq
         cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
         a, b = np.split(x_tnk, 2, axis=-1)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -36,8 +37,13 @@ class Naive:
     def run(self, ids, before_k, before_v):
         """Logits [t, v] of tokens behind s others (plain keys and values [l, s, h, k]), their plain keys and values,
         and weights [l, n, t, s + t]."""
-        cfg, t, post = self.cfg, len(ids), self.family.post_norm
         s = before_k.shape[1]
+        return self.forward(ids, s, lambda i, q: (before_k[i], before_v[i], np.arange(s)))
+
+    def forward(self, ids, at, before):
+        """As `run` for tokens at places from `at` on. before: (layer, plain queries [t, n, k]) -> plain keys, values
+        [s, h, k] and places [s] (or [s, h]; beyond all others: nothing is there) of what stands before them."""
+        cfg, t, post = self.cfg, len(ids), self.family.post_norm
         x, keys, values, weights = self.p["embed"][ids], [], [], []
         for i in range(cfg.n_layers):
             p = jax.tree.map(lambda a, i=i: a[i], self.p["layers"])
@@ -47,12 +53,17 @@ class Naive:
             q, k = self.heads(q, a.get("q_norm")), self.heads(k, a.get("k_norm"))
             keys.append(k)
             values.append(v)
-            both_k = self.turn(np.concatenate([before_k[i], k]), np.arange(s + t))
-            both_v = np.concatenate([before_v[i], v])
+            old_k, old_v, places = before(i, q)
+            both_k = np.concatenate([self.turn(old_k, places), self.turn(k, np.arange(at, at + t))])
+            both_v = np.concatenate([old_v, v])
+            wide = places if places.ndim > 1 else np.repeat(places[:, None], cfg.n_kv_heads, axis=1)
+            new = np.repeat(np.arange(at, at + t)[:, None], cfg.n_kv_heads, axis=1)
+            where = np.concatenate([wide, new])
             g = cfg.n_heads // cfg.n_kv_heads
-            scores = np.einsum("tnk,snk->nts", self.turn(q, np.arange(s, s + t)), np.repeat(both_k, g, axis=1))
+            scores = np.einsum("tnk,snk->nts", self.turn(q, np.arange(at, at + t)), np.repeat(both_k, g, axis=1))
             scores = scores * cfg.head_dim**-0.5
-            scores = np.where(np.arange(s + t)[None] <= np.arange(s, s + t)[:, None], scores, -np.inf)
+            seen = np.repeat(where, g, axis=1).T[:, None] <= np.arange(at, at + t)[:, None]
+            scores = np.where(seen, scores, -np.inf)
             w = np.exp(scores - scores.max(-1, keepdims=True))
             w /= w.sum(-1, keepdims=True)
             weights.append(w)
@@ -157,3 +168,61 @@ class Naive:
         skip = 0 if self.first else min(self.settings.sinks, self.window_k.shape[1])
         k = np.concatenate([self.sink_k, k, self.window_k[:, skip:]], axis=1)
         return k, np.concatenate([self.sink_v, v, self.window_v[:, skip:]], axis=1)
+
+    def answer(self, ids, n, choice):
+        """Logits [v] after a prompt and after each of the n likeliest tokens behind it; pages are chosen."""
+        held, layers, h = self.held(), self.cfg.n_layers, self.cfg.n_kv_heads
+        skip = 0 if self.first else self.settings.sinks
+        near_k = np.concatenate([self.sink_k, self.window_k[:, skip:]], axis=1)
+        near_v = np.concatenate([self.sink_v, self.window_v[:, skip:]], axis=1)
+        sinks, room = self.sink_k.shape[1], choice.pages * choice.page
+        near = np.append(np.arange(sinks), np.arange(sinks + room, near_k.shape[1] + room))
+        at = begin = near_k.shape[1] + room
+        own_k = own_v = np.zeros((layers, 0, h, self.cfg.head_dim))
+        pages, recent = [None] * layers, [[] for _ in range(layers)]
+
+        def chosen(i, q):
+            g = q.shape[1] // h
+            each = [self.pages(q[:, j * g : (j + 1) * g], held[i][j], choice) for j in range(h)]
+            k = np.zeros((max(map(len, each)), h, self.cfg.head_dim))
+            v, places = k.copy(), np.full(k.shape[:2], 10**6)
+            for j, one in enumerate(each):
+                k[: len(one), j], v[: len(one), j] = np.array([e[2] for e in one]), np.array([e[3] for e in one])
+                places[: len(one), j] = sinks + np.arange(len(one))
+            return k, v, places
+
+        def before(i, q):
+            if len(q) > 1:
+                pages[i] = chosen(i, q)
+            else:
+                recent[i].append(q)
+            k, v, places = pages[i]
+            wide = lambda x: np.repeat(x[:, None], h, axis=1)  # noqa: E731
+            own = np.arange(begin, begin + own_k.shape[1])
+            return (
+                np.concatenate([near_k[i], k, own_k[i]]), np.concatenate([near_v[i], v, own_v[i]]),
+                np.concatenate([wide(near), places, wide(own)]),
+            )  # fmt: skip
+
+        out = []
+        for _ in range(n + 1):
+            logits, k, v, _ = self.forward(ids, at, before)
+            for i in range(layers):
+                if len(recent[i]) == choice.stride:
+                    pages[i], recent[i] = chosen(i, np.concatenate(recent[i])), []
+            own_k, own_v = np.concatenate([own_k, k], axis=1), np.concatenate([own_v, v], axis=1)
+            out.append(logits[-1])
+            at, ids = at + len(ids), np.array([logits[-1].argmax()])
+        return np.array(out)
+
+    def pages(self, q_tgk, entries, choice):
+        """The entries of one head that queries choose."""
+        k = np.array([e[2] for e in entries])
+        scores = np.einsum("tgk,sk->tgs", q_tgk, k) * self.cfg.head_dim**-0.5
+        w = np.exp(scores - scores.max(-1, keepdims=True))
+        w = (w / w.sum(-1, keepdims=True)).max((0, 1))
+        demand = [w[a : a + choice.page].max() for a in range(0, len(w), choice.page)]
+        if choice.successors:
+            demand = [max(x, y) for x, y in zip(demand, [0, *demand])]
+        best = sorted(sorted(range(len(demand)), key=lambda i: -demand[i])[: choice.pages])
+        return [e for i in best for e in entries[i * choice.page : (i + 1) * choice.page]]

@@ -90,6 +90,8 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
     (["remember", "--checkpoint=model", "--memory_dir=model", "a.txt"], "and no memory"),
     (["generate", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["generate", "--checkpoint=model", "--remember", "--prompt=x"], "remember, reread: there is no memory"),
+    (["generate", "--checkpoint=model", "--memory_dir=model", "--prompt=x"], "there is no memory"),
+    (["generate", "--checkpoint=model", "--choice=colour=3", "--prompt=x"], "--choice: no field 'colour'"),
     (["recall", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=nowhere", "--source=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=m"], "--source is missing"),
@@ -149,6 +151,7 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(evaluation.jax, "devices", lambda: jax.local_devices()[:1])
     settings = [f"streams={text}", "tokens=700", "facts=4", "kinds=number,pet", "part=64", "batch=2",
                 "laws=none,sqrt:entries=8,block=16,all:block=16,reread", f"scores=observed,{order.out}"]  # fmt: skip
+    settings += ["choice.whole=400", "choice.pages=3"]
     cfg = config.override(EvalConfig(), [f"lasting.{s}" for s in settings])
     results = evaluation.evaluate(lm, ["lasting"], cfg, tmp_path / "out.json")
     rows = results["lasting"].notes["rows"]

@@ -10,6 +10,7 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.inference import score
+from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.score import Linear, Moments, features, fit
 from atom_jax.lasting import learned
 from atom_jax.lasting import memory as memory_module
@@ -18,6 +19,7 @@ from atom_jax.lasting.reader import Reader
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.rope import RopeScaling
+from atom_jax.session.session import Session
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.lasting.naive import Naive
@@ -159,6 +161,37 @@ def test_rows_lean_on_it_each_by_itself(read):
     both = np.asarray(score.logprobs(lm, ids, mask, memory=memory))
     alone = np.asarray(score.logprobs(lm, ids[1:, :33], memory=memory))
     np.testing.assert_allclose(both[1, :32], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, successors", [("qwen3", True), ("llama", False)])
+def test_pages_are_chosen_as_in_the_reference(read, scanned, name, successors):
+    lm, choice = lm_of(name), Choice(whole=20, pages=3, page=4, stride=2, successors=successors)
+    memory = opened(read / name, name, choice=choice)
+    naive = Naive(lm, memory.settings)
+    for text in TEXTS[:3]:
+        naive.read(text)
+    wanted = naive.answer(PROMPT[0], 5, choice)
+    session = Session.prefill(lm, [PROMPT[0].tolist()], memory=memory.front())
+    assert session.length.tolist() == [memory.ahead + 9]
+    found = [session.logits[0]]
+    for logits in wanted[:-1]:
+        session = session.step([int(logits.argmax())])
+        found.append(session.logits[0])
+    np.testing.assert_allclose(found, wanted, atol=5e-4, rtol=5e-4)
+    held, seen = session.use()
+    assert held[0] == memory.length + 14 and seen[0] < held[0]
+
+
+def test_rows_choose_each_for_itself(read, scanned):
+    lm, choice = lm_of("llama"), Choice(whole=20, pages=2, page=4, stride=2)
+    memory = opened(read / "llama", "llama", choice=choice)
+    prompts = [PROMPT[0].tolist(), TEXTS[3][:14].tolist(), [7]]
+    made = atom_jax.generate(lm, prompts, 7, stop_ids=[], memory=memory).ids
+    assert [atom_jax.generate(lm, [p], 7, stop_ids=[], memory=memory).ids[0] for p in prompts] == made
+    drafts = {"draft": "ngram", "draft_tokens": 3}
+    assert atom_jax.generate(lm, prompts[:1], 7, stop_ids=[], memory=memory, **drafts).ids == made[:1]
+    with pytest.raises(AtomError, match="prompts choose among its"):
+        atom_jax.apply(lm, PROMPT, memory=memory)
 
 
 def test_recall_names_what_is_attended(read):

@@ -26,8 +26,8 @@ from atom_jax.evaluation.metrics import Metric, Result, columns, proportion
 from atom_jax.evaluation.tasks import kv, lasting_fit, planted
 from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.lasting import score as scores
+from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import SCORES, Linear, Seen
 from atom_jax.kvcache.memory import Memory
@@ -38,8 +38,13 @@ from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.lasting.store import FORMAT, Manifest, Model, Settings
 from atom_jax.models import registry
 from atom_jax.nn import scoring
+from atom_jax.session.prompts import padded
+from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError, Batch
 
+# Ids of a question and of its answer; of the answer's tokens, which are the likeliest, and their nats.
+Asked = tuple[np.ndarray, np.ndarray]
+Said = tuple[np.ndarray, np.ndarray]
 # The laws that are none: of nothing, and of passages that are read again.
 NONE, REREAD = "none", "reread"
 
@@ -52,7 +57,8 @@ class LastingSettings:
         these kinds (`planted.KINDS`; (): of all).
     laws: as of `Law.parse`; "none" keeps only the window, and "reread" puts `passages` of the text in front of the
         question. scores: names, or files that fit_memory wrote; laws that choose run with each of them.
-    part: tokens that are read at once. batch: questions that are answered at once. seed: of facts.
+    part: tokens that are read at once. choice: of pages, where more is held than `choice.whole`. batch: questions
+        that are answered at once. seed: of facts.
     """
 
     streams: tuple[str, ...] = ("pride_and_prejudice", "mansfield_park", "northanger_abbey")
@@ -63,6 +69,7 @@ class LastingSettings:
     scores: tuple[str, ...] = ("observed", "observed_head", "random")
     passages: int = 2
     part: int = 512
+    choice: Choice = dataclasses.field(default_factory=Choice)
     batch: int = 4
     seed: int = 0
 
@@ -162,7 +169,7 @@ def measure(
     asked = [planted.asked(fact, encoder) for fact in stream.facts]
     if method.name == REREAD:
         asked = [(_with_passages(stream.ids, q, settings.passages), a) for q, a in asked]
-    found = ask(lm, front, asked, settings.batch)
+    found = ask(lm, front, asked, settings.batch, settings.choice)
     ages = len(stream.ids) - stream.at
     rows = []
     for kind in ("", *dict.fromkeys(fact.kind for fact in stream.facts)):
@@ -195,26 +202,38 @@ def _with_passages(ids: np.ndarray, question: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([*(ids[a:b] for _, a, b in found[::-1]), question])
 
 
-def ask(
-    lm: LM, front: front_lib.Front, asked: list[tuple[np.ndarray, np.ndarray]], batch: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def ask(lm: LM, front: front_lib.Front, asked: list[Asked], batch: int, choice: Choice) -> list[Said]:
     """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f32
-    [n], each given the true ones before it."""
-    dense = front_lib.dense(lm, front)
-    size = bucket(max(len(q) + len(a) for q, a in asked))
+    [n], each given the true ones before it. choice: of pages, where more is held than `choice.whole`."""
+    whole = front.k.shape[2] <= choice.whole
+    memory = front_lib.dense(lm, front) if whole else front_lib.chosen(lm, front, choice)
     out = []
     for at in range(0, len(asked), batch):
         some = asked[at : at + batch]
-        ids, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
-        for i, (q, a) in enumerate(some):
-            lengths[i] = len(q) + len(a)
-            ids[i, : lengths[i]] = np.concatenate([q, a])
-        memory = memory_lib.grow(memory_lib.rows(dense, np.zeros(batch, np.int32)), size)
-        hits, nats = jax.device_get(_ask(lm.params, ids, lengths, memory, cfg=lm.config))
-        for i, (q, a) in enumerate(some):
-            part = slice(len(q) - 1, len(q) + len(a) - 1)
-            out.append((hits[i, part], nats[i, part]))
+        # The last of them again, so that all calls have one shape.
+        some += some[-1:] * (batch - len(some))
+        cache = memory_lib.rows(memory, np.zeros(batch, np.int32))
+        out += (_answers if whole else _chosen_answers)(lm, cache, some, asked)[: len(asked) - at]
     return out
+
+
+def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
+    """Of some of all questions, read with their answers in one call."""
+    ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
+    hits, nats = jax.device_get(_ask(lm.params, ids, lengths, memory_lib.grow(cache, ids.shape[1]), cfg=lm.config))
+    parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]
+    return [(hits[i, part], nats[i, part]) for i, part in enumerate(parts)]
+
+
+def _chosen_answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
+    """As `_answers`; the question chooses what its answer leans on."""
+    ids, lengths = padded([q for q, _ in some], max(len(q) for q, _ in asked))
+    session = Session.begin(lm, ids, lengths, capacity=0, params=lm.params, unroll=False, memory=cache)
+    answers, counts = padded([a for _, a in some], max(len(a) for _, a in asked))
+    logp = jax.nn.log_softmax(session.verify(answers, counts).logits, axis=-1)
+    hit = np.asarray(logp.argmax(-1))[:, :-1] == answers
+    nats = -np.asarray(jnp.take_along_axis(logp[:, :-1], jnp.asarray(answers)[..., None], axis=-1))[..., 0]
+    return [(hit[i, :n], nats[i, :n]) for i, n in enumerate(counts)]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -252,5 +271,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _key(model: Model, settings: LastingSettings, stream: planted.Stream, method: Method) -> str:
     fit = None if method.learned is None else method.learned.weight.tobytes().hex()
-    what = [config.to_json(model), method.name, method.score, fit, settings.part, settings.passages, stream.facts]
+    what = [
+        config.to_json(model),
+        method.name,
+        method.score,
+        fit,
+        settings.part,
+        settings.passages,
+        stream.facts,
+        config.to_json(settings.choice),
+    ]
     return hashlib.sha256(json.dumps(what).encode() + stream.ids.tobytes()).hexdigest()[:16]

@@ -1,0 +1,246 @@
+"""The memory of a layer that leans on more than it attends to: pages of old entries are chosen by what is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from atom_jax import config
+from atom_jax.kvcache import observe
+from atom_jax.kvcache.dense import bucket, put, widen
+from atom_jax.kvcache.lasting.layer import turned
+from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.policy import Policy
+from atom_jax.kvcache.rows import put_rows
+from atom_jax.nn import rope
+from atom_jax.nn.attention import NEGATIVE, Tokens
+
+# Queries whose weights on all entries exist at once.
+ROWS = 64
+# Arrays that all rows share.
+_SHARED = ("mem_k", "mem_v", "count")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Policy):
+    """How pages are chosen, for every layer and key/value head: those in which a query's softmax over all entries
+    (keys and queries before RoPE) has its largest weights.
+
+    whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
+    `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
+    successors: a page is wanted as much as the one before it, where that is more.
+
+    Several tokens in one call (a prompt) choose together, before any of them attends.
+    """
+
+    name: ClassVar[str] = "choice"
+    stepwise: ClassVar[bool] = True
+    whole: int = 2048
+    pages: int = 16
+    page: int = 32
+    stride: int = 16
+    successors: bool = True
+
+    def __post_init__(self):
+        config.check(self, whole=(0, 2**30), pages=(1, 2**16), page=(1, 2**16), stride=(1, 2**16))
+
+
+@struct.dataclass
+class ChosenLayer(Layer):
+    """The memory of one layer.
+
+    mem_k, mem_v: [1, h, s, k], entries with keys before RoPE, whole pages; count: i32 [1], how many are there.
+    near_k, near_v: [b, h, n, k], what is always attended to, at near_pos i32 [b, n] (-1: nothing there). page_k,
+    page_v: [b, h, p, k], the chosen pages, at page_pos i32 [b, h, p]; first: i32 [b], the first place of pages.
+    k, v: [b, h, c, k], tokens since, at places from `start`, i32 [b], on. recent: [b, h, g, stride, k], queries
+    before RoPE that have come one by one since the last choice; since: i32 [b], how many. policy: static.
+    """
+
+    mem_k: jax.Array
+    mem_v: jax.Array
+    count: jax.Array
+    near_k: jax.Array
+    near_v: jax.Array
+    near_pos: jax.Array
+    page_k: jax.Array
+    page_v: jax.Array
+    page_pos: jax.Array
+    first: jax.Array
+    k: jax.Array
+    v: jax.Array
+    start: jax.Array
+    recent: jax.Array
+    since: jax.Array
+    policy: Choice = struct.field(pytree_node=False, default=None)
+
+    free: ClassVar[dict[str, float]] = {"near_pos": -1, "page_pos": -1}
+
+    def extend(self, call: Call) -> tuple[jax.Array, ChosenLayer]:
+        """Stores the new tokens, and attends to them, to what is near and to the pages."""
+        at = call.length - self.start
+        if call.q.shape[3] > 1:
+            layer = self._choose(_before_rope(call), call.real, call)
+            out, layer = layer._attend(call, at)
+            return out, layer.replace(since=jnp.zeros_like(self.since))
+        out, layer = self._attend(call, at)
+        slot = jnp.where(call.real[:, 0], self.since, self.policy.stride)
+        rows = jnp.arange(len(slot))
+        recent = self.recent.at[rows, :, :, slot].set(_before_rope(call)[..., 0, :], mode="drop")
+        layer = layer.replace(recent=recent, since=self.since + call.real[:, 0])
+        due = jnp.any(layer.since >= self.policy.stride)
+        return out, jax.lax.cond(due, lambda x: x._renewed(call), lambda x: x, layer)
+
+    def _renewed(self, call: Call) -> ChosenLayer:
+        """New pages for the rows that have had theirs for a stride."""
+        due = self.since >= self.policy.stride
+        real = jnp.broadcast_to(due[:, None], (len(due), self.policy.stride))
+        new = self._choose(self.recent, real, call)
+        which = due[:, None, None]
+        return self.replace(
+            page_k=jnp.where(which[..., None], new.page_k, self.page_k),
+            page_v=jnp.where(which[..., None], new.page_v, self.page_v),
+            page_pos=jnp.where(which, new.page_pos, self.page_pos),
+            since=jnp.where(due, 0, self.since),
+        )
+
+    def _attend(self, call: Call, at_b: jax.Array) -> tuple[jax.Array, ChosenLayer]:
+        b, h, c, _ = self.k.shape
+        t = call.q.shape[3]
+        offsets = jnp.arange(t)[None]
+        # Different places beyond the end, for the promise that no two are the same.
+        slots = jnp.where(call.real, at_b[:, None] + offsets, c + offsets)
+        layer = self.replace(k=put(self.k, call.k, slots), v=put(self.v, call.v, slots))
+        held = jnp.arange(c)[None] < (call.after - self.start)[:, None]
+        own = jnp.where(held, self.start[:, None] + jnp.arange(c)[None], -1)
+        every = lambda x: jnp.broadcast_to(x[:, None], (b, h, x.shape[1]))  # noqa: E731
+        pos = jnp.concatenate([every(self.near_pos), self.page_pos, every(own)], axis=2)
+        k, v = (
+            jnp.concatenate([near, page.astype(near.dtype), own], axis=2)
+            for near, page, own in ((self.near_k, self.page_k, layer.k), (self.near_v, self.page_v, layer.v))
+        )
+        here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
+        return observe.attend_entries(call.q, here, k, v, pos), layer
+
+    def _choose(self, plain_bhgtk: jax.Array, real_bt: jax.Array, call: Call) -> ChosenLayer:
+        """The layer with the pages that these queries want most."""
+        size, h = self.policy.page, self.mem_k.shape[1]
+        demand = self._demand(plain_bhgtk, real_bt)
+        if self.policy.successors:
+            before = jnp.concatenate([jnp.zeros_like(demand[..., :1]), demand[..., :-1]], axis=-1)
+            demand = jnp.maximum(demand, before)
+        pages = demand.shape[-1]
+        there = jnp.arange(pages) * size < self.count[0]
+        demand = jnp.where(there[None, None], demand, -1.0)
+        chosen = jnp.sort(jax.lax.top_k(demand, self.page_pos.shape[-1] // size)[1], axis=-1)
+        index = (chosen[..., None] * size + jnp.arange(size)[None, None, None]).reshape(*chosen.shape[:2], -1)
+        real = index < self.count[0]
+        heads = jnp.arange(h)[None, :, None]
+        k, v = (x[0][heads, index] for x in (self.mem_k, self.mem_v))
+        places = self.first[:, None, None] + jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
+        folded = k.astype(self.k.dtype).reshape(-1, 1, *k.shape[2:])
+        k = turned(folded, jnp.maximum(places, 0).reshape(-1, places.shape[-1]), call.rotary, call.rope)
+        return self.replace(
+            page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype), page_pos=jnp.where(real, places, -1)
+        )
+
+    def _demand(self, plain_bhgtk: jax.Array, real_bt: jax.Array) -> jax.Array:
+        """f32 [b, h, pages], the largest weight that a real query has in each page."""
+        b, h, _, t, k = plain_bhgtk.shape
+        blocks, entries = -(-t // ROWS), self.mem_k.shape[2]
+        there = jnp.arange(entries) < self.count[0]
+
+        def split(x: jax.Array, axis: int) -> jax.Array:
+            x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
+
+        def some(demand: jax.Array, block: tuple) -> tuple[jax.Array, None]:
+            q, real = block
+            keys = self.mem_k[0].astype(q.dtype)
+            scores = jnp.einsum("bhgtk,hsk->bhgts", q, keys, preferred_element_type=jnp.float32) * k**-0.5
+            weight = jax.nn.softmax(jnp.where(there[None, None, None, None], scores, NEGATIVE), axis=-1)
+            weight = jnp.where(real[:, None, None, :, None], weight, 0.0).max((2, 3))
+            return jnp.maximum(demand, weight.reshape(b, h, -1, self.policy.page).max(-1)), None
+
+        none = jnp.zeros((b, h, entries // self.policy.page), jnp.float32)
+        if t <= ROWS:
+            return some(none, (plain_bhgtk, real_bt))[0]
+        return jax.lax.scan(some, none, (split(plain_bhgtk, 3), split(real_bt, 1)))[0]
+
+    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
+        """Rows whose next tokens do not fit."""
+        return length_b - self.start + more > self.k.shape[-2]
+
+    def grow(self, length_b: np.ndarray, more: int) -> ChosenLayer:
+        """Room for `more` tokens after the longest row, in the next bucket."""
+        start = np.asarray(self.start).reshape(-1, len(length_b))[0]
+        need = int((length_b - start).max()) + more
+        if need <= self.k.shape[-2]:
+            return self
+        return self.replace(k=widen(self.k, bucket(need)), v=widen(self.v, bucket(need)))
+
+    def rows(self, index_b: jax.Array, axis: int = 0) -> ChosenLayer:
+        """As of `Layer`; all of them share one copy of the entries."""
+        own = jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self._own())
+        return own.replace(**{name: jnp.copy(getattr(self, name)) for name in _SHARED})
+
+    def put(self, index_b: np.ndarray, other: ChosenLayer, axis: int = 0) -> ChosenLayer:
+        """As of `Layer`, for rows that share the same entries."""
+        own = put_rows(self._own(), other._own(), index_b, axis, self.free)
+        return own.replace(**{name: getattr(self, name) for name in _SHARED})
+
+    def _own(self) -> ChosenLayer:
+        # Without what is shared.
+        return self.replace(**dict.fromkeys(_SHARED))
+
+    def held(self, length_b: jax.Array) -> jax.Array:
+        """All entries, what is near, and the tokens since."""
+        near = jnp.sum(self.near_pos >= 0, axis=1, dtype=jnp.int32)
+        return jnp.broadcast_to((self.count + near + length_b - self.start)[:, None], self.k.shape[:2])
+
+    def read(self, length_b: jax.Array) -> jax.Array:
+        """What is near, the pages, the tokens since; and the keys of all entries once in a stride."""
+        near = jnp.sum(self.near_pos >= 0, axis=1)
+        pages = jnp.sum(self.page_pos >= 0, axis=2)
+        # Keys are half of an entry.
+        chosen = self.count / (2 * self.policy.stride)
+        return pages + (near + length_b - self.start + chosen)[:, None].astype(jnp.float32)
+
+
+def _before_rope(call: Call) -> jax.Array:
+    """Queries [b, h, g, t, k] as they were before RoPE."""
+    if not call.rotary:
+        return call.q
+    b, h, g, t, k = call.q.shape
+    _, factor = rope.frequencies(call.rotary, *call.rope)
+    plain = turned(call.q.reshape(b, h * g, t, k), -call.tokens.positions, call.rotary, call.rope)
+    # Turning back multiplies by the factor once more.
+    scale = jnp.where(jnp.arange(k) < call.rotary, factor**-2, 1.0).astype(plain.dtype)
+    return (plain * scale[None, None, None]).reshape(b, h, g, t, k)
+
+
+def empty(
+    mem: tuple[jax.Array, jax.Array, int], near: tuple[jax.Array, jax.Array, jax.Array], sinks: int, start: int,
+    g: int, room: int, policy: Choice,
+) -> ChosenLayer:  # fmt: skip
+    """Stacked layers, one row, that have chosen nothing. mem: keys before RoPE and values [l, 1, h, s, k], and how
+    many entries are there; near: keys and values [l, 1, h, n, k] and places [n]. sinks: places before the pages'.
+    start: of the next token. g: query heads per key/value head. room: for tokens."""
+    k, v, count = mem
+    near_k, near_v, pos = near
+    layers, _, h, _, size = near_k.shape
+    dtype, many = near_k.dtype, policy.pages * policy.page
+
+    def number(x: Any) -> jax.Array:
+        return jnp.full((layers, 1), x, jnp.int32)
+
+    zeros = lambda n: jnp.zeros((layers, 1, h, n, size), dtype)  # noqa: E731
+    return ChosenLayer(
+        k, v, number(count), near_k, near_v, jnp.broadcast_to(pos, (layers, 1, len(pos))).astype(jnp.int32),
+        zeros(many), zeros(many), jnp.full((layers, 1, h, many), -1, jnp.int32), number(sinks), zeros(room),
+        zeros(room), number(start), jnp.zeros((layers, 1, h, g, policy.stride, size), dtype), number(0), policy,
+    )  # fmt: skip
