@@ -76,7 +76,15 @@ class Session:
         scanned = lm.params if unroll else params
         x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
         memory = programs.unstack(memory) if unroll else memory
-        return cls(lm, params, reading.trimmed(memory, lm.config), *_latest(lm, ids_bt, length_b, x_bd))
+        return cls.after(lm, params, reading.trimmed(memory, lm.config), ids_bt, length_b, x_bd)
+
+    @classmethod
+    def after(
+        cls, lm: LM, params: Any, memory: Memory, ids_bt: np.ndarray, length_b: np.ndarray, x_bd: jax.Array
+    ) -> Session:  # fmt: skip
+        """Where rows stand whose latest tokens were ids i32 [b, t], so many of each (i32 [b], at least 1), with x_bd
+        [b, d] the states of the last. params: laid out as the memory is."""
+        return cls(lm, params, memory, *_latest(lm, ids_bt, length_b, x_bd))
 
     def extend(self, texts: Any) -> Session:
         """Reads further tokens of every row, at least one of each, as texts or lists of ids. Uses this session up."""
