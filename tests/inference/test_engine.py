@@ -33,14 +33,29 @@ def model(name):
     return LM(dataclasses.replace(lm.config, max_length=200), lm.params, ByteTokenizer())
 
 
+WAYS = ({}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1.3, "top_k": 9, "min_p": 0.05})
+
+
 def orders(n):
     """Prompts and options of so many requests, of different lengths and ways."""
     rng = np.random.default_rng(4)
+    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(3), n)))
     for i in range(n):
-        prompt = rng.integers(32, 126, (3, 16, 41)[i % 3]).tolist()
-        more = ({}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1})[i % 4]
-        key = jax.random.key(i)
-        yield prompt, dict(max_new_tokens=1 + 5 * i % 23, temperature=(0.0, 0.9, 1.3)[i // 2 % 3], key=key, **more)
+        prompt = rng.integers(32, 126, (3, 16, 41)[i // 3 % 3]).tolist()
+        yield prompt, dict(max_new_tokens=1 + 5 * i % 23, key=keys[i : i + 1], **WAYS[i % 3])
+
+
+def expected(lm, wanted):
+    """What `generate` makes of them: those of one way together, as if each were alone."""
+    found = [None] * len(wanted)
+    for way in range(3):
+        mine = list(range(way, len(wanted), 3))
+        keys = np.concatenate([wanted[i][1]["key"] for i in mine])
+        prompts, most = [wanted[i][0] for i in mine], max(wanted[i][1]["max_new_tokens"] for i in mine)
+        made = atom_jax.generate(lm, prompts, most, key=keys, **WAYS[way])
+        for i, ids in zip(mine, made.ids):
+            found[i] = ids[: wanted[i][1]["max_new_tokens"]]
+    return found
 
 
 def together(engine, wanted):
@@ -58,22 +73,37 @@ def live():
 @pytest.mark.parametrize("name", MODELS)
 def test_texts_are_those_of_generate_and_nothing_is_compiled_again_or_left(name):
     lm, wanted = model(name), list(orders(9))
-    stops = list(range(40, 120, 7))
-    wanted[3][1]["stop_ids"], wanted[4][1]["stop"] = stops, ["e", "5"]
-    alone = [atom_jax.generate(lm, [prompt], **options) for prompt, options in wanted]
-    with Engine(lm, rows=4, part=16, beginnings=0) as engine:
+    alone = expected(lm, wanted)
+    with Engine(lm, rows=2 if name == "dms" else 4, part=16, beginnings=0) as engine:
         first = together(engine, wanted)
-        compiled, held = len(COMPILED), live()
+        compiled = len(COMPILED)
         again = together(engine, wanted)
-        assert len(COMPILED) == compiled and live() == held
+        assert len(COMPILED) == compiled
         for requests in (first, again):
-            for request, one in zip(requests, alone):
-                assert (request.ids, request.text) == (one.ids[0], one.text[0])
-        assert {request.end for request in first} == {"stop", "length"}
-        assert all(request.entries > 0 for request in first)
+            assert [request.ids for request in requests] == alone
+            assert all(request.text == lm.tokenizer.decode(request.ids) for request in requests)
+            assert all(request.entries > 0 and request.end == "length" for request in requests)
         tally = engine.tally
-        assert tally.nbytes == tally.running == tally.waiting == 0 and sum(tally.ended.values()) == 18
-        assert tally.new_tokens == 2 * sum(len(one.ids[0]) for one in alone)
+        assert tally.nbytes == tally.running == tally.waiting == 0 and tally.ended == {"length": 18}
+        assert tally.new_tokens == 2 * sum(map(len, alone))
+    del first, again, requests
+    held = live()
+    with Engine(lm, rows=2 if name == "dms" else 4, part=16, beginnings=0) as engine:
+        together(engine, wanted)
+    assert live() == held
+
+
+def test_ends_are_those_of_generate():
+    lm, prompt = model("dense"), list(range(40, 56))
+    free = atom_jax.generate(lm, [prompt], 40, 1.1)
+    letter = next(c for c in free.text[0][4:] if c < "\x80")
+    ends = [{"stop_ids": free.ids[0][9:12]}, {"stop": ["never", letter]}, {"stop_ids": ()}]
+    with Engine(lm, rows=2) as engine:
+        requests = [engine.submit(prompt, 40, 1.1, **end).result() for end in ends]
+    assert [request.end for request in requests] == ["stop", "stop", "length"]
+    for request, end in zip(requests, ends):
+        one = atom_jax.generate(lm, [prompt], 40, 1.1, **end)
+        assert (request.ids, request.text) == (one.ids[0], one.text[0])
 
 
 def test_who_leaves_disturbs_nobody_and_beginnings_are_read_once():
