@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from atom_jax import terminal
-from atom_jax.commands import models, reports, writing
+from atom_jax.commands import models, reports, serving, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
@@ -16,6 +16,7 @@ USAGE = """python -m atom_jax COMMAND [...]
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   reason    --checkpoint=PATH --problem=TEXT  think in several chains, whose answers vote
   chat      --checkpoint=PATH                 talk with a model that was tuned for it
+  serve     --checkpoint=PATH                 answer many at once over the OpenAI HTTP interface
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
         "generate": writing.generate,
         "reason": writing.reason,
         "chat": writing.chat,
+        "serve": serving.serve,
         "convert": models.convert,
         "info": models.info,
         "instructify": models.instructify,
