@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.error
 import urllib.request
 
 import aiohttp
@@ -242,25 +241,19 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, capsys, lm):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = {}
-
-    def call(path, **body):
-        data = json.dumps(body).encode() if body else None
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=60) as answer:
-            return json.loads(answer.read()) if body else answer.read()
+    found = {"lines": []}
 
     def client():
-        try:
-            while True:
-                with contextlib.suppress(OSError):
-                    found["health"] = call("/healthz")
-                    break
-                time.sleep(0.05)
-            timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            timer.start()
-            found["made"] = call("/v1/completions", prompt="abc", max_tokens=200, temperature=0)
-        finally:
-            timer.join()
+        address = f"http://127.0.0.1:{port}"
+        while "health" not in found:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/healthz", timeout=60) as answer:
+                found["health"] = answer.read()
+            time.sleep(0.02)
+        body = json.dumps({"prompt": "abc", "max_tokens": 200, "temperature": 0, "stream": True}).encode()
+        with urllib.request.urlopen(f"{address}/v1/completions", body, timeout=60) as answer:
+            found["lines"].append(answer.readline())
+            os.kill(os.getpid(), signal.SIGTERM)
+            found["lines"] += answer.readlines()
 
     thread = threading.Thread(target=client)
     thread.start()
@@ -268,8 +261,10 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, capsys, lm):
     thread.join()
     out, err = capsys.readouterr()
     assert code == 0 and out == "" and f"serving tiny at http://127.0.0.1:{port}/v1" in err
-    assert found["health"] == b"ok\n" and found["made"]["model"] == "tiny"
-    assert found["made"]["usage"]["completion_tokens"] == 200
+    pieces = [json.loads(line[6:]) for line in found["lines"] if line.startswith(b"data: {")]
+    text = "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert found["health"] == b"ok\n" and found["lines"][-2] == b"data: [DONE]\n"
+    assert text == atom_jax.generate(lm, ["abc"], 200).text[0]
 
 
 @pytest.mark.parametrize(
