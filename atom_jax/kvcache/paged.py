@@ -44,13 +44,15 @@ class PagedLayer(Layer):
     def grow(self, length_b: np.ndarray, more: int) -> PagedLayer:
         """Room for `more` tokens per row, whatever is evicted.
 
-        For single tokens (at most AHEAD) in closely spaced sizes, and smaller ones where that is enough; for a prompt
-        in few sizes, never smaller.
+        For single tokens (at most AHEAD) smaller where it is half as large again as it need be; for a prompt never.
         """
-        pages = fine(self.pool.pages_for(AHEAD)) if more <= AHEAD else coarse(self.pool.pages_for(more))
-        if more > AHEAD:
-            pages = max(pages, self.k.shape[-3])
-        return self.replace(pool=self.pool.resized(pages))
+        have = self.k.shape[-3]
+        pages = _pages(self.pool, more, have)
+        return self if pages == have else self.replace(pool=self.pool.resized(pages))
+
+    def trim(self) -> PagedLayer:
+        """Pages for what is held and AHEAD tokens of every row."""
+        return self.replace(pool=self.pool.resized(fine(self.pool.pages_for(AHEAD))))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries of every head."""
@@ -100,6 +102,15 @@ def level(memory: Memory) -> Memory:
         return layer.replace(pool=layer.pool.resized(pages)) if isinstance(layer, PagedLayer) else layer
 
     return memory_lib.map_layers(fit, memory)
+
+
+def _pages(pool: Pool, more: int, have: int) -> int:
+    """Pages for `more` further tokens per row: `have`, unless they are too few or, for single tokens, half as many
+    again as need be. Closely spaced sizes for single tokens, few for a prompt, as every size is compiled for."""
+    if have < pool.pages_for(more):
+        return fine(pool.pages_for(AHEAD)) if more <= AHEAD else coarse(pool.pages_for(more))
+    enough = fine(pool.pages_for(AHEAD))
+    return enough if more <= AHEAD and 2 * have > 3 * enough else have
 
 
 def attend_both(
