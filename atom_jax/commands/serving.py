@@ -56,9 +56,9 @@ def serve(argv: list[str]) -> None:
         "rows": config.in_range("--rows", values.rows, int, 1),
         "length": config.in_range("--length", values.length, int, 0) or None,
         "waiting": config.in_range("--waiting", values.waiting, int, 1),
-        "cache_memory": None if values.cache_memory is None else _bytes("--cache_memory", values.cache_memory),
+        "cache_memory": None if values.cache_memory is None else size_of("--cache_memory", values.cache_memory),
     }
-    body = _bytes("--max_body", values.max_body)
+    body = size_of("--max_body", values.max_body)
     policy = None if values.memory is None else policies.parse(values.memory)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
     if values.memory is not None:
@@ -75,7 +75,7 @@ def serve(argv: list[str]) -> None:
     http.serve(Engine(lm, **options), name, values.host, port, body, grace, say)
 
 
-def _bytes(flag: str, text: str) -> int:
+def size_of(flag: str, text: str) -> int:
     """A number of bytes, such as 500M or 4G (in powers of 1024)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * 1024 ** ("", "K", "M", "G", "T").index(found[2].upper())) if found else 0

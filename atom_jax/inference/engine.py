@@ -48,7 +48,7 @@ class Tally:
     not read again; new_tokens; row_steps: steps of rows, of which idle: those without a text; first_seconds: from
     `submit` to the first token, added up over `started` requests. running, reading, waiting: requests now. rows: of
     the batch. nbytes: buffers of all memory; entries: that running texts hold, added up, averaged over layers and
-    heads."""
+    heads. peak_running, peak_nbytes: the most requests in one step, and what the batch's memory took then at most."""
 
     ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     prompt_tokens: int = 0
@@ -64,6 +64,8 @@ class Tally:
     rows: int = 0
     nbytes: int = 0
     entries: float = 0.0
+    peak_running: int = 0
+    peak_nbytes: int = 0
 
 
 class Engine:
@@ -149,6 +151,11 @@ class Engine:
             self._waiting.append(request)
             self._changed.notify()
         return request
+
+    @property
+    def together(self) -> threading.Condition:
+        """A context inside of which nothing is begun: the thread's requests are begun together when it ends."""
+        return self._changed
 
     def refuse(self) -> None:
         """Takes no further requests, and ends once those that it has are made."""
@@ -263,6 +270,8 @@ class Engine:
         most = [0 if owner is None else owner.most for owner in lane.owners]
         new, out = lane.decode(self._look, most)
         done, ended = lane.slots.done, {}
+        self.tally.peak_running = max(self.tally.peak_running, len(lane.live))
+        self.tally.peak_nbytes = max(self.tally.peak_nbytes, lane.slots.session.nbytes)
         self.tally.row_steps += int(new.max()) * len(new)
         self.tally.idle += int((new.max() - new).sum())
         for r in lane.live:

@@ -60,7 +60,7 @@ def expected(lm, wanted):
 
 def together(engine, wanted):
     """The requests, ended, all of which waited before the first was begun."""
-    with engine._changed:
+    with engine.together:
         requests = [engine.submit(prompt, **options) for prompt, options in wanted]
     return [request.result() for request in requests]
 
@@ -144,26 +144,19 @@ def test_what_the_model_says_of_its_tokens():
 
 
 @pytest.mark.parametrize("name", ["dense", "dms"])
-def test_a_request_is_begun_when_its_memory_fits(name, monkeypatch):
-    lm, wanted, rows = model(name), list(orders(6)), []
+def test_a_request_is_begun_when_its_memory_fits(name):
+    lm, wanted = model(name), list(orders(6))
     cost = Cost(lm.config)
     longest = max(len(prompt) + options["max_new_tokens"] for prompt, options in wanted)
     room = cost.nbytes(2, longest, [cost.expected(longest)] * 2)
-    decode = Lane.decode
-
-    def watched(lane, *args):
-        rows.append((len(lane.live), len(lane.owners), lane.slots.session.nbytes))
-        return decode(lane, *args)
-
-    monkeypatch.setattr(Lane, "decode", watched)
     with Engine(lm, rows=4, part=16, cache_memory=room) as engine:
         assert all(request.end for request in together(engine, wanted))
+        tally = engine.tally
+    assert tally.peak_running >= 2
+    if name == "dense":
+        assert (tally.peak_running, tally.peak_nbytes) == (2, room)
     with Engine(lm, cache_memory=room // 4) as engine, pytest.raises(AtomError, match="may need"):
         engine.submit([1] * 50, 140)
-    running, size, nbytes = map(max, zip(*rows))
-    assert running >= 2
-    if name == "dense":
-        assert running == size == 2 and nbytes == room
 
 
 def test_refusals():
@@ -176,7 +169,7 @@ def test_refusals():
         ):  # fmt: skip
             with pytest.raises(AtomError, match=message):
                 engine.submit([1, 2, 3], **options)
-        with engine._changed:
+        with engine.together:
             engine.submit([1, 2, 3], 3)
             with pytest.raises(Busy, match="wait already"):
                 engine.submit([1, 2, 3], 3)
