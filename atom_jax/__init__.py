@@ -16,6 +16,7 @@ _PUBLIC = {
     "byte_logprobs": "atom_jax.inference.byte_law",
     "chat": "atom_jax.inference.chat",
     "Chat": "atom_jax.inference.chat",
+    "Engine": "atom_jax.inference.engine",
     "Session": "atom_jax.session.session",
     "Memory": "atom_jax.lasting.memory",
     "LM": "atom_jax.typing",

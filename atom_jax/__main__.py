@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from atom_jax import terminal
-from atom_jax.commands import lasting, models, reports, writing
+from atom_jax.commands import lasting, models, reports, serving, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
@@ -16,6 +16,7 @@ USAGE = """python -m atom_jax COMMAND [...]
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   reason    --checkpoint=PATH --problem=TEXT  think in several chains, whose answers vote
   chat      --checkpoint=PATH                 talk with a model that was tuned for it
+  serve     --checkpoint=PATH                 answer many at once over the OpenAI HTTP interface
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   remember  --checkpoint=PATH --memory_dir=DIR FILE...  read texts into a memory on disk
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         "recall": lasting.recall,
         "forget": lasting.forget,
         "fit_memory": lasting.fit_memory,
+        "serve": serving.serve,
         "convert": models.convert,
         "info": models.info,
         "instructify": models.instructify,

@@ -25,7 +25,7 @@ ROOMS = (
     ("evaluation.tasks",),
     ("evaluation.run",),
     ("evaluation.reports",),
-    ("aot", "flax_bridge"),
+    ("aot", "flax_bridge", "serving"),
     ("commands",),
     ("__init__", "__main__"),
 )

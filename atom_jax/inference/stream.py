@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,6 +43,11 @@ class TextStream:
             self.stopped = True
             return self._cut(min(found))
         return self._emit(len(self._data) - self._held_back(), final=False)
+
+    @property
+    def certain(self) -> int:
+        """How many of `ids` are kept whatever comes, since their text is."""
+        return len(self.ids) if self.stopped else bisect.bisect_right(self._ends, self._sent)
 
     def finish(self) -> str:
         """Returns the text held back so far; a broken character becomes U+FFFD."""

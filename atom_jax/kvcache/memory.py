@@ -217,6 +217,16 @@ def each(fn: Callable[..., Memory], memory: Memory, *rest: Memory) -> Memory:
     return fn(memory.replace(parts=parts), *rest)
 
 
+def layers(memory: Memory) -> list[Layer]:
+    """The attention layers of all nodes, stacked ones as they are."""
+    return [_layer(x) for node in nodes(memory) for x in _states(node)]
+
+
+def map_layers(fn: Callable[[Layer], Layer], memory: Memory) -> Memory:
+    """The tree with `fn` of every attention layer, or stacked ones, in their place."""
+    return each(lambda node: _with_layers(fn, node), memory)
+
+
 def full(memory: Memory, more: int = 1) -> jax.Array:
     """bool [b]: rows whose next `more` tokens, one after another, might not fit somewhere."""
     found = [jnp.any(one, axis=0) for node in nodes(memory) for one in _ask(node, "full", more)]
@@ -234,46 +244,34 @@ def grow(memory: Memory, more: int | Sequence[int] = 1, singly: bool = False) ->
         # Every set of sizes is compiled for: layers that hold different numbers of entries grow together, and seldom.
         uneven = any(_shrinks(x) and bool(full.any()) for x, full in zip(_states(node), _ask(node, "full", more)))
 
-        def one(x: Any) -> Any:
-            if (layer := _layer(x)) is None:
-                return x
-            most = 2 * max(more, SPARE) if uneven and _shrinks(x) else more
-            layer = layer.grow_singly(length, most) if singly else layer.grow(length, most)
-            return Stack(layer) if isinstance(x, Stack) else layer
+        def one(layer: Layer) -> Layer:
+            most = 2 * max(more, SPARE) if uneven and _shrinks(layer) else more
+            return layer.grow_singly(length, most) if singly else layer.grow(length, most)
 
-        return node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state))
+        return _with_layers(one, node)
 
     return each(larger, memory)
 
 
 def trim(memory: Memory) -> Memory:
     """The memory no larger than what is retained, and some tokens more: of every layer alone where they are apart."""
-
-    def one(x: Any) -> Any:
-        if (layer := _layer(x)) is None:
-            return x
-        return Stack(layer.trim()) if isinstance(x, Stack) else layer.trim()
-
-    return each(lambda node: node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state)), memory)
+    return map_layers(lambda layer: layer.trim(), memory)
 
 
 def rows(memory: Memory, index_b: jax.Array) -> Memory:
     """The memory of these rows, i32 [n], some perhaps repeatedly. Runs on the host."""
 
-    def take(x: Any, axis: int = 0) -> Any:
-        return jax.tree.map(lambda a: jnp.take(a, index_b, axis=axis), x)
-
-    def state(x: Any) -> Any:
-        if isinstance(x, Layer):
-            return x.rows(index_b)
+    def state(x: Any, axis: int = 0) -> Any:
         if isinstance(x, Stack):
-            return Stack(x.states.rows(index_b, 1) if isinstance(x.states, Layer) else take(x.states, 1))
-        return take(x)
+            return Stack(state(x.states, 1))
+        if isinstance(x, Layer):
+            return x.rows(index_b, axis)
+        return jax.tree.map(lambda a: jnp.take(a, index_b, axis=axis), x)
 
     def of(node: Memory) -> Memory:
         parts = jax.tree.map(lambda x: x if _is_memory(x) else state(x), node.parts, is_leaf=_is_part)
         layers = jax.tree.map(state, node.layers, is_leaf=_is_state)
-        return node.replace(layers=layers, length=take(node.length), parts=parts)
+        return node.replace(layers=layers, length=state(node.length), parts=parts)
 
     return each(of, memory)
 
@@ -282,13 +280,10 @@ def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
     """The memory whose rows `index_b`, i32 [n], are those of `other`, which has n of them; see
     `Layer.put`. Uses `memory` up. Runs on the host."""
 
-    def state(x: Any, y: Any) -> Any:
-        if isinstance(x, Layer):
-            return x.put(index_b, y)
+    def state(x: Any, y: Any, axis: int = 0) -> Any:
         if isinstance(x, Stack):
-            inside = x.states.put(index_b, y.states, 1) if isinstance(x.states, Layer) else None
-            return Stack(put_rows(x.states, y.states, index_b, 1) if inside is None else inside)
-        return put_rows(x, y, index_b, 0)
+            return Stack(state(x.states, y.states, 1))
+        return x.put(index_b, y, axis) if isinstance(x, Layer) else put_rows(x, y, index_b, axis)
 
     def of(node: Memory, new: Memory) -> Memory:
         keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
@@ -398,8 +393,15 @@ def _policy(x: Any) -> Any:
 
 def policies(memory: Memory) -> Iterator[Any]:
     """The policy of every layer, or stack of layers, that has one."""
-    for node in nodes(memory):
-        yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
+    return (layer.policy for layer in layers(memory) if layer.policy is not None)
+
+
+def _with_layers(fn: Callable[[Layer], Layer], node: Memory) -> Memory:
+    def of(x: Any) -> Any:
+        layer = _layer(x)
+        return x if layer is None else Stack(fn(layer)) if isinstance(x, Stack) else fn(layer)
+
+    return node.replace(layers=jax.tree.map(of, node.layers, is_leaf=_is_state))
 
 
 def _states(node: Memory) -> list[Any]:

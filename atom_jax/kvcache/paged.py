@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.memory import Layer
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.memory import Layer, Memory
 from atom_jax.kvcache.pool import Pool, coarse, fine
 from atom_jax.nn.attention import Tokens, block_size, with_bias
 from atom_jax.nn.blockwise import blockwise_lse
@@ -57,29 +58,50 @@ class PagedLayer(Layer):
         """Entries of every head."""
         return self.pool.n
 
-    def rows(self, index_b: jax.Array, axis: int = 0, pages: int = 0) -> PagedLayer:
-        """Copies of the rows' pages; pages nobody refers to are not there any more. pages: to keep, where so many
-        suffice and are not far too many."""
-        pool, index = self.pool, jnp.asarray(index_b)
-        pages = _pages(pool.replace(n=jnp.take(pool.n, index, axis=axis)), 1, pages)
-        of = functools.partial(type(self)._copied, pages=pages)
-        return (jax.vmap(of, in_axes=(0, None)) if axis else of)(self, index)
+    def rows(self, index_b: jax.Array, axis: int = 0) -> PagedLayer:
+        """Copies of the rows' pages; pages nobody refers to are not there any more."""
+        index = np.asarray(index_b)
+        pages = fine(self.pool.replace(n=np.take(np.asarray(self.pool.n), index, axis)).pages_for(AHEAD))
+        return _copied(self, None, index, axis=axis, pages=pages)
 
     def put(self, index_b: np.ndarray, other: PagedLayer, axis: int = 0) -> PagedLayer:
-        """All rows are laid out anew."""
+        """All rows are laid out anew, in as many pages as before where these suffice."""
         index, rows = np.asarray(index_b), self.pool.n.shape[axis]
         source, new = np.arange(rows), np.flatnonzero(index < rows)
         source[index[new]] = rows + new
-        both = type(self)._after
-        return (jax.vmap(both) if axis else both)(self, other).rows(source, axis, self.k.shape[-3])
+        n = np.take(np.concatenate([np.asarray(x.pool.n) for x in (self, other)], axis), source, axis)
+        need, pages = self.pool.replace(n=n).pages_for(AHEAD), self.k.shape[-3]
+        return _copied(self, other, source, axis=axis, pages=pages if need <= pages else fine(need))
 
-    def _copied(self, index_b: jax.Array, pages: int) -> PagedLayer:
+    def copied(self, index_b: jax.Array, pages: int) -> PagedLayer:
         """The rows `index_b` of one layer in so many pages."""
         raise NotImplementedError
 
-    def _after(self, other: PagedLayer) -> PagedLayer:
+    def after(self, other: PagedLayer) -> PagedLayer:
         """The rows of one layer, and after them those of another."""
         raise NotImplementedError
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "pages"))
+def _copied(layer: PagedLayer, other: PagedLayer | None, index: jax.Array, *, axis: int, pages: int) -> PagedLayer:
+    """Rows of a layer, or of stacked ones (axis 1), and of those of `other` after them."""
+    over = (lambda f: jax.vmap(f)) if axis else lambda f: f
+    both = layer if other is None else over(lambda one, two: one.after(two))(layer, other)
+    return over(lambda one: one.copied(index, pages))(both)
+
+
+def level(memory: Memory) -> Memory:
+    """The same memory in which all layers have equally many pages, and these one of few numbers, with room for AHEAD
+    single tokens: what is compiled for it serves again. Runs on the host."""
+    layers = [x for x in memory_lib.layers(memory) if isinstance(x, PagedLayer)]
+    if not layers:
+        return memory
+    pages = coarse(max(x.pool.pages_for(AHEAD) for x in layers))
+
+    def fit(layer: Layer) -> Layer:
+        return layer.replace(pool=layer.pool.resized(pages)) if isinstance(layer, PagedLayer) else layer
+
+    return memory_lib.map_layers(fit, memory)
 
 
 def _pages(pool: Pool, more: int, have: int) -> int:

@@ -20,7 +20,7 @@ from atom_jax.typing import Suffix
 class Draw(Protocol):
     """One choice for each of b rows, as the user asked for it (`session.sampling.Draw`)."""
 
-    cold: jax.Array  # bool [], whether the likeliest is taken
+    cold: jax.Array  # bool [] or [b], whether the likeliest is taken
 
     def token(self, logits_bv: jax.Array) -> jax.Array:
         """Tokens i32 [b]."""

@@ -19,6 +19,7 @@ from atom_jax import params as params_lib
 from atom_jax.models import registry
 from atom_jax.session import laid_out, sampling
 from atom_jax.session.decode import Choice
+from atom_jax.session.lane import Lane
 from atom_jax.session.session import Session
 from atom_jax.session.slots import Slots
 from atom_jax.typing import LM
@@ -136,21 +137,17 @@ class _Lane:
     ):
         self.prompts, self.queue, self.how, self.stop_ids, self.beside = prompts, queue, how, stop_ids, beside
         self.steps = self.idle = 0
+        self.lane: Lane[_Row] = Lane()
         numbers = queue.take(rows)
-        self.slots = self._started(numbers, len(numbers))
-        self.rows: list[_Row | None] = self._begun(self.slots, numbers)
+        self._join(numbers, len(numbers))
 
     def run(self) -> None:
         """Decodes until nothing is left."""
         while self._refilled():
-            made = self.slots.made
-            until = np.minimum(made + LOOK, self.queue.most)
-            self.slots.prepare(until)
-            out = self.slots.decode(until)
-            new = self.slots.made - made
+            new, out = self.lane.decode(LOOK, self.queue.most)
             self.steps += int(new.max()) * len(new)
             self.idle += int((new.max() - new).sum())
-            for row, n, tokens, held, read in zip(self.rows, new, out.tokens, out.held, out.read):
+            for row, n, tokens, held, read in zip(self.lane.owners, new, out.tokens, out.held, out.read):
                 if row is not None and n:
                     row.ids += tokens[:n][tokens[:n] >= 0].tolist()
                     row.held.append(held[:n])
@@ -158,53 +155,25 @@ class _Lane:
 
     def _refilled(self) -> bool:
         """Ends rows that are done, gives their places away, and says whether there is anything to do."""
-        done, made = self.slots.done, self.slots.made
-        for r, row in enumerate(self.rows):
-            if row is None:
-                continue
+        lane = self.lane
+        done, made = lane.slots.done, lane.slots.made
+        for r in lane.live:
+            row = lane.owners[r]
             cut = row.number in self.queue.cut and not done[r]
             if done[r] or cut or made[r] >= self.queue.most:
                 self.queue.end(row.number, row.made(bool(done[r]), cut))
-                self.rows[r] = None
-        free = [r for r, row in enumerate(self.rows) if row is None]
-        if not free:
-            return True
-        numbers = self.queue.take(len(free))
-        if numbers:
-            self._join(free, numbers)
-            return True
-        live = [r for r, row in enumerate(self.rows) if row is not None]
-        if not live:
-            return False
-        half = len(self.rows) // 2
-        if half >= len(live):
-            # Half the rows are left: to a compilation of half the size.
-            keep = (live + free)[:half]
-            self.slots, self.rows = self.slots.rows(keep), [self.rows[r] for r in keep]
-            free = [r for r, row in enumerate(self.rows) if row is None]
-        ended = np.zeros(len(self.rows), bool)
-        ended[free] = True
-        self.slots.end(ended)
-        return True
+                lane.owners[r] = None
+        if numbers := self.queue.take(len(lane.free)):
+            # In few sizes, which compile.
+            self._join(numbers, 1 << (len(numbers) - 1).bit_length())
+        elif lane.live and len(lane.owners) // 2 >= len(lane.live):
+            lane.halve()
+        return bool(lane.live)
 
-    def _join(self, free: list[int], numbers: list[int]) -> None:
-        # In few sizes, which compile: places beyond the rows take what is too many.
-        size = 1 << (len(numbers) - 1).bit_length()
-        new = self._started(numbers, size)
-        index = [*free[: len(numbers)], *[len(self.rows)] * (size - len(numbers))]
-        for r, row in zip(free, self._begun(new, numbers)):
-            self.rows[r] = row
-        ended = np.zeros(len(self.rows), bool)
-        ended[free[len(numbers) :]] = True
-        self.slots.put(index, new)
-        self.slots.end(ended)
-
-    def _started(self, numbers: list[int], size: int) -> Slots:
-        """So many rows, of these jobs and of copies of the first."""
+    def _join(self, numbers: list[int], size: int) -> None:
+        """These jobs, and copies of the first, in so many rows."""
         chosen, cfg = np.array([*numbers, *numbers[:1] * (size - len(numbers))]), self.prompts.lm.config
         keys = jax.random.wrap_key_data(self.queue.keys[chosen], impl=self.queue.kind)
         choice = Choice(keys, self.how, self.stop_ids, registry.of(cfg).codec(cfg))
-        return Slots(self.prompts.rows(self.queue.jobs[chosen]), choice, self.beside)
-
-    def _begun(self, slots: Slots, numbers: list[int]) -> list[_Row]:
-        return [_Row(number, int(first)) for number, first in zip(numbers, slots.first)]
+        slots = Slots(self.prompts.rows(self.queue.jobs[chosen]), choice, self.beside, level=True)
+        self.lane.join(slots, [_Row(number, int(first)) for number, first in zip(numbers, slots.first)])

@@ -23,13 +23,15 @@ class Plan(NamedTuple):
     part: most tokens of one call, where the memory is compacted between the parts of a prompt; None: any number, as
     in models with units of their own. passes: how often it reads a prompt. shrinks: whether it can be smaller after a
     prompt than while that is read. waits: whether rows may wait with the token that they chose last (`Family.step`),
-    which therefore goes through that before a later turn.
+    which therefore goes through that before a later turn. pieces: a prompt may be cut anywhere, and its parts read
+    one after another, which gives the same (but for rounding).
     """
 
     part: int | None
     passes: int
     shrinks: bool
     waits: bool = False
+    pieces: bool = False
 
 
 @functools.cache
@@ -38,7 +40,8 @@ def plan(cfg: Any) -> Plan:
     cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 1))
     passes, part = memory.passes(cache), memory.part(cache)
     waits = cache.parts != ()
-    return Plan(part if passes == 1 and not waits else None, passes, memory.shrinks(cache), waits)
+    whole = waits or any(policy.part is None for policy in memory.policies(cache))
+    return Plan(part if passes == 1 and not waits else None, passes, memory.shrinks(cache), waits, not whole)
 
 
 def read(

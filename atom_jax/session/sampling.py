@@ -16,7 +16,8 @@ COLDEST = 1e-6
 
 @struct.dataclass
 class Sampler:
-    """How tokens are chosen. All fields are traced scalars, so that changing them compiles nothing.
+    """How tokens are chosen. All fields are traced, so that changing them compiles nothing: scalars, for all rows, or
+    [b], one for each.
 
     temperature: f32, 0 takes the most likely token. top_k: i32, 0 keeps all. top_p: f32, 1 keeps all.
     min_p: f32, 0 keeps all.
@@ -26,6 +27,11 @@ class Sampler:
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+
+    @property
+    def columns(self) -> Sampler:
+        """The same, as it goes with [b, v]."""
+        return jax.tree.map(lambda x: x[:, None] if jnp.ndim(x) else x, self)
 
 
 def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
@@ -75,7 +81,7 @@ class Draw:
 
     @property
     def cold(self) -> jax.Array:
-        """bool []: whether the likeliest is taken."""
+        """bool [] or [b]: whether the likeliest is taken."""
         return self.how.temperature < COLDEST
 
     def token(self, logits_bv: jax.Array) -> jax.Array:
@@ -88,9 +94,9 @@ class Draw:
         def draw() -> jax.Array:
             keys = jax.vmap(jax.random.fold_in)(self.keys, jnp.broadcast_to(self.step, self.keys.shape))
             uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
-            return uniform < jax.nn.sigmoid(log_odds_b)
+            return jnp.where(self.cold, log_odds_b > 0, uniform < jax.nn.sigmoid(log_odds_b))
 
-        return jax.lax.cond(self.cold, lambda: log_odds_b > 0, draw)
+        return jax.lax.cond(jnp.all(self.cold), lambda: log_odds_b > 0, draw)
 
 
 def choose(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sampler) -> jax.Array:
@@ -101,12 +107,12 @@ def choose(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array, how: Sample
     """
 
     keys = jax.vmap(jax.random.fold_in)(keys_b, jnp.broadcast_to(step, keys_b.shape))
-    x = restrict(logits_bv, how)
+    x, cold = restrict(logits_bv, how), how.columns.temperature < COLDEST
 
     def noise() -> jax.Array:
-        return jax.vmap(lambda key: jax.random.gumbel(key, x.shape[1:]))(keys)
+        return jnp.where(cold, 0.0, jax.vmap(lambda key: jax.random.gumbel(key, x.shape[1:]))(keys))
 
-    return greedy(x + jax.lax.cond(how.temperature < COLDEST, lambda: jnp.zeros_like(x), noise))
+    return greedy(x + jax.lax.cond(jnp.all(cold), lambda: jnp.zeros_like(x), noise))
 
 
 def greedy(logits_bv: jax.Array) -> jax.Array:
@@ -125,15 +131,16 @@ def restrict(logits_bv: jax.Array, how: Sampler) -> jax.Array:
     top_p (Holtzman et al., 2020); those at least min_p times as likely as the best (Nguyen et al., 2024). Tokens as
     likely as the last one kept are kept too.
     """
-    x = logits_bv.astype(jnp.float32)
-    x = (x - x.max(-1, keepdims=True)) / jnp.maximum(how.temperature, COLDEST)
+    x, each = logits_bv.astype(jnp.float32), how.columns
+    x = (x - x.max(-1, keepdims=True)) / jnp.maximum(each.temperature, COLDEST)
+    by_k, by_p = each.top_k > 0, each.top_p < 1
 
     def cut() -> jax.Array:
-        top = jax.lax.cond(how.top_k > 0, lambda: _top_k(x, how.top_k), lambda: x)
-        return jax.lax.cond(how.top_p < 1, lambda: _top_p(top, how.top_p), lambda: top)
+        top = jax.lax.cond(jnp.any(by_k), lambda: jnp.where(by_k, _top_k(x, how.top_k), x), lambda: x)
+        return jax.lax.cond(jnp.any(by_p), lambda: jnp.where(by_p, _top_p(top, how.top_p), top), lambda: top)
 
-    x = jax.lax.cond((how.top_k > 0) | (how.top_p < 1), cut, lambda: x)
-    return jnp.where(x >= jnp.log(how.min_p), x, -jnp.inf)
+    x = jax.lax.cond(jnp.any(by_k | by_p), cut, lambda: x)
+    return jnp.where(x >= jnp.log(each.min_p), x, -jnp.inf)
 
 
 def _top_k(x_bv: jax.Array, k: jax.Array) -> jax.Array:

@@ -87,7 +87,15 @@ class Session:
         else:
             x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config)
         memory = programs.unstack(memory) if unroll else memory
-        return cls(lm, params, memory_lib.trim(memory), *_latest(lm, ids_bt, length_b, x_bd))
+        return cls.after(lm, params, memory_lib.trim(memory), ids_bt, length_b, x_bd)
+
+    @classmethod
+    def after(
+        cls, lm: LM, params: Any, memory: Memory, ids_bt: np.ndarray, length_b: np.ndarray, x_bd: jax.Array
+    ) -> Session:  # fmt: skip
+        """Where rows stand whose latest tokens were ids i32 [b, t], so many of each (i32 [b], at least 1), with x_bd
+        [b, d] the states of the last. params: laid out as the memory is."""
+        return cls(lm, params, memory, *_latest(lm, ids_bt, length_b, x_bd))
 
     def extend(self, texts: Any) -> Session:
         """Reads further tokens of every row, at least one of each, as texts or lists of ids. Uses this session up."""

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.session import programs
+from atom_jax.kvcache.memory import Memory
+from atom_jax.kvcache.paged import level
+from atom_jax.models import registry
+from atom_jax.session import laid_out, programs
 from atom_jax.session.decode import Choice, Made, State, begin, decode, decode_beside
 from atom_jax.session.session import Session
 
@@ -20,22 +23,25 @@ class Slots:
     """The rows of a session while tokens are chosen for them. It takes the session over, which is used up.
 
     choice: how tokens are chosen, for as many rows. beside: others like this decode at the same time, on other cores.
+    level: rows will come and go, so that pages are to have few sizes (`paged.level`).
     first: i32 [b], the tokens that are chosen at once, from what the session has read; -1 where there is none, since
-    it is a stop id, or a token waits to be read or to get its form.
+    it is a stop id, or a token waits to be read or to get its form. told: what the model says of them, where
+    somebody is told.
     """
 
     # Tokens that a row may come to read in one call of the model.
     _ahead = 1
 
-    def __init__(self, session: Session, choice: Choice, beside: bool = False):
-        self.choice, self._lm, self._params = choice, session.lm, session.params
+    def __init__(self, session: Session, choice: Choice, beside: bool = False, level: bool = False):
+        self.choice, self._lm, self._params = choice.each, session.lm, session.params
         self._decode = decode_beside() if beside else decode
         self._compiled: list[Any] = []
-        memory = session.usable()
+        self._level = level
+        memory = self._fitted(session.usable())
         latest = session.token, session.x_bd, session.open_b
-        token, done, made = begin(self._params, memory.length, *latest, choice, cfg=self._lm.config)
+        token, done, made, told = begin(self._params, memory.length, *latest, self.choice, cfg=self._lm.config)
         self._state = State(memory, token, done, made)
-        self.first = np.where((made > 0) & ~done, token, -1)
+        self.first, self.told = np.where((made > 0) & ~done, token, -1), jax.tree.map(np.asarray, told)
 
     @property
     def done(self) -> np.ndarray:
@@ -60,7 +66,8 @@ class Slots:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
         state, until = self._state, np.asarray(until, np.int32)
         if self._short(until):
-            self._state = state.replace(memory=memory_lib.grow(state.memory, self._ahead, singly=True))
+            memory = memory_lib.grow(state.memory, self._ahead, singly=True)
+            self._state = state.replace(memory=self._fitted(memory))
         shapes = [x.shape for x in jax.tree.leaves(self._state)]
         if shapes != self._compiled:
             # No step is taken.
@@ -89,16 +96,28 @@ class Slots:
         def place(a: jax.Array, b: jax.Array) -> jax.Array:
             return a.at[index].set(b, mode="drop")
 
-        self._state = State(
-            memory_lib.put(old.memory, index, new.memory), place(old.token, new.token), place(old.done, new.done),
-            place(old.made, new.made),
-        )  # fmt: skip
-        self.choice = self.choice.replace(keys=place(self.choice.keys, other.choice.keys))
+        memory = self._fitted(memory_lib.put(old.memory, index, new.memory))
+        latest = (old.token, old.done, old.made), (new.token, new.done, new.made)
+        self._state = State(memory, *jax.tree.map(place, *latest))
+        self.choice = self.choice.map(place, other.choice)
+
+    def clear(self, index_b: Sequence[int]) -> None:
+        """Forgets what these rows have read, i32 [n]; numbers of none are left out."""
+        index, state = np.asarray(index_b, np.int32), self._state
+        empty = registry.of(self._lm.config).init_cache(self._lm.config, len(index), 1)
+        empty = programs.unstack(empty) if laid_out.unrolls(self._lm) else empty
+        memory = self._fitted(memory_lib.put(state.memory, index, empty))
+        self._state = state.replace(memory=memory, done=state.done.at[index].set(True, mode="drop"))
 
     def rows(self, index_b: Sequence[int]) -> Slots:
         """These rows in this order, each with its key, some perhaps repeatedly, others left out; a copy."""
         session, index = self.session.rows(index_b), jnp.asarray(index_b, jnp.int32)
         new = copy.copy(self)
-        new.choice, new.first = self.choice.replace(keys=self.choice.keys[index]), self.first[np.asarray(index)]
-        new._state = State(session.memory, session.token, self._state.done[index], self._state.made[index])
+        new.choice, new.first = self.choice.map(lambda x: x[index]), self.first[np.asarray(index)]
+        new._state = State(
+            self._fitted(session.memory), session.token, self._state.done[index], self._state.made[index]
+        )
         return new
+
+    def _fitted(self, memory: Memory) -> Memory:
+        return level(memory) if self._level else memory

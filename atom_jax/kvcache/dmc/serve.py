@@ -82,11 +82,11 @@ class DMCLayer(PagedLayer):
         newest = jnp.broadcast_to(jnp.maximum(count - 1, 0)[..., None], (b, h, 1))
         return out, pool, jnp.where(count > 0, _take(to, newest)[..., 0], last)
 
-    def _copied(self, index_b: jax.Array, pages: int) -> DMCLayer:
+    def copied(self, index_b: jax.Array, pages: int) -> DMCLayer:
         pool, last = self.pool.rows_of(index_b, self.last[index_b][..., None], pages)
         return self.replace(pool=pool, tail=jax.tree.map(lambda x: x[index_b], self.tail), last=last[..., 0])
 
-    def _after(self, other: DMCLayer) -> DMCLayer:
+    def after(self, other: DMCLayer) -> DMCLayer:
         tail = jax.tree.map(lambda *x: jnp.concatenate(x), self.tail, other.tail)
         last = jnp.concatenate([self.last, other.last + self.k.shape[0] * self.k.shape[1]])
         return self.replace(pool=self.pool.joined(other.pool), tail=tail, last=last)

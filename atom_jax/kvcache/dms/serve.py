@@ -61,12 +61,12 @@ class DMSLayer(PagedLayer):
         """A few tokens are put where there is room; many lay the pool out anew."""
         return (self.one_by_one if call.q.shape[3] <= FEW else self.extend)(call)[1]
 
-    def _copied(self, index_b: jax.Array, pages: int) -> DMSLayer:
+    def copied(self, index_b: jax.Array, pages: int) -> DMSLayer:
         pool, slot = self.pool.rows_of(index_b, self.ring.slot[index_b], pages)
         ring = jax.tree.map(lambda x: x[index_b], self.ring)
         return self.replace(pool=pool, ring=ring.replace(slot=slot))
 
-    def _after(self, other: DMSLayer) -> DMSLayer:
+    def after(self, other: DMSLayer) -> DMSLayer:
         later = other.ring.replace(slot=other.ring.slot + self.k.shape[0] * self.k.shape[1])
         ring = jax.tree.map(lambda *x: jnp.concatenate(x), self.ring, later)
         return self.replace(pool=self.pool.joined(other.pool), ring=ring)

@@ -33,11 +33,12 @@ class ByteCodec(Codec):
         """At temperature 0 the likeliest id of all, as the official code has it. Else the byte is drawn by the sum of
         its forms, with temperature and cuts, and then its form: at temperature 1 without cuts that is a draw from all
         ids."""
-        return jax.lax.cond(
-            draw.cold,
-            lambda: draw.token(logits_bv),
-            lambda: self._in_form(logits_bv, draw.token(self.merge(logits_bv)), draw),
-        )
+
+        def warm() -> jax.Array:
+            drawn = self._in_form(logits_bv, draw.token(self.merge(logits_bv)), draw)
+            return jnp.where(draw.cold, draw.token(logits_bv), drawn)
+
+        return jax.lax.cond(jnp.all(draw.cold), lambda: draw.token(logits_bv), warm)
 
     def begin(self, logits_bv: jax.Array, token_b: jax.Array, first_b: jax.Array, draw: Draw) -> jax.Array:
         """A text's first byte ends a patch."""

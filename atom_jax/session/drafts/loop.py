@@ -189,7 +189,7 @@ def _verify(
     count_b = jnp.where(live_b, draft.count + 1, 0)
     x_bnd, pending = programs.attempt(params, state.memory, ids_bn, count_b, cfg=cfg)
     logits_bnv = model.logits(params, x_bnd, cfg=cfg)
-    each = choice.replace(keys=jnp.repeat(choice.keys, n))
+    each = choice.map(lambda x: jnp.repeat(x, n, axis=0))
     steps = state.made[:, None] + jnp.arange(n)[None]
     token_bn, stops_bn = (x.reshape(b, n) for x in each.take(logits_bnv.reshape(b * n, -1), steps.reshape(-1)))
     right = (token_bn[:, :-1] == draft.tokens) & ~stops_bn[:, :-1]
