@@ -19,6 +19,8 @@ USAGE = """python -m atom_jax COMMAND [...]
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
+  merge     SRC DST                           LoRA in the weights of a model, for transformers
+  adapter   WORKDIR DST                       what a run has trained beside its model, alone, for PEFT
   transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
   instructify MODEL TUNED BASE DST            give what was made of a model what tuning changed in it
   info      PATH                              what is in a checkpoint
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> int:
         "reason": writing.reason,
         "chat": writing.chat,
         "convert": models.convert,
+        "merge": models.merge,
+        "adapter": models.adapter,
         "info": models.info,
         "instructify": models.instructify,
         "transplant": models.transplant,

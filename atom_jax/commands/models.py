@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, transplant, instructify, info."""
+"""Commands about checkpoints: convert, merge, adapter, transplant, instructify, info."""
 
 from __future__ import annotations
 
@@ -17,6 +17,32 @@ def convert(argv: list[str]) -> None:
     from atom_jax.checkpoint import cli
 
     print(cli.convert(source, target, values.to))
+
+
+def merge(argv: list[str]) -> None:
+    """Puts LoRA into the weights. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "merge SRC DST", "Writes a model with LoRA in its weights, for transformers; DST must not exist yet."
+    )
+    known.add(flags.DEFINE_string, "adapter", None, "LoRA for SRC, a directory of PEFT's; or evictors, which stay")
+    values, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.merge(source, target, values.adapter))
+
+
+def adapter(argv: list[str]) -> None:
+    """Takes an adapter out of a run. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "adapter WORKDIR DST",
+        "Writes what a run has trained beside its model: LoRA, as PEFT has it, or learned evictors.",
+    )
+    _, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.adapter(source, target))
 
 
 def transplant(argv: list[str]) -> None:
