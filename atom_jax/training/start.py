@@ -92,7 +92,9 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     lm = checkpoint.load(exp.init_from, exp.adapter, "float32", shardings)
     notes = [f"init_from: {line}" for line in config.diff(there, exp.model)]
     if new:
-        notes.append(f"init_from: {', '.join(new)} absent there, so with initial values")
+        # Of LoRA there is a pair of tensors for every projection.
+        said = dict.fromkeys("layers/lora" if name in lora.paths(exp.model) else name for name in new)
+        notes.append(f"init_from: {', '.join(said)} absent there, so with initial values")
     return _completed(lm.params, spec, exp.seed, shardings), notes
 
 
