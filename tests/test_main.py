@@ -111,7 +111,12 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["fly"], "unknown command 'fly'; known: generate, "),
+        (["fly"], "unknown command 'fly'; known: train, eval, generate, "),
+        (["generat"], "unknown command 'generat' (did you mean generate?); known: "),
+        (["generate", "--chekpoint=x"], "Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
+        (["train"], "--config is missing"),
+        (["train", "--config=configs/lm.py:tiny", "--workdir=x", "words"], "unexpected argument 'words'"),
+        (["eval", "--checkpoint=CHECKPOINT"], "--tasks is missing: the tasks are bpb, lambada"),
         (["generate", "--prompt=x"], "--checkpoint is missing"),
         (["generate", "--checkpoint=CHECKPOINT"], "--prompt is missing"),
         (["generate", "--checkpoint=nowhere", "--prompt=x"], "nowhere"),
@@ -159,6 +164,7 @@ def test_help_names_what_there_is(run, args):
     code, out, err = run(*args)
     assert code == 0 and err == ""
     assert "python -m atom_jax" in out
+    assert run("--version") == (0, f"{atom_jax.__version__}\n", "")
     if args[0] == "generate":
         assert all(f"--{name}" in out for name in ("checkpoint", "prompt", "max_new_tokens", "temperature", "stop"))
 

@@ -25,13 +25,13 @@ class Flags:
         known = "" if default in (None, False, [], "") else f" (default {default})"
         self._help.append(f"  --{name:<16} {text}{known}")
 
-    def parse(self, argv: list[str], positional: int) -> tuple[flags.FlagValues, list[str]]:
-        """Returns the flags and the arguments left over, of which there must be `positional`."""
-        if any(a in ("--help", "-h", "-help") for a in argv):
+    def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
+        """Returns the flags and the arguments left over, of which there must be `positional` (None: any number)."""
+        if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print("\n".join(self._help))
             raise Done
         rest = self._values(argv)[1:]
-        if len(rest) != positional:
+        if positional is not None and len(rest) != positional:
             given = " ".join(rest) or "nothing"
             raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
         return self._values, rest

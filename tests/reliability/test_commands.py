@@ -180,19 +180,14 @@ def test_python_m_atom_jax(places, capsys, monkeypatch):
 
 # Runs a script again and again in one process, each time with the arguments of a line of the input.
 AGAIN = """
-import contextlib, faulthandler, importlib.util, io, json, sys, traceback
-from absl import app, flags
-from absl.testing import flagsaver
-from atom_jax import terminal
-spec = importlib.util.spec_from_file_location("script", sys.argv[1])
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+import contextlib, faulthandler, io, json, sys, traceback
+from atom_jax.__main__ import script
 for line in sys.stdin:
     args, err = json.loads(line), io.StringIO()
     faulthandler.dump_traceback_later(300, exit=True)
     try:
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            code = terminal.run(sys.argv[1], lambda: app.run(script.main, argv=[sys.argv[1], *args]))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            code = script(sys.argv[1].removesuffix(".py"), [sys.argv[1], *args])
     except BaseException:
         code = None
         err.write(traceback.format_exc())
@@ -204,7 +199,7 @@ def again(script, cases, home):
     """What is wrong with how the script ended, case by case."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:surrogatepass", "XLA_FLAGS": quick.FLAGS}
     done = subprocess.run(
-        [sys.executable, "-c", AGAIN, str(ROOT / script)], input="".join(json.dumps(case) + "\n" for case in cases),
+        [sys.executable, "-c", AGAIN, script], input="".join(json.dumps(case) + "\n" for case in cases),
         capture_output=True, text=True, cwd=home, env=env, check=False,
     )  # fmt: skip
     ended = [json.loads(line) for line in done.stdout.splitlines()]
