@@ -1,6 +1,8 @@
 """The commands of python -m atom_jax, run in this process."""
 
+import io
 import json
+import sys
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
 from atom_jax.evaluation.reports import units
+from atom_jax.inference import documents
 from atom_jax.inference import generate as generate_module
 from atom_jax.models import hnet, transformer
 from atom_jax.models.hnet import chunking
@@ -73,6 +76,19 @@ def test_generate_takes_several_prompts_and_stops(run, checkpoint):
     assert json.loads(out)["stats"]["tokens_per_call"] >= 1
 
 
+def test_documents_are_read_once(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PART", 64)
+    (tmp_path / "doc").write_text("words of a document " * 9)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    flags = [f"--checkpoint={checkpoint}", f"--file={tmp_path / 'doc'}", "--prompt=-", "--prompt=x", "--json"]
+    code, out, err = run("generate", *flags, "--max_new_tokens=6")
+    lm, text = atom_jax.load(checkpoint), (tmp_path / "doc").read_text() + "\n\n"
+    wanted = [atom_jax.generate(lm, [text + end], 6).ids[0] for end in ("abc", "x")]
+    assert code == 0 and json.loads(out)["ids"] == wanted and "reading: 100%" in err
+    code, out, _ = run("generate", *[f for f in flags if f not in ("--prompt=-", "--json")], "--max_new_tokens=6")
+    assert code == 0 and out == lm.tokenizer.decode(wanted[1]) + "\n"
+
+
 def test_convert_and_info(run, checkpoint, tmp_path):
     code, out, _ = run("convert", checkpoint, str(tmp_path / "orbax"))
     assert code == 0 and "llama" in out
@@ -122,6 +138,13 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--checkpoint=nowhere", "--prompt=x"], "nowhere"),
         (["generate", "--checkpoint=CHECKPOINT", "--adapter=nothing", "--prompt=x"], "adapter 'nothing' is neither"),
         (["generate", "--colour=red"], "colour"),
+        (["generate", "--checkpoint=CHECKPOINT", "--question=x"], "--question: --file is missing"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=x"], "--question or --prompt is missing"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=nowhere", "--prompt=x"], "--file=nowhere: No such file"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=/dev/null", "--prompt=x"], "--file=/dev/null"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=LICENSE", "--prompt=x"], "positions, the model has 512"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=LICENSE", "--question=x"], "no chat template"),
+        (["generate", "--checkpoint=CHECKPOINT", "--prompt=-", "--prompt=-"], "--prompt=- was given twice"),
         (["generate", "--top_k=many"], "top_k"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "extra"], "extra"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens is 0"),
