@@ -96,6 +96,9 @@ def test_convert_and_info(run, checkpoint, tmp_path):
     assert code == 0 and "llama" in out and "tokenizer" in out
     code, out, _ = run("info", checkpoint, "--tensors")
     assert code == 0 and "model.embed_tokens.weight" in out
+    code, out, _ = run("info", checkpoint, "--tensors", "--json")
+    table = json.loads(out)
+    assert code == 0 and table["family"] == "llama" and table["tensors"][0]["name"] == "model.embed_tokens.weight"
 
 
 def test_units_in_brackets_in_colour_and_in_a_picture(run, units_checkpoint, tmp_path):

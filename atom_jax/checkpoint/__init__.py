@@ -130,6 +130,8 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         config["atom_tokenizer"] = lm.tokenizer.name
     if name is not None:
         config["_name_or_path"] = name
+    if (Path(directory) / CONFIG).is_file():
+        logging.warning("%s: the model that was there is replaced", directory)
     with staged(directory, stale=_is_model_file) as staging:
         write_tensors(staging, source, shard_bytes)
         if lm.tokenizer is None:
@@ -158,6 +160,8 @@ def kind_of(path: Path) -> str:
 def find(path: str | os.PathLike, weights: bool = True) -> Path:
     """The local path of a checkpoint, downloaded first where `path` is a hub id, without its weights where they are
     not needed. AtomError when there is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise AtomError(f"path: expected that of a checkpoint, as a text, got {path!r:.80}")
     local = Path(path)
     if os.path.exists(path):
         return local

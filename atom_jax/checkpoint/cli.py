@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -72,21 +73,25 @@ def _refuse_old(target: str) -> None:
         raise AtomError(f"{target}: already exists; name a new directory")
 
 
-def info(source: str, tensors: bool = False, verify: bool = False) -> str:
+def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool = False) -> str:
     """What is in a checkpoint: format, family, sizes, parameters, stored types and bytes, tokenizer.
 
     tensors: adds one line per tensor. verify: reads everything, compares it with its checksums, and says how long
-    that took; else only headers are read of a Hugging Face directory or GGUF file.
+    that took; else only headers are read of a Hugging Face directory or GGUF file. as_json: one JSON object with all
+    this as texts, and the tensors as a list.
     Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
     cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
     formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
-    lines = [f"{'path':<12}{source}", f"{'format':<12}{formats[kind]}"]
-    lines += [f"{key:<12}{value}" for key, value in _summary(cfg, tokenizer, rows)]
+    fields = {"path": source, "format": formats[kind], **dict(_summary(cfg, tokenizer, rows))}
     if verify:
-        lines += [f"{'verified':<12}{_verified(path, kind)}"]
+        fields["verified"] = _verified(path, kind)
+    if as_json:
+        table = [{"name": n, "shape": list(shape), "dtype": dtype, "bytes": size} for n, shape, dtype, size in rows]
+        return json.dumps(fields | ({"tensors": table} if tensors else {}))
+    lines = [f"{key:<12}{value}" for key, value in fields.items()]
     if tensors:
         width = max(len(row[0]) for row in rows)
         lines += ["", *(f"{name:<{width}}  {dtype:<9} {n:>14,}  {list(shape)}" for name, shape, dtype, n in rows)]

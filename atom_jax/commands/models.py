@@ -103,8 +103,9 @@ def info(argv: list[str]) -> None:
     known = Flags("info PATH", "Says what is in a checkpoint.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
 
-    print(cli.info(path, values.tensors, values.verify))
+    print(cli.info(path, values.tensors, values.verify, values.json))

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 
 from atom_jax.inference.generate import Generation, generate
+from atom_jax.session.prompts import check_model
 from atom_jax.tokenizers import chat_template
 from atom_jax.typing import LM, AtomError
 
 
 def template_of(lm: LM) -> str | None:
     """The chat template of the model's tokenizer, the one called "default" where there are several; or None."""
+    check_model(lm)
     return chat_template.of(lm.tokenizer)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from atom_jax.models import registry
 from atom_jax.nn import scoring
-from atom_jax.session.prompts import check_ids
+from atom_jax.session.prompts import check_ids, check_model
 from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
@@ -47,6 +47,7 @@ def logprobs(lm: LM, ids: Any, mask: Any = None, marginal: bool = False) -> jax.
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     """Checks ids and mask as `apply` describes them; positions count the real tokens of a row from 0."""
+    check_model(lm)
     try:
         ids = np.asarray(ids)
     except ValueError:

@@ -13,10 +13,11 @@ from atom_jax import checkpoint
 from atom_jax.__main__ import main
 from atom_jax.checkpoint import cli, store
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
-from atom_jax.models import lora, transformer
+from atom_jax.models import lora
 from atom_jax.models.lora import LoRA
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
+from tests.models import test_lora
 from tests.models.test_lora import SOME, batch, model
 
 ALL = LoRA(rank=2, alpha=1.0)
@@ -34,7 +35,7 @@ def without(lm: LM) -> LM:
 
 
 def logits(lm: LM):
-    return np.asarray(transformer.apply(lm.params, batch(), cfg=lm.config)[0].logits)
+    return np.asarray(test_lora.logits(lm.params, lm.config))
 
 
 @pytest.fixture

@@ -167,6 +167,15 @@ def test_rows_hold_conversations_whole(tmp_path, tokenizer):  # noqa: F811
     assert any("longer than 400 tokens" in line for line in remarks(cfg, tokenizer, 9))
 
 
+def test_tiny_texts_are_remarked_upon(tmp_path):
+    (tmp_path / "a.txt").write_text("few words. " * 20)
+    cfg = DataConfig(sources=(str(tmp_path / "a.txt"),), seq_len=64, batch_size=4)
+    (note,) = remarks(cfg, ByteTokenizer(), 1)
+    assert note.startswith("data: the train split is tiny, ") and note.endswith("one batch has 4 rows of 64 tokens")
+    assert not remarks(cfg, ByteTokenizer(), 10_000)
+    assert not remarks(DataConfig(sources=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=4), ByteTokenizer(), 1)
+
+
 def test_small_talk_has_two_people_who_take_turns():
     said = [("x", "hi"), ("x", "you there?"), ("y", " yes "), ("y", ""), ("x", "good"), ("y", "so"), ("x", "bye")]
     talk = {"messages": [[{"sender": who, "text": text}] for who, text in said]}

@@ -1,6 +1,7 @@
 """Corrections of low rank beside the projections of a transformer."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -31,6 +32,11 @@ def batch():
     return Batch(ids, positions, jnp.ones_like(ids))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def logits(p, cfg):
+    return transformer.apply(p, batch(), cfg=cfg)[0].logits
+
+
 @pytest.mark.parametrize(
     ("family", "memory"), [("llama", None), ("olmo2", DMS(form="observed", window=3, rank=2, offset=0.0, scale=1.0))]
 )
@@ -38,13 +44,13 @@ def test_beside_the_weights_and_merged_are_the_same(family, memory):
     cfg, p = model(family, memory=memory)
     without, merged = lora.without(cfg), lora.merged(p, cfg.lora)
     assert params.flatten(merged).keys() == params.flatten(transformer.spec(without)).keys()
-    beside = transformer.apply(p, batch(), cfg=cfg)[0].logits
-    chex.assert_trees_all_close(beside, transformer.apply(merged, batch(), cfg=without)[0].logits, atol=2e-5)
+    beside = logits(p, cfg)
+    chex.assert_trees_all_close(beside, logits(merged, without), atol=2e-5)
     plain = {**p, "layers": {k: v for k, v in p["layers"].items() if k != "lora"}}
-    assert jnp.abs(beside - transformer.apply(plain, batch(), cfg=without)[0].logits).max() > 0.01
+    assert jnp.abs(beside - logits(plain, without)).max() > 0.01
 
 
-def test_generation_reads_the_corrections_too():
+def test_generation_reads_the_corrections_too(scanned):
     cfg, p = model()
     merged = LM(lora.without(cfg), lora.merged(p, cfg.lora), None)
     assert generate(LM(cfg, p, None), [[1, 2, 3]], 6).ids == generate(merged, [[1, 2, 3]], 6).ids
@@ -66,21 +72,23 @@ def test_a_new_correction_is_zero_and_scaled_by_alpha_over_rank():
 def test_weights_need_no_gradient_where_corrections_learn():
     cfg, p = model(tune=LoRA(rank=2))
     flat = params.flatten(p)
-    corrections = {k: flat.pop(k) for k in lora.paths(cfg)}
 
-    def loss(corrections):
-        tree = params.unflatten(flat | corrections)
-        return jnp.mean(transformer.apply(tree, batch(), cfg=cfg)[0].logits ** 2)
+    def gradient(names):
+        rest = {k: x for k, x in flat.items() if k not in names}
+        loss = lambda some: jnp.mean(logits(params.unflatten(rest | some), cfg) ** 2)  # noqa: E731
+        return jax.grad(loss), {k: flat[k] for k in names}
 
-    grads = jax.grad(loss)(corrections)
-    assert all(jnp.abs(g).max() > 0 for g in grads.values())
-    # The gradient of a matrix itself [d, f] never appears in the program.
-    _, d, f = flat["layers/mlp/gate"].shape
-    shapes = {
-        (d, f) for line in str(jax.make_jaxpr(jax.grad(loss))(corrections)).splitlines()
-        if "dot_general" in line and f"f32[{d},{f}]" in line.split("=")[0]
-    }  # fmt: skip
-    assert not shapes
+    def products(names):
+        """How many matrix products give something of the size of the MLP's matrices."""
+        grad, some = gradient(names)
+        _, d, f = flat["layers/mlp/gate"].shape
+        made = [line.partition("=") for line in str(jax.make_jaxpr(grad)(some)).splitlines()]
+        sizes = f"f32[{d},{f}]", f"f32[{f},{d}]"
+        return sum("dot_general" in how and any(size in what for size in sizes) for what, _, how in made)
+
+    assert products(lora.paths(cfg)) == 0 < products(["layers/mlp/gate"])
+    grad, some = gradient(lora.paths(cfg))
+    assert all(jnp.abs(g).max() > 0 for g in jax.jit(grad)(some).values())
 
 
 @pytest.mark.parametrize(
