@@ -31,7 +31,8 @@ def prompt(lm: LM, messages: Sequence[dict[str, Any]]) -> str:
 
 def chat(lm: LM, messages: Sequence[dict[str, Any]], max_new_tokens: int = 256, **options: Any) -> str:
     """The answer to a conversation, {"role": ..., "content": ...} each. options: as of `generate`."""
-    ids = lm.tokenizer.encode(prompt(lm, messages)).tolist()
+    text = prompt(lm, messages)
+    ids = lm.tokenizer.encode(text).tolist()
     return generate(lm, [ids], max_new_tokens, **options).text[0].strip()
 
 

@@ -47,7 +47,8 @@ def test_a_model_is_short_to_look_at_and_says_when_it_replaces_another(golden, t
     monkeypatch.setattr(checkpoint.logging, "warning", lambda *words: said.append(words[0] % words[1:]))
     for _ in range(2):
         checkpoint.save_hf(lm, tmp_path / "a")
-    assert [line for line in said if "replaced" in line] == [f"{tmp_path / 'a'}: the model that was there is replaced"]
+    said = [line for line in said if "replaced" in line]
+    assert said == [f"{tmp_path / 'a'}: the model that was there is replaced"]
 
 
 @pytest.mark.parametrize("path", [3, None, b"x"])

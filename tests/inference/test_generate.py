@@ -322,7 +322,7 @@ def test_bad_input_is_one_sentence(tiny, prompts, options, words):
 
 def test_what_is_no_model_is_refused():
     for call in (generate, atom_jax.apply, atom_jax.chat, atom_jax.Session.prefill):
-        with pytest.raises(AtomError, match="lm: expected a model, as atom_jax.load gives it, got 'models/x'"):
+        with pytest.raises(AtomError, match=r"lm: expected a model, as atom_jax.load gives it, got 'models/x'"):
             call("models/x", ["a"])
 
 
