@@ -218,6 +218,9 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "puzzle", "subset", "of what kind --problem is")
     known.add(flags.DEFINE_string, "problem", None, "such as 'a 10 b 18 c 15 d 11 goal 26'; its answer is checked")
     known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds")
+    known.add(flags.DEFINE_string, "file", None,
+              'instead: a file with a prompt on every line, or {"prompt": "...", "answer": "..."}')  # fmt: skip
+    known.add(flags.DEFINE_bool, "chat", False, "prompts are messages to a model that was tuned for conversations")
     known.add(flags.DEFINE_string, "answer", "boxed",
               "a regular expression (its first group, where it has one); the last match of a chain is its answer; "
               "boxed: what stands in \\boxed{}")  # fmt: skip
@@ -230,15 +233,15 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "vote", "majority", "majority, or verify: the first answer that is right")
     known.add(flags.DEFINE_string, "stop", "none",
               "end chains early: decided (the vote can't change), first:M (M have answered), verified")  # fmt: skip
+    known.add(flags.DEFINE_integer, "rows", 64, "chains at a time")
     known.add(flags.DEFINE_bool, "show", False, "print the chains; what later steps can do without is grey")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
-    if (values.problem is None) == (values.prompt is None):
-        raise AtomError(
-            "--problem or --prompt is missing" if values.problem is None else "--problem and --prompt: choose"
-        )
+    given = [f"--{name}" for name in ("problem", "prompt", "file") if values[name].value is not None]
+    if len(given) != 1:
+        raise AtomError(f"{' and '.join(given)}: choose one" if given else "--problem, --prompt or --file is missing")
 
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.reports import chains
@@ -246,13 +249,17 @@ def reason(argv: list[str]) -> None:
     from atom_jax.models import registry
 
     policy = None if values.memory is None else policies.parse(values.memory)
-    task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
+    if values.file is None:
+        task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
+    else:
+        lines = text_of(None, values.file)
+        task = chains.task_of_lines(lines.decode("utf-8", "replace"), values.answer, f"--file={values.file}")
     lm = load(values.checkpoint, adapter=values.adapter)
     if values.memory is not None:
         lm = registry.with_memory(lm, policy)
     result = chains.run(
-        lm, task, values.chains, values.length, values.temperature, values.seed, min_p=values.min_p, vote=values.vote,
-        stop=values.stop,
+        lm, task, values.chains, values.length, values.temperature, values.seed, values.chat, min_p=values.min_p,
+        vote=values.vote, stop=values.stop, rows=values.rows,
     )  # fmt: skip
     if values.json:
         print(json.dumps(chains.as_json(task, result), ensure_ascii=not terminal.is_utf8()))

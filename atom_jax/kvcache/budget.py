@@ -6,6 +6,7 @@ What a policy decides is the score of every entry; entries with the largest are 
   score. Each row gets what it gets alone.
 * A later call with several tokens (a further turn, or a continuation to be scored) attends to what is stored and to
   its own tokens, and stores all of these, so that more than `limit` entries may be held; `grow` makes room for them.
+  Before, those that are too many from the turn before leave, one after another.
 * A further reading of a prompt (`Policy.passes`) attends to it and to itself, and only changes the prompt's scores.
 * A call with one token per row stores it in a new slot while fewer than `limit` entries are held, else in the slot of
   the entry with the least score, chosen before the token attends: a query reads its own entry and `limit - 1` others.
@@ -230,13 +231,28 @@ class BudgetLayer(Layer):
             keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call))
             layer, new = self.policy.gather(self, new, keep)
             return out, layer._put(new, keep).replace(limit=self.policy.later(limit))
-        new = self.entries.join(new)
+        old = self if call.reading else self._shed(call)
+        new = old.entries.join(new)
         out = observe.attend_entries(call.q, call.tokens, new.k, new.v, new.pos, new.bias, call.window)
         if call.reading:
             return out, self.replace(score=self.policy.reread(new, call))
         changed = jnp.broadcast_to(call.real[:, :1, None], new.pos.shape)
         new = new.replace(score=jnp.where(changed, self.policy.observe(new, call), new.score))
-        return out, self._put(new, new.pos >= 0)
+        return out, old._put(new, new.pos >= 0)
+
+    def _shed(self, call: Call) -> BudgetLayer:
+        """The layer with no more entries than the limit, in rows that go on."""
+        over = lambda layer: (layer.n > layer.limit) & call.real[:, :1]  # noqa: E731
+        slots = self.k.shape[2]
+
+        def one(layer: BudgetLayer) -> BudgetLayer:
+            leaves = over(layer)
+            slot = jnp.where(leaves, layer._victim(layer.pos, call), slots)
+            layer = self.policy.absorb(layer, slot, leaves)
+            gone = jnp.arange(slots)[None, None] == slot[..., None]
+            return layer.replace(pos=jnp.where(gone, -1, layer.pos), n=layer.n - leaves)
+
+        return jax.lax.while_loop(lambda layer: jnp.any(over(layer)), one, self)
 
     def _put(self, new: Entries, keep: jax.Array) -> BudgetLayer:
         """The layer with exactly the entries to keep, by position; later ones beyond the last slot are lost."""
@@ -303,14 +319,18 @@ class BudgetLayer(Layer):
         """Room for `more` further tokens in one call."""
         if more == 1:
             return self.grow_singly(length_b, 1)
-        need = int(np.asarray(self.n).max()) + more
-        return self._resized(need, bucket(need))
+        need = int(np.minimum(self.n, self.limit).max()) + more
+        return self._resized(max(need, int(np.asarray(self.n).max())), bucket(need))
 
     def grow_singly(self, length_b: np.ndarray, more: int) -> BudgetLayer:
         """Room for `more` single tokens, of which full heads need none."""
         n, limit = np.asarray(self.n), np.asarray(self.limit)
         need = int(np.where(n < limit, np.minimum(n.astype(np.int64) + more, limit), n).max())
         return self._resized(need, max(int(limit.max()), int(n.max())))
+
+    def trim(self) -> BudgetLayer:
+        """Slots for what is held, where the policy shrinks."""
+        return self.grow_singly(None, 1) if self.policy.shrinks else self
 
     def _resized(self, need: int, most: int) -> BudgetLayer:
         """The same entries in at least `need` slots, and more than `most` only where that many are needed."""

@@ -23,6 +23,9 @@ from atom_jax import params
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
+# Tokens for which, at least, there is room twice over once a memory grows whose layers differ in size.
+SPARE = 32
+
 
 class Sizes(NamedTuple):
     """Of a model and a batch: layers that have the policy, rows, key/value heads, query heads per key/value head,
@@ -149,6 +152,10 @@ class Layer:
         """As `grow`, for tokens that are read one after another."""
         return self.grow(length_b, more)
 
+    def trim(self) -> Layer:
+        """The same memory no larger than what is held and some tokens more, after a prompt. Runs on the host."""
+        return self
+
     def rows(self, index_b: jax.Array, axis: int = 0) -> Layer:
         """The memory of these rows, i32 [n], some perhaps repeatedly. axis: 1 in stacked layers. Runs on the host."""
         return jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self)
@@ -224,16 +231,30 @@ def grow(memory: Memory, more: int | Sequence[int] = 1, singly: bool = False) ->
 
     def larger(node: Memory) -> Memory:
         length, more = np.asarray(node.length), next(numbers)
+        # Every set of sizes is compiled for: layers that hold different numbers of entries grow together, and seldom.
+        uneven = any(_shrinks(x) and bool(full.any()) for x, full in zip(_states(node), _ask(node, "full", more)))
 
         def one(x: Any) -> Any:
             if (layer := _layer(x)) is None:
                 return x
-            layer = layer.grow_singly(length, more) if singly else layer.grow(length, more)
+            most = 2 * max(more, SPARE) if uneven and _shrinks(x) else more
+            layer = layer.grow_singly(length, most) if singly else layer.grow(length, most)
             return Stack(layer) if isinstance(x, Stack) else layer
 
         return node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state))
 
     return each(larger, memory)
+
+
+def trim(memory: Memory) -> Memory:
+    """The memory no larger than what is retained, and some tokens more: of every layer alone where they are apart."""
+
+    def one(x: Any) -> Any:
+        if (layer := _layer(x)) is None:
+            return x
+        return Stack(layer.trim()) if isinstance(x, Stack) else layer.trim()
+
+    return each(lambda node: node.replace(layers=jax.tree.map(one, node.layers, is_leaf=_is_state)), memory)
 
 
 def rows(memory: Memory, index_b: jax.Array) -> Memory:
@@ -309,7 +330,7 @@ def passes(memory: Memory) -> int:
 
 
 def shrinks(memory: Memory) -> bool:
-    """Whether `grow` may make it smaller after a prompt."""
+    """Whether it may become smaller."""
     return any(p.shrinks for p in policies(memory))
 
 
@@ -381,11 +402,19 @@ def policies(memory: Memory) -> Iterator[Any]:
         yield from filter(None, map(_policy, jax.tree.leaves(node.layers, is_leaf=_is_state)))
 
 
+def _states(node: Memory) -> list[Any]:
+    """Layers of a node, those that are stacked as one."""
+    return [x for x in jax.tree.leaves(node.layers, is_leaf=_is_state) if _layer(x) is not None]
+
+
+def _shrinks(x: Any) -> bool:
+    return (policy := _policy(x)) is not None and policy.shrinks
+
+
 def _ask(node: Memory, what: str, *how: int) -> list[jax.Array]:
     """What every attention layer of a node answers, [layers, b, ...] for each leaf."""
     out = []
-    for x in jax.tree.leaves(node.layers, is_leaf=_is_state):
-        if (layer := _layer(x)) is not None:
-            ask = lambda one: getattr(one, what)(node.length, *how)  # noqa: E731
-            out.append(jax.vmap(ask)(layer) if isinstance(x, Stack) else ask(layer)[None])
+    for x in _states(node):
+        ask = lambda one: getattr(one, what)(node.length, *how)  # noqa: E731
+        out.append(jax.vmap(ask)(_layer(x)) if isinstance(x, Stack) else ask(x)[None])
     return out

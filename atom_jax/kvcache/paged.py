@@ -43,22 +43,25 @@ class PagedLayer(Layer):
     def grow(self, length_b: np.ndarray, more: int) -> PagedLayer:
         """Room for `more` tokens per row, whatever is evicted.
 
-        For single tokens (at most AHEAD) in closely spaced sizes, and smaller ones where that is enough; for a prompt
-        in few sizes, never smaller.
+        For single tokens (at most AHEAD) smaller where it is half as large again as it need be; for a prompt never.
         """
-        pages = fine(self.pool.pages_for(AHEAD)) if more <= AHEAD else coarse(self.pool.pages_for(more))
-        if more > AHEAD:
-            pages = max(pages, self.k.shape[-3])
-        return self.replace(pool=self.pool.resized(pages))
+        have = self.k.shape[-3]
+        pages = _pages(self.pool, more, have)
+        return self if pages == have else self.replace(pool=self.pool.resized(pages))
+
+    def trim(self) -> PagedLayer:
+        """Pages for what is held and AHEAD tokens of every row."""
+        return self.replace(pool=self.pool.resized(fine(self.pool.pages_for(AHEAD))))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries of every head."""
         return self.pool.n
 
-    def rows(self, index_b: jax.Array, axis: int = 0) -> PagedLayer:
-        """Copies of the rows' pages; pages nobody refers to are not there any more."""
+    def rows(self, index_b: jax.Array, axis: int = 0, pages: int = 0) -> PagedLayer:
+        """Copies of the rows' pages; pages nobody refers to are not there any more. pages: to keep, where so many
+        suffice and are not far too many."""
         pool, index = self.pool, jnp.asarray(index_b)
-        pages = fine(pool.replace(n=jnp.take(pool.n, index, axis=axis)).pages_for(AHEAD))
+        pages = _pages(pool.replace(n=jnp.take(pool.n, index, axis=axis)), 1, pages)
         of = functools.partial(type(self)._copied, pages=pages)
         return (jax.vmap(of, in_axes=(0, None)) if axis else of)(self, index)
 
@@ -68,7 +71,7 @@ class PagedLayer(Layer):
         source, new = np.arange(rows), np.flatnonzero(index < rows)
         source[index[new]] = rows + new
         both = type(self)._after
-        return (jax.vmap(both) if axis else both)(self, other).rows(source, axis)
+        return (jax.vmap(both) if axis else both)(self, other).rows(source, axis, self.k.shape[-3])
 
     def _copied(self, index_b: jax.Array, pages: int) -> PagedLayer:
         """The rows `index_b` of one layer in so many pages."""
@@ -77,6 +80,15 @@ class PagedLayer(Layer):
     def _after(self, other: PagedLayer) -> PagedLayer:
         """The rows of one layer, and after them those of another."""
         raise NotImplementedError
+
+
+def _pages(pool: Pool, more: int, have: int) -> int:
+    """Pages for `more` further tokens per row: `have`, unless they are too few or, for single tokens, half as many
+    again as need be. Closely spaced sizes for single tokens, few for a prompt, as every size is compiled for."""
+    if have < pool.pages_for(more):
+        return fine(pool.pages_for(AHEAD)) if more <= AHEAD else coarse(pool.pages_for(more))
+    enough = fine(pool.pages_for(AHEAD))
+    return enough if more <= AHEAD and 2 * have > 3 * enough else have
 
 
 def attend_both(

@@ -93,11 +93,6 @@ def read_prompt(
     return (jnp.take_along_axis(x_btd, last[:, None, None], axis=1)[:, 0], cache), aux.get("lost")
 
 
-def trimmed(cache: Memory, cfg: Any) -> Memory:
-    """The memory no larger than what is retained: of every layer alone where they are apart."""
-    return memory.grow(cache) if plan(cfg).shrinks else cache
-
-
 def prompt(params: Any, batch: Batch, *, cfg: Any, capacity: int) -> tuple[jax.Array, Memory, dict[str, Any]]:
     """The states of prompts [b, t, d], their memory, with room for `capacity` tokens per row, and what was learned;
     they are read as often as the memory asks for, each time after the time before."""

@@ -76,7 +76,7 @@ class Session:
         scanned = lm.params if unroll else params
         x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
         memory = programs.unstack(memory) if unroll else memory
-        return cls(lm, params, reading.trimmed(memory, lm.config), *_latest(lm, ids_bt, length_b, x_bd))
+        return cls(lm, params, memory_lib.trim(memory), *_latest(lm, ids_bt, length_b, x_bd))
 
     def extend(self, texts: Any) -> Session:
         """Reads further tokens of every row, at least one of each, as texts or lists of ids. Uses this session up."""
@@ -100,7 +100,9 @@ class Session:
                 lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b),
                 latest, (self.token, self.x_bd, self.open_b),
             )  # fmt: skip
-        return Session(self.lm, self.params, reading.trimmed(memory, self.lm.config), *latest), states
+        if reading.plan(self.lm.config).shrinks:
+            memory = memory_lib.grow(memory, memory_lib.SPARE, singly=True)
+        return Session(self.lm, self.params, memory, *latest), states
 
     def step(self, token_b: Any = None, live_b: Any = None) -> Session:
         """Reads one more token of every row, i32 [b], to its end; None: the latest ones, which were chosen and not

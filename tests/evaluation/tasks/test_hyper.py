@@ -110,6 +110,24 @@ def test_a_problem_is_thought_about_and_shown(lm):
     out = report.as_json(task, result)
     assert len(out["chains"]) == 2 and out["right"] in (True, False)
     with pytest.raises(AtomError, match="lacks words"):
-        report.run(dataclasses.replace(lm, tokenizer=ByteTokenizer()), task._replace(prompt="z ж"), 2, 8, 1.0, 0)
+        report.run(dataclasses.replace(lm, tokenizer=ByteTokenizer()), task._replace(prompts=["z ж"]), 2, 8, 1.0, 0)
     free = report.task(PUZZLE, None, "a 5", r"\w")
     assert free.verify is None and free.extract("b 7") == "7"
+
+
+def test_prompts_from_a_file(lm):
+    lines = '{"prompt": "a 5 b 6 goal 11", "answer": "0"}\n\n{"prompt": "b 6 c 9 goal 6", "answer": 1}\n'
+    task = report.task_of_lines(lines, r"\w", "x")
+    assert task.prompts == ["a 5 b 6 goal 11", "b 6 c 9 goal 6"]
+    assert task.verify(1, " 1") and not task.verify(0, "1")
+    result = report.run(lm, task, 3, 8, 1.0, 0)
+    text, out = report.report(task, result, False, False), report.as_json(task, result)
+    assert text.splitlines()[1].startswith("a 5 b 6 goal 11") and "of 2 votes are right" in text
+    assert (
+        out["accuracy"] == sum(one["right"] for one in out["problems"]) / 2 and len(out["problems"][1]["chains"]) == 3
+    )
+    assert report.task_of_lines("a 5\nb 6\n", r"\w", "x").verify is None
+    for bad, told in (("", "no prompts"), ("{", "line 1: not a JSON"), ('{"text": "a"}', "line 1: expected"),
+                      ('{"prompt": "a", "answer": 1}\nb', "prompt 2 has no answer")):  # fmt: skip
+        with pytest.raises(AtomError, match=told):
+            report.task_of_lines(bad, r"\w", "x")
