@@ -94,12 +94,16 @@ def commands(home):
     """Arguments of `python -m atom_jax`, of which something is wrong."""
     model, bad = f"{home}/model", paths(home)
     good = f"--checkpoint={model}"
-    for name in ("generate", "units", "memory", "convert", "instructify", "info", "summary", "fairness", "fly", ""):
+    for name in ("generate", "units", "memory", "convert", "merge", "info", "summary", "fairness", "fly", ""):
         yield from ([name, flag] for flag in UNKNOWN)
     for path in bad:
         yield ["info", path]
         yield ["info", "--verify", path]
         yield ["convert", path, f"{home}/converted"]
+        yield ["merge", path, f"{home}/made"]
+        yield ["merge", model, f"{home}/made", f"--adapter={path}, "]
+        yield ["adapter", path, f"{home}/made"]
+        yield ["generate", good, "--prompt=x", f"--file={path}", "--max_new_tokens=0"]
         yield ["summary", path]
         yield ["instructify", path, model, model, f"{home}/made"]
         yield ["instructify", model, path, model, f"{home}/made"]
@@ -113,6 +117,7 @@ def commands(home):
         yield ["generate", "--compile_only", good, f"--topology={path}"]
     for path in outputs(home):
         yield ["convert", model, path]
+        yield ["adapter", model, path]
         yield ["units", good, "--text=x", f"--out={path}"]
         yield ["memory", good, "--text=x", f"--out={path}"]
         yield ["instructify", model, model, model, path]
