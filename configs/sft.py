@@ -33,7 +33,7 @@ def full(**fields) -> Experiment:
     """Learned memory that the model has decides as it will when the model is used, and stays as it is."""
     return Experiment(
         tokenizer="",
-        data=DataConfig(sources=("conversations.jsonl",), chat=True, whole=True, seq_len=512, batch_size=4),
+        data=DataConfig(sources=("conversations.jsonl",), chat=True, whole=True, seq_len=1024, batch_size=2),
         optim=OptimConfig(learning_rate=5e-5, warmup_steps=10, weight_decay=0.0),
         train=TrainConfig(
             steps=150, log_every=5, eval_every=75, eval_first=True, eval_batches=8, checkpoint_every=75

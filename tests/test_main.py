@@ -11,10 +11,10 @@ import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
 from atom_jax.evaluation.reports import units
-from atom_jax.inference import documents
 from atom_jax.inference import generate as generate_module
 from atom_jax.models import hnet, transformer
 from atom_jax.models.hnet import chunking
+from atom_jax.session import reading
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
 
@@ -77,7 +77,7 @@ def test_generate_takes_several_prompts_and_stops(run, checkpoint):
 
 
 def test_documents_are_read_once(run, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PART", 64)
+    monkeypatch.setattr(reading, "PART", 64)
     (tmp_path / "doc").write_text("words of a document " * 9)
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     flags = [f"--checkpoint={checkpoint}", f"--file={tmp_path / 'doc'}", "--prompt=-", "--prompt=x", "--json"]

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from atom_jax import config
 from atom_jax.inference.chat import prompt
 from atom_jax.inference.generate import Generation, generate
-from atom_jax.models import registry
 from atom_jax.session import prompts, reading
-from atom_jax.session.session import ROOM, Session
+from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
-
-# Tokens that a memory which keeps everything reads at once, of a long document.
-PART = 1024
 
 
 def ask(
@@ -33,8 +27,9 @@ def ask(
     other; yields what `generate` gives, whose prompt_tokens are those of the question alone.
 
     questions are put as the model's chat template has it, in one message with the document. texts follow the document
-    after an empty line. on_read: called with (tokens read, tokens in all) before each part of the document and at its
-    end. on_text: called with (number, piece) as answers become certain. options: as of `generate`.
+    after an empty line. on_read: called with (tokens read, tokens in all) after each part of a long document, unless
+    the memory has to see it whole. on_text: called with (number, piece) as answers become certain. options: as of
+    `generate`.
     Raises AtomError for an empty document, one that is too long, no question, and what `generate` refuses.
     """
     if not questions and not texts:
@@ -60,28 +55,14 @@ def ask(
                 f"the document with a question and max_new_tokens {max_new_tokens} takes {longest} positions, the"
                 f" model has {lm.config.max_length}"
             )
-        session = read(lm, ids, longest - len(ids), on_read)
+        total = len(ids)
+        hear = None if on_read is None else lambda done, total=total: on_read(min(done, total), total)
+        session = Session.prefill(lm, [ids], room=longest - total, on_part=hear)
         for i, row in enumerate(rows):
-            # The last question may use the memory up.
-            here = session if i == len(rows) - 1 else session.fork()
+            # Memory that is compacted while it reads is used up, which it may be by the last question.
+            spent = reading.plan(lm.config).shrinks and i < len(rows) - 1
+            here = session.fork() if spent else session
             say = None if on_text is None else lambda _, piece, number=number: on_text(number, piece)
             before = Generation([ids.tolist()], None, {}, memory=here)
             yield generate(lm, [row], max_new_tokens, after=before, on_text=say, **options)
             number += 1
-
-
-def read(lm: LM, ids: np.ndarray, room: int = ROOM, on_read: Callable[[int, int], None] | None = None) -> Session:
-    """A session that has read the tokens i32 [n] of one text: part by part where the memory keeps everything, or is
-    compacted between parts anyway; else in one call. room: further tokens for which there is room. on_read: as for
-    `ask`."""
-    family, how = registry.of(lm.config), reading.plan(lm.config)
-    whole = family.memory(lm.config) is None and not how.waits
-    size = PART if whole else how.part or len(ids)
-    say = on_read or (lambda done, total: None)
-    say(0, len(ids))
-    session = Session.prefill(lm, [ids[:size]], room=len(ids[size:]) + room)
-    for at in range(size, len(ids), size):
-        say(at, len(ids))
-        session = session.read(*prompts.padded([ids[at : at + size]], size))[0]
-    say(len(ids), len(ids))
-    return session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,35 +46,57 @@ class Session:
     open_b: jax.Array | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def prefill(cls, lm: LM, texts: Any, *, room: int = ROOM, longest: int = 0, params: Any = None) -> Session:
+    def prefill(
+        cls,
+        lm: LM,
+        texts: Any,
+        *,
+        room: int = ROOM,
+        longest: int = 0,
+        params: Any = None,
+        on_part: Callable[[int], None] | None = None,
+    ) -> Session:
         """Reads the beginning of every row.
 
         Args:
           texts: one text, or texts or lists of token ids, of any lengths. Texts of byte models get the bos first.
           room: further tokens per row for which there is room at once; the memory grows where there are more.
           longest: length of a longer prompt whose shapes are to be used. params: in place of `laid_out.of(lm)`.
+          on_part: called with the number of tokens read so far, as a long text is read in parts; where the memory has
+            to see a prompt whole, never.
         Raises AtomError for empty prompts, ids out of range, and a prompt longer than the model's positions.
         """
         ids, lengths = prompts.padded(prompts.token_rows(lm, texts, first=True), longest)
         capacity = bucket(max(longest, int(lengths.max())) + room, LEAST)
         params = laid_out.of(lm) if params is None else params
-        return cls.begin(lm, ids, lengths, capacity=capacity, params=params, unroll=laid_out.unrolls(lm))
+        unroll = laid_out.unrolls(lm)
+        return cls.begin(lm, ids, lengths, capacity=capacity, params=params, unroll=unroll, on_part=on_part)
 
     @classmethod
     def begin(
-        cls, lm: LM, ids_bt: np.ndarray, length_b: np.ndarray, *, capacity: int, params: Any, unroll: bool
+        cls,
+        lm: LM,
+        ids_bt: np.ndarray,
+        length_b: np.ndarray,
+        *,
+        capacity: int,
+        params: Any,
+        unroll: bool,
+        on_part: Callable[[int], None] | None = None,
     ) -> Session:
         """As `prefill`, from ids i32 [b, t], padded on the right, and their lengths i32 [b], at least 1.
 
         capacity: tokens per row for which there is room. params: as lm has them, or laid out. unroll: they are
-        laid out layer by layer, as the memory is to be.
+        laid out layer by layer, as the memory is to be. on_part: as for `prefill`.
         """
         _check_positions(lm, int(length_b.max()))
         mask = np.arange(ids_bt.shape[1])[None] < length_b[:, None]
         suffix = registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, ids_bt, mask)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         scanned = lm.params if unroll else params
-        x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
+        x_bd, memory = reading.first(
+            scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity, on_part=on_part
+        )
         memory = programs.unstack(memory) if unroll else memory
         return cls(lm, params, memory_lib.trim(memory), *_latest(lm, ids_bt, length_b, x_bd))
 
