@@ -9,7 +9,7 @@ AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
 .PHONY: quickstart test soak check lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
-  reason bench bench-kv aot clean help
+  chats reason bench bench-kv aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ english: $(VENV)/.installed-core  ## fetch long English documents to corpora/eng
 
 heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpora/heldout/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch heldout
+
+chats: $(VENV)/.installed-core  ## fetch small talk to tune models on to corpora/chats/
+	$(BIN)/python -m atom_jax.data.fetch chats
 
 reason: $(VENV)/.installed-core  ## train a small reasoner, give it learned memory, compare what accuracy costs; long, resumable
 	$(BIN)/python train.py --config=configs/reason.py:subset --workdir=runs/reason

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "load": "atom_jax.checkpoint",
     "save_hf": "atom_jax.checkpoint",
@@ -24,7 +26,7 @@ _PUBLIC = {
     "Batch": "atom_jax.typing",
     "AtomError": "atom_jax.typing",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Callable
 
+import atom_jax
 from atom_jax import terminal
-from atom_jax.commands import lasting, models, reports, serving, writing
+from atom_jax.commands import lasting, models, reports, running, serving, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
-USAGE = """python -m atom_jax COMMAND [...]
+USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
 
+  train     --config=FILE.py --workdir=DIR    train a model
+  eval      --checkpoint=PATH --tasks=NAMES   evaluate a model
   generate  --checkpoint=PATH --prompt=TEXT   continue a text
   reason    --checkpoint=PATH --problem=TEXT  think in several chains, whose answers vote
   chat      --checkpoint=PATH                 talk with a model that was tuned for it
@@ -24,6 +28,8 @@ USAGE = """python -m atom_jax COMMAND [...]
   forget    --memory_dir=DIR --source=NAME    take a text out of it
   fit_memory --checkpoint=PATH --out=FILE TEXT...  learn what is worth remembering, in closed form
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
+  merge     SRC DST                           LoRA in the weights of a model, for transformers
+  adapter   WORKDIR DST                       what a run has trained beside its model, alone, for PEFT
   transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
   instructify MODEL TUNED BASE DST            give what was made of a model what tuning changed in it
   info      PATH                              what is in a checkpoint, or in a memory
@@ -36,7 +42,44 @@ directory (converted, or the --workdir of a training run), a .gguf file or a Hug
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
-    commands: dict[str, Callable[[list[str]], int | None]] = {
+
+    def command() -> int | None:
+        if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
+            print(USAGE)
+            return 0 if len(argv) > 1 else 1
+        if argv[1] == "--version":
+            print(atom_jax.__version__)
+            return 0
+        known = _commands()
+        if argv[1] not in known:
+            close = difflib.get_close_matches(argv[1], known, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise AtomError(f"unknown command {argv[1]!r}{hint}; known: {', '.join(known)}")
+        with contextlib.suppress(Done):
+            return known[argv[1]](argv[1:])
+
+    return terminal.run("error", command)
+
+
+def script(name: str, argv: list[str]) -> int:
+    """Runs the command `name` as the script NAME.py, with the script's arguments; returns the exit code."""
+
+    def command() -> int | None:
+        with contextlib.suppress(Done):
+            return _commands()[name]([name, *argv[1:]])
+
+    return terminal.run(f"{name}.py", command)
+
+
+def entry() -> int:
+    """The program atom-jax."""
+    return main(sys.argv)
+
+
+def _commands() -> dict[str, Callable[[list[str]], int | None]]:
+    return {
+        "train": running.train,
+        "eval": running.evaluate,
         "generate": writing.generate,
         "reason": writing.reason,
         "chat": writing.chat,
@@ -46,6 +89,8 @@ def main(argv: list[str]) -> int:
         "fit_memory": lasting.fit_memory,
         "serve": serving.serve,
         "convert": models.convert,
+        "merge": models.merge,
+        "adapter": models.adapter,
         "info": models.info,
         "instructify": models.instructify,
         "transplant": models.transplant,
@@ -55,17 +100,6 @@ def main(argv: list[str]) -> int:
         "memory": reports.memory,
     }
 
-    def command() -> int | None:
-        if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
-            print(USAGE)
-            return 0 if len(argv) > 1 else 1
-        if argv[1] not in commands:
-            raise AtomError(f"unknown command {argv[1]!r}; known: {', '.join(commands)}")
-        with contextlib.suppress(Done):
-            return commands[argv[1]](argv[1:])
-
-    return terminal.run("error", command)
-
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(entry())

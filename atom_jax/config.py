@@ -101,13 +101,14 @@ def build(cls: type[T], settings: Sequence[str], flag: str) -> T:
 
 
 def load_file(reference: str) -> Any:
-    """Loads "FILE.py" or "FILE.py:variant" and returns the configuration that the variant builds.
+    """Loads "FILE.py" or "FILE.py:variant" and returns the configuration that the variant builds. A file of configs/
+    that is not there is that of the installed package.
 
     Raises AtomError when the file is missing, defines no VARIANTS, or has no such variant.
     """
     file, _, variant = reference.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
+    path = _found(file)
+    if path is None:
         raise AtomError(f"--config={reference}: there is no file {file}")
     if path.suffix != ".py":
         raise AtomError(f"--config={reference}: {file} is not a .py file")
@@ -126,6 +127,16 @@ def load_file(reference: str) -> Any:
         raise
     except Exception as e:  # it is a program, in which anything may go wrong
         raise AtomError(f"--config={reference}: {type(e).__name__}: {e}") from e
+
+
+def _found(file: str) -> pathlib.Path | None:
+    """The file; or, of configs/NAME.py, the one that came with the package or lies in the clone around it."""
+    path = pathlib.Path(file)
+    if path.is_file():
+        return path
+    package = pathlib.Path(__file__).parent
+    places = (package / "configs", package.parent / "configs") if path.parent == pathlib.Path("configs") else ()
+    return next((found for place in places if (found := place / path.name).is_file()), None)
 
 
 def diff(old: Any, new: Any, where: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -88,6 +88,15 @@ def partition(
 def shardings(spec: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] = RULES) -> Any:
     """The tree of NamedSharding that places a tree of ParamSpec on `mesh`."""
     return params_lib.map_specs(lambda s: NamedSharding(mesh, partition(s.shape, s.axes, mesh, rules)), spec)
+
+
+def filled(paths: Iterable[str], given: dict[str, Any]) -> Any:
+    """A tree of the shardings that are given by path; what is left out there lies whole on every device of the
+    embedding's mesh."""
+    spread = given["embed"]
+    if isinstance(spread, NamedSharding):
+        spread = NamedSharding(spread.mesh, P())
+    return params_lib.unflatten({path: given.get(path, spread) for path in paths})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -71,7 +71,7 @@ class Output:
     aux: dict[str, Any] = struct.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LM:
     """A model ready to use: its configuration, its parameters (a pytree) and its tokenizer."""
 
@@ -80,6 +80,13 @@ class LM:
     tokenizer: Any
     # What is made of it once and serves for long (`session.laid_out`). Copies with other fields begin without it.
     kept: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        dtypes = ", ".join(dict.fromkeys(str(getattr(x, "dtype", "?")) for x in leaves)) or "none"
+        count = sum(getattr(x, "size", 0) for x in leaves)
+        ids = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} ids"
+        return f"LM({getattr(self.config, 'family', '?')}: {count:,} parameters ({dtypes}), tokenizer: {ids})"
 
     @property
     def family(self) -> str:

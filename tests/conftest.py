@@ -44,7 +44,7 @@ SLOW = (
     "test_flax_bridge.py", "test_kernels.py", "test_main.py",
     "test_notebooks.py", "test_train_script.py",
     "training/objectives", "training/test_interrupt.py", "training/test_loop.py", "training/test_start.py",
-    "training/test_step.py", "training/test_training_units.py", "transfer",
+    "training/test_sft.py", "training/test_step.py", "training/test_training_units.py", "transfer",
 )  # fmt: skip
 
 

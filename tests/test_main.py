@@ -1,6 +1,8 @@
 """The commands of python -m atom_jax, run in this process."""
 
+import io
 import json
+import sys
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ from atom_jax.evaluation.reports import units
 from atom_jax.inference import generate as generate_module
 from atom_jax.models import hnet, transformer
 from atom_jax.models.hnet import chunking
+from atom_jax.session import reading
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
 
@@ -73,6 +76,19 @@ def test_generate_takes_several_prompts_and_stops(run, checkpoint):
     assert json.loads(out)["stats"]["tokens_per_call"] >= 1
 
 
+def test_documents_are_read_once(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PART", 64)
+    (tmp_path / "doc").write_text("words of a document " * 9)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    flags = [f"--checkpoint={checkpoint}", f"--file={tmp_path / 'doc'}", "--prompt=-", "--prompt=x", "--json"]
+    code, out, err = run("generate", *flags, "--max_new_tokens=6")
+    lm, text = atom_jax.load(checkpoint), (tmp_path / "doc").read_text() + "\n\n"
+    wanted = [atom_jax.generate(lm, [text + end], 6).ids[0] for end in ("abc", "x")]
+    assert code == 0 and json.loads(out)["ids"] == wanted and "reading: 100%" in err
+    code, out, _ = run("generate", *[f for f in flags if f not in ("--prompt=-", "--json")], "--max_new_tokens=6")
+    assert code == 0 and out == lm.tokenizer.decode(wanted[1]) + "\n"
+
+
 def test_convert_and_info(run, checkpoint, tmp_path):
     code, out, _ = run("convert", checkpoint, str(tmp_path / "orbax"))
     assert code == 0 and "llama" in out
@@ -80,6 +96,9 @@ def test_convert_and_info(run, checkpoint, tmp_path):
     assert code == 0 and "llama" in out and "tokenizer" in out
     code, out, _ = run("info", checkpoint, "--tensors")
     assert code == 0 and "model.embed_tokens.weight" in out
+    code, out, _ = run("info", checkpoint, "--tensors", "--json")
+    table = json.loads(out)
+    assert code == 0 and table["family"] == "llama" and table["tensors"][0]["name"] == "model.embed_tokens.weight"
 
 
 def test_units_in_brackets_in_colour_and_in_a_picture(run, units_checkpoint, tmp_path):
@@ -111,12 +130,24 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["fly"], "unknown command 'fly'; known: generate, "),
+        (["fly"], "unknown command 'fly'; known: train, eval, generate, "),
+        (["generat"], "unknown command 'generat' (did you mean generate?); known: "),
+        (["generate", "--chekpoint=x"], "Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
+        (["train"], "--config is missing"),
+        (["train", "--config=configs/lm.py:tiny", "--workdir=x", "words"], "unexpected argument 'words'"),
+        (["eval", "--checkpoint=CHECKPOINT"], "--tasks is missing: the tasks are bpb, lambada"),
         (["generate", "--prompt=x"], "--checkpoint is missing"),
         (["generate", "--checkpoint=CHECKPOINT"], "--prompt is missing"),
         (["generate", "--checkpoint=nowhere", "--prompt=x"], "nowhere"),
         (["generate", "--checkpoint=CHECKPOINT", "--adapter=nothing", "--prompt=x"], "adapter 'nothing' is neither"),
         (["generate", "--colour=red"], "colour"),
+        (["generate", "--checkpoint=CHECKPOINT", "--question=x"], "--question: --file is missing"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=x"], "--question or --prompt is missing"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=nowhere", "--prompt=x"], "--file=nowhere: No such file"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=/dev/null", "--prompt=x"], "--file=/dev/null"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=LICENSE", "--prompt=x"], "positions, the model has 512"),
+        (["generate", "--checkpoint=CHECKPOINT", "--file=LICENSE", "--question=x"], "no chat template"),
+        (["generate", "--checkpoint=CHECKPOINT", "--prompt=-", "--prompt=-"], "--prompt=- was given twice"),
         (["generate", "--top_k=many"], "top_k"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "extra"], "extra"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens is 0"),
@@ -159,6 +190,7 @@ def test_help_names_what_there_is(run, args):
     code, out, err = run(*args)
     assert code == 0 and err == ""
     assert "python -m atom_jax" in out
+    assert run("--version") == (0, f"{atom_jax.__version__}\n", "")
     if args[0] == "generate":
         assert all(f"--{name}" in out for name in ("checkpoint", "prompt", "max_new_tokens", "temperature", "stop"))
 

@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags, logging
-from absl.testing import flagsaver
+from absl import logging
 
+from atom_jax.__main__ import script
 from atom_jax.training.record import read
 from tests import quick
 
@@ -143,13 +143,9 @@ def test_compile_only_fails_where_memory_is_short(capfd, monkeypatch, tmp_path):
 
 
 def run_main(monkeypatch, tmp_path, argv, code: int) -> None:
-    """train.main in this process, with flags of its own."""
-    import train
-
+    """The script in this process."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-        train.main(flags.FLAGS(["train.py", *argv]))
-    assert caught.value.code == code
+    assert script("train", ["train.py", *argv]) == code

@@ -15,9 +15,9 @@ from atom_jax import checkpoint, sharding
 from atom_jax import params as params_lib
 from atom_jax.aot.report import Chips, Report
 from atom_jax.aot.topology import per_chip
-from atom_jax.checkpoint.adapters import load_adapter
+from atom_jax.checkpoint import adapters
 from atom_jax.kvcache.dense import bucket
-from atom_jax.models import registry
+from atom_jax.models import lora, registry
 from atom_jax.session import decode, reading, sampling
 from atom_jax.session.session import LEAST, ROOM
 from atom_jax.sharding import MeshConfig
@@ -73,13 +73,14 @@ def described(path: str | None, reference: str | None, adapter: str | None = Non
     if (path is None) == (reference is None):
         raise AtomError("--compile_only: expected either --checkpoint or --config")
     if path is not None:
-        cfg, tokenizer = checkpoint.load_config(path)
+        cfg, tokenizer = checkpoint.load_config(path, adapter)
     else:
         exp = start.configure(reference, [])
         looks = registry.of(exp.model).codec(exp.model).looks
-        cfg, tokenizer = exp.model, start.tokenizer(exp) if looks else None
-    lm = LM(cfg, _shapes(cfg), tokenizer)
-    return lm if adapter is None else load_adapter(lm, adapter)
+        cfg, tokenizer = lora.without(exp.model), start.tokenizer(exp) if looks else None
+        for one in adapters.listed(adapter):
+            cfg = adapters.described(cfg, one)
+    return LM(cfg, _shapes(cfg), tokenizer)
 
 
 def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshConfig | None = None) -> Report:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atom_jax.checkpoint import adapters, families
+from atom_jax.checkpoint import adapters, families, peft
 from atom_jax.checkpoint.adapters import save_adapter
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.gguf_import import GGUFSource
@@ -26,7 +27,7 @@ from atom_jax.checkpoint.safetensors_io import (
     write_tensors,
 )
 from atom_jax.fields import read_json
-from atom_jax.models import registry
+from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import TOKENIZER_FILES
 from atom_jax.typing import LM, AtomError
 
@@ -37,19 +38,26 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
-def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None, shardings: Any = None) -> LM:
+def load(
+    path: str | os.PathLike,
+    adapter: str | os.PathLike | Sequence[Any] | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+    merge: bool = True,
+) -> LM:
     """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, or,
     with huggingface_hub installed, a hub id such as "HuggingFaceTB/SmolLM2-135M".
 
-    adapter: learned evictors to put on it, the name of shipped ones or a directory (`checkpoint.adapters`).
+    adapter: learned evictors or LoRA to put on it, the name of shipped ones or a directory (`checkpoint.adapters`);
+    or several, in a list or with commas between them.
     dtype: "float32" or "bfloat16" converts the parameters and computes in it; None keeps what is stored and computes
     in what config.json names. shardings: tree of jax.sharding.Sharding for the parameters (those of the adapter
-    may be left out, each device then holds all of it), or None for one device.
+    may be left out, each device then holds all of it), or None for one device. merge: LoRA of a training run becomes
+    part of the weights; without, it stays beside them, as `save_adapter` takes it.
     The tokenizer is None where the checkpoint has none. Raises AtomError, naming the file and the tensor or field,
     for whatever is missing, malformed or not supported.
     """
-    if adapter is not None:
-        adapters.find(adapter)
+    wanted = adapters.listed(adapter)
     if dtype is not None:
         dtype = _dtype(dtype)
     path = find(path)
@@ -58,6 +66,7 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
         from atom_jax.checkpoint import store  # imports Orbax, which takes a second
 
         lm = LM(*store.load_params(path, dtype, shardings))
+        lm = peft.merged(lm) if merge else lm
     elif kind == "gguf":
         source = GGUFSource(path)
         cfg, tokenizer = source.described()
@@ -68,22 +77,26 @@ def load(path: str | os.PathLike, adapter: str | None = None, dtype: Any = None,
     if lm.tokenizer is not None and lm.tokenizer.vocab_size > lm.config.vocab_size:
         sizes = f"{lm.tokenizer.vocab_size} ids, the embedding {lm.config.vocab_size} rows"
         logging.warning("%s: the tokenizer has %s; texts with ids beyond them cannot be used", path, sizes)
-    if adapter is not None:
-        lm = adapters.load_adapter(lm, adapter, dtype, shardings)
+    for one in wanted:
+        lm = adapters.load_adapter(lm, one, dtype, shardings)
     if dtype is None:
         return lm
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
 
 
-def load_config(path: str | os.PathLike) -> tuple[Any, Any]:
-    """(configuration, tokenizer or None) of whatever `load` takes, without its weights."""
+def load_config(path: str | os.PathLike, adapter: Any = None) -> tuple[Any, Any]:
+    """(configuration, tokenizer or None) of whatever `load` takes, without its weights; adapter: as there."""
     path = find(path)
     kind = kind_of(path)
     if kind == "orbax":
         from atom_jax.checkpoint import store  # imports Orbax, which takes a second
 
-        return store.load_config(path)
-    return GGUFSource(path).described() if kind == "gguf" else _described(path)
+        cfg, tokenizer = store.load_config(path)
+    else:
+        cfg, tokenizer = GGUFSource(path).described() if kind == "gguf" else _described(path)
+    for one in adapters.listed(adapter):
+        cfg = adapters.described(cfg, one)
+    return lora.without(cfg), tokenizer
 
 
 def _described(path: Path) -> tuple[Any, Any]:
@@ -100,13 +113,14 @@ def _described(path: Path) -> tuple[Any, Any]:
 
 def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json, generation_config.json, model.safetensors (shards beyond `shard_bytes`) and the tokenizer's
-    files, under the family's published names and in the parameters' dtypes. Learned evictors are part of a model; any
-    other cache policy in its configuration is not, and is left out.
+    files, under the family's published names and in the parameters' dtypes. Learned evictors are part of a model, and
+    LoRA becomes part of its weights; any other cache policy in its configuration is left out.
 
     name: what the model is called, kept in config.json. All or nothing: on any failure `directory` is as before.
     Files of an earlier model there are replaced, others stay. Raises AtomError when it cannot be written, or where
     the published family has no such option.
     """
+    lm = peft.merged(lm)
     published = registry.of(lm.config).published
     if published is None:
         raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
@@ -116,6 +130,8 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
         config["atom_tokenizer"] = lm.tokenizer.name
     if name is not None:
         config["_name_or_path"] = name
+    if (Path(directory) / CONFIG).is_file():
+        logging.warning("%s: the model that was there is replaced", directory)
     with staged(directory, stale=_is_model_file) as staging:
         write_tensors(staging, source, shard_bytes)
         if lm.tokenizer is None:
@@ -144,6 +160,8 @@ def kind_of(path: Path) -> str:
 def find(path: str | os.PathLike, weights: bool = True) -> Path:
     """The local path of a checkpoint, downloaded first where `path` is a hub id, without its weights where they are
     not needed. AtomError when there is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise AtomError(f"path: expected that of a checkpoint, as a text, got {path!r:.80}")
     local = Path(path)
     if os.path.exists(path):
         return local

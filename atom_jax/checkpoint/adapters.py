@@ -1,6 +1,6 @@
-"""Adapters: what a model's cache policy has learned, alone, to be put on the model that it was trained for.
+"""Adapters: what a model's cache policy has learned, or LoRA, alone, to be put on the model that it was trained for.
 
-An adapter is a directory:
+An adapter is a directory; LoRA's is PEFT's (`checkpoint.peft`), that of a policy has:
 
     adapter.json         {"format": 1, "base": {family, n_layers, d_model, n_kv_heads, n_heads, head_dim, name},
                          "memory": the policy's configuration}
@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from atom_jax import config
+from atom_jax import config, sharding
 from atom_jax import params as params_lib
-from atom_jax.checkpoint import families
+from atom_jax.checkpoint import families, peft
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.fields import Fields, read_json
@@ -37,12 +37,16 @@ _SIZES = ("n_layers", "d_model", "n_kv_heads", "n_heads", "head_dim")
 
 
 def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str = "") -> None:
-    """Writes what the cache policy of a model has learned, without the model, as float32.
+    """Writes what the cache policy of a model has learned, without the model, as float32; or, where a model of a
+    training run has LoRA beside its weights (`load(merge=False)`), that.
 
     card: text of README.md; "" leaves one that is there. name: what the base model is called, for readers. All or
     nothing: on any failure `directory` is as before. Raises AtomError where the policy has no parameters of its own,
     or the directory cannot be written.
     """
+    if getattr(lm.config, "lora", None) is not None:
+        peft.save(lm, directory, name)
+        return
     learned, memory = registry.learned(lm.config), registry.of(lm.config).memory(lm.config)
     if not learned:
         raise AtomError(f"the model has no learned evictors of its own ({_named(memory)}), so it has no adapter")
@@ -57,7 +61,7 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
 
 
 def load_adapter(lm: LM, reference: str | os.PathLike, dtype: Any = None, shardings: Any = None) -> LM:
-    """The same model with the cache policy of an adapter, and what that has learned.
+    """The same model with the cache policy of an adapter, and what that has learned; or with LoRA in its weights.
 
     reference: as for `find`. dtype: cast the adapter's parameters to it; None keeps float32. shardings: tree of
     jax.sharding.Sharding for the parameters of the result, or None; where it leaves out those of the adapter, every
@@ -65,18 +69,38 @@ def load_adapter(lm: LM, reference: str | os.PathLike, dtype: Any = None, shardi
     naming the file and the field or tensor, where the adapter is malformed or belongs to another model.
     """
     directory = find(reference)
-    where = directory / CONFIG
-    try:
-        cfg = _with_adapter(lm.config, Fields(read_json(where), str(where)))
-    except AtomError as e:
-        raise AtomError(e if str(e).startswith(str(where)) else f"{where}: {e}") from None
+    if not (directory / CONFIG).is_file():
+        return peft.load(lm, directory, shardings)
+    cfg = described(lm.config, reference)
     part = registry.learned(cfg)
-    places = None if shardings is None else _places(part, params_lib.flatten(shardings))
+    places = None if shardings is None else sharding.filled(part, params_lib.flatten(shardings))
     source = SafetensorsSource(directory / TENSORS)
     learned = params_lib.flatten(families.load(source, cfg, dtype, places, part, asked_by=CONFIG))
     old = registry.learned(lm.config)
     kept = {path: x for path, x in params_lib.flatten(lm.params).items() if path not in old}
     return dataclasses.replace(lm, config=cfg, params=params_lib.unflatten(kept | learned))
+
+
+def described(cfg: Any, reference: str | os.PathLike) -> Any:
+    """The configuration of a model with an adapter on it, as `load_adapter` gives it."""
+    where = find(reference) / CONFIG
+    if not where.is_file():
+        return cfg
+    try:
+        return _with_adapter(cfg, Fields(read_json(where), str(where)))
+    except AtomError as e:
+        raise AtomError(e if str(e).startswith(str(where)) else f"{where}: {e}") from None
+
+
+def listed(references: str | os.PathLike | Sequence[Any] | None) -> list[Any]:
+    """The adapters that a list, or a text with commas, names, in order; each must be there."""
+    if isinstance(references, str):
+        references = [part for part in references.split(",") if part]
+    elif references is None or isinstance(references, os.PathLike):
+        references = [] if references is None else [references]
+    for one in references:
+        find(one)
+    return list(references)
 
 
 def find(reference: str | os.PathLike) -> Path:
@@ -88,10 +112,11 @@ def find(reference: str | os.PathLike) -> Path:
     if str(reference) in names:
         return SHIPPED / str(reference)
     path = Path(reference)
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() or (path / peft.CONFIG).is_file():
         return path
     known = f"shipped are {', '.join(names)}" if names else "none are shipped"
-    what = f"a directory without {CONFIG}" if path.is_dir() else "neither a shipped adapter nor a directory"
+    what = "neither a shipped adapter nor a directory"
+    what = f"a directory without {CONFIG} or {peft.CONFIG}" if path.is_dir() else what
     raise AtomError(f"adapter {str(reference)!r} is {what} ({known})")
 
 
@@ -127,12 +152,3 @@ def _sizes(cfg: Any) -> dict[str, Any]:
 
 def _named(memory: Any) -> str:
     return "it keeps everything" if memory is None else memory.describe()
-
-
-def _places(paths: frozenset[str], given: dict[str, Any]) -> params_lib.Tree:
-    """Shardings of the adapter's parameters."""
-    embed = given["embed"]
-    spread = embed
-    if isinstance(embed, jax.sharding.NamedSharding):
-        spread = jax.sharding.NamedSharding(embed.mesh, jax.sharding.PartitionSpec())
-    return params_lib.unflatten({path: given.get(path, spread) for path in paths})

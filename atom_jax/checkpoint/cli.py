@@ -1,8 +1,9 @@
-"""The commands `convert` and `info` of python -m atom_jax."""
+"""The commands `convert`, `merge`, `adapter` and `info` of python -m atom_jax."""
 
 from __future__ import annotations
 
 import collections
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,7 @@ def convert(source: str, target: str, to: str | None = None) -> str:
 
     if to is not None and to not in FORMATS:
         raise AtomError(f"--to={to}: expected {' or '.join(FORMATS)}")
-    out = Path(target)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AtomError(f"{target}: already exists; name a new directory")
+    _refuse_old(target)
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
     to = to or ("orbax" if kind == "hf" else "hf")
@@ -41,29 +40,58 @@ def convert(source: str, target: str, to: str | None = None) -> str:
     if to == "orbax":
         if lm.tokenizer is None:
             raise AtomError(f"{source}: has no tokenizer.json, which an Orbax directory needs")
-        store.save_model(out, lm)
+        store.save_model(target, lm)
     else:
         name = f"{path.stem}, dequantized" if kind == "gguf" else None
-        checkpoint.save_hf(lm, out, name=name)
+        checkpoint.save_hf(lm, target, name=name)
     count = params_lib.count(lm.params)
     return f"{target}: {lm.family}, {count:,} parameters, {'Hugging Face' if to == 'hf' else 'Orbax'} directory"
 
 
-def info(source: str, tensors: bool = False, verify: bool = False) -> str:
+def merge(source: str, target: str, adapter: str | None) -> str:
+    """Writes a model as a Hugging Face directory, with adapters on it, LoRA in its weights, and returns a sentence
+    about it. Raises AtomError for whatever cannot be read or written; the target must be missing or empty."""
+    _refuse_old(target)
+    lm = checkpoint.load(source, adapter=adapter)
+    checkpoint.save_hf(lm, target)
+    return f"{target}: {lm.family}, {params_lib.count(lm.params):,} parameters"
+
+
+def adapter(source: str, target: str) -> str:
+    """Writes what a run has trained beside its model, LoRA or learned evictors, and returns a sentence about it;
+    errors as of `merge`."""
+    _refuse_old(target)
+    lm = checkpoint.load(source, merge=False)
+    checkpoint.save_adapter(lm, target)
+    what = "learned evictors" if getattr(lm.config, "lora", None) is None else "LoRA"
+    return f"{target}: {what} for a {lm.family}"
+
+
+def _refuse_old(target: str) -> None:
+    out = Path(target)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AtomError(f"{target}: already exists; name a new directory")
+
+
+def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool = False) -> str:
     """What is in a checkpoint: format, family, sizes, parameters, stored types and bytes, tokenizer.
 
     tensors: adds one line per tensor. verify: reads everything, compares it with its checksums, and says how long
-    that took; else only headers are read of a Hugging Face directory or GGUF file.
+    that took; else only headers are read of a Hugging Face directory or GGUF file. as_json: one JSON object with all
+    this as texts, and the tensors as a list.
     Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
     cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
     formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
-    lines = [f"{'path':<12}{source}", f"{'format':<12}{formats[kind]}"]
-    lines += [f"{key:<12}{value}" for key, value in _summary(cfg, tokenizer, rows)]
+    fields = {"path": source, "format": formats[kind], **dict(_summary(cfg, tokenizer, rows))}
     if verify:
-        lines += [f"{'verified':<12}{_verified(path, kind)}"]
+        fields["verified"] = _verified(path, kind)
+    if as_json:
+        table = [{"name": n, "shape": list(shape), "dtype": dtype, "bytes": size} for n, shape, dtype, size in rows]
+        return json.dumps(fields | ({"tensors": table} if tensors else {}))
+    lines = [f"{key:<12}{value}" for key, value in fields.items()]
     if tensors:
         width = max(len(row[0]) for row in rows)
         lines += ["", *(f"{name:<{width}}  {dtype:<9} {n:>14,}  {list(shape)}" for name, shape, dtype, n in rows)]

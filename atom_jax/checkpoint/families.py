@@ -120,7 +120,7 @@ def _to_device(x: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-class _Renamed:
+class Renamed:
     """A source by other names. names: the one to ask for -> the one that is stored."""
 
     def __init__(self, source: TensorSource, names: dict[str, str]):
@@ -143,7 +143,7 @@ def _as_published(source: TensorSource, places: dict[str, _Place], cfg: Any) -> 
     embedding = next((name for name, place in places.items() if place.rule.path == "embed"), None)
     if cfg.tie_embeddings and embedding and embedding not in names and "lm_head.weight" in names:
         names[embedding] = names.pop("lm_head.weight")
-    return _Renamed(source, names)
+    return Renamed(source, names)
 
 
 def _check(source: TensorSource, places: dict[str, _Place], cfg: Any, asked_by: str) -> None:

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from atom_jax import config, tokenizers
+from atom_jax import config, sharding, tokenizers
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import checksums
 from atom_jax.checkpoint.atomic import staged
@@ -246,8 +246,7 @@ def verify(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 def _parameters(step: pathlib.Path, model: Any, dtype: Any, shardings: Any) -> Tree:
     spec = registry.of(model).spec(model)
     if isinstance(shardings, dict):
-        there = params_lib.flatten(shardings)
-        places = params_lib.unflatten({name: there[name] for name in params_lib.flatten(spec)})
+        places = sharding.filled(params_lib.flatten(spec), params_lib.flatten(shardings))
     else:
         places = params_lib.map_specs(lambda _: shardings, spec)
     found = _metadata(step / "params")

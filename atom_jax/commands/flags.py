@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
 from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
@@ -26,15 +27,40 @@ class Flags:
         self._help.append(f"  --{name:<16} {text}{known}")
 
     def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
-        """Returns the flags and the arguments left over, of which there must be `positional`; None: at least one."""
-        if any(a in ("--help", "-h", "-help") for a in argv):
+        """Returns the flags and the arguments left over, of which there must be `positional` (None: any number)."""
+        if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print("\n".join(self._help))
             raise Done
         rest = self._values(argv)[1:]
-        if len(rest) != (max(len(rest), 1) if positional is None else positional):
+        if positional is not None and len(rest) != positional:
             given = " ".join(rest) or "nothing"
             raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
         return self._values, rest
+
+
+class Progress:
+    """How far something has come, on stderr: a bar with the time left, where there is more than one part."""
+
+    def __init__(self, what: str):
+        self._what, self._bar = what, None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many tokens of all of them are done; what compiling the first part took is not in the time left."""
+        if not 0 < done < total and self._bar is None:
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, desc=self._what, unit="token", mininterval=0.5)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.__exit__()
+            self._bar = None
 
 
 class Done(Exception):

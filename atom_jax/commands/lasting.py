@@ -28,6 +28,8 @@ def remember(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
     values, files = known.parse(argv, None)
     _needed(values, "checkpoint", "memory_dir")
+    if not files:
+        raise AtomError("usage: remember --checkpoint=PATH --memory_dir=DIR FILE...; no file is named")
     if values.source is not None and len(files) > 1:
         raise AtomError("--source names one text, and several files are given")
 
@@ -122,6 +124,8 @@ def fit_memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "seed", 0, "of the facts")
     values, files = known.parse(argv, None)
     _needed(values, "checkpoint", "out")
+    if not files:
+        raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
 
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.tasks import lasting_fit

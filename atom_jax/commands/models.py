@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, transplant, instructify, info."""
+"""Commands about checkpoints: convert, merge, adapter, transplant, instructify, info."""
 
 from __future__ import annotations
 
@@ -17,6 +17,32 @@ def convert(argv: list[str]) -> None:
     from atom_jax.checkpoint import cli
 
     print(cli.convert(source, target, values.to))
+
+
+def merge(argv: list[str]) -> None:
+    """Puts LoRA into the weights. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "merge SRC DST", "Writes a model with LoRA in its weights, for transformers; DST must not exist yet."
+    )
+    known.add(flags.DEFINE_string, "adapter", None, "LoRA for SRC, a directory of PEFT's; or evictors, which stay")
+    values, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.merge(source, target, values.adapter))
+
+
+def adapter(argv: list[str]) -> None:
+    """Takes an adapter out of a run. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "adapter WORKDIR DST",
+        "Writes what a run has trained beside its model: LoRA, as PEFT has it, or learned evictors.",
+    )
+    _, (source, target) = known.parse(argv, 2)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.adapter(source, target))
 
 
 def transplant(argv: list[str]) -> None:
@@ -77,6 +103,7 @@ def info(argv: list[str]) -> None:
     known = Flags("info PATH", "Says what is in a checkpoint, or in a memory on disk.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
@@ -86,4 +113,4 @@ def info(argv: list[str]) -> None:
     if store.is_memory(path):
         print(lasting.info(path, values.verify))
     else:
-        print(cli.info(path, values.tensors, values.verify))
+        print(cli.info(path, values.tensors, values.verify, values.json))

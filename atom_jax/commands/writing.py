@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 from absl import flags
 
 from atom_jax import terminal
 from atom_jax.commands import lasting
-from atom_jax.commands.flags import Flags, text_of
+from atom_jax.commands.flags import Flags, Progress, text_of
 from atom_jax.typing import AtomError
 
 
@@ -19,7 +20,11 @@ def generate(argv: list[str]) -> int | None:
     known = Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
-    known.add(flags.DEFINE_multi_string, "prompt", None, "text to continue; several --prompt run as one batch")
+    known.add(flags.DEFINE_multi_string, "prompt", [],
+              "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
+    known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
+    known.add(flags.DEFINE_multi_string, "question", [],
+              "with --file: what is asked of it, by the model's chat template; may be repeated")  # fmt: skip
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
     known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
@@ -50,16 +55,23 @@ def generate(argv: list[str]) -> int | None:
     values, _ = known.parse(argv, 0)
     if values.compile_only:
         return _compile(values)
-    for name in ("checkpoint", "prompt"):
-        if not values[name].value:
-            raise AtomError(f"--{name} is missing")
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    if not values.prompt and not values.question:
+        raise AtomError("--prompt is missing" if values.file is None else "--question or --prompt is missing")
+    if values.question and values.file is None:
+        raise AtomError("--question: --file is missing, the document that it is about")
+    if values.file is not None and values.memory_dir is not None:
+        raise AtomError("--file and --memory_dir: choose one; remember reads documents into a memory")
+    prompts = _prompts(values.prompt)
+    document = None if values.file is None else _document(values.file)
 
     import jax
 
     from atom_jax import config
     from atom_jax.checkpoint import load
     from atom_jax.inference import chat as chat_lib
-    from atom_jax.inference.generate import generate
+    from atom_jax.inference.generate import generate as write
     from atom_jax.kvcache import policies
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
@@ -76,35 +88,68 @@ def generate(argv: list[str]) -> int | None:
         lm = registry.with_memory(lm, policy)
     choice = config.build(Choice, values.choice, "--choice:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice)
-    alone = len(values.prompt) == 1 and not values.json
-    result = generate(
-        lm,
-        values.prompt,
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        key=jax.random.key(seed),
-        top_k=values.top_k,
-        top_p=values.top_p,
-        min_p=values.min_p,
-        stop=values.stop,
-        on_text=_write if alone else None,
-        draft=draft,
-        draft_tokens=values.draft_tokens,
-        memory=read,
-        remember=values.remember,
-        reread=values.reread,
-    )
+    options = {
+        "max_new_tokens": values.max_new_tokens, "temperature": values.temperature, "key": jax.random.key(seed),
+        "top_k": values.top_k, "top_p": values.top_p, "min_p": values.min_p, "stop": values.stop, "draft": draft,
+        "draft_tokens": values.draft_tokens,
+    }  # fmt: skip
+    if document is not None:
+        _ask(lm, document, values.question, prompts, values.json, values.stats, options)
+        return
+    alone = len(prompts) == 1 and not values.json
+    own = {"memory": read, "remember": values.remember, "reread": values.reread}
+    result = write(lm, prompts, on_text=_write if alone else None, **own, **options)
     if values.json:
-        table = {"text": result.text, "ids": result.ids, "stats": result.stats}
-        print(json.dumps(table, ensure_ascii=not terminal.is_utf8()))
+        _print_json(result.text, result.ids, result.stats)
     elif alone:
         print()
     else:
-        for prompt, text in zip(values.prompt, result.text):
+        for prompt, text in zip(prompts, result.text):
             print(f"--- {prompt}\n{text}")
     _report(result.stats, everything=values.stats)
     if any(not ids for ids in result.ids) and chat_lib.template_of(lm) is not None:
         print("the model ended at once; it was tuned for conversations: python -m atom_jax chat", file=sys.stderr)
+
+
+def _ask(
+    lm: Any, document: str, questions: list[str], texts: list[str], as_json: bool, everything: bool, options: dict
+) -> None:  # fmt: skip
+    """Prints what follows a document that is read once: the answer to every question, then what continues texts."""
+    from atom_jax.inference import documents
+
+    asked, results = [*questions, *texts], []
+    many = len(asked) > 1
+    with Progress("reading") as progress:
+        said = None if as_json else _write
+        answers = documents.ask(lm, document, questions, texts, on_read=progress, on_text=said, **options)
+        for text in asked:
+            if many and not as_json:
+                print(f"--- {text}")
+            results.append(next(answers))
+            if not as_json:
+                print()
+                _report(results[-1].stats, everything)
+    if as_json:
+        ids = [result.ids[0] for result in results]
+        _print_json([result.text[0] for result in results], ids, [result.stats for result in results])
+
+
+def _print_json(texts: list[str], ids: list[list[int]], stats: Any) -> None:
+    print(json.dumps({"text": texts, "ids": ids, "stats": stats}, ensure_ascii=not terminal.is_utf8()))
+
+
+def _prompts(given: list[str]) -> list[str]:
+    """The prompts, of which one may be the input."""
+    if given.count("-") > 1:
+        raise AtomError("--prompt=- was given twice, and there is one input")
+    return [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
+
+
+def _document(file: str) -> str:
+    text = text_of(None, file).decode("utf-8", "replace")
+    if not text.strip():
+        raise AtomError(f"--file={file}: the document is empty")
+    return text
 
 
 def _compile(values: flags.FlagValues) -> int:

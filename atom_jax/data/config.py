@@ -21,8 +21,8 @@ class DataConfig:
         "pystdlib"    the source files of the running Python's standard library
         a file, a directory or a pattern of files, all of one kind:
             UTF-8 text (also .gz, .xz): one document per file;
-            .jsonl, .ndjson, .json, .csv and .tsv (also .gz, .xz): one document per line, object or row, in its field
-            "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, which is UTF-8
+            .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .xz) and .parquet: one document per line, object or row, in
+            its field "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, in UTF-8
         "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
                       "reason:subset:letters=6:high=20" sets how hard they are
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
@@ -42,6 +42,9 @@ class DataConfig:
     whole: no document is cut: those that fit follow each other in a row, and longer ones than a row are left out.
     prompt_end: a text, such as ";": what a document begins with, up to and with the first of these, is read but not
         learned from: the loss leaves out its tokens. "": everything is learned from.
+    chat: the records of the sources are conversations, which are never cut (set `whole`): a list of messages under
+        "messages", each {"role": ..., "content": ...}, or under the name after #; or "prompt" and "completion". They
+        are written by the tokenizer's chat template, and the answers alone are learned from (data/conversations.py).
     marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
@@ -58,6 +61,7 @@ class DataConfig:
     piece_bytes: int = 0
     whole: bool = False
     prompt_end: str = ""
+    chat: bool = False
     marks: str = ""
     tokens: int = 0
 
@@ -80,6 +84,8 @@ class DataConfig:
             raise AtomError(f"data.tokens is {self.tokens}: it must be 0, or 2 or more without data.marks.")
         if self.tokens and (self.whole or self.prompt_end):
             raise AtomError("data.tokens: rows of subwords know neither data.whole nor data.prompt_end.")
+        if self.chat and (not self.whole or self.prompt_end or self.marks):
+            raise AtomError("data.chat: set data.whole; data.prompt_end and data.marks are for texts.")
         if self.whole and self.piece_bytes:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}, but data.whole cuts no document.")
         if 0 < self.piece_bytes < LEAST_PIECE:

@@ -27,6 +27,10 @@ _EXPANSION, _HARMLESS = 200, 1 << 26
 _SAMPLE = 32
 
 
+# (a record, where it is, for messages) -> the document in it.
+Take = Callable[[Any, str], bytes]
+
+
 class Corpus(Protocol):
     """A sequence of UTF-8 documents.
 
@@ -84,17 +88,17 @@ class Files:
 
 
 class JsonLines:
-    """One document per line of a plain .jsonl file, the string under `field`, parsed again when asked for."""
+    """One document per line of a plain .jsonl file, what `take` finds in it, parsed again when asked for."""
 
-    def __init__(self, path: pathlib.Path, field: str):
+    def __init__(self, path: pathlib.Path, take: Take):
         self.what = str(path)
         self.path = path
-        self.field = field
+        self.take = take
         starts, sizes, at, self.crc = [], [], 0, 0
         with open_file(path) as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    size = len(json_text(line, field, f"{path}, line {number}"))
+                    size = len(json_text(line, take, f"{path}, line {number}"))
                     if size:
                         starts.append((at, len(line)))
                         sizes.append(size)
@@ -109,7 +113,7 @@ class JsonLines:
         at, length = self.lines[i]
         with open_file(self.path) as f:
             f.seek(at)
-            return json_text(f.read(length), self.field, f"{self.path}, byte {at}")[start:stop]
+            return json_text(f.read(length), self.take, f"{self.path}, byte {at}")[start:stop]
 
 
 class Records:
@@ -267,18 +271,18 @@ def check_file(path: pathlib.Path) -> tuple[int, int, int]:
             size, crc = size + len(block), zlib.crc32(block, crc)
 
 
-def json_text(line: bytes, field: str, where: str) -> bytes:
-    """Returns the string under `field` of one line of JSON; errors as for `record_text`."""
+def json_text(line: bytes, take: Take, where: str) -> bytes:
+    """Returns what `take` finds in one line of JSON; AtomErrors begin with `where`."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as e:
         raise AtomError(f"{where} is not UTF-8 at byte {e.start} of the line.") from None
     except (ValueError, RecursionError) as e:
         raise AtomError(f"{where} is not JSON: {one_line(e)}.") from None
-    return record_text(record, field, where)
+    return take(record, where)
 
 
-def record_text(record: Any, field: str, where: str) -> bytes:
+def record_text(record: Any, where: str, field: str = "text") -> bytes:
     """Returns the string under `field` of a record as UTF-8; AtomErrors begin with `where`."""
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise AtomError(f"{where} has no string under the field {field!r}.")

@@ -1,7 +1,11 @@
-"""What kind of text a file holds, and the kinds that are read whole: packed files, .json and .csv."""
+"""What kind of text a file holds, and the kinds that are read whole: packed files, .json, .csv and .parquet.
+
+take: what finds the document in a record (`corpus.Take`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +18,7 @@ from atom_jax.data.corpus import (
     BOM,
     Corpus,
     JsonLines,
+    Take,
     Texts,
     check_utf8,
     json_text,
@@ -21,12 +26,13 @@ from atom_jax.data.corpus import (
     open_file,
     packing,
     read_packed,
-    record_text,
 )
 from atom_jax.typing import AtomError
 
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-_REFUSED = (".parquet", ".arrow", ".feather", ".orc", ".avro")
+_KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+_REFUSED = (".arrow", ".feather", ".orc", ".avro")
 # How files of other names begin that are no text.
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 # These names say nothing about what is inside.
@@ -35,7 +41,8 @@ _LONGEST_LINE = 1 << 26
 
 
 def kind_of(path: pathlib.Path) -> str:
-    """ "text", "jsonl", "json", "csv" or "array_record": by the name in whatever case, else by how the file begins.
+    """ "text", "jsonl", "json", "csv", "parquet" or "array_record": by the name in whatever case, else by how the
+    file begins.
 
     Raises AtomError for files of other kinds, with what to do about them.
     """
@@ -53,6 +60,8 @@ def kind_of(path: pathlib.Path) -> str:
             if kind is None and suffix in _PLAIN:
                 f.seek(0)
                 return _json_kind(head.removeprefix(BOM), f.readline(_LONGEST_LINE))
+    if kind == "parquet":
+        return kind
     if kind in ("gzip", "xz"):
         raise AtomError(f"{path} is packed, but its name does not end in .{'gz' if kind == 'gzip' else 'xz'}.")
     if kind is not None:
@@ -71,28 +80,28 @@ def _json_kind(head: bytes, line: bytes) -> str:
         return "text"
 
 
-def read_jsonl(path: pathlib.Path, field: str) -> Corpus:
-    """One document per line, the string under `field`."""
+def read_jsonl(path: pathlib.Path, take: Take) -> Corpus:
+    """One document per line."""
     if packing(path) is None:
-        return JsonLines(path, field)
+        return JsonLines(path, take)
     lines = read_packed(path).splitlines()
-    texts = [json_text(line, field, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    texts = [json_text(line, take, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     return Texts(str(path), texts)
 
 
-def read_json(path: pathlib.Path, field: str) -> Corpus:
+def read_json(path: pathlib.Path, take: Take) -> Corpus:
     """One document per object of a list, or per line where every line is an object."""
     text = _content(path)
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as e:
         if _json_kind(b'{"', text.partition(b"\n")[0]) == "jsonl":
-            return read_jsonl(path, field)
+            return read_jsonl(path, take)
         raise AtomError(f"{path} is not JSON: {one_line(e)}.") from None
-    return _records(path, parsed if isinstance(parsed, list) else [parsed], field)
+    return _records(path, parsed if isinstance(parsed, list) else [parsed], take)
 
 
-def read_csv(path: pathlib.Path, field: str) -> Corpus:
+def read_csv(path: pathlib.Path, take: Take) -> Corpus:
     """One document per row after the first, which names the columns."""
     rows = csv.DictReader(
         io.StringIO(_content(path).decode("utf-8"), newline=""),
@@ -101,11 +110,26 @@ def read_csv(path: pathlib.Path, field: str) -> Corpus:
     )
     before = csv.field_size_limit(2**31 - 1)
     try:
-        return _records(path, list(rows), field)
+        return _records(path, list(rows), take)
     except csv.Error as e:
         raise AtomError(f"{path}, row {rows.line_num} is not CSV: {one_line(e)}.") from None
     finally:
         csv.field_size_limit(before)
+
+
+def read_parquet(path: pathlib.Path, take: Take) -> Corpus:
+    """One document per row."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise AtomError(f"{path} needs pyarrow: pip install 'atom-jax[parquet]'.") from None
+    try:
+        with contextlib.nullcontext(io.BytesIO(read_packed(path))) if packing(path) else open_file(path) as f:
+            parts = parquet.ParquetFile(f).iter_batches()
+            return _records(path, (row for part in parts for row in part.to_pylist()), take)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise AtomError(f"{path} is not parquet, or damaged: {one_line(e)}.") from None
 
 
 def read_packed_text(path: pathlib.Path) -> Corpus:
@@ -113,8 +137,8 @@ def read_packed_text(path: pathlib.Path) -> Corpus:
     return Texts(str(path), [_content(path)])
 
 
-def _records(path: pathlib.Path, records: Iterable[Any], field: str) -> Corpus:
-    return Texts(str(path), [record_text(r, field, f"{path}, entry {n}") for n, r in enumerate(records, 1)])
+def _records(path: pathlib.Path, records: Iterable[Any], take: Take) -> Corpus:
+    return Texts(str(path), [take(r, f"{path}, entry {n}") for n, r in enumerate(records, 1)])
 
 
 def _content(path: pathlib.Path) -> bytes:

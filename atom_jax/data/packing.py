@@ -20,16 +20,17 @@ Batch = dict[str, np.ndarray]
 
 
 class Tokens(NamedTuple):
-    """Of a piece of text: ids i32 [n]; marks: bool [n], or None; prompt: so many, in front, are only read."""
+    """Of a piece of text: ids i32 [n]; marks: bool [n], or None; learned: bool [n], those that are learned from, not
+    only read, or None for all."""
 
     ids: np.ndarray
     marks: Any = None
-    prompt: int = 0
+    learned: Any = None
 
 
 def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None, prompt_end: str = "") -> Tokens:
-    """Returns the tokens of {"text", "first", "last"}; given `units`, with their marks; and how many of them belong
-    to what is read only, up to and with `prompt_end` (all, where it does not occur).
+    """Returns the tokens of {"text", "first", "last"}; given `units`, with their marks; what stands up to and with
+    `prompt_end` (all, where it does not occur) is not learned from.
 
     The first piece of a document begins with what `beginning` says, the last ends with eos, where there is one.
     A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
@@ -47,11 +48,12 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
         # A token of no bytes (the end of a word) is not marked again.
         marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
-    prompt = 0
+    learned = None
     if asks:
         before, found, _ = piece["text"].partition(prompt_end.encode())
-        prompt = len(head) + int(np.sum(spans[:, 0] < len(before) + len(found)))
-    return Tokens(ids.astype(np.int32, copy=False), marks, prompt)
+        after = spans[:, 0] >= len(before) + len(found)
+        learned = np.concatenate([np.zeros(len(head), bool), after, np.ones(len(tail), bool)])
+    return Tokens(ids.astype(np.int32, copy=False), marks, learned)
 
 
 def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:
@@ -90,11 +92,11 @@ def described(cfg: DataConfig) -> Batch:
     return one | {k: np.broadcast_to(np.int32(0), size) for k, size in more.items()}
 
 
-def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, known: int = 0) -> None:
+def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, learned: Any = None) -> None:
     """Writes ids[:take] into a row from column `at` on, as one segment.
 
     ids: i32 [n], n >= take; when n is greater, the last of them has a target too.
-    known: the first `known` targets are left out of the loss.
+    learned: bool [n], those that count in the loss as targets; None: all.
     """
     end = at + take
     batch["ids"][row, at:end] = ids[:take]
@@ -102,4 +104,4 @@ def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: 
     batch["segments"][row, at:end] = segment
     targets = ids[1 : take + 1]
     batch["targets"][row, at : at + len(targets)] = targets
-    batch["loss_mask"][row, at + known : at + len(targets)] = True
+    batch["loss_mask"][row, at : at + len(targets)] = True if learned is None else learned[1 : take + 1]

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 
 from atom_jax.data.config import DataConfig
+from atom_jax.data.conversations import conversation_tokens
 from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place, subwords
 from atom_jax.data.pieces import Pieces
 from atom_jax.data.sources import open_source
@@ -31,6 +32,7 @@ from atom_jax.typing import AtomError
 _AHEAD = 2  # batches prepared before they are asked for
 _THREADS = 4  # tokenizers release the interpreter lock
 _EMPTY_LIMIT = 10_000  # pieces without a token in a row, after which the source is called empty
+_FEW = 1000  # pieces of a text that may be tiny
 _WHOLE = 1 << 62  # bytes of a piece that is a document, however long
 
 
@@ -59,13 +61,34 @@ def make_iterator(
     return iterator
 
 
-def left_out(cfg: DataConfig, tokenizer: Tokenizer) -> float:
-    """The share of documents that `cfg.whole` leaves out for their length, among 256 of each source."""
-    sizes = []
-    for found in open_pieces(cfg, tokenizer):
+def reader(cfg: DataConfig, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Callable[[dict], Tokens]:
+    """What makes tokens of the pieces of a configuration; units: of `cfg.marks`."""
+    if cfg.tokens:
+        return functools.partial(subwords, tokenizer=tokenizer)
+    if cfg.chat:
+        return functools.partial(conversation_tokens, tokenizer=tokenizer)
+    return functools.partial(piece_tokens, tokenizer=tokenizer, units=units, prompt_end=cfg.prompt_end)
+
+
+def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
+    """What is to be said of the text before training: that it is hardly any, and the share of documents that
+    `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are."""
+    notes, sizes = [], []
+    if pieces > _FEW and not cfg.whole:
+        return notes
+    opened = open_pieces(cfg, tokenizer)
+    known = [found.corpus.sizes for found in opened if found.corpus.sizes is not None]
+    total = sum(int(x.sum()) for x in known)
+    if len(known) == len(opened) and total < cfg.batch_size * cfg.seq_len:
+        rows = f"{cfg.batch_size} rows of {cfg.seq_len} tokens"
+        notes.append(f"data: the {cfg.split} split is tiny, {total:,} bytes, and one batch has {rows}")
+    tokens = reader(cfg, tokenizer)
+    for found in opened if cfg.whole else []:
         sample = np.unique(np.linspace(0, len(found) - 1, 256).astype(np.int64))
-        sizes += [len(piece_tokens(found[int(k)], tokenizer).ids) for k in sample]
-    return float(np.mean(np.array(sizes) > cfg.seq_len))
+        sizes += [len(tokens(found[int(k)]).ids) for k in sample]
+    if sizes and (share := float(np.mean(np.array(sizes) > cfg.seq_len))):
+        notes.append(f"data: {share:.0%} of the documents are longer than {cfg.seq_len} tokens and left out")
+    return notes
 
 
 class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
@@ -102,7 +125,8 @@ def merge_states(states: Sequence[dict]) -> dict:
 def open_pieces(cfg: DataConfig, tokenizer: Tokenizer) -> list[Pieces]:
     """Returns the pieces of every source, in the sources' own order."""
     size = cfg.piece_bytes or 8 * cfg.seq_len * (1 if isinstance(tokenizer, ByteTokenizer) else 4)
-    return [Pieces(open_source(source, cfg.split), _WHOLE if cfg.whole else size) for source in cfg.sources]
+    size = _WHOLE if cfg.whole else size
+    return [Pieces(open_source(source, cfg.split, cfg.chat), size) for source in cfg.sources]
 
 
 def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
@@ -133,10 +157,7 @@ class _PackedRows(grain.DatasetIterator):
         self.pad_id = tokenizer.pad_id
         self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
-        if cfg.tokens:
-            tokens = functools.partial(subwords, tokenizer=tokenizer)
-        else:
-            tokens = functools.partial(piece_tokens, tokenizer=tokenizer, units=self.units, prompt_end=cfg.prompt_end)
+        tokens = reader(cfg, tokenizer, self.units)
         longest = cfg.seq_len if cfg.whole else None
         self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool, longest) for r in numbers]
 
@@ -211,12 +232,12 @@ class _Lane:
     def fill(self, batch: Batch, row: int) -> None:
         at, segment, seq_len = 0, 0, batch["ids"].shape[1]
         while at < seq_len:
-            ids, marks, prompt = self._load()
+            ids, marks, learned = self._load()
             take = min(seq_len - at, len(ids) - self.used)
             if self.longest is not None and take < len(ids):
                 break
             segment += 1
-            place(batch, row, at, segment, ids[self.used :], take, max(prompt - 1 - self.used, 0))
+            place(batch, row, at, segment, ids[self.used :], take, None if learned is None else learned[self.used :])
             if marks is not None:
                 batch["marks"][row, at : at + take] = marks[self.used : self.used + take]
             at += take
@@ -251,7 +272,7 @@ class _Lane:
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
     """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-    for name in ("marks", "tokens", "whole", "prompt_end"):
+    for name in ("marks", "tokens", "whole", "prompt_end", "chat"):
         if not identity[name]:
             del identity[name]  # states from before there were such rows stay valid
     content = {"pieces": [len(p) for p in found], "content": [p.corpus.crc for p in found]}

@@ -11,21 +11,27 @@ from functools import partial
 import grain
 
 from atom_jax.data import builtin, formats, puzzles
-from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing
+from atom_jax.data.conversations import conversation
+from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing, record_text
 from atom_jax.data.splits import take_split
 from atom_jax.typing import AtomError
 
 # What directories and tfds splits call them.
-_READERS = {"jsonl": formats.read_jsonl, "json": formats.read_json, "csv": formats.read_csv}
+_READERS = {
+    "jsonl": formats.read_jsonl, "json": formats.read_json, "csv": formats.read_csv, "parquet": formats.read_parquet,
+}  # fmt: skip
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def open_source(source: str, split: str) -> Corpus:
-    """Returns the documents of one split of a source; DataConfig documents both.
+def open_source(source: str, split: str, chat: bool = False) -> Corpus:
+    """Returns the documents of one split of a source; DataConfig documents both. chat: its records are conversations
+    (`conversations.conversation`).
 
     Raises AtomError when the source is missing, empty, damaged or not UTF-8.
     """
-    if source == "austen":
+    if chat:
+        corpus = _paths(source, split, chat)
+    elif source == "austen":
         corpus = builtin.austen(split)
     elif source == "pystdlib":
         corpus = builtin.pystdlib(split)
@@ -73,10 +79,10 @@ def _tfds(source: str, split: str) -> Corpus:
     return _choose(source, split, parts)
 
 
-def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]]) -> Corpus:
+def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]], chat: bool = False) -> Corpus:
     """Opens the named split. A source whose only part is "train" is split further, by data/splits.py."""
     if set(parts) == {"train"}:
-        return take_split(parts["train"](), split)
+        return take_split(parts["train"](), split, chat)
     if split == "all" and parts:
         return Joined(source, [part() for part in parts.values()])
     for name in _NAMES.get(split, ()):
@@ -85,7 +91,7 @@ def _choose(source: str, split: str, parts: dict[str, Callable[[], Corpus]]) -> 
     raise AtomError(f"{source} has no {split} split: it has {', '.join(sorted(parts)) or 'none'}.")
 
 
-def _paths(source: str, split: str) -> Corpus:
+def _paths(source: str, split: str, chat: bool = False) -> Corpus:
     name, field = source, None
     if not os.path.exists(source) and "#" in source:
         name, _, field = source.rpartition("#")
@@ -94,19 +100,19 @@ def _paths(source: str, split: str) -> Corpus:
         known = [n for names in _NAMES.values() for n in names]
         folders = [path / n for n in known if (path / n).is_dir()]
         if folders:
-            return _choose(source, split, {p.name: partial(_directory, p, field) for p in folders})
-        return take_split(_directory(path, field), split)
+            return _choose(source, split, {p.name: partial(_directory, p, field, chat) for p in folders}, chat)
+        return take_split(_directory(path, field, chat), split, chat)
     if os.path.exists(name):
         found = [path]
     else:
         found = [p for p in sorted(map(pathlib.Path, glob.glob(name, recursive=True))) if p.is_file()]
     if not found:
         raise AtomError(f"There is no source {source}: no built-in has this name and no file or directory matches.")
-    return take_split(_files(name, found, field), split)
+    return take_split(_files(name, found, field, chat), split, chat)
 
 
-def _directory(path: pathlib.Path, field: str | None) -> Corpus:
-    return _files(str(path), _listing(path), field)
+def _directory(path: pathlib.Path, field: str | None, chat: bool) -> Corpus:
+    return _files(str(path), _listing(path), field, chat)
 
 
 def _listing(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -123,18 +129,24 @@ def _listing(directory: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def _files(what: str, paths: list[pathlib.Path], field: str | None) -> Corpus:
+def _files(what: str, paths: list[pathlib.Path], field: str | None, chat: bool) -> Corpus:
     kinds = sorted({formats.kind_of(p) for p in paths})
     if len(kinds) > 1:
         raise AtomError(
             f"{what} holds {' and '.join(kinds)} files: choose one kind with a pattern, such as DIR/*.jsonl."
         )
     if field and kinds[0] not in _READERS:
-        raise AtomError(f"{what}#{field}: only .jsonl files and tfds directories have fields, and .json and .csv.")
+        raise AtomError(
+            f"{what}#{field}: only .jsonl files and tfds directories have fields, and .json, .csv and .parquet."
+        )
+    if chat and kinds[0] not in _READERS:
+        raise AtomError(f"{what} holds {kinds[0]} files: conversations are .jsonl, .json, .csv or .parquet.")
     if kinds == ["array_record"]:
         return Records(what, _array_record(what, paths))
     if kinds[0] in _READERS:
-        return Joined(what, [_READERS[kinds[0]](p, field or "text") for p in paths])
+        take = conversation if chat else record_text
+        take = partial(take, field=field) if field else take
+        return Joined(what, [_READERS[kinds[0]](p, take) for p in paths])
     packed = [p for p in paths if packing(p) is not None]
     plain = [p for p in paths if packing(p) is None]
     return Joined(what, [Files(what, plain)] + [formats.read_packed_text(p) for p in packed])

@@ -13,15 +13,22 @@ from collections.abc import Sequence
 
 from atom_jax.data.corpus import Corpus, Spans, Subset
 from atom_jax.data.pieces import cut
+from atom_jax.typing import AtomError
 
 BLOCK = 20
 _RANGES = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent
 
 
-def take_split(corpus: Corpus, split: str) -> Corpus:
-    """Returns the part of `corpus` that is `split`: "train", "validation", "test" or "all"."""
+def take_split(corpus: Corpus, split: str, whole: bool = False) -> Corpus:
+    """Returns the part of `corpus` that is `split`: "train", "validation", "test" or "all". whole: documents cannot
+    be shared, and AtomError is raised where there are too few."""
     if split == "all":
         return corpus
+    if whole and len(corpus) < BLOCK:
+        raise AtomError(
+            f"{corpus.what} holds {len(corpus)} conversations, too few to keep some from training: from {BLOCK} on"
+            " they are split; or put them into directories train and validation."
+        )
     if len(corpus) >= BLOCK:
         return Subset(corpus, SplitIndices(len(corpus), split))
     spans = []

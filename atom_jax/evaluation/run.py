@@ -31,7 +31,9 @@ _LONGEST = 2048
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises AtomError unless every name is a task, and there is one."""
-    for name in names or [""]:
+    if not names:
+        raise AtomError(f"--tasks is missing: the tasks are {', '.join(TASKS)}")
+    for name in names:
         if name not in TASKS:
             raise AtomError(f"--tasks: no task {name!r}; the tasks are {', '.join(TASKS)}")
 

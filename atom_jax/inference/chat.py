@@ -8,19 +8,15 @@ from typing import Any
 import jax
 
 from atom_jax.inference.generate import Generation, generate
+from atom_jax.session.prompts import check_model
 from atom_jax.tokenizers import chat_template
 from atom_jax.typing import LM, AtomError
 
 
 def template_of(lm: LM) -> str | None:
     """The chat template of the model's tokenizer, the one called "default" where there are several; or None."""
-    found = getattr(lm.tokenizer, "chat_template", None)
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        raise AtomError(f"the tokenizer's chat template is no text: {found!r:.80}")
-    return found
+    check_model(lm)
+    return chat_template.of(lm.tokenizer)
 
 
 def prompt(lm: LM, messages: Sequence[dict[str, Any]]) -> str:
@@ -28,17 +24,15 @@ def prompt(lm: LM, messages: Sequence[dict[str, Any]]) -> str:
 
     Raises AtomError for a model without a chat template, and for messages that it does not take.
     """
-    template = template_of(lm)
-    if template is None:
+    if template_of(lm) is None:
         raise AtomError("this model has no chat template: it was not tuned for conversations; use generate")
-    ids = {"bos_token": lm.tokenizer.bos_id, "eos_token": next(iter(lm.tokenizer.eos_ids), None)}
-    names = {name: "" if i is None else lm.tokenizer.decode([i]) for name, i in ids.items()}
-    return chat_template.render(template, messages, **names)
+    return chat_template.written(lm.tokenizer, messages)
 
 
 def chat(lm: LM, messages: Sequence[dict[str, Any]], max_new_tokens: int = 256, **options: Any) -> str:
     """The answer to a conversation, {"role": ..., "content": ...} each. options: as of `generate`."""
-    ids = lm.tokenizer.encode(prompt(lm, messages)).tolist()
+    text = prompt(lm, messages)
+    ids = lm.tokenizer.encode(text).tolist()
     return generate(lm, [ids], max_new_tokens, **options).text[0].strip()
 
 

@@ -20,7 +20,7 @@ from atom_jax.session.decode import CHUNK, Choice, Made
 from atom_jax.session.drafts import drafters
 from atom_jax.session.drafts.drafter import Drafter
 from atom_jax.session.drafts.slots import DraftSlots
-from atom_jax.session.prompts import end_ids, listed, token_rows
+from atom_jax.session.prompts import check_model, end_ids, listed, token_rows
 from atom_jax.session.queue import cores
 from atom_jax.session.session import ROOM, Session
 from atom_jax.session.slots import Slots
@@ -101,6 +101,7 @@ def generate(
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
+    check_model(lm)
     max_new_tokens = config.whole("max_new_tokens", max_new_tokens, 1)
     stop = [stop] if isinstance(stop, str) else listed("stop", stop)
     if any(not isinstance(text, str) for text in stop):

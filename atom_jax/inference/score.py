@@ -14,7 +14,7 @@ from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import memory as lasting
 from atom_jax.models import registry
 from atom_jax.nn import scoring
-from atom_jax.session.prompts import check_ids
+from atom_jax.session.prompts import check_ids, check_model
 from atom_jax.session.reading import exactly
 from atom_jax.typing import LM, AtomError, Batch, Output
 
@@ -69,6 +69,7 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:
     """Checks ids and mask as `apply` describes them; positions count the real tokens of a row from 0."""
+    check_model(lm)
     try:
         ids = np.asarray(ids)
     except ValueError:

@@ -13,8 +13,9 @@ from atom_jax import config, params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.kvcache.policy import Mode, policy_of
-from atom_jax.models import attention, layers
+from atom_jax.models import attention, layers, lora
 from atom_jax.models.attention import Attention, Context, Probe
+from atom_jax.models.lora import LoRA
 from atom_jax.models.transformer_variants import FAMILIES
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attention_spec
@@ -58,6 +59,8 @@ class TransformerConfig:
     remat: bool = False
     # What of the keys and values is kept: a policy of `kvcache.policies`, or None for everything.
     memory: Any = None
+    # Corrections of the projections that are trained in place of the weights; models that are loaded have none.
+    lora: LoRA | None = None
 
     def __post_init__(self):
         config.check(
@@ -105,6 +108,8 @@ def spec(cfg: TransformerConfig) -> params.Tree:
         "mlp_norm": ParamSpec((d,), (None,), ones),
         "mlp": swiglu_spec(d, cfg.d_ff, out_scale),
     }
+    if cfg.lora is not None:
+        layer["lora"] = lora.spec(layer, cfg.lora)
     tree = {
         "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), normal(0.02)),
         "layers": params.stack(layer, cfg.n_layers),
@@ -219,6 +224,7 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
       One token through an unrolled stack reads every weight once; the scan copies each layer out first, which
       doubles the traffic on a CPU. A small table that is also the head's gets a transposed copy "unembed".
     """
+    p = lora.merged(p, cfg.lora)
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
     if "embed" in p and cfg.tie_embeddings and unroll and cfg.vocab_size <= SMALL_VOCAB:
         tables["unembed"] = tables["embed"].T
@@ -241,6 +247,7 @@ def _layer(
     cfg: TransformerConfig, context: Context, kind: Attention, p: Any, x: jax.Array, state: Any, others: Any
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
     p = params.cast(p, x.dtype)
+    p = lora.beside(p, cfg.lora) if "lora" in p else p
     post = FAMILIES[cfg.family].post_norm
     with jax.named_scope("attention"):
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)

@@ -7,6 +7,7 @@ from typing import Any
 
 from atom_jax.fields import Fields
 from atom_jax.kvcache import policies
+from atom_jax.models import lora
 from atom_jax.models import transformer_rope as rope
 from atom_jax.models.published import refuse_unknown, token_ids
 from atom_jax.models.transformer import TransformerConfig
@@ -139,6 +140,13 @@ _LAYER = (
     *(Rule(f"{hf}.{n}_proj.weight", f"{ours}/{n}", 1) for hf, ours, names in _MATRICES for n in names),
     Rule("self_attn.o_proj.weight", "attn/o", 2),
 )
+# PEFT's names for what tuning adds.
+_LORA = tuple(
+    Rule(f"{hf}.{n}_proj.lora_{part.upper()}.weight", f"lora/{n}_{part}", lora.INPUTS[n] if part == "a" else 1)
+    for hf, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+    for n in names
+    for part in "ab"
+)
 _QK_NORM = tuple(Rule(f"self_attn.{n}_norm.weight", f"attn/{n}_norm") for n in "qk")
 
 
@@ -163,4 +171,5 @@ def layer_rules(cfg: TransformerConfig) -> list[Rule]:
         Rule(f"{before}_layernorm.weight", "attn_norm"),
         Rule(f"{after}_layernorm.weight", "mlp_norm"),
         *(rule.inside("self_attn.", "attn/") for rule in policies.rules(cfg.memory)),
+        *(_LORA if cfg.lora is not None else ()),
     ]

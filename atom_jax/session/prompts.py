@@ -13,11 +13,18 @@ from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
 
+def check_model(lm: Any) -> None:
+    """Raises AtomError for what is no model."""
+    if not isinstance(lm, LM):
+        raise AtomError(f"lm: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
+
+
 def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:
     """Prompts, texts or lists of ids (or one text), as i32 arrays. first: whether they begin a text.
 
-    Raises AtomError where there is none, for ids out of range, and for an empty prompt.
+    Raises AtomError where there is none, for ids out of range, for an empty prompt, and for what is no model.
     """
+    check_model(lm)
     prompts = [prompts] if isinstance(prompts, str | bytes) else listed("prompts", prompts)
     if not prompts:
         raise AtomError("prompts: there is none")

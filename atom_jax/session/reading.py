@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atom_jax.chunking.config import per_stage
 from atom_jax.kvcache import memory
@@ -15,6 +16,9 @@ from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
 from atom_jax.typing import Batch
+
+# Tokens that a memory which keeps everything reads at once, where somebody waits to hear how far it has come.
+PART = 1024
 
 
 class Plan(NamedTuple):
@@ -45,17 +49,25 @@ def plan(cfg: Any) -> Plan:
 
 
 def read(
-    params: Any, ids_bt: Any, lengths_b: Any, cache: Memory | None = None, *, cfg: Any
+    params: Any,
+    ids_bt: Any,
+    lengths_b: Any,
+    cache: Memory | None = None,
+    *,
+    cfg: Any,
+    size: int = 0,
+    on_part: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, Memory, list[jax.Array]]:
     """Reads tokens after those that the memory has seen, as `plan` says; the memory is made to fit before each call.
 
     ids_bt: i32, padded on the right. lengths_b: i32, tokens of every row (0: none). cache: None for an empty memory;
-    an older one is given up.
+    an older one is given up. size: most tokens of a call, where `plan` does not say it; 0: all. on_part: called with
+    the number of tokens read so far after every part.
     Returns the states [b, d] of every row's last token (arbitrary in rows without one), the memory, and the states of
     all tokens, [b, n, d] part by part.
     """
     t, how = ids_bt.shape[1], plan(cfg)
-    size = t if how.part is None else min(t, how.part)
+    size = min(t, how.part or size or t)
     ids_bt, lengths_b = jnp.pad(jnp.asarray(ids_bt), ((0, 0), (0, -t % size))), jnp.asarray(lengths_b)
     last_bd, states = None, []
     for at in range(0, ids_bt.shape[1], size):
@@ -69,19 +81,41 @@ def read(
 
         last_bd, x_btd, cache = exactly(once, cfg)
         states.append(x_btd)
+        if on_part is not None:
+            jax.block_until_ready(last_bd)
+            on_part(min(at + size, t))
     return last_bd, cache, states
 
 
 def first(
-    params: Any, ids_bt: Any, length_b: Any, suffix: Any = None, *, cfg: Any, capacity: int
+    params: Any,
+    ids_bt: Any,
+    length_b: Any,
+    suffix: Any = None,
+    *,
+    cfg: Any,
+    capacity: int,
+    on_part: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, Memory]:
     """As `read`, prompts of at least one token each, in an empty memory with room for `capacity` tokens per row.
-    suffix: as in Batch."""
-    part = plan(cfg).part
-    if part is None:
+    suffix: as in Batch. on_part: as for `read`; with it a memory that keeps everything reads a single prompt in
+    parts, too."""
+    part, longest = plan(cfg).part, int(length_b.max())
+    if part is not None:
+        parts = -(-longest // part)
+        return read(params, ids_bt[:, : parts * part], length_b, cfg=cfg, on_part=on_part)[:2]
+
+    def once(ids_bt: Any, length_b: Any) -> tuple[jax.Array, Memory]:
         return exactly(lambda cfg: read_prompt(params, ids_bt, length_b, suffix, cfg=cfg, capacity=capacity), cfg)
-    parts = -(-int(length_b.max()) // part)
-    return read(params, ids_bt[:, : parts * part], length_b, cfg=cfg)[:2]
+
+    cuts = registry.of(cfg).memory(cfg) is None and not plan(cfg).waits and len(ids_bt) == 1
+    if on_part is None or not cuts or longest <= PART:
+        return once(ids_bt, length_b)
+    _, cache = once(ids_bt[:, :PART], np.array([PART], np.int32))
+    on_part(PART)
+    rest = ids_bt[:, PART : -(-longest // PART) * PART]
+    later = lambda done: on_part(PART + done)  # noqa: E731
+    return read(params, rest, length_b - PART, cache, cfg=cfg, size=PART, on_part=later)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))

@@ -38,6 +38,8 @@ def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p:
     """Checks the values and packs them. Raises AtomError for a value outside its range."""
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             float(value)
         except (TypeError, ValueError, OverflowError):
             raise AtomError(f"{name}: expected a number, got a {type(value).__name__}") from None

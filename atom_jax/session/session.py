@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class Session:
     @classmethod
     def prefill(
         cls, lm: LM, texts: Any, *, room: int = ROOM, longest: int = 0, params: Any = None,
-        memory: Memory | None = None,
+        memory: Memory | None = None, on_part: Callable[[int], None] | None = None,
     ) -> Session:  # fmt: skip
         """Reads the beginning of every row.
 
@@ -58,24 +58,27 @@ class Session:
           longest: length of a longer prompt whose shapes are to be used. params: in place of `laid_out.of(lm)`.
           memory: what the rows have read before, as the stacked layers of `lm` keep it; it is given up. None: they
             begin.
+          on_part: called with the number of tokens read so far, as a long text is read in parts; where the memory has
+            to see a prompt whole, never.
         Raises AtomError for empty prompts, ids out of range, and a prompt longer than the model's positions.
         """
         ids, lengths = prompts.padded(prompts.token_rows(lm, texts, first=memory is None), longest)
         capacity = bucket(max(longest, int(lengths.max())) + room, LEAST)
         params = laid_out.of(lm) if params is None else params
+        unroll = laid_out.unrolls(lm)
         return cls.begin(
-            lm, ids, lengths, capacity=capacity, params=params, unroll=laid_out.unrolls(lm), memory=memory
+            lm, ids, lengths, capacity=capacity, params=params, unroll=unroll, memory=memory, on_part=on_part
         )
 
     @classmethod
     def begin(
         cls, lm: LM, ids_bt: np.ndarray, length_b: np.ndarray, *, capacity: int, params: Any, unroll: bool,
-        memory: Memory | None = None,
+        memory: Memory | None = None, on_part: Callable[[int], None] | None = None,
     ) -> Session:  # fmt: skip
         """As `prefill`, from ids i32 [b, t], padded on the right, and their lengths i32 [b], at least 1.
 
         capacity: tokens per row for which there is room in an empty memory. params: as lm has them, or laid out.
-        unroll: they are laid out layer by layer, as the memory is to be. memory: as for `prefill`.
+        unroll: they are laid out layer by layer, as the memory is to be. memory, on_part: as for `prefill`.
         """
         _check_positions(lm, int((length_b + (0 if memory is None else np.asarray(memory.length))).max()))
         mask = np.arange(ids_bt.shape[1])[None] < length_b[:, None]
@@ -83,9 +86,11 @@ class Session:
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
         scanned = lm.params if unroll else params
         if memory is None:
-            x_bd, memory = reading.first(scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity)
+            x_bd, memory = reading.first(
+                scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity, on_part=on_part
+            )
         else:
-            x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config)
+            x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config, on_part=on_part)
         memory = programs.unstack(memory) if unroll else memory
         return cls.after(lm, params, memory_lib.trim(memory), ids_bt, length_b, x_bd)
 

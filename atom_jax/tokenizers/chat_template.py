@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.typing import AtomError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -20,16 +22,10 @@ def render(template: str, messages: Sequence[dict[str, Any]], answer: bool = Tru
     Raises AtomError for messages that are none, and for a template that is malformed, refuses them, or breaks out.
     """
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     check(messages)
-    extensions = ["jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=[dict(message) for message in messages], add_generation_prompt=answer, **variables
         )
     except AtomError:
@@ -37,6 +33,56 @@ def render(template: str, messages: Sequence[dict[str, Any]], answer: bool = Tru
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as e:
         said = " ".join(str(e).split()) or type(e).__name__
         raise AtomError(f"the chat template cannot write this conversation: {said:.200}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """A jinja2.Template; Jinja2's errors for one that is malformed."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def of(tokenizer: Tokenizer) -> str | None:
+    """The chat template of a tokenizer, the one called "default" where there are several; or None."""
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise AtomError(f"the tokenizer's chat template is no text: {found!r:.80}")
+    return found
+
+
+def written(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], answer: bool = True) -> str:
+    """The text of a conversation by the template of a tokenizer, which has one; answer, errors: as of `render`."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    names = {name: "" if i is None else tokenizer.decode([i]) for name, i in ids.items()}
+    return render(of(tokenizer), messages, answer, **names)
+
+
+def answers(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a whole conversation, and where its answers stand in it: first and one past the last character, of
+    what follows the text with which the answer would be asked for, without white space at the end.
+
+    An answer that a template writes otherwise once the conversation goes on (without its thoughts, say) is left out:
+    the text before it is not what a model would be asked with. Raises AtomError where all are.
+    """
+    text, found = written(tokenizer, messages, answer=False), []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in turns:
+        asked = written(tokenizer, messages[:i]) if i else ""
+        told = written(tokenizer, messages[: i + 1], answer=False).rstrip()
+        if told.startswith(asked) and text.startswith(told):
+            found.append((len(asked), len(told)))
+    if turns and not found:
+        raise AtomError("the chat template writes answers otherwise than it asks for them, so none can be learned")
+    return text, found
 
 
 def check(messages: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from atom_jax import config
 from atom_jax.data.config import DataConfig
+from atom_jax.models.lora import LoRA
 from atom_jax.sharding import MeshConfig
 from atom_jax.training.objectives import OBJECTIVES, Byteify, Distill, Fit, NextToken, Objective
 from atom_jax.typing import AtomError
@@ -86,6 +87,8 @@ class TrainConfig:
     log_every: int = 10
     # Steps between validations; 0 = never.
     eval_every: int = 200
+    # Validate before the first step too.
+    eval_first: bool = False
     # Batches per validation, each as large as one of the optim.accumulate parts of a training batch.
     eval_batches: int = 16
     # A checkpoint is due after so many steps or minutes, whichever comes first; 0 = only at the end.
@@ -116,6 +119,8 @@ class Experiment:
     model: Any = None
     # Cache policy for the model of init_from; None leaves the one that it has.
     memory: Any = None
+    # Corrections beside the weights of the model of init_from, to be trained alone (optim.groups freezes the rest).
+    lora: LoRA | None = None
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -125,6 +130,8 @@ class Experiment:
     tokenizer: str = "bytes"
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""
+    # Adapters to put on it first, as in `load`: learned evictors, or LoRA, which becomes part of its weights.
+    adapter: str = ""
     # What the run pursues: at most one objective with a loss, and others beside it; without one, the next token of
     # the text. Fits the model's evictors in closed form before the first step; None: they start as they are.
     fit: Fit | None = None
@@ -146,6 +153,10 @@ class Experiment:
             if held is not None and type(held) not in known:
                 names = " or ".join(cls.__name__ for cls in known)
                 raise AtomError(f"{name}: expected {names} (objectives are registered), got {held!r}")
+        if self.fit is not None and (self.lora or getattr(self.model, "lora", None)):
+            raise AtomError("fit and lora: fit the evictors in a run of its own (first)")
+        if self.adapter and not self.init_from:
+            raise AtomError(f"adapter is {self.adapter!r}, but there is no init_from to put it on")
         if len(losses := [o.name for o in self.objectives if o.trains]) > 1:
             raise AtomError(f"{' and '.join(losses)}: a run has one loss; give the others runs of their own (first)")
 
@@ -167,7 +178,7 @@ class Experiment:
 # Differences with which a run may be resumed; all others would silently make it another run. Whether data.sources
 # are the same is seen by their text (`data.pipeline`).
 RESUMABLE = re.compile(
-    r"(first\.)*(train\.|mesh\.|model\.remat|data\.sources|init_from"
+    r"(first\.)*(train\.|mesh\.|model\.remat|data\.sources|init_from|adapter"
     r"|optim\.(learning_rate|schedule|warmup_steps|decay_fraction|final_fraction|clip_norm))"
 )
 

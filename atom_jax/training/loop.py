@@ -115,6 +115,8 @@ class _Run:
         # Metrics are read one step late, when they have long been there: the device never waits for Python.
         behind: tuple[int, Any] | None = None
         wish = GO
+        if cfg.eval_first and cfg.eval_every and self.at == 0:
+            self._validate()
         while self.at < cfg.steps and wish != STOP:
             self.state, metrics = self.program.step(self.state, self.program.put(next(self.data)))
             self.at += 1

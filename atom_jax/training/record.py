@@ -38,6 +38,7 @@ class Recorder:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics (host scalars) of one step. Raises AtomError when the file cannot be written."""
         if self._clock is None:
+            self._bar.unpause()  # compiling is not in the time left either
             self.restart_clock()
         else:
             self._tokens += int(metrics["tokens"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,10 @@ import jax
 from atom_jax import checkpoint, config, tokenizers
 from atom_jax import params as params_lib
 from atom_jax.data import vocabulary
-from atom_jax.data.pipeline import left_out
-from atom_jax.models import registry
+from atom_jax.data.pipeline import remarks
+from atom_jax.models import lora, registry
+from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
-from atom_jax.training.objectives.base import Rows
 from atom_jax.training.program import Program
 from atom_jax.training.state import shardings
 from atom_jax.typing import AtomError
@@ -22,7 +22,7 @@ from atom_jax.typing import AtomError
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
     """The experiment of a configuration file, changed by --set. A model left open is taken from `init_from`, with
-    `memory` in its configuration, before the settings that concern it are applied.
+    `memory` and `lora` in its configuration, before the settings that concern it are applied.
 
     Raises AtomError for anything wrong in the file or the settings, and for a `memory` that no model can take."""
     exp = config.load_file(reference)
@@ -34,9 +34,14 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
         model = _given(exp, "model")[0]
         if exp.memory is not None:
             model = registry.of(model).with_memory(model, exp.memory)
+        if exp.lora is not None:
+            if not isinstance(model, TransformerConfig):
+                raise AtomError(f"lora is for transformers, and {exp.init_from} is of the family {model.family}")
+            model = dataclasses.replace(model, lora=exp.lora)
         exp = dataclasses.replace(exp, model=model)
-    elif exp.memory is not None:
-        raise AtomError("memory is for the model of init_from: where `model` is given, set model.memory")
+    elif given := [name for name in ("memory", "lora") if getattr(exp, name) is not None]:
+        name = given[0]
+        raise AtomError(f"{name} is for the model of init_from: where `model` is given, set model.{name}")
     return config.override(exp, later)
 
 
@@ -56,13 +61,13 @@ def tokenizer(exp: Experiment) -> Any:
     return found
 
 
-def begin(program: Program, data: Iterator[Rows]) -> tuple[Any, list[str]]:
+def begin(program: Program, data: Any) -> tuple[Any, list[str]]:
     """Parameters before the first step, in their places, and what is to be said of them: those of `init_from` after
     what the objectives do; None where all are drawn. data: the rows of the run."""
     exp, places = program.setting.exp, shardings(program.state).params
     params, notes = parameters(exp, places) if exp.init_from else (None, [])
-    if exp.data.whole and (share := left_out(exp.data, program.setting.tokenizer)):
-        notes.append(f"data: {share:.0%} of the documents are longer than {exp.data.seq_len} tokens and left out")
+    pieces = sum(data.get_state()["config"]["pieces"])
+    notes += remarks(exp.data, program.setting.tokenizer, pieces)
     for objective in exp.objectives:
         params, more = objective.begin(program.setting, params, places, data)
         notes += more
@@ -72,22 +77,24 @@ def begin(program: Program, data: Iterator[Rows]) -> tuple[Any, list[str]]:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and what is to be said of them.
 
-    What cache policies learn and is absent there takes the initial values of the experiment's seed.
+    What cache policies learn, and LoRA, takes the initial values of the experiment's seed where it is absent there.
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     there, _ = _given(exp, "model")
     spec = registry.of(exp.model).spec(exp.model)
     ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.of(there).spec(there)))
-    learned = registry.learned(exp.model)
+    learned = registry.learned(exp.model) | lora.paths(exp.model)
     new = [name for name in ours if name in learned and name not in theirs]
     for name in sorted((set(ours) | set(theirs)) - set(new)):
         shapes = [list(found[name].shape) if name in found else "absent" for found in (theirs, ours)]
         if shapes[0] != shapes[1]:
             raise AtomError(f"init_from {exp.init_from}: {name} is {shapes[0]} there and {shapes[1]} in this model")
-    lm = checkpoint.load(exp.init_from, dtype="float32", shardings=shardings)
+    lm = checkpoint.load(exp.init_from, exp.adapter, "float32", shardings)
     notes = [f"init_from: {line}" for line in config.diff(there, exp.model)]
     if new:
-        notes.append(f"init_from: {', '.join(new)} absent there, so with initial values")
+        # Of LoRA there is a pair of tensors for every projection.
+        said = dict.fromkeys("layers/lora" if name in lora.paths(exp.model) else name for name in new)
+        notes.append(f"init_from: {', '.join(said)} absent there, so with initial values")
     return _completed(lm.params, spec, exp.seed, shardings), notes
 
 
@@ -112,4 +119,4 @@ def _given(exp: Experiment, what: str) -> tuple[Any, Any]:
     """(model configuration, tokenizer) of `init_from`."""
     if not exp.init_from:
         raise AtomError(f"{what} is not set, and there is no init_from to take it from")
-    return checkpoint.load_config(exp.init_from)
+    return checkpoint.load_config(exp.init_from, exp.adapter)

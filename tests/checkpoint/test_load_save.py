@@ -41,6 +41,22 @@ def test_saved_is_what_was_loaded(golden, tmp_path, family):
     assert len(list((tmp_path / "many").glob("model-*"))) > 1
 
 
+def test_a_model_is_short_to_look_at_and_says_when_it_replaces_another(golden, tmp_path, monkeypatch):
+    lm, said = checkpoint.load(golden / "hf_tiny" / "llama"), []
+    assert repr(lm).startswith("LM(llama: ") and repr(lm).endswith(" parameters (float32), tokenizer: none)")
+    monkeypatch.setattr(checkpoint.logging, "warning", lambda *words: said.append(words[0] % words[1:]))
+    for _ in range(2):
+        checkpoint.save_hf(lm, tmp_path / "a")
+    said = [line for line in said if "replaced" in line]
+    assert said == [f"{tmp_path / 'a'}: the model that was there is replaced"]
+
+
+@pytest.mark.parametrize("path", [3, None, b"x"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(AtomError, match="path: expected that of a checkpoint, as a text, got"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_official_code_computes_the_same_from_what_was_saved(golden, tmp_path, family):
     torch = pytest.importorskip("torch", reason="needs the torch extra")

@@ -80,9 +80,7 @@ def test_text_that_looks_like_json_from_afar(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.parquet", b"PAR1....PAR1", "is a parquet file, which is not read"),
-        ("a.PARQUET", b"anything", "is a parquet file"),
-        ("data", b"PAR1 and so on", "is a parquet file"),
+        ("a.arrow", b"ARROW1", "is a arrow file, which is not read"),
         ("a.txt", gzip.compress(LINES, mtime=0), r"is packed, but its name does not end in \.gz"),
         ("a.bin", b"PK\x03\x04", "is a zip file"),
         ("a.json", b'{"text": ', "is not JSON"),

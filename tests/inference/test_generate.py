@@ -320,6 +320,12 @@ def test_bad_input_is_one_sentence(tiny, prompts, options, words):
     assert "\n" not in str(e.value)
 
 
+def test_what_is_no_model_is_refused():
+    for call in (generate, atom_jax.apply, atom_jax.chat, atom_jax.Session.prefill):
+        with pytest.raises(AtomError, match=r"lm: expected a model, as atom_jax.load gives it, got 'models/x'"):
+            call("models/x", ["a"])
+
+
 def test_bad_text_is_one_sentence(byte_lm):
     with pytest.raises(AtomError, match="empty string"):
         generate(byte_lm, "x", stop="")

@@ -94,12 +94,16 @@ def commands(home):
     """Arguments of `python -m atom_jax`, of which something is wrong."""
     model, bad = f"{home}/model", paths(home)
     good = f"--checkpoint={model}"
-    for name in ("generate", "units", "memory", "convert", "instructify", "info", "summary", "fairness", "fly", ""):
+    for name in ("generate", "units", "memory", "convert", "merge", "info", "summary", "fairness", "fly", ""):
         yield from ([name, flag] for flag in UNKNOWN)
     for path in bad:
         yield ["info", path]
         yield ["info", "--verify", path]
         yield ["convert", path, f"{home}/converted"]
+        yield ["merge", path, f"{home}/made"]
+        yield ["merge", model, f"{home}/made", f"--adapter={path}, "]
+        yield ["adapter", path, f"{home}/made"]
+        yield ["generate", good, "--prompt=x", f"--file={path}", "--max_new_tokens=0"]
         yield ["summary", path]
         yield ["instructify", path, model, model, f"{home}/made"]
         yield ["instructify", model, path, model, f"{home}/made"]
@@ -113,6 +117,7 @@ def commands(home):
         yield ["generate", "--compile_only", good, f"--topology={path}"]
     for path in outputs(home):
         yield ["convert", model, path]
+        yield ["adapter", model, path]
         yield ["units", good, "--text=x", f"--out={path}"]
         yield ["memory", good, "--text=x", f"--out={path}"]
         yield ["instructify", model, model, model, path]
@@ -180,19 +185,14 @@ def test_python_m_atom_jax(places, capsys, monkeypatch):
 
 # Runs a script again and again in one process, each time with the arguments of a line of the input.
 AGAIN = """
-import contextlib, faulthandler, importlib.util, io, json, sys, traceback
-from absl import app, flags
-from absl.testing import flagsaver
-from atom_jax import terminal
-spec = importlib.util.spec_from_file_location("script", sys.argv[1])
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+import contextlib, faulthandler, io, json, sys, traceback
+from atom_jax.__main__ import script
 for line in sys.stdin:
     args, err = json.loads(line), io.StringIO()
     faulthandler.dump_traceback_later(300, exit=True)
     try:
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            code = terminal.run(sys.argv[1], lambda: app.run(script.main, argv=[sys.argv[1], *args]))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            code = script(sys.argv[1].removesuffix(".py"), [sys.argv[1], *args])
     except BaseException:
         code = None
         err.write(traceback.format_exc())
@@ -204,7 +204,7 @@ def again(script, cases, home):
     """What is wrong with how the script ended, case by case."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:surrogatepass", "XLA_FLAGS": quick.FLAGS}
     done = subprocess.run(
-        [sys.executable, "-c", AGAIN, str(ROOT / script)], input="".join(json.dumps(case) + "\n" for case in cases),
+        [sys.executable, "-c", AGAIN, script], input="".join(json.dumps(case) + "\n" for case in cases),
         capture_output=True, text=True, cwd=home, env=env, check=False,
     )  # fmt: skip
     ended = [json.loads(line) for line in done.stdout.splitlines()]

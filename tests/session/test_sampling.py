@@ -112,6 +112,7 @@ def test_new_settings_do_not_recompile():
     [
         (dict(temperature=-1.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature="0.5"), "temperature: expected a number, got a str"),
         (dict(top_k=-1), "top_k"),
         (dict(top_k=1.5), "top_k"),
         (dict(top_p=0.0), "top_p"),

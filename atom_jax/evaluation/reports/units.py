@@ -155,7 +155,7 @@ def visible(piece: bytes) -> str:
 
 def _title(units: Units, s: int) -> str:
     if not units.learned:
-        return "Tokens of the tokenizer"
+        return "Tokens of the tokenizer: the model has no units of its own"
     return f"Units of stage {s}" + (", made of bytes" if s == 0 else f", made of units of stage {s - 1}")
 
 

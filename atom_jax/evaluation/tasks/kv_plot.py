@@ -16,8 +16,12 @@ _LABELS = {
     "needle": "share of needles found",
     "lambada": "share of last words right",
 }
-# Colours that stay apart for most colour-blind readers (Okabe and Ito, without yellow), and shapes for more methods.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
+# Colours that stay apart for most colour-blind readers (Okabe and Ito, without yellow), then darker and lighter ones;
+# those that are alike in tint have other shapes.
+COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444", "#003F63", "#7A3600", "#005C43",
+    "#7B3A5F", "#A9D8F2", "#F5CF80", "#999999", "#6A3D9A", "#B8E0A0",
+)  # fmt: skip
 _MARKERS = "osD^vPX"
 # Points between the labels of two lines.
 _APART = 10
@@ -53,7 +57,7 @@ def _panel(ax: Any, part: str, source: str, rows: list[dict], names: list[str], 
         mine = sorted((r for r in rows if r["policy"] == name), key=lambda r: r["held"])
         if mine:
             x, y = ([r[k] for r in mine] for k in ("held", "value"))
-            color, marker = COLORS[number % len(COLORS)], _MARKERS[number // len(COLORS) % len(_MARKERS)]
+            color, marker = COLORS[number % len(COLORS)], _MARKERS[number // 7 % len(_MARKERS)]
             error = [r["stderr"] or 0.0 for r in mine]
             style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5, "elinewidth": 0.7}
             ax.errorbar(x, y, yerr=error, label=name, **style)

@@ -4,7 +4,6 @@ policy    the hooks that a model calls
 published names of tensors, and fields of config.json
 config    the forms of the decision, and their sizes
 decide    decision logits, their relaxation for training, and what they mean for attention
-low_rank  corrections of attention's projections for a memory that keys have left
 observed  the attention that a key receives while it is in the window
 serve     the cache: prompts in parts, one token at a time, several turns
 """

@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from atom_jax import config
-from atom_jax.kvcache.dms import low_rank
 from atom_jax.kvcache.policy import Policy
+from atom_jax.nn import low_rank
 from atom_jax.params import ParamSpec, Tree, ones, zeros
 from atom_jax.typing import AtomError
 
@@ -35,7 +35,7 @@ class Settings(Policy):
     tau: temperature of the relaxed decisions in training.
     per: "head", or "layer": the first head decides for all heads of its layer.
     bias: the projection has a bias per head.
-    rank: of the corrections to attention's projections (`low_rank`); 0: none.
+    rank: of the corrections to attention's projections (`corrected`); 0: none.
     sinks: positions at the start of a text whose keys are never evicted.
     separators: ids, of the form of that name; (): those of the model's tokenizer.
     page: entries per page of the serving cache.
@@ -91,5 +91,18 @@ class Settings(Policy):
         if self.form == "observed":
             spec["observed"] = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
         if self.rank:
-            spec |= low_rank.spec(projections, self.rank)
+            spec |= low_rank.spec(projections, low_rank.ATTENTION, self.rank)
         return spec
+
+
+def corrected(p: Tree) -> Tree:
+    """The parameters of an attention layer with the corrections under "dms" added, and no longer there: with them a
+    model learns to read a memory that keys have left. They act wherever keys may be evicted; with eviction off the
+    model is what it was, so that one copy of the weights still serves as its own teacher."""
+    dms = dict(p["dms"])
+    new = {
+        name: low_rank.added(p[name], dms.pop(f"{name}_a"), dms.pop(f"{name}_b"))
+        for name in low_rank.ATTENTION
+        if f"{name}_a" in dms
+    }
+    return {**p, **new, "dms": dms}

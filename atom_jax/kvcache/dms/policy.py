@@ -12,8 +12,8 @@ import jax
 from atom_jax import config
 from atom_jax.fields import Fields
 from atom_jax.kvcache import learned, separators
-from atom_jax.kvcache.dms import decide, low_rank, published, serve
-from atom_jax.kvcache.dms.config import Settings
+from atom_jax.kvcache.dms import decide, published, serve
+from atom_jax.kvcache.dms.config import Settings, corrected
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
@@ -39,11 +39,11 @@ class DMS(Settings):
 
     def projections(self, p: Tree, mode: Mode) -> Tree:
         """Corrected wherever keys may be evicted."""
-        return low_rank.corrected(p) if self.rank and mode.kind in ("hard", "relaxed") else p
+        return corrected(p) if self.rank and mode.kind in ("hard", "relaxed") else p
 
     def laid_out(self, p: Tree) -> Tree:
         """Corrected once."""
-        return super().laid_out(low_rank.corrected(p) if self.rank else p)
+        return super().laid_out(corrected(p) if self.rank else p)
 
     def prepare(
         self, heads: Heads, learned: Tree, rotate: Callable[[jax.Array], jax.Array], mode: Mode

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from atom_jax.fields import Fields
-from atom_jax.kvcache.dms import low_rank
 from atom_jax.kvcache.dms.config import FORMS, LEARNED, Settings
 from atom_jax.naming import Rule
+from atom_jax.nn import low_rank
 from atom_jax.typing import AtomError
 
 # The first two are published, the others our own, the corrections under the names of PEFT.
@@ -20,8 +20,8 @@ RULES = (
     Rule("dms_proj_alpha_norm.weight", "norm"),
     Rule("dms_observed.weight", "observed", 1),
     Rule("dms_proj_alpha.bias", "bias"),
-    *(Rule(f"{n}_proj.lora_A.weight", f"{n}_a", inputs) for n, inputs in low_rank.INPUTS.items()),
-    *(Rule(f"{n}_proj.lora_B.weight", f"{n}_b", 1) for n in low_rank.INPUTS),
+    *(Rule(f"{n}_proj.lora_A.weight", f"{n}_a", inputs) for n, inputs in low_rank.ATTENTION.items()),
+    *(Rule(f"{n}_proj.lora_B.weight", f"{n}_b", 1) for n in low_rank.ATTENTION),
 )
 _OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",

@@ -16,7 +16,13 @@ from atom_jax.typing import Batch
 @register
 @dataclasses.dataclass(frozen=True)
 class NextToken(Objective):
-    """Cross-entropy of the next token, with the model's own losses (`losses.next_token`)."""
+    """Cross-entropy of the next token, with the model's own losses (`losses.next_token`).
+
+    hard: nothing is drawn while training, so that learned memory decides as it will when the model is used: for
+    evictors that are frozen, since hard decisions have no gradient.
+    """
+
+    hard: bool = False
 
     name: ClassVar[str] = "next_token"
     z_loss: ClassVar[bool] = True
@@ -25,7 +31,7 @@ class NextToken(Objective):
         self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
     ) -> Sums:
         """The model's own losses are means over a part, which count by its targets."""
-        z_loss = setting.exp.optim.z_loss
+        z_loss, key = setting.exp.optim.z_loss, None if self.hard else key
         return losses.next_token(params, batch, key, cfg=setting.exp.model, lengths=setting.lengths, z_loss=z_loss)
 
     def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:

@@ -177,7 +177,7 @@ def test_tokens_are_the_units_of_models_without_their_own(lm):
     assert found.stages[0].spans.tolist() == [[0, 2], [2, 4], [4, 5], [5, 6]]
     assert found.stages[0].begins.tolist() == [1, 0, 1, 0, 1, 1]
     lines = units.render(found).splitlines()
-    assert lines[:2] == ["Tokens of the tokenizer", "[It][ w][<C3>][<A9>]"]
+    assert lines[:2] == ["Tokens of the tokenizer: the model has no units of its own", "[It][ w][<C3>][<A9>]"]
     assert lines[2] == "  4 tokens, 1.50 bytes per token" and "entropy" not in lines[-1]
 
 
