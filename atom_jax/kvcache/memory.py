@@ -270,7 +270,7 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
 
     def of(node: Memory) -> Memory:
         parts = jax.tree.map(lambda x: x if _is_memory(x) else state(x), node.parts, is_leaf=_is_part)
-        layers = jax.tree.map(state, node.layers, is_leaf=_is_state)
+        layers = jax.tree.map(state, node.layers, is_leaf=is_state)
         return node.replace(layers=layers, length=state(node.length), parts=parts)
 
     return each(of, memory)
@@ -288,7 +288,7 @@ def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
     def of(node: Memory, new: Memory) -> Memory:
         keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
         parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
-        layers = jax.tree.map(state, node.layers, new.layers, is_leaf=_is_state)
+        layers = jax.tree.map(state, node.layers, new.layers, is_leaf=is_state)
         return node.replace(layers=layers, length=put_rows(node.length, new.length, index_b, 0), parts=parts)
 
     return each(of, memory, other)
@@ -311,7 +311,7 @@ def unstack(memory: Memory) -> Memory:
     def apart(x: Any) -> Any:
         return params.unstack(x.states) if isinstance(x, Stack) else x
 
-    return each(lambda node: node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=_is_state)), memory)
+    return each(lambda node: node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=is_state)), memory)
 
 
 def part(memory: Memory) -> int | None:
@@ -329,56 +329,16 @@ def shrinks(memory: Memory) -> bool:
     return any(p.shrinks for p in policies(memory))
 
 
-def once_more(memory: Memory) -> Memory:
-    """The memory that reads its prompt another time, at the positions after it."""
-    return each(lambda node: node.replace(reading=node.reading + 1), memory)
-
-
-def settle(memory: Memory, reread: Memory | None = None) -> Memory:
-    """The memory once a prompt is read: each policy may decide about all its layers of a node together.
-
-    reread: the memory after further passes, of which only the layers of policies that asked for them are taken.
-    """
-
-    def of(node: Memory, again: Memory) -> Memory:
-        def newest(x: Any, y: Any) -> Any:
-            return y if (policy := _policy(x)) is not None and policy.passes > 1 else x
-
-        layers = jax.tree.map(newest, node.layers, again.layers, is_leaf=_is_state)
-        leaves, shape = jax.tree.flatten(layers, is_leaf=_is_state)
-        for policy in dict.fromkeys(filter(None, map(_policy, leaves))):
-            mine = [i for i, x in enumerate(leaves) if _policy(x) == policy]
-            for i, x in zip(mine, _settled(policy, [leaves[i] for i in mine], node.length)):
-                leaves[i] = x
-        return node.replace(layers=jax.tree.unflatten(shape, leaves))
-
-    return each(of, memory, memory if reread is None else reread)
-
-
-def _settled(policy: Any, states: list[Any], length_b: jax.Array) -> list[Any]:
-    """Stacks and layers of one policy after its `settle`."""
-    stacked = [x.states if isinstance(x, Stack) else stack_layers(x, 1) for x in states]
-    counts = [x.k.shape[0] for x in stacked]
-    whole = stacked[0] if len(stacked) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *stacked)
-    whole = policy.settle(whole, length_b)
-    ends = np.cumsum(counts)
-    pieces = [jax.tree.map(lambda a, n=n, end=end: a[end - n : end], whole) for n, end in zip(counts, ends)]
-    return [
-        Stack(new) if isinstance(old, Stack) else jax.tree.map(lambda a: a[0], new)
-        for old, new in zip(states, pieces)
-    ]
-
-
 def _is_memory(x: Any) -> bool:
     return isinstance(x, Memory)
 
 
-def _is_state(x: Any) -> bool:
+def is_state(x: Any) -> bool:
     return isinstance(x, Stack | Layer)
 
 
 def _is_part(x: Any) -> bool:
-    return _is_memory(x) or _is_state(x)
+    return _is_memory(x) or is_state(x)
 
 
 def _layer(x: Any) -> Layer | None:
@@ -387,7 +347,7 @@ def _layer(x: Any) -> Layer | None:
     return x if isinstance(x, Layer) else None
 
 
-def _policy(x: Any) -> Any:
+def policy_in(x: Any) -> Any:
     return None if (layer := _layer(x)) is None else layer.policy
 
 
@@ -401,16 +361,16 @@ def _with_layers(fn: Callable[[Layer], Layer], node: Memory) -> Memory:
         layer = _layer(x)
         return x if layer is None else Stack(fn(layer)) if isinstance(x, Stack) else fn(layer)
 
-    return node.replace(layers=jax.tree.map(of, node.layers, is_leaf=_is_state))
+    return node.replace(layers=jax.tree.map(of, node.layers, is_leaf=is_state))
 
 
 def _states(node: Memory) -> list[Any]:
     """Layers of a node, those that are stacked as one."""
-    return [x for x in jax.tree.leaves(node.layers, is_leaf=_is_state) if _layer(x) is not None]
+    return [x for x in jax.tree.leaves(node.layers, is_leaf=is_state) if _layer(x) is not None]
 
 
 def _shrinks(x: Any) -> bool:
-    return (policy := _policy(x)) is not None and policy.shrinks
+    return (policy := policy_in(x)) is not None and policy.shrinks
 
 
 def _ask(node: Memory, what: str, *how: int) -> list[jax.Array]:

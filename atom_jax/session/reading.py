@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.chunking.config import per_stage
-from atom_jax.kvcache import memory
+from atom_jax.kvcache import memory, readings
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
@@ -140,8 +140,8 @@ def prompt(params: Any, batch: Batch, *, cfg: Any, capacity: int) -> tuple[jax.A
     reread, places = cache, batch.positions
     for _ in range(again):
         later = batch.replace(positions=places + reread.length[:, None])
-        _, reread, _ = model.hidden(params, later, cfg=cfg, cache=memory.once_more(reread))
-    return x_btd, memory.settle(cache, reread), aux
+        _, reread, _ = model.hidden(params, later, cfg=cfg, cache=readings.once_more(reread))
+    return x_btd, readings.settle(cache, reread), aux
 
 
 def exactly(run: Callable[[Any], tuple[Any, Any]], cfg: Any) -> Any:

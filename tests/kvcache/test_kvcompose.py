@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import atom_jax
 from atom_jax.inference import continuation
-from atom_jax.kvcache import memory
+from atom_jax.kvcache import memory, readings
 from atom_jax.kvcache.kvcompose import KVCompose
 from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.models.registry import with_memory
@@ -40,7 +40,7 @@ def read(p, lengths=LENGTHS):
     stack = lambda states: Stack(jax.tree.map(lambda *x: jnp.stack(x), *states))  # noqa: E731
     one = Memory((stack(first),), jnp.asarray(lengths))
     assert memory.passes(one) == 2 and memory.shrinks(one)
-    settle = jax.jit(memory.settle)
+    settle = jax.jit(readings.settle)
     return settle(one, Memory((stack(again),), jnp.asarray(2 * lengths))), seen
 
 

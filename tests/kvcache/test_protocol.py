@@ -12,7 +12,7 @@ import pytest
 from flax import struct
 
 from atom_jax import config
-from atom_jax.kvcache import memory, policies
+from atom_jax.kvcache import memory, policies, readings
 from atom_jax.kvcache.budget import Budget
 from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dmc.decide import Said
@@ -97,7 +97,7 @@ def start(name: str, b: int = B, rows: Any = range(B)) -> Layer:
     if policy is None or policy.passes == 1:
         return layer
     again = extend(layer, call(name, lengths, lengths, 24, rows=rows).replace(reading=1))[1]
-    settled = memory.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
+    settled = readings.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
     return settled.grow(lengths, 1)
 
 
@@ -221,9 +221,9 @@ def test_policies_settle_all_their_layers_together():
     pair = jax.tree.map(lambda x: jnp.stack([x, x]), layer)
     one = Memory((Stack(pair), start("dense"), (layer,)), jnp.asarray(LENGTHS))
     assert memory.passes(one) == 2 and memory.part(one) is None
-    assert memory.once_more(one).reading == 1
+    assert readings.once_more(one).reading == 1
     later = jax.tree.map(lambda x: x + 1, one)
-    got = memory.settle(one, later)
+    got = readings.settle(one, later)
     for i, score in enumerate((*got.layers[0].states.score, got.layers[2][0].score)):
         np.testing.assert_array_equal(score, layer.score + 1 + i)
     np.testing.assert_array_equal(got.layers[1].k, one.layers[1].k)
