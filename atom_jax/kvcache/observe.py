@@ -71,10 +71,10 @@ def weights(
 
 def received(
     q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Array, aligned: bool,
-    bias_bhs: jax.Array | None = None, window: int | None = None, most: bool = False,
+    bias_bhs: jax.Array | None = None, window: int | None = None, most: bool = False, after: int = 0,
 ) -> jax.Array:  # fmt: skip
     """Attention that every entry receives from all real queries together: float32 [b, h, g, s]; most: the largest
-    weight instead of the sum.
+    weight instead of the sum. after: queries fewer than so many positions behind it do not count.
 
     Memory grows with t + s, not with their product: the first pass finds the log-sum-exp of every query, the second
     adds up the weights of ROWS queries at a time. aligned: as in `attend`; without bias only.
@@ -100,6 +100,7 @@ def received(
         distance = at[:, :, None] - entries.positions[:, None]
         seen = (entries.segments[:, None] > 0) & (distance >= 0) & (real[:, :, None] > 0)
         seen = seen if window is None else seen & (distance < window)
+        seen = seen & (distance >= after)
         weight = jnp.exp(jnp.where(jnp.broadcast_to(seen[:, None], scores.shape), scores - lse[..., None], NEGATIVE))
         return jnp.maximum(total, weight.max(2)) if most else total + weight.sum(2), None
 

@@ -27,6 +27,7 @@ from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
 from atom_jax.kvcache.razor_attention import RazorAttention
 from atom_jax.kvcache.sepllm import SepLLM
+from atom_jax.kvcache.shared import Shared
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.kvcache.tova import TOVA
@@ -53,6 +54,7 @@ POLICIES: dict[str, type[Policy]] = {
         SepLLM,
         RazorAttention,
         KVCompose,
+        Shared,
         RandomPolicy,
         Quest,
         WMerge,

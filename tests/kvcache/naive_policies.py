@@ -218,3 +218,15 @@ def kvcompose(p, layers, total):
     h = len(scores[0])
     counts = [[c] * h for c in counts] if p.structured else np.reshape(counts, (-1, h)).tolist()
     return [[set(np.argsort(-row)[:n].tolist()) for row, n in zip(s, c)] for s, c in zip(scores, counts)]
+
+
+def shared(p, layers, n):
+    """The positions that all layers and heads keep of a prompt. layers: of each its (q, k, v)."""
+    t = layers[0][1].shape[1]
+    later = np.tril(np.ones((t, t)), -1)
+    first = len(layers) // 3
+    used = layers[first : max(4 * len(layers) // 5, first + 1)]
+    score = np.mean([(all_weights(q, k) * later).max((1, 2)) for q, k, _ in used], (0, 1))
+    order = [(i < p.sinks or i >= t - p.window, -i if i < p.sinks else i) for i in range(t)]
+    best = sorted(range(t), key=lambda i: (order[i][0], order[i][1] if order[i][0] else score[i]), reverse=True)
+    return set([*range(min(p.sinks, n)), *[i for i in best if i >= p.sinks]][:n])
