@@ -120,7 +120,7 @@ def generation(lm: LM, rows: int, length: int, topology: str | None, mesh: MeshC
         state = decode.State(cache, *chips.whole((begun, jax.ShapeDtypeStruct((rows,), jnp.bool_), begun)))
         choice = chips.whole(jax.eval_shape(lambda: decode.Choice(
             sampling.row_keys(jax.random.key(0), rows), sampling.sampler(), jnp.zeros(8, jnp.int32), chips.codec,
-        )))  # fmt: skip
+        ).each))  # fmt: skip
         chips.compile("token", decode.decode.lower(params, state, choice, np.int32(1), cfg=cfg))
     return chips.done(what)
 

@@ -77,7 +77,7 @@ def serve(argv: list[str]) -> None:
 
 def size_of(flag: str, text: str) -> int:
     """A number of bytes, such as 500M or 4G (in powers of 1024)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * 1024 ** ("", "K", "M", "G", "T").index(found[2].upper())) if found else 0
     if not size:
         raise AtomError(f"{flag}={text}: expected a number of bytes, such as 500M or 4G")

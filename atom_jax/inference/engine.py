@@ -96,6 +96,7 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: collections.deque[tuple[Request, Parts]] = collections.deque()
         self._lane: Lane[Request] = Lane()
+        self._longest = 0  # text that the lane's buffers are made for
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -141,7 +142,7 @@ class Engine:
         ends = np.pad(ends, (0, STOPS - len(ends)), constant_values=-1)
         choice = Choice(sampling.row_keys(key, 1), how, ends, self._codec, asks)
         request = Request(ids, most, choice, self.lm.tokenizer, stop, logprobs, listen)
-        if self.cache_memory is not None and (need := self._need([request])) > self.cache_memory:
+        if self.cache_memory is not None and (need := self._need([request], 1, 0)) > self.cache_memory:
             raise AtomError(f"the request may need {need:,} bytes of memory; there are {self.cache_memory:,}")
         with self._changed:
             if self._closing:
@@ -202,9 +203,11 @@ class Engine:
             self._reading = collections.deque((r, parts) for r, parts in self._reading if not r.unwanted)
         rows = [r for r in self._lane.live if self._lane.owners[r].unwanted]
         gone += [self._lane.owners[r] for r in rows]
-        self._free(rows)
-        for request in gone:
-            self._end(request, "cancelled")
+        try:
+            self._free(rows)
+        finally:
+            for request in gone:
+                self._end(request, "cancelled")
 
     def _admit(self) -> None:
         """Begins with those that wait, in order, while there is room."""
@@ -212,23 +215,33 @@ class Engine:
             begun = [*(request for request, _ in self._reading), *(self._lane.owners[r] for r in self._lane.live)]
             while self._waiting and len(begun) < self.rows:
                 request = self._waiting[0]
-                if self.cache_memory is not None and self._need([*begun, request]) > self.cache_memory:
+                if not self._fits([*begun, request]):
                     return
                 parts = Parts(self.lm, request.prompt, min(request.most, ROOM), self._part, self._beginnings)
                 request.known = parts.known
                 self._reading.append((self._waiting.popleft(), parts))
                 begun.append(request)
 
-    def _need(self, requests: Sequence[Request]) -> int:
-        """Bytes that a batch of these is expected to take until they end."""
-        rows = 1 << (len(requests) - 1).bit_length()
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        """Whether the memory suffices for a batch of these."""
+        rows, most = 1 << (len(requests) - 1).bit_length(), self.cache_memory
+        if most is None or self._need(requests, rows, self._longest) > most:
+            return most is None
+        # Rows that nobody has would grow along with the others.
+        while len(self._lane.owners) > rows and self._need(requests, len(self._lane.owners), self._longest) > most:
+            self._lane.halve()
+        return True
+
+    def _need(self, requests: Sequence[Request], rows: int, longest: int) -> int:
+        """Bytes that a batch of these in so many rows, whose buffers are made for `longest` tokens or more, is
+        expected to take until they end."""
         entries = []
         for request in requests:
             # What is held already, and what is expected of the tokens to come.
             whole, now = len(request.prompt) + request.most, len(request.prompt) + request.made
             later = self._cost.expected(whole) - (self._cost.expected(now) if request.entries else 0)
             entries.append(request.entries + later)
-        return self._cost.nbytes(rows, max(len(r.prompt) + r.most for r in requests), entries)
+        return self._cost.nbytes(rows, max(longest, *(len(r.prompt) + r.most for r in requests)), entries)
 
     def _read(self) -> None:
         """Reads parts of prompts, of each in turn, up to about `part` tokens."""
@@ -260,6 +273,7 @@ class Engine:
                 request.entries = float(slots.session.use()[0][0])
                 self._end(request, end)
                 return
+        self._longest = max(self._longest, len(request.prompt) + request.most)
         self._lane.join(slots, [request])
 
     def _decode(self) -> None:
@@ -282,9 +296,11 @@ class Engine:
                 ended[r] = self._take(request, out.tokens[r][:n].tolist(), said, bool(done[r]))
         rows = [r for r, end in ended.items() if end is not None]
         gone = [(lane.owners[r], ended[r]) for r in rows]
-        self._free(rows)
-        for request, end in gone:
-            self._end(request, end)
+        try:
+            self._free(rows)
+        finally:
+            for request, end in gone:
+                self._end(request, end)
 
     def _take(self, request: Request, new: list[int], said: Said | None, ended: bool) -> str | None:
         """Gives tokens to a request; why it is to end, or None."""
@@ -300,7 +316,7 @@ class Engine:
         for r in rows:
             lane.owners[r] = None
         if not lane.live:
-            self._lane = Lane()
+            self._lane, self._longest = Lane(), 0
         elif 4 * len(lane.live) <= len(lane.owners) and not (self._reading or self._waiting):
             lane.halve()
         elif rows and self._cost.paged:
@@ -320,7 +336,7 @@ class Engine:
             begun = [request for request, _ in self._reading]
             begun += [owner for owner in self._lane.owners if owner is not None]
             self._reading.clear()
-            self._lane = Lane()
+            self._lane, self._longest = Lane(), 0
         for request in dict.fromkeys(begun):
             if request.end is None:
                 self._end(request, "failed", error)

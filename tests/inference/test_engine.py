@@ -12,6 +12,8 @@ import pytest
 import atom_jax
 from atom_jax.inference import engine as module
 from atom_jax.inference.engine import Busy, Closed, Engine
+from atom_jax.session import cost as cost_module
+from atom_jax.session import parts as parts_module
 from atom_jax.session.cost import Cost
 from atom_jax.session.lane import Lane
 from atom_jax.tokenizers import ByteTokenizer
@@ -157,6 +159,19 @@ def test_a_request_is_begun_when_its_memory_fits(name):
         assert (tally.peak_running, tally.peak_nbytes) == (2, room)
     with Engine(lm, cache_memory=room // 4) as engine, pytest.raises(AtomError, match="may need"):
         engine.submit([1] * 50, 140)
+
+
+def test_rows_that_short_texts_left_do_not_grow_with_a_long_one(monkeypatch):
+    for place in (cost_module, parts_module):
+        monkeypatch.setattr(place, "LEAST", 16)
+    lm = model("dense")
+    room = Cost(lm.config).nbytes(2, 192, [])
+    with Engine(lm, rows=8, part=16, cache_memory=room) as engine:
+        with engine.together:
+            requests = [engine.submit([40 + i], 3 + 9 * (i == 0), stop_ids=()) for i in range(4)]
+            requests.append(engine.submit([50], 190, stop_ids=()))
+        assert all(request.result().end == "length" for request in requests)
+    assert engine.tally.peak_running == 4 and engine.tally.peak_nbytes == room // 2
 
 
 def test_refusals():

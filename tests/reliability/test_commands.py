@@ -94,7 +94,10 @@ def commands(home):
     """Arguments of `python -m atom_jax`, of which something is wrong."""
     model, bad = f"{home}/model", paths(home)
     good = f"--checkpoint={model}"
-    for name in ("generate", "units", "memory", "convert", "merge", "info", "summary", "fairness", "fly", ""):
+    named = (
+        "generate", "serve", "units", "memory", "convert", "merge", "instructify", "info", "summary", "fairness",
+    )  # fmt: skip
+    for name in (*named, "fly", ""):
         yield from ([name, flag] for flag in UNKNOWN)
     for path in bad:
         yield ["info", path]
@@ -109,6 +112,7 @@ def commands(home):
         yield ["instructify", model, path, model, f"{home}/made"]
         for name in ("generate", "units", "memory", "fairness"):
             yield [name, f"--checkpoint={path}", *(["--prompt=x"] if name == "generate" else ["--text=x"])][:3]
+        yield ["serve", f"--checkpoint={path}"]
         yield ["units", good, f"--file={path}"]
         yield ["memory", good, f"--file={path}"]
         yield ["generate", good, "--prompt=x", f"--adapter={path}"]
@@ -123,10 +127,13 @@ def commands(home):
         yield ["instructify", model, model, model, path]
     for text in MEMORIES:
         yield ["generate", good, "--prompt=x", f"--memory={text}", "--max_new_tokens=0"]
+        yield ["serve", good, f"--memory={text}", "--rows=0"]
     for number in NUMBERS:
         flags = ("temperature", "top_k", "top_p", "min_p", "seed")
         yield from (["generate", good, "--prompt=x", f"--{flag}={number}", "--max_new_tokens=511"] for flag in flags)
         yield ["generate", good, "--prompt=x", f"--max_new_tokens={number}", "--top_p=7"]
+        flags = ("port", "rows", "length", "waiting", "grace", "cache_memory", "max_body")
+        yield from (["serve", good, f"--{flag}={number}", "--memory=nowhere.json"] for flag in flags)
         yield ["memory", good, "--text=x", f"--tokens={number}", f"--out={home}/text/x.png"]
         yield ["fairness", good, f"--limit={number}", f"--source={home}/nowhere"]
         yield ["fairness", f"--prior={number}", "--scripts=latin", f"--source={home}/nowhere"]
