@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from atom_jax.data.config import DataConfig
+from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
@@ -61,6 +62,16 @@ def subset() -> Experiment:
     )  # fmt: skip
 
 
+def window_64() -> Experiment:
+    """The same reasoner, taught with layers that see 64 symbols: what recency can do where the model knows of it."""
+
+    def narrow(exp: Experiment) -> Experiment:
+        cfg = dataclasses.replace(exp.model, layer_types=("sliding",) * exp.model.n_layers, sliding_window=64)
+        return dataclasses.replace(exp, model=cfg, first=exp.first and narrow(exp.first))
+
+    return narrow(subset())
+
+
 def retrofit(entries: int, cr: float) -> Experiment:
     """Evictors for the trained reasoner, with corrections of its projections where keys may be evicted; everything
     else stays as it is. entries: keys that a head holds at the end of a chain, on average."""
@@ -89,6 +100,16 @@ def dms_8x() -> Experiment:
     return retrofit(60, 8.0)
 
 
+def dmc_4x() -> Experiment:
+    """Merging in place of eviction."""
+    exp = retrofit(100, 4.0)
+    memory = DMC(
+        "adapter", turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=1, cr=4.0, page=16
+    )
+    optim = dataclasses.replace(exp.optim, groups=(Group(r"(?!layers/attn/dmc/).*"),))
+    return dataclasses.replace(exp, memory=memory, fit=dataclasses.replace(exp.fit, target="output"), optim=optim)
+
+
 def tiny() -> Experiment:
     exp = subset()
     return dataclasses.replace(
@@ -99,4 +120,6 @@ def tiny() -> Experiment:
     )  # fmt: skip
 
 
-VARIANTS = {"subset": subset, "dms_4x": dms_4x, "dms_8x": dms_8x, "tiny": tiny}
+VARIANTS = {
+    "subset": subset, "window_64": window_64, "dms_4x": dms_4x, "dms_8x": dms_8x, "dmc_4x": dmc_4x, "tiny": tiny,
+}  # fmt: skip

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -45,6 +46,7 @@ class HyperSettings:
     policies, budgets: as of `kv`, each policy with all budgets; all of them make one front. protect: "prompt" keeps
         the problem's own entries, beside which the others choose; "none" leaves them to the policy.
     adapters: checkpoints of the same model with learned memory, one front for each kind.
+    rivals: checkpoints of other reasoners, one front for each.
     steps: chains of the program by which each kind of step is judged. rows: chains at a time. draws: of the
         bootstrap.
     """
@@ -60,6 +62,7 @@ class HyperSettings:
     budgets: tuple[int, ...] = (96, 64, 48, 32)
     protect: str = "prompt"
     adapters: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     steps: int = 64
     rows: int = 64
     draws: int = 1000
@@ -106,7 +109,7 @@ class Hyper:
         longest = max(len(lm.tokenizer.encode(p)) for p in prompts) + len(lm.tokenizer.front)
         if longest + max(settings.lengths) > lm.config.max_length:
             raise AtomError(f"hyper.lengths: {max(settings.lengths)} is beyond the model's {lm.config.max_length}")
-        chosen = methods(lm, settings, longest)
+        chosen = methods(lm, settings, longest, prompts[0])
         path = out and out.with_name(out.name + ".cells.jsonl")
         with contextlib.closing(cache.Lines(path)) as lines:
             found = [_sampled(method, puzzle, problems, prompts, settings, lines) for method in chosen]
@@ -128,10 +131,11 @@ def check_words(lm: LM, prompt: str) -> None:
         raise AtomError(f"the model's tokenizer lacks words of a problem such as {prompt!r}")
 
 
-def methods(lm: LM, settings: HyperSettings, prompt: int) -> list[Method]:
-    """The model with everything kept, with the policies, and the adapters. prompt: most tokens of a problem.
+def methods(lm: LM, settings: HyperSettings, prompt: int, problem: str) -> list[Method]:
+    """The model with everything kept, with the policies, the adapters, and the rivals. prompt: most tokens of a
+    problem, such as `problem`.
 
-    Raises AtomError for unknown policies, and adapters that were made for another model.
+    Raises AtomError for unknown policies, adapters that were made for another model, and rivals that lack its words.
     """
     plain = dataclasses.replace(lm, config=registry.of(lm.config).with_memory(lm.config, None))
     out = []
@@ -148,6 +152,10 @@ def methods(lm: LM, settings: HyperSettings, prompt: int) -> list[Method]:
         if not _same(lm, learned):
             raise AtomError(f"hyper.adapters: {path} was made for another model than this checkpoint's")
         out.append(Method(getattr(memory, "name", "learned"), path, learned))
+    for path in settings.rivals:
+        rival = checkpoint.load(path)
+        check_words(rival, problem)
+        out.append(Method(os.path.basename(os.path.normpath(path)), None, rival))
     return out
 
 

@@ -97,7 +97,9 @@ def test_bad_settings():
 def test_adapters_of_other_models_are_refused(lm, monkeypatch):
     monkeypatch.setattr(hyper.checkpoint, "load", lambda path: lm)
     with pytest.raises(AtomError, match="has no learned memory"):
-        hyper.methods(lm, dataclasses.replace(SETTINGS, adapters=("x",)), 9)
+        hyper.methods(lm, dataclasses.replace(SETTINGS, adapters=("x",)), 9, "a 5 ;")
+    rival = hyper.methods(lm, dataclasses.replace(SETTINGS, rivals=("runs/x/",)), 9, "a 5 ;")[-1]
+    assert rival.front == "x" and rival.budget is None
     other = dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 1, lm.params))
     assert not hyper._same(lm, other) and hyper._same(lm, lm)
 
