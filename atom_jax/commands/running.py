@@ -28,6 +28,9 @@ def train(argv: list[str]) -> int:
     known.add(flags.DEFINE_integer, "process_id", None, "with --coordinator: number of this process, from 0")
     known.add(flags.DEFINE_integer, "num_processes", None, "with --coordinator: number of processes")
     values, settings = _settings(known, argv)
+    more = settings[len(values["set"].value) :]
+    if more and (len(more) == len(settings) or "=" not in more[0]):
+        raise AtomError(f"unexpected argument {more[0]!r}; settings are --set NAME=VALUE")
     if not values.config:
         raise AtomError("--config is missing: such as --config=configs/lm.py:quick")
     if not values.compile_only and not values.workdir:
@@ -102,8 +105,6 @@ def _settings(known: Flags, argv: list[str]) -> tuple[flags.FlagValues, list[str
     known.add(flags.DEFINE_integer, "verbosity", None, "of the log, from -1 (warnings) to 1; errors are always said")
     values, rest = known.parse(argv, None)
     flags.FLAGS.mark_as_parsed()  # Grain has some, which it reads.
-    if rest and (not values["set"].value or "=" not in rest[0]):
-        raise AtomError(f"unexpected argument {rest[0]!r}; settings are --set NAME=VALUE")
     return values, [*values["set"].value, *rest]
 
 

@@ -73,7 +73,8 @@ def _batches(cfg: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus], overl
                     yield batch
                     batch, row = new_batch(), 0
             segment += 1
-            place(batch, row, at, segment, window.ids, len(window), window.known)
+            counts = np.arange(len(window.ids)) > window.known
+            place(batch, row, at, segment, window.ids, len(window), counts)
             at += len(window)
     if at:
         yield batch

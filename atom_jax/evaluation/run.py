@@ -39,11 +39,11 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
-    """Fills in what depends on the checkpoint: the sources of `bpb` and max_length, from the experiment.json of a
-    training directory (or of the one that holds this step)."""
+    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, and max_length, from the
+    experiment.json of a training directory (or of the one that holds this step)."""
     data = _training_data(checkpoint)
     if not cfg.bpb.sources:
-        sources = data.sources if data else ("austen",)
+        sources = data.sources if data and not data.chat else ("austen",)
         cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))
     if not cfg.max_length and data:
         cfg = dataclasses.replace(cfg, max_length=data.seq_len)

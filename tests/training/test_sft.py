@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax import checkpoint, params
+from atom_jax import checkpoint, config, params
 from atom_jax.checkpoint import store
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.kvcache.dms import DMS
@@ -22,6 +22,7 @@ from atom_jax.training import loop, losses, start
 from atom_jax.training.objectives import Fit
 from atom_jax.training.record import read
 from atom_jax.typing import LM, AtomError, Batch
+from configs import sft
 
 SETTINGS = ["mesh.data=8", "optim.learning_rate=0.02", "optim.schedule=constant", "optim.warmup_steps=0"]
 
@@ -48,6 +49,12 @@ def source(tmp_path_factory):
 def experiment(source, *settings):
     names = [f"init_from={source / 'model'}", f"data.sources={source / 'sums.jsonl'}"]
     return start.configure("configs/sft.py:tiny", [*names, *SETTINGS, *settings])
+
+
+@pytest.mark.parametrize("name", sft.VARIANTS)
+def test_variants_survive_json(name):
+    exp = config.load_file(f"configs/sft.py:{name}")
+    assert config.from_json(object, config.to_json(exp)) == exp and exp.data.chat and exp.train.eval_first
 
 
 def test_packed_rows_have_the_losses_of_their_conversations(source):
