@@ -57,7 +57,7 @@ class Row:
 
 def asks(lm: LM, settings: KvSettings) -> tuple[Ask, ...]:
     """The windows of all sources. Raises AtomError for settings out of range and for sources that can't be read."""
-    kv.check(settings, lm.config.max_length)
+    kv.check(dataclasses.replace(settings, parts=("loss",)), lm.config.max_length)
     encoder = run.make_encoder(lm, EvalConfig())
     return tuple(ask for source in settings.sources for ask in kv.windows(settings, encoder, source))
 

@@ -64,7 +64,7 @@ def test_reason_says_what_it_found(trained, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "--problem or --prompt is missing"), (["--problem=a 1 b 2"], "expected a problem such as"),
+    [([], "--problem, --prompt or --file is missing"), (["--problem=a 1 b 2"], "expected a problem such as"),
      (["--problem=a 10 b 18 goal 99"], "lacks words"), (["--prompt=a", "--answer=("], "--answer"),
      (["--prompt=a", "--chains=0"], "chains"), (["--prompt=a", "--length=999999"], "exceed the"),
      (["--prompt=a", "--memory=lru"], "lru"), (["--prompt=a", "--vote=all"], "vote=all"),
