@@ -78,20 +78,23 @@ def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool
 
     tensors: adds one line per tensor. verify: reads everything, compares it with its checksums, and says how long
     that took; else only headers are read of a Hugging Face directory or GGUF file. as_json: one JSON object with all
-    this as texts, and the tensors as a list.
+    this as texts (a list of them where several have one name), and the tensors as a list.
     Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
     cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
     formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
-    fields = {"path": source, "format": formats[kind], **dict(_summary(cfg, tokenizer, rows))}
+    fields = [("path", source), ("format", formats[kind]), *_summary(cfg, tokenizer, rows)]
     if verify:
-        fields["verified"] = _verified(path, kind)
+        fields.append(("verified", _verified(path, kind)))
     if as_json:
         table = [{"name": n, "shape": list(shape), "dtype": dtype, "bytes": size} for n, shape, dtype, size in rows]
-        return json.dumps(fields | ({"tensors": table} if tensors else {}))
-    lines = [f"{key:<12}{value}" for key, value in fields.items()]
+        said: dict[str, Any] = {}
+        for key, value in fields:
+            said[key] = value if key not in said else [*([said[key]] if type(said[key]) is str else said[key]), value]
+        return json.dumps(said | ({"tensors": table} if tensors else {}))
+    lines = [f"{key:<12}{value}" for key, value in fields]
     if tensors:
         width = max(len(row[0]) for row in rows)
         lines += ["", *(f"{name:<{width}}  {dtype:<9} {n:>14,}  {list(shape)}" for name, shape, dtype, n in rows)]
