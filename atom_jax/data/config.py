@@ -52,12 +52,13 @@ class DataConfig:
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
         many subwords that they are, a bos included; what does not fit begins the next row. 0: rows of the tokenizer.
-    stochastok: about this share of the tokens, drawn anew in every epoch, is cut into two that are the same text
-        (`tokenizers.stochastok`; 0.1 in the paper). Validation reads texts as they are, also of the next:
+    stochastok: about this share of the tokens is tried to be cut into two that are the same text, drawn anew in every
+        epoch (`tokenizers.stochastok`; 0.1 in the paper). Validation, here and with fim, reads texts as they are.
     fim: the share of the pieces (of documents, where those are not cut) that is told with the middle last, to be
-        filled in; the tokenizer must name the tokens for it. fim_layouts: of LAYOUTS, each as often; (): psm and
-        spm. fim_cut: where the middle begins and ends: between any two characters (""), or between "line"s or
-        "token"s. fim_middle: in such pieces the middle alone, and what ends it, is learned from.
+        filled in; the tokenizer must name the tokens for it.
+    fim_layouts: of LAYOUTS, each as often; (): psm and spm.
+    fim_cut: where the middle begins and ends: between any two characters (""), or between "line"s or "token"s.
+    fim_middle: in such pieces the middle alone, and what ends it, is learned from.
     """
 
     sources: tuple[str, ...] = ("austen",)
