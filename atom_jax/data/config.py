@@ -117,7 +117,7 @@ class DataConfig:
                 raise AtomError(f"data.fim puts the middle of texts last, which does not go with data.{name}.")
         for name in ("fim_layouts", "fim_cut", "fim_middle"):
             if getattr(self, name) and not self.fim:
-                raise AtomError(f"data.{name} says how data.fim is done, which is 0.")
+                raise AtomError(f"data.{name} says how data.fim is done: set that first.")
         if unknown := [layout for layout in self.fim_layouts if layout not in LAYOUTS]:
             raise AtomError(f"data.fim_layouts has {unknown[0]!r}: they must be of {', '.join(LAYOUTS)}.")
         if self.fim_cut not in ("", "line", "token"):
