@@ -9,6 +9,9 @@ from atom_jax.tokenizers import is_trained
 from atom_jax.typing import AtomError
 
 SPLITS = ("train", "validation", "test", "all")
+# Order of what a text becomes whose middle is to be filled in: p, s, m for prefix, suffix and middle, P, S, M for the
+# token that stands before each.
+LAYOUTS = {"psm": "PpSsMm", "spm": "PSsMpm", "spm_bare": "SsMpm"}
 LEAST_PIECE = 64  # bytes; in less, the search for a place to cut could take in the whole piece
 
 
@@ -49,6 +52,13 @@ class DataConfig:
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
         many subwords that they are, a bos included; what does not fit begins the next row. 0: rows of the tokenizer.
+    stochastok: about this share of the tokens is tried to be cut into two that are the same text, drawn anew in every
+        epoch (`tokenizers.stochastok`; 0.1 in the paper). Validation, here and with fim, reads texts as they are.
+    fim: the share of the pieces (of documents, where those are not cut) that is told with the middle last, to be
+        filled in; the tokenizer must name the tokens for it.
+    fim_layouts: of LAYOUTS, each as often; (): psm and spm.
+    fim_cut: where the middle begins and ends: between any two characters (""), or between "line"s or "token"s.
+    fim_middle: in such pieces the middle alone, and what ends it, is learned from.
     """
 
     sources: tuple[str, ...] = ("austen",)
@@ -64,11 +74,16 @@ class DataConfig:
     chat: bool = False
     marks: str = ""
     tokens: int = 0
+    stochastok: float = 0.0
+    fim: float = 0.0
+    fim_layouts: tuple[str, ...] = ()
+    fim_cut: str = ""
+    fim_middle: bool = False
 
     def __post_init__(self):
         if not self.sources or isinstance(self.sources, str):
             raise AtomError("data.sources must be a tuple that names at least one source.")
-        config.check(self, seq_len=(None, 2**26), batch_size=(None, 2**24))
+        config.check(self, seq_len=(None, 2**26), batch_size=(None, 2**24), stochastok=(0, 4), fim=(0, 1))
         if self.weights and len(self.weights) != len(self.sources):
             raise AtomError(f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources.")
         if any(not 0 < w < float("inf") for w in self.weights):
@@ -90,3 +105,26 @@ class DataConfig:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}, but data.whole cuts no document.")
         if 0 < self.piece_bytes < LEAST_PIECE:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        """Raises AtomError for changes of texts that do not go with the other fields."""
+        for name in ("marks", "tokens"):
+            if self.stochastok and getattr(self, name):
+                raise AtomError(f"data.stochastok cuts tokens in two, which data.{name} does not know.")
+        for name in ("marks", "tokens", "prompt_end", "chat"):
+            if self.fim and getattr(self, name):
+                raise AtomError(f"data.fim puts the middle of texts last, which does not go with data.{name}.")
+        for name in ("fim_layouts", "fim_cut", "fim_middle"):
+            if getattr(self, name) and not self.fim:
+                raise AtomError(f"data.{name} says how data.fim is done: set that first.")
+        if unknown := [layout for layout in self.fim_layouts if layout not in LAYOUTS]:
+            raise AtomError(f"data.fim_layouts has {unknown[0]!r}: they must be of {', '.join(LAYOUTS)}.")
+        if self.fim_cut not in ("", "line", "token"):
+            raise AtomError(f"data.fim_cut is {self.fim_cut!r}: it must be empty, line or token.")
+
+    def held_out(self, split: str, batch_size: int) -> DataConfig:
+        """The same text of another split, as it is, whatever training makes of it, and in the same order for all
+        seeds: runs on other parts of the text are judged alike."""
+        plain = {"stochastok": 0.0, "fim": 0.0, "fim_layouts": (), "fim_cut": "", "fim_middle": False}
+        return dataclasses.replace(self, split=split, batch_size=batch_size, seed=0, **plain)

@@ -39,8 +39,8 @@ def eval_batches(
     something precedes in its document: all but the first, which is bos where the tokenizer has one. The last
     batch is filled up with padding.
     overlap: every window that continues a document begins with this many tokens of the one before, unscored.
-    seed, shuffle, weights, piece_bytes, whole and prompt_end have no meaning here. Every process tokenizes the whole
-    split and gets the same number of batches.
+    seed, shuffle, weights, piece_bytes, whole, prompt_end, stochastok and fim have no meaning here. Every process
+    tokenizes the whole split and gets the same number of batches.
     """
     if not 0 <= overlap < cfg.seq_len:
         raise AtomError(f"overlap is {overlap}: it must be at least 0 and below seq_len {cfg.seq_len}.")

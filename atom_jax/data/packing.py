@@ -35,18 +35,16 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
     The first piece of a document begins with what `beginning` says, the last ends with eos, where there is one.
     A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
     """
-    end = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
-    head = beginning(tokenizer) if piece["first"] else []
-    tail = [end] if piece["last"] and end is not None else []
+    head, tail = ends(piece, tokenizer)
     asks, marks = piece["first"] and prompt_end, None
     if units is None and not asks:
         text = tokenizer.encode(piece["text"])
     else:
         text, spans = tokenizer.spans(piece["text"])
     if units is not None:
-        ends = np.concatenate([[False], unit_ends(units, piece["text"])])
+        last = np.concatenate([[False], unit_ends(units, piece["text"])])
         # A token of no bytes (the end of a word) is not marked again.
-        marks = np.pad(ends[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
+        marks = np.pad(last[spans[:, 1]] & (spans[:, 1] > spans[:, 0]), (len(head), len(tail)))
     ids = np.concatenate([np.array(head, np.int32), text, np.array(tail, np.int32)])
     learned = None
     if asks:
@@ -54,6 +52,12 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
         after = spans[:, 0] >= len(before) + len(found)
         learned = np.concatenate([np.zeros(len(head), bool), after, np.ones(len(tail), bool)])
     return Tokens(ids.astype(np.int32, copy=False), marks, learned)
+
+
+def ends(piece: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and after the text of a piece: `beginning` where it is the first of a document, eos where it
+    is the last."""
+    return beginning(tokenizer) if piece["first"] else [], list(tokenizer.eos_ids[:1]) if piece["last"] else []
 
 
 def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:

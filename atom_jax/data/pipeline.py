@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grain
 import numpy as np
 
+from atom_jax.data import augment
 from atom_jax.data.config import DataConfig
 from atom_jax.data.conversations import conversation_tokens
 from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place, subwords
@@ -33,6 +34,9 @@ _AHEAD = 2  # batches prepared before they are asked for
 _THREADS = 4  # tokenizers release the interpreter lock
 _EMPTY_LIMIT = 10_000  # pieces without a token in a row, after which the source is called empty
 _FEW = 1000  # pieces of a text that may be tiny
+_LATER = (
+    "marks", "tokens", "whole", "prompt_end", "chat", "stochastok", "fim", "fim_layouts", "fim_cut", "fim_middle"
+)  # fmt: skip
 _WHOLE = 1 << 62  # bytes of a piece that is a document, however long
 
 
@@ -62,12 +66,17 @@ def make_iterator(
 
 
 def reader(cfg: DataConfig, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Callable[[dict], Tokens]:
-    """What makes tokens of the pieces of a configuration; units: of `cfg.marks`."""
+    """What makes tokens of the pieces of a configuration, each with its "number" in the endless stream (0 without);
+    units: of `cfg.marks`. Raises AtomError for tokenizers that lack what it asks for."""
     if cfg.tokens:
         return functools.partial(subwords, tokenizer=tokenizer)
     if cfg.chat:
-        return functools.partial(conversation_tokens, tokenizer=tokenizer)
-    return functools.partial(piece_tokens, tokenizer=tokenizer, units=units, prompt_end=cfg.prompt_end)
+        read = functools.partial(conversation_tokens, tokenizer=tokenizer)
+    elif cfg.fim:
+        read = augment.Infilled.of(cfg, tokenizer)
+    else:
+        read = functools.partial(piece_tokens, tokenizer=tokenizer, units=units, prompt_end=cfg.prompt_end)
+    return augment.Scattered.of(cfg, tokenizer, read) if cfg.stochastok else read
 
 
 def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
@@ -266,13 +275,14 @@ class _Lane:
         raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row {what}.")
 
     def _tokens(self, piece: int) -> Tokens:
-        return self.read(self.stream[self.row + piece * self.stride])
+        number = self.row + piece * self.stride
+        return self.read(self.stream[number] | {"number": number})
 
 
 def _identity(cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces]) -> dict:
     """Returns what must be equal for a state to mean the same place in the same text, in JSON's types."""
     identity = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-    for name in ("marks", "tokens", "whole", "prompt_end", "chat"):
+    for name in _LATER:
         if not identity[name]:
             del identity[name]  # states from before there were such rows stay valid
     content = {"pieces": [len(p) for p in found], "content": [p.corpus.crc for p in found]}
@@ -283,10 +293,10 @@ def _compare(saved: dict, ours: dict) -> None:
     """Raises AtomError where two identities differ: the text counts, not what its files are called."""
     # States from before there were checksums of the text know its name only.
     unused = "sources" if "content" in saved else "content"
-    for field, value in ours.items():
-        if field == unused or saved.get(field) == value:
+    for field in ours | {name: None for name in _LATER if saved.get(name)}:
+        before, value = saved.get(field), ours.get(field)
+        if field == unused or before == value:
             continue
-        before = saved.get(field)
         if field in ("content", "pieces") and isinstance(before, list) and len(before) == len(value):
             names = ", ".join(s for s, a, b in zip(ours["sources"], before, value) if a != b)
             raise AtomError(f"data.sources: the text of {names} is not the one that this run began with.")

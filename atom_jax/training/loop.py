@@ -175,9 +175,7 @@ class _Run:
     def _read(self, split: str) -> Any:
         cfg = self.exp.data
         if split != "train":
-            # With the same seed, so that runs on other parts of the text are judged alike.
-            rows = cfg.batch_size // self.exp.optim.accumulate
-            cfg = dataclasses.replace(cfg, split=split, batch_size=rows, seed=0)
+            cfg = cfg.held_out(split, cfg.batch_size // self.exp.optim.accumulate)
         setting = self.program.setting
         data = make_iterator(cfg, setting.tokenizer, *sharding.row_share(setting.mesh, jax.process_index()))
         self.opened.callback(data.close)
