@@ -122,6 +122,7 @@ def fit_memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_float, "ridge", 3.0, "regularisation")
     known.add(flags.DEFINE_integer, "part", 512, "tokens that are read at once, as `remember` will")
     known.add(flags.DEFINE_integer, "seed", 0, "of the facts")
+    known.add(flags.DEFINE_string, "policy_out", "", "directory for the score as a cache policy, for --adapter")
     values, files = known.parse(argv, None)
     _needed(values, "checkpoint", "out")
     if not files:
@@ -132,7 +133,7 @@ def fit_memory(argv: list[str]) -> None:
 
     how = lasting_fit.Order(
         tuple(files), values.out, values.tokens, values.facts, tuple(values.kinds), values.ridge, values.part,
-        values.seed,
+        values.seed, values.policy_out,
     )  # fmt: skip
     print(lasting_fit.run(load(values.checkpoint, dtype=values.dtype), how, lambda text: print(text, flush=True)))
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from atom_jax import config
+from atom_jax.fields import Fields
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest
-from atom_jax.kvcache.lasting.score import middle
+from atom_jax.kvcache.lasting.score import LEAST_MOST, LEAST_TOTAL, middle
 from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.naming import Rule
+from atom_jax.params import ParamSpec, Tree, zeros
+
+_FIELDS = ("budget", "ratio", "sinks", "window")
 
 
 @config.register
@@ -22,14 +27,18 @@ class Shared(Budget):
     of the prompt pays to it (any query of the group), averaged over the heads of the layers that find again what was
     read (`lasting.score.middle`): the score "observed" of lasting memories.
 
+    learned: the score is a linear function of what every layer and head was seen to pay to the token, the logarithms
+        of the largest weight and of the sum of all, fitted to facts (`fit_memory --policy_out`).
     window: the newest tokens, which stay. Later tokens are stored at the cost of the prompt's, in all layers and
     heads of the same ones. The whole prompt is held while it is read.
     """
 
     name: ClassVar[str] = "shared"
     shrinks: ClassVar[bool] = True
+    fields: ClassVar[frozenset[str]] = frozenset(f"atom_shared_{name}" for name in _FIELDS)
     sinks: int = 4
     window: int = 64
+    learned: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,22 +52,35 @@ class Shared(Budget):
         """The window."""
         return jnp.full_like(limit_bh, self.window)
 
+    def spec(self, projections: Tree) -> Tree:
+        """Weights "most" and "total" [h] of the learned score."""
+        weight = ParamSpec((projections["k"].shape[1],), ("kv_heads",), zeros)
+        return {"most": weight, "total": weight} if self.learned else {}
+
     def prompt(self, entries: Entries, call: Call) -> jax.Array:
-        """The largest weight from a later query."""
-        most = observe.received(
-            call.q, call.tokens, entries.k, entries.pos, call.fresh, None, call.window, most=True, after=1
-        )
-        return most.max(2)
+        """The largest weight from a later query; or what the head adds to the learned score."""
+
+        def received(most: bool) -> jax.Array:
+            return observe.received(
+                call.q, call.tokens, entries.k, entries.pos, call.fresh, None, call.window, most=most, after=1
+            )
+
+        most = received(True).max(2)
+        if not self.learned:
+            return most
+        seen = jnp.log(most + LEAST_MOST), jnp.log(received(False).sum(2) + LEAST_TOTAL)
+        weights = (call.learned[name].astype(jnp.float32)[None, :, None] for name in ("most", "total"))
+        return sum(w * x for w, x in zip(weights, seen))
 
     def choose(self, entries: Entries, length_b: jax.Array, limit_bh: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Everything, so far."""
         return entries.pos >= 0, limit_bh
 
     def settle(self, layers: BudgetLayer, length_b: jax.Array) -> BudgetLayer:
-        """All layers and heads keep the tokens of largest mean score."""
-        mean = layers.score[middle(len(layers.score))].mean((0, 2))
-        shape = layers.pos.shape
-        layers = layers.replace(score=jnp.broadcast_to(mean[None, :, None], shape))
+        """All layers and heads keep the tokens of largest score."""
+        score, shape = layers.score, layers.pos.shape
+        score = score.sum((0, 2)) if self.learned else score[middle(len(score))].mean((0, 2))
+        layers = layers.replace(score=jnp.broadcast_to(score[None, :, None], shape))
         limit_b = self.share(length_b, shape[3]) if self.ratio else jnp.full_like(length_b, self.budget)
         limit = jnp.broadcast_to(limit_b[:, None], shape[1:3])
 
@@ -67,3 +89,28 @@ class Shared(Budget):
             return layer._put(layer.entries, keep_largest(score, self.order(layer.pos), limit))
 
         return jax.vmap(of)(layers).replace(limit=jnp.broadcast_to(self.later(limit)[None], shape[:3]))
+
+    def describe(self) -> str:
+        """How many, and by what."""
+        many = f"{self.budget} entries" if self.budget else f"{self.ratio:g} of the prompt"
+        return f"{many} that all layers and heads share{', by a learned score' if self.learned else ''}"
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Our own names."""
+        return (Rule("shared_most", "most"), Rule("shared_total", "total")) if self.learned else ()
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        """What is learned is part of a model."""
+        return {f"atom_shared_{name}": getattr(self, name) for name in _FIELDS} if self.learned else {}
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> Shared | None:
+        """The learned form, where its fields are there."""
+        if all(fields.data.get(f"atom_shared_{name}") is None for name in _FIELDS):
+            return None
+        return cls(
+            budget=fields.size("atom_shared_budget", 0, least=0),
+            ratio=fields.number("atom_shared_ratio", 0.0, positive=False),
+            sinks=fields.size("atom_shared_sinks", cls.sinks, least=0),
+            window=fields.size("atom_shared_window", cls.window, least=0), learned=True,
+        )  # fmt: skip

@@ -220,13 +220,19 @@ def kvcompose(p, layers, total):
     return [[set(np.argsort(-row)[:n].tolist()) for row, n in zip(s, c)] for s, c in zip(scores, counts)]
 
 
-def shared(p, layers, n):
-    """The positions that all layers and heads keep of a prompt. layers: of each its (q, k, v)."""
+def shared(p, layers, n, learned):
+    """The positions that all layers and heads keep of a prompt. layers: of each its (q, k, v); learned: of each the
+    weights of a learned score."""
     t = layers[0][1].shape[1]
     later = np.tril(np.ones((t, t)), -1)
+    paid = [all_weights(q, k) * later for q, k, _ in layers]
     first = len(layers) // 3
-    used = layers[first : max(4 * len(layers) // 5, first + 1)]
-    score = np.mean([(all_weights(q, k) * later).max((1, 2)) for q, k, _ in used], (0, 1))
+    score = np.mean([x.max((1, 2)) for x in paid[first : max(4 * len(layers) // 5, first + 1)]], (0, 1))
+    if p.learned:
+        score = np.zeros(t)
+        for x, own in zip(paid, learned):
+            seen = np.log(x.max((1, 2)) + 1e-4), np.log(x.sum((1, 2)) + 1e-3)
+            score += sum(np.asarray(own[name]) @ one for name, one in zip(("most", "total"), seen))
     order = [(i < p.sinks or i >= t - p.window, -i if i < p.sinks else i) for i in range(t)]
     best = sorted(range(t), key=lambda i: (order[i][0], order[i][1] if order[i][0] else score[i]), reverse=True)
     return set([*range(min(p.sinks, n)), *[i for i in best if i >= p.sinks]][:n])

@@ -1,5 +1,6 @@
 """The commands about memories, and the evaluation and the fit, on tiny models."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,15 +10,17 @@ import pytest
 import atom_jax
 from atom_jax import config, params
 from atom_jax.__main__ import main
+from atom_jax.checkpoint.adapters import load_adapter
 from atom_jax.data.builtin import novels
 from atom_jax.evaluation import run as evaluation
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import EvalConfig, lasting_fit, planted
 from atom_jax.evaluation.tasks.needle import Haystack
+from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import learned
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reread import passages
-from atom_jax.models import transformer
+from atom_jax.models import registry, transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 
@@ -145,8 +148,14 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     assert len(learned.load(order.out).weight) == 2 * 2 * 1 + 2
     first = (tmp_path / "s.safetensors").read_bytes()
     monkeypatch.setattr(lasting_fit, "_moments", None)
-    lasting_fit.run(lm, order, said.append)
+    lasting_fit.run(lm, dataclasses.replace(order, policy_out=str(tmp_path / "policy")), said.append)
     assert (tmp_path / "s.safetensors").read_bytes() == first
+    with_policy = load_adapter(lm, tmp_path / "policy")
+    weights = with_policy.params["layers"]["attn"]["shared"]
+    assert with_policy.config.memory == Shared(budget=512, learned=True) and weights["most"].shape == (2, 1)
+    assert float(np.abs(weights["total"]).min()) > 0
+    with_policy = registry.with_memory(with_policy, Shared(budget=80, window=8, learned=True))
+    assert atom_jax.generate(with_policy, TEXT, 3).stats["kv_reads"] == 2 * 80
 
     monkeypatch.setattr(evaluation.jax, "devices", lambda: jax.local_devices()[:1])
     settings = [f"streams={text}", "tokens=700", "facts=4", "kinds=number,pet", "part=64", "batch=2",

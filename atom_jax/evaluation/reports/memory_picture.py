@@ -63,7 +63,8 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
 
     Raises AtomError for models without learned evictors or tokenizer, and when there is no text.
     """
-    learned = [p for p in policies_of(registry.of(lm.config).memory(lm.config)) if p.to_hf(lm.family)]
+    memory = registry.of(lm.config).memory(lm.config)
+    learned = [p for p in policies_of(memory) if p.learns and p.to_hf(lm.family)]
     if not learned:
         raise AtomError("the model has no learned evictors, so it keeps every token")
     if lm.tokenizer is None:

@@ -9,17 +9,21 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from atom_jax import config
+from atom_jax import params as params_lib
+from atom_jax.checkpoint import save_adapter
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.data.builtin import novels
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import planted
 from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.files import read_regular
-from atom_jax.kvcache.lasting.score import Moments, Seen, features, fit
+from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
+from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import learned
 from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.models import registry
@@ -32,6 +36,7 @@ SINKS = 4
 class Order:
     """texts: files, or names of novels (`data.builtin.novels`). out: the score's file. tokens: of each text; facts:
     planted in it, of these kinds ((): of all). ridge: of the fit. part: tokens that are read at once. seed: of facts.
+    policy_out: directory for the score as a cache policy, an adapter; "": none.
     """
 
     texts: tuple[str, ...]
@@ -42,6 +47,7 @@ class Order:
     ridge: float = 3.0
     part: int = 512
     seed: int = 0
+    policy_out: str = ""
 
     def __post_init__(self):
         config.check(
@@ -69,7 +75,20 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
         say(f"{name}: {how.facts} facts in {how.tokens} tokens")
         found.append(_load(file))
     learned.save(fit(found, how.ridge, model.fingerprint), how.out)
+    if how.policy_out:
+        attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
+        save_adapter(as_policy(lm, attention), how.policy_out)
+        say(f"wrote {how.policy_out}: the policy shared with {len(attention.weight)} weights")
     return f"wrote {how.out}: {len(found[0].first)} features, fitted on {len(found)} texts"
+
+
+def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
+    """The model with the cache policy `shared` that chooses by this score, which was fitted `of_attention`."""
+    cfg = registry.of(lm.config).with_memory(lm.config, Shared(budget=budget, learned=True))
+    model = model_of(lm)
+    weights = by_head(attention, model.layers, model.heads)
+    new = {f"layers/attn/{Shared.name}/{name}": jnp.asarray(x) for name, x in weights.items()}
+    return dataclasses.replace(lm, config=cfg, params=params_lib.unflatten(params_lib.flatten(lm.params) | new))
 
 
 def text_of(name: str) -> bytes:

@@ -95,6 +95,11 @@ class Moments:
             raise AtomError("learned score: a text has no token that is to be kept")
         return cls(x.shape[1], x.sum(1), x @ x.T, x[:, wanted_t].mean(1))
 
+    def of_attention(self) -> Moments:
+        """Of attention alone, without the nats of the token and of the next one."""
+        n = len(self.first) - 2
+        return Moments(self.n, self.first[:n], self.second[:n, :n], self.wanted[:n])
+
 
 def fit(texts: list[Moments], ridge: float, model: str) -> Linear:
     """The discriminant in closed form, averaged over texts: w = (X'X / n + ridge I)^-1 (mean of X over the tokens to
@@ -113,6 +118,15 @@ def fit(texts: list[Moments], ridge: float, model: str) -> Linear:
         b += (t.wanted - own) / std / len(texts)
     weight = np.linalg.solve(a, b)
     return Linear(*(x.astype(np.float32) for x in (mean, std, weight)), model)
+
+
+def by_head(score: Linear, layers: int, heads: int) -> dict[str, np.ndarray]:
+    """The weights of a score fitted `of_attention` on the two logarithms, "most" and "total", f32 [l, h]; what is the
+    same for all tokens is left out."""
+    if len(score.weight) != 2 * layers * heads:
+        raise AtomError(f"learned score: {len(score.weight)} weights for {layers} layers of {heads} heads")
+    most, total = (score.weight / score.std).reshape(2, layers, heads)
+    return {"most": most, "total": total}
 
 
 def middle(layers: int) -> slice:
