@@ -116,6 +116,8 @@ def measure(name: str, lm: LM, wanted: list[tuple[list[int], int]], cache: int) 
         engine.tally.peak_running = engine.tally.peak_nbytes = 0
         requests, seconds = _made(engine, wanted)
         tally = dataclasses.replace(engine.tally)
+    if ALONE.value < 1:
+        raise AtomError(f"--alone={ALONE.value}: expected at least 1")
     few = wanted[: ALONE.value]
     with _engine(lm, 1, None, wanted) as engine:
         for order in few:

@@ -69,6 +69,8 @@ def load(lm: LM, directory: Path, shardings: Any = None) -> LM:
     """
     if not isinstance(lm.config, transformer.TransformerConfig):
         raise AtomError(f"{directory}: LoRA is for transformers, and the model is of the family {lm.family}")
+    if lm.config.lora is not None:
+        raise AtomError(f"{directory}: the model has LoRA beside its weights already; load it with merge=True")
     if not (directory / TENSORS).is_file():
         refuse_pickle(directory)
     source = SafetensorsSource(directory / TENSORS)

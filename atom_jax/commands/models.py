@@ -111,6 +111,8 @@ def info(argv: list[str]) -> None:
     from atom_jax.lasting import store
 
     if store.is_memory(path):
+        if values.json or values.tensors:
+            raise AtomError("--json and --tensors are for checkpoints; this is a memory on disk")
         print(lasting.info(path, values.verify))
     else:
         print(cli.info(path, values.tensors, values.verify, values.json))

@@ -63,6 +63,8 @@ def generate(argv: list[str]) -> int | None:
         raise AtomError("--question: --file is missing, the document that it is about")
     if values.file is not None and values.memory_dir is not None:
         raise AtomError("--file and --memory_dir: choose one; remember reads documents into a memory")
+    if values.file is not None and (values.remember or values.reread):
+        raise AtomError("--remember and --reread go with --memory_dir, not with --file")
     prompts = _prompts(values.prompt)
     document = None if values.file is None else _document(values.file)
 

@@ -113,6 +113,8 @@ def places(text: bytes, cut: str, tokenizer: Tokenizer) -> np.ndarray:
     characters (""), and its ends."""
     if cut == "token":
         at = tokenizer.spans(text)[1][:, 1]
+        after = np.frombuffer(text + b" ", np.uint8)[at]
+        at = at[after & 0xC0 != 0x80]  # tokens may end inside a character
     else:
         data = np.frombuffer(text, np.uint8)
         at = np.flatnonzero(data == 10) + 1 if cut == "line" else np.flatnonzero(data & 0xC0 != 0x80)

@@ -16,7 +16,7 @@ from atom_jax import config
 from atom_jax.inference.request import Piece, Request
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
-from atom_jax.session import sampling
+from atom_jax.session import reading, sampling
 from atom_jax.session.cost import Cost
 from atom_jax.session.decode import CHUNK, NAMED, Choice, Said
 from atom_jax.session.lane import Lane
@@ -218,7 +218,6 @@ class Engine:
                 if not self._fits([*begun, request]):
                     return
                 parts = Parts(self.lm, request.prompt, min(request.most, ROOM), self._part, self._beginnings)
-                request.known = parts.known
                 self._reading.append((self._waiting.popleft(), parts))
                 begun.append(request)
 
@@ -241,7 +240,13 @@ class Engine:
             whole, now = len(request.prompt) + request.most, len(request.prompt) + request.made
             later = self._cost.expected(whole) - (self._cost.expected(now) if request.entries else 0)
             entries.append(request.entries + later)
-        return self._cost.nbytes(rows, max(longest, *(len(r.prompt) + r.most for r in requests)), entries)
+        return self._cost.nbytes(rows, max(longest, *map(self._size, requests)), entries)
+
+    def _size(self, request: Request) -> int:
+        """Tokens that its buffers are made for: whole parts while a prompt is read in several."""
+        n, part = len(request.prompt), self._part
+        whole = -(-n // part) * part if n > part and reading.plan(self.lm.config).pieces else 0
+        return max(n + request.most, whole)
 
     def _read(self) -> None:
         """Reads parts of prompts, of each in turn, up to about `part` tokens."""
@@ -256,6 +261,7 @@ class Engine:
                 self._end(request, "failed", f"{type(e).__name__}: {e}")
             left -= n
             if session is not None:
+                request.known = parts.known
                 self._start(request, session)
             with self._changed:
                 self._reading.popleft()
@@ -273,7 +279,7 @@ class Engine:
                 request.entries = float(slots.session.use()[0][0])
                 self._end(request, end)
                 return
-        self._longest = max(self._longest, len(request.prompt) + request.most)
+        self._longest = max(self._longest, self._size(request))
         self._lane.join(slots, [request])
 
     def _decode(self) -> None:
@@ -317,11 +323,12 @@ class Engine:
             lane.owners[r] = None
         if not lane.live:
             self._lane, self._longest = Lane(), 0
-        elif 4 * len(lane.live) <= len(lane.owners) and not (self._reading or self._waiting):
-            lane.halve()
-        elif rows and self._cost.paged:
+            return
+        if rows:
             size = 1 << (len(rows) - 1).bit_length()
             lane.slots.clear([*rows, *[len(lane.owners)] * (size - len(rows))])
+        if 4 * len(lane.live) <= len(lane.owners) and not (self._reading or self._waiting):
+            lane.halve()
 
     def _end(self, request: Request, end: str, error: str | None = None) -> None:
         piece = request.finish(end, error)

@@ -117,6 +117,8 @@ def generate(
     reread = config.whole("reread", reread, 0, 1024)
     if (remember or reread) and memory is None:
         raise AtomError("remember, reread: there is no memory")
+    if remember and (left := [source.name for source in memory.sources if not source.finished]):
+        raise AtomError(f"remember: {left[0]} was not read to its end; read or forget that first")
     ahead = 0 if memory is None else _ahead(lm, memory, after)
     rows = token_rows(lm, prompts, first=after is None and not ahead)
     said = rows

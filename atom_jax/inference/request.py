@@ -94,14 +94,18 @@ class Request:
             self._marks += [self._mark(i, said, k) for k, i in enumerate(new) if i >= 0]
         if self._stream is None:
             self._new += kept
-        text = "" if self._stream is None else self._stream.push(kept)
+        try:
+            text = "" if self._stream is None else self._stream.push(kept)
+        except Exception as e:  # this text's own; others are served on
+            self.error = f"{type(e).__name__}: {e}"
+            return "failed"
         self.tell(self._piece(text, None))
         ended |= self._stream is not None and self._stream.stopped
         return "stop" if ended else "length" if self.made >= self.most else None
 
     def finish(self, end: str, error: str | None = None) -> Piece:
         """Ends the text; the last piece, for `tell`. For the engine."""
-        self.error, self.choice = error, None
+        self.error, self.choice = error or self.error, None
         return self._piece("" if self._stream is None else self._stream.finish(), end)
 
     def tell(self, piece: Piece) -> None:

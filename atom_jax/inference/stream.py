@@ -30,14 +30,16 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes more tokens; returns the text that became certain. Nothing is taken after a stop."""
+        return "".join(map(self._push, ids))
+
+    def _push(self, i: int) -> str:
         if self.stopped:
             return ""
         searched = len(self._data)
-        for i in ids:
-            self._data += self._bytes_of(i)
-            self.ids.append(i)
-            self._ends.append(len(self._data))
-            self._before = i
+        self._data += self._bytes_of(i)
+        self.ids.append(i)
+        self._ends.append(len(self._data))
+        self._before = i
         found = [at for s in self._stops if (at := self._data.find(s, max(0, searched - len(s) + 1))) >= 0]
         if found:
             self.stopped = True
@@ -68,7 +70,12 @@ class TextStream:
     def _held_back(self) -> int:
         """Bytes at the end that may be the beginning of a stop string."""
         return max(
-            (n for s in self._stops for n in range(1, len(s)) if self._data.endswith(s[:n])),
+            (
+                n
+                for s in self._stops
+                for n in range(1, min(len(s), len(self._data) + 1))
+                if self._data.endswith(s[:n])
+            ),
             default=0,
         )
 

@@ -101,6 +101,11 @@ class QuestLayer(Layer):
         out, _ = observe.attend_one(call.q[..., 0, :], k, v, pos.reshape(flat) >= 0)
         return out[..., None, :], new
 
+    def put(self, index_b: np.ndarray, other: QuestLayer, axis: int = 0) -> QuestLayer:
+        """As of `Layer`; `most` is the larger one."""
+        most = max(self.most, other.most)
+        return Layer.put(self.replace(most=most), index_b, other.replace(most=most), axis)
+
     def _pages(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.policy.page, x.shape[-1])
 

@@ -111,13 +111,14 @@ class Entries:
 @dataclasses.dataclass
 class Block:
     """A block: level, blocks of text from `start` to `end`; its entries, where they are known; its segment, where it
-    is on disk."""
+    is on disk, or else the arrays that its file is to hold."""
 
     level: int
     start: int
     end: int
     entries: Entries | None
     segment: Segment | None = None
+    arrays: dict[str, np.ndarray] | None = None
 
 
 class Blocks:
@@ -137,16 +138,21 @@ class Blocks:
         while len(self.waiting) >= law.block:
             number = self._blocks[-1].end if self._blocks else 0
             block = self.waiting.cut(0, law.block).thinned(law.keep(0))
-            self._blocks.append(Block(0, number, number + 1, block))
+            self._blocks.append(self._made(0, number, number + 1, block))
             self.waiting = self.waiting.cut(law.block)
             self._merge()
+
+    def _made(self, level: int, start: int, end: int, entries: Entries) -> Block:
+        """A block with its entries as its file will have them, whenever it is read again."""
+        arrays = entries.arrays(self._settings.codec)
+        return Block(level, start, end, Entries.of(arrays, self._settings.codec, "a new block"), None, arrays)
 
     def _merge(self) -> None:
         while (at := levels.merge([b.level for b in self._blocks])) is not None:
             old, new = self._blocks[at : at + 2]
             level = old.level + 1
             both = Entries.joined([self.of(old), self.of(new)]).thinned(self._settings.law.keep(level))
-            self._blocks[at : at + 2] = [Block(level, old.start, new.end, both)]
+            self._blocks[at : at + 2] = [self._made(level, old.start, new.end, both)]
 
     def of(self, block: Block) -> Entries:
         """The entries of a block."""
@@ -165,9 +171,9 @@ class Blocks:
 
     def forget(self, source: int) -> None:
         """Leaves out the entries of a source; blocks stay where they are."""
-        for block in self._blocks:
+        for i, block in enumerate(self._blocks):
             if (entries := self.of(block)).source.size and (entries.source == source).any():
-                block.entries, block.segment = entries.without(source), None
+                self._blocks[i] = self._made(block.level, block.start, block.end, entries.without(source))
         self.waiting = self.waiting.without(source)
 
     def files(self, number: int) -> tuple[tuple[Segment, ...], dict[str, dict[str, np.ndarray]], int]:
@@ -177,7 +183,7 @@ class Blocks:
         for block in self._blocks:
             if block.segment is None:
                 name = f"seg-{number:08d}.safetensors"
-                files[name] = block.entries.arrays(self._settings.codec)
+                files[name], block.arrays = block.arrays, None
                 block.segment = Segment(name, block.level, block.start, block.end, len(block.entries))
                 number += 1
         return tuple(b.segment for b in self._blocks), files, number

@@ -81,6 +81,10 @@ class Memory:
         for field, value in wanted.items():
             if (there := getattr(memory.settings, field)) != value:
                 raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
+        if score not in (None, LEARNED, *SCORES):
+            ours, asked = learned.arrays(memory._learned()), learned.arrays(learned.load(score))
+            if any(not np.array_equal(ours[name], asked[name]) for name in ours):
+                raise AtomError(f"{directory}: was made with another learned score than {score}")
         if lm is not None and (own := model_of(lm)) != (of := memory.model):
             raise AtomError(
                 f"{directory}: belongs to the {of.family} model {of.fingerprint} in {of.dtype}, not to this one,"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +31,9 @@ from atom_jax.typing import AtomError
 
 MANIFEST, FORMAT = "MEMORY.json", 1
 NEW = ".new-"
-_KINDS = ("seg-", "tail-", "text-", "score-")
+_FILE = re.compile(r"(seg|tail|text|score)-\d{8,}\.safetensors")
+# What an interrupted commit leaves.
+_LEFT = re.compile(rf"\.new-({_FILE.pattern}|MEMORY\.json)")
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -144,11 +147,14 @@ class Store:
         if not self.directory.is_dir():
             raise AtomError(f"{self.directory}: is a file; a memory is a directory")
         try:
-            others = [p.name for p in self.directory.iterdir() if not _ours(p.name)]
+            names = sorted(p.name for p in self.directory.iterdir())
         except OSError as e:
             raise AtomError(f"{self.directory}: cannot be read ({e.strerror})") from None
-        if others:
+        if others := [name for name in names if not _ours(name)]:
             raise AtomError(f"{self.directory}: holds {others[0]}, and no memory ({MANIFEST}); name a new directory")
+        # The first commit has no other file than a score.
+        if lost := [n for n in names if _FILE.fullmatch(n) and not n.startswith("score-")]:
+            raise AtomError(f"{self.directory}: {MANIFEST} is missing, and {lost[0]} of a memory is there")
         return False
 
     def manifest(self) -> Manifest:
@@ -178,10 +184,14 @@ class Store:
         """The arrays of a file, compared with their checksums. Damaged (or AtomError) where it is not what was
         written."""
         self.size([name])
-        source = SafetensorsSource(self.directory / name)
-        if source.infos.keys() - source.crcs.keys():
-            raise Damaged(f"{self.directory / name}: holds tensors without checksums")
-        return {tensor: source.read(tensor) for tensor in source.infos}
+        try:
+            source = SafetensorsSource(self.directory / name)
+            if source.infos.keys() - source.crcs.keys():
+                raise Damaged(f"{self.directory / name}: holds tensors without checksums")
+            return {tensor: source.read(tensor) for tensor in source.infos}
+        except AtomError:
+            self.size([name])  # Missing, where another process has meanwhile replaced it
+            raise
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """A context in which this is the only one that writes. AtomError where another does."""
@@ -220,7 +230,8 @@ class Store:
 
     def _sweep(self, manifest: Manifest) -> None:
         for path in self.directory.iterdir():
-            if path.name not in (*manifest.files, MANIFEST) and path.name.startswith((NEW, *_KINDS)):
+            ours = _FILE.fullmatch(path.name) or _LEFT.fullmatch(path.name)
+            if ours and path.name not in manifest.files:
                 os.unlink(path)
 
     def _check_room(self, files: Mapping[str, Arrays]) -> None:
@@ -233,7 +244,7 @@ class Store:
 def _check(path: Path, found: Manifest) -> None:
     """Raises AtomError for a manifest that no memory could have."""
     for name in found.files:
-        if Path(name).name != name or not name.startswith(_KINDS):
+        if not _FILE.fullmatch(name):
             raise AtomError(f"{path}: {name[:60]!r} is no name of a file of a memory")
     law, at = found.settings.law, 0
     for s in found.segments:
@@ -265,7 +276,7 @@ def is_memory(path: str | os.PathLike) -> bool:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith((NEW, *_KINDS, ".lock"))
+    return name == ".lock" or bool(_FILE.fullmatch(name) or _LEFT.fullmatch(name))
 
 
 def _flush(path: Path) -> None:

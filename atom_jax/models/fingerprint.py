@@ -16,13 +16,16 @@ from atom_jax.typing import LM
 
 def fingerprint(lm: LM) -> str:
     """16 hex digits that depend on the configuration and on every bit of the parameters, not on where they lie."""
-    return _digest(lm, config.to_json(lm.config))
+    about = config.to_json(lm.config)
+    # Results were kept before models had this field.
+    return _digest(lm, {name: x for name, x in about.items() if name != "lora" or x is not None})
 
 
 def identity(lm: LM) -> str:
     """As `fingerprint`, for what is kept for long: of fields of the configuration only those count that don't have
     their defaults, so that fields of later versions change nothing."""
-    fields = dataclasses.fields(lm.config)
+    # Nothing that is computed depends on remat.
+    fields = [f for f in dataclasses.fields(lm.config) if f.name != "remat"]
     return _digest(lm, {f.name: config.to_json(x) for f in fields if (x := getattr(lm.config, f.name)) != f.default})
 
 

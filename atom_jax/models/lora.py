@@ -91,4 +91,5 @@ def merged(p: Tree, lora: LoRA | None) -> Tree:
 
 def _added(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     single = (x.astype(jnp.float32) for x in (w, a, scale * b))
-    return jax.vmap(low_rank.added)(*single).astype(w.dtype)
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(low_rank.added)(*single).astype(w.dtype)

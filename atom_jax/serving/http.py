@@ -221,6 +221,8 @@ async def listening(
         yield f"http://{host}:{runner.addresses[0][1]}"
     finally:
         server.refuse()
+        # It still listens meanwhile, to say that it stops.
+        await asyncio.to_thread(server.engine.close, grace)
         await runner.cleanup()
 
 

@@ -12,6 +12,8 @@ from atom_jax.session.decode import NAMED
 
 # Choices of one request.
 CHOICES = 128
+# Strings that end a text, and characters of each: they are looked for after every token.
+STOPS, STOP_LENGTH = 64, 1024
 # What a completion is given where it doesn't say; the default of the published interface.
 COMPLETION_TOKENS = 16
 # Fields that say nothing about the text.
@@ -108,6 +110,10 @@ def read(data: dict[str, Any], chat: bool, model: str) -> Asked:
     stop = [stop] if isinstance(stop, str) else stop
     if any(not isinstance(text, str) or not text for text in stop):
         raise Refusal(400, "stop: expected a string that is not empty, or a list of such", "stop")
+    if len(stop) > STOPS or any(len(text) > STOP_LENGTH for text in stop):
+        raise Refusal(400, f"stop: at most {STOPS} strings of {STOP_LENGTH} characters", "stop")
+    if any("\ud800" <= c <= "\udfff" for text in stop for c in text):
+        raise Refusal(400, "stop: a lone surrogate, which UTF-8 cannot hold", "stop")
     ends = given.take("stop_token_ids", list, None)
     if ends is not None and any(type(i) is not int for i in ends):
         raise Refusal(400, "stop_token_ids: expected a list of token ids", "stop_token_ids")

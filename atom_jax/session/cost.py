@@ -10,6 +10,7 @@ import jax
 
 from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache.budget import BudgetLayer
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.paged import AHEAD, PagedLayer
@@ -41,9 +42,15 @@ class Cost:
         """Of so many rows, with texts of up to `longest` tokens, of which heads keep so many entries in pages."""
         shapes = self._shapes(bucket(longest, LEAST))
         total = rows * (_nbytes(shapes) - sum(_pools(x) for x in memory_lib.layers(shapes)))
+        for x in memory_lib.layers(shapes):
+            if isinstance(x, BudgetLayer) and x.policy.prompt_only:
+                slots = x.k.shape[-2]
+                one = params_lib.nbytes((x.k, x.v, x.pos, x.score, x.bias)) // slots
+                total += rows * one * max(bucket(longest, LEAST) - slots, 0)
         for layer in self._paged:
             page, heads = layer.k.shape[-2], layer.pool.n.shape[-1]
-            pages = coarse(sum(heads * -(-(int(n) + AHEAD) // page) for n in entries))
+            idle = [0.0] * (rows - len(entries))
+            pages = coarse(sum(heads * -(-(int(n) + AHEAD) // page) for n in [*entries, *idle]))
             total += _pools(layer) // layer.k.shape[-3] * pages
         return total
 

@@ -45,6 +45,7 @@ class Lane(Generic[T]):
             n = len(self.owners)
             self._choose([*range(n), *range(n)])
             self.owners[n:] = [None] * n
+            self.slots.clear(range(n, 2 * n))
         at = self.free[: len(owners)]
         # Places beyond the rows take what is too many.
         self.slots.put([*at, *[len(self.owners)] * (len(new.first) - len(owners))], new)

@@ -11,8 +11,8 @@ import numpy as np
 
 from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import Memory
+from atom_jax.kvcache.dense import DenseLayer, bucket, widen
+from atom_jax.kvcache.memory import Layer, Memory
 from atom_jax.kvcache.paged import level
 from atom_jax.session import laid_out, programs, reading
 from atom_jax.session.prompts import padded
@@ -49,11 +49,22 @@ class Beginnings:
         """Takes note of what was read, and of the memory of it, of which it keeps a copy when it comes again."""
         name = _name(ids)
         if name in self._names and name not in self._kept and self.most:
-            self._kept[name] = jax.tree.map(jnp.copy, memory)
+            self._kept[name] = jax.tree.map(jnp.copy, _sized(memory, len(ids)))
         self._names[name] = None
         for known, most in ((self._names, NAMES), (self._kept, self.most)):
             while len(known) > most:
                 known.popitem(last=False)
+
+
+def _sized(memory: Memory, slots: int) -> Memory:
+    """The memory with so many slots where every token has one."""
+
+    def fit(layer: Layer) -> Layer:
+        if not isinstance(layer, DenseLayer):
+            return layer
+        return DenseLayer(*(widen(x[..., :slots, :], slots) for x in (layer.k, layer.v)))
+
+    return memory_lib.map_layers(fit, memory)
 
 
 def _name(ids: np.ndarray) -> bytes:
@@ -63,15 +74,17 @@ def _name(ids: np.ndarray) -> bytes:
 class Parts:
     """A prompt, i32 [t], on its way into a model's memory: where that may be, in parts of `part` tokens, else whole.
 
-    room: further tokens for which there is to be room. beginnings: what is known already.
+    room: further tokens for which there is to be room. beginnings: what is known already. known: how many tokens
+    were, when reading began.
     """
 
     def __init__(self, lm: LM, ids: np.ndarray, room: int, part: int, beginnings: Beginnings):
         self._lm, self._ids, self._room, self._beginnings = lm, ids, room, beginnings
         self._pieces = reading.plan(lm.config).pieces
         self._part = part if self._pieces else len(ids)
-        self._at, self._memory = beginnings.longest(ids, part) if self._pieces else (0, None)
-        self.known = self._at
+        whole = -(-len(ids) // self._part) * self._part if len(ids) > self._part else 0
+        self._capacity = bucket(max(len(ids) + room, whole), LEAST)
+        self._at, self._memory, self.known = 0, None, 0
 
     @property
     def nbytes(self) -> int:
@@ -81,15 +94,16 @@ class Parts:
     def read(self) -> tuple[int, Session | None]:
         """Reads the next part: how many tokens, and the session once the prompt is whole."""
         lm, cfg = self._lm, self._lm.config
+        if self._pieces and not self._at:
+            self._at, memory = self._beginnings.longest(self._ids, self._part)
+            self._memory, self.known = None if memory is None else _sized(memory, self._capacity), self._at
         new = self._ids[self._at : self._at + self._part]
         if not self._pieces:
             return len(new), Session.prefill(lm, [new], room=self._room)
         # Later parts are of one size.
         ids, length = padded([new], self._part if self._at else 0)
         if self._memory is None:
-            whole = -(-len(self._ids) // self._part) * self._part if len(self._ids) > self._part else 0
-            capacity = bucket(max(len(self._ids) + self._room, whole), LEAST)
-            x_bd, memory = reading.first(lm.params, ids, length, cfg=cfg, capacity=capacity)
+            x_bd, memory = reading.first(lm.params, ids, length, cfg=cfg, capacity=self._capacity)
         else:
             x_bd, memory, _ = reading.read(lm.params, ids, length, self._memory, cfg=cfg)
         self._at += len(new)

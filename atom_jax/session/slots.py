@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
-from atom_jax.kvcache.paged import level
+from atom_jax.kvcache.paged import PagedLayer, level
 from atom_jax.models import registry
 from atom_jax.session import laid_out, programs
 from atom_jax.session.decode import Choice, Made, State, begin, decode, decode_beside
@@ -102,8 +102,10 @@ class Slots:
         self.choice = self.choice.map(place, other.choice)
 
     def clear(self, index_b: Sequence[int]) -> None:
-        """Forgets what these rows have read, i32 [n]; numbers of none are left out."""
-        index, state = np.asarray(index_b, np.int32), self._state
+        """Gives up the pages of these rows, i32 [n], where memory has such; numbers of none are left out."""
+        index, state = np.asarray(list(index_b), np.int32), self._state
+        if not any(isinstance(x, PagedLayer) for x in memory_lib.layers(state.memory)):
+            return
         empty = registry.of(self._lm.config).init_cache(self._lm.config, len(index), 1)
         empty = programs.unstack(empty) if laid_out.unrolls(self._lm) else empty
         memory = self._fitted(memory_lib.put(state.memory, index, empty))

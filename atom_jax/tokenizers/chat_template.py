@@ -74,9 +74,10 @@ def answers(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> tuple[s
     the text before it is not what a model would be asked with. Raises AtomError where all are.
     """
     text, found = written(tokenizer, messages, answer=False), []
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # Nothing asks for an answer that comes first.
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
     for i in turns:
-        asked = written(tokenizer, messages[:i]) if i else ""
+        asked = written(tokenizer, messages[:i])
         told = written(tokenizer, messages[: i + 1], answer=False).rstrip()
         if told.startswith(asked) and text.startswith(told):
             found.append((len(asked), len(told)))

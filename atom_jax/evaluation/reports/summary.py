@@ -64,6 +64,8 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
     """
     folder = pathlib.Path(workdir)
     data = _experiment(folder).data
+    if data.chat:
+        raise AtomError(f"{workdir}: summary is for runs on texts; this one was trained on conversations")
     lm = atom_jax.load(workdir)
     cfg = run.resolve(EvalConfig(), workdir)
     model = run.evaluate(lm, ["bpb"], cfg)["bpb"].metrics["bpb"].value

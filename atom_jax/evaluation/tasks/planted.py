@@ -158,21 +158,27 @@ def facts(kinds: Sequence[str], n: int, draw: np.random.Generator) -> list[Fact]
     """n facts, of these kinds in turn, no two of one kind about the same subject. AtomError for unknown kinds."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise AtomError(f"kinds: no kind {unknown[0]!r} of facts; expected some of {', '.join(KINDS)}")
-    kinds = list(kinds) or list(KINDS)
+    kinds = list(dict.fromkeys(kinds)) or list(KINDS)
     subjects = {kind: draw.permutation(len(KINDS[kind].subjects)) for kind in kinds}
     others = draw.permutation(len(_OTHERS))
     out = []
     for i in range(n):
         name, number = kinds[i % len(kinds)], i // len(kinds)
         kind = KINDS[name]
-        if number >= len(kind.subjects):
-            raise AtomError(f"facts: there are no more than {len(kind.subjects)} of kind {name}")
+        most = min(len(kind.subjects), len(_OTHERS)) if name == "chain" else len(kind.subjects)
+        if number >= most:
+            raise AtomError(f"facts: there are no more than {most} of kind {name}")
         wording = kind.wordings[draw.integers(len(kind.wordings))]
         if kind.digits:
             a, b = (str(x) for x in draw.integers(10 ** (kind.digits - 1), 10**kind.digits, 2))
         else:
             a, b = (kind.answers[j] for j in draw.permutation(len(kind.answers))[:2])
-        said = {"s": kind.subjects[subjects[name][number]], "a": a, "b": b, "m": _OTHERS[others[i % len(others)]]}
+        said = {
+            "s": kind.subjects[subjects[name][number]],
+            "a": a,
+            "b": b,
+            "m": _OTHERS[others[number % len(others)]],
+        }
         sentence, question, earlier, answer = (text.format(**said) for text in wording)
         out.append(Fact(name, sentence, question, answer, earlier))
     return [out[i] for i in draw.permutation(n)]

@@ -63,12 +63,14 @@ class Law:
         as its level keeps such a share."""
         if self.alpha == 1:
             return math.inf
-        return MOST * self.block * (self.entries / (self.block * rank)) ** (1 / (1 - self.alpha))
+        power = math.log(self.entries / (self.block * rank)) / (1 - self.alpha)
+        return MOST * self.block * math.exp(power) if power < 600 else math.inf
 
     def __str__(self) -> str:
-        name = next((name for name, alpha in GROWTH.items() if alpha == self.alpha), f"power:alpha={self.alpha}")
+        name = next((name for name, alpha in GROWTH.items() if alpha == self.alpha), "")
         if name == "all" and self.entries == self.block:
             return f"all:block={self.block}"
+        name = f"power:alpha={self.alpha}" if name in ("", "all") else name
         return f"{name}{',' if ':' in name else ':'}entries={self.entries},block={self.block}"
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from atom_jax import config
 from atom_jax.training import losses
 from atom_jax.training.losses import Sums
 from atom_jax.training.objectives.base import Objective, Setting, register
@@ -26,6 +27,9 @@ class NextToken(Objective):
 
     name: ClassVar[str] = "next_token"
     z_loss: ClassVar[bool] = True
+
+    def __post_init__(self):
+        config.check(self)
 
     def loss(
         self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
