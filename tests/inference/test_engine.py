@@ -185,9 +185,10 @@ def test_refusals():
             with pytest.raises(AtomError, match=message):
                 engine.submit([1, 2, 3], **options)
         with engine.together:
-            engine.submit([1, 2, 3], 3)
+            first = engine.submit([1, 2, 3], 3)
             with pytest.raises(Busy, match="wait already"):
                 engine.submit([1, 2, 3], 3)
+        first.result()
         left = engine.submit([1, 2, 3], 50)
     assert left.result().end in ("cancelled", "length")
     with pytest.raises(Closed, match="being closed"):
