@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
     """Prints the table, a line as soon as it is known."""
     try:
         cache = size_of("--cache_memory", CACHE.value)
+        if ALONE.value < 1:
+            raise AtomError(f"--alone={ALONE.value}: expected at least 1")
         print(HEAD, "|---" * 7 + "|", sep="\n", flush=True)
         lines = []
         for name, lm in models(CHECKPOINT.value, ADAPTERS.value, [text for text in MEMORY.value if text]):
@@ -95,6 +97,8 @@ def orders(lm: LM, number: int, prompt: int, new: int) -> list[tuple[list[int], 
     """Prompts, parts of a novel, and how many tokens are to follow each; the same for the same numbers."""
     from atom_jax.data.builtin import austen
 
+    if lm.tokenizer is None:
+        raise AtomError("--checkpoint: the model has no tokenizer")
     rng = np.random.default_rng(0)
     text = b"\n".join(austen("validation").texts)
     ids = np.asarray(lm.tokenizer.encode(text[: 12 * prompt * number].decode("utf-8", "replace")))
@@ -116,8 +120,6 @@ def measure(name: str, lm: LM, wanted: list[tuple[list[int], int]], cache: int) 
         engine.tally.peak_running = engine.tally.peak_nbytes = 0
         requests, seconds = _made(engine, wanted)
         tally = dataclasses.replace(engine.tally)
-    if ALONE.value < 1:
-        raise AtomError(f"--alone={ALONE.value}: expected at least 1")
     few = wanted[: ALONE.value]
     with _engine(lm, 1, None, wanted) as engine:
         for order in few:
