@@ -72,9 +72,11 @@ def weights(
 def received(
     q_bhgtk: jax.Array, q: Tokens, k_bhsk: jax.Array, pos_bhs: jax.Array, aligned: bool,
     bias_bhs: jax.Array | None = None, window: int | None = None, most: bool = False, after: int = 0,
+    within: int | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attention that every entry receives from all real queries together: float32 [b, h, g, s]; most: the largest
-    weight instead of the sum. after: queries fewer than so many positions behind it do not count.
+    weight instead of the sum. after, within: queries fewer than `after` positions behind it, and those that are not
+    fewer than `within` behind it, do not count.
 
     Memory grows with t + s, not with their product: the first pass finds the log-sum-exp of every query, the second
     adds up the weights of ROWS queries at a time. aligned: as in `attend`; without bias only.
@@ -100,7 +102,7 @@ def received(
         distance = at[:, :, None] - entries.positions[:, None]
         seen = (entries.segments[:, None] > 0) & (distance >= 0) & (real[:, :, None] > 0)
         seen = seen if window is None else seen & (distance < window)
-        seen = seen & (distance >= after)
+        seen = seen & (distance >= after) & (True if within is None else distance < within)
         weight = jnp.exp(jnp.where(jnp.broadcast_to(seen[:, None], scores.shape), scores - lse[..., None], NEGATIVE))
         return jnp.maximum(total, weight.max(2)) if most else total + weight.sum(2), None
 

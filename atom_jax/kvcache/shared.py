@@ -17,7 +17,7 @@ from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.naming import Rule
 from atom_jax.params import ParamSpec, Tree, zeros
 
-_FIELDS = ("budget", "ratio", "sinks", "window")
+_FIELDS = ("budget", "ratio", "sinks", "window", "horizon")
 
 
 @config.register
@@ -29,6 +29,8 @@ class Shared(Budget):
 
     learned: the score is a linear function of what every layer and head was seen to pay to the token, the logarithms
         of the largest weight and of the sum of all, fitted to facts (`fit_memory --policy_out`).
+    horizon: only queries fewer than so many tokens behind it count, so that early tokens have no better chances than
+        late ones.
     window: the newest tokens, which stay. Later tokens are stored at the cost of the prompt's, in all layers and
     heads of the same ones. The whole prompt is held while it is read.
     """
@@ -38,11 +40,12 @@ class Shared(Budget):
     fields: ClassVar[frozenset[str]] = frozenset(f"atom_shared_{name}" for name in _FIELDS)
     sinks: int = 4
     window: int = 64
+    horizon: int = 768
     learned: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        config.check(self, window=(0, 2**24))
+        config.check(self, window=(0, 2**24), horizon=(2, 2**30))
 
     def slots(self, sizes: Sizes, capacity: int) -> int:
         """Everything, until it is settled what stays."""
@@ -62,8 +65,9 @@ class Shared(Budget):
 
         def received(most: bool) -> jax.Array:
             return observe.received(
-                call.q, call.tokens, entries.k, entries.pos, call.fresh, None, call.window, most=most, after=1
-            )
+                call.q, call.tokens, entries.k, entries.pos, call.fresh, None, call.window, most=most, after=1,
+                within=self.horizon,
+            )  # fmt: skip
 
         most = received(True).max(2)
         if not self.learned:
@@ -112,5 +116,6 @@ class Shared(Budget):
             budget=fields.size("atom_shared_budget", 0, least=0),
             ratio=fields.number("atom_shared_ratio", 0.0, positive=False),
             sinks=fields.size("atom_shared_sinks", cls.sinks, least=0),
-            window=fields.size("atom_shared_window", cls.window, least=0), learned=True,
+            window=fields.size("atom_shared_window", cls.window, least=0),
+            horizon=fields.size("atom_shared_horizon", cls.horizon, least=2), learned=True,
         )  # fmt: skip

@@ -224,7 +224,7 @@ def shared(p, layers, n, learned):
     """The positions that all layers and heads keep of a prompt. layers: of each its (q, k, v); learned: of each the
     weights of a learned score."""
     t = layers[0][1].shape[1]
-    later = np.tril(np.ones((t, t)), -1)
+    later = np.tril(np.ones((t, t)), -1) * np.triu(np.ones((t, t)), 1 - p.horizon)
     paid = [all_weights(q, k) * later for q, k, _ in layers]
     first = len(layers) // 3
     score = np.mean([x.max((1, 2)) for x in paid[first : max(4 * len(layers) // 5, first + 1)]], (0, 1))

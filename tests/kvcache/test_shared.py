@@ -37,7 +37,7 @@ def held(state):
 @pytest.mark.parametrize(
     "p",
     [
-        Shared(budget=7, sinks=1, window=2),
+        Shared(budget=7, sinks=1, window=2, horizon=9),
         Shared(ratio=0.5, sinks=2, window=0),
         Shared(budget=6, sinks=0, window=1, learned=True),
     ],
