@@ -17,42 +17,7 @@ from atom_jax.typing import AtomError
 
 def generate(argv: list[str]) -> int | None:
     """Writes what follows prompts. argv: the command and its arguments. Raises AtomError for bad input."""
-    known = Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
-    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
-    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
-    known.add(flags.DEFINE_multi_string, "prompt", [],
-              "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
-    known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
-    known.add(flags.DEFINE_multi_string, "question", [],
-              "with --file: what is asked of it, by the model's chat template; may be repeated")  # fmt: skip
-    known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
-    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
-    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
-    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
-    known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
-    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
-    known.add(flags.DEFINE_string, "memory", None,
-              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
-              "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
-    known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
-    known.add(flags.DEFINE_list, "choice", [], "with --memory_dir: how prompts choose in a large one, by default "
-              "whole=2048,pages=16,page=32,stride=16")  # fmt: skip
-    known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
-    known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
-    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
-    known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
-    known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
-    known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
-    known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
-    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1")
-    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
-    known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
-    known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
-    known.add(flags.DEFINE_multi_string, "mesh", [],
-              "with --compile_only: AXIS=N, how chips are used; by default one is")  # fmt: skip
-    values, _ = known.parse(argv, 0)
+    values, _ = _generate_flags().parse(argv, 0)
     if values.compile_only:
         return _compile(values)
     if not values.checkpoint:
@@ -111,6 +76,45 @@ def generate(argv: list[str]) -> int | None:
     _report(result.stats, everything=values.stats)
     if any(not ids for ids in result.ids) and chat_lib.template_of(lm) is not None:
         print("the model ended at once; it was tuned for conversations: python -m atom_jax chat", file=sys.stderr)
+
+
+def _generate_flags() -> Flags:
+    known = Flags("generate --checkpoint=PATH --prompt=TEXT", "Writes the new text to the terminal.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
+    known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
+    known.add(flags.DEFINE_multi_string, "prompt", [],
+              "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
+    known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
+    known.add(flags.DEFINE_multi_string, "question", [],
+              "with --file: what is asked of it, by the model's chat template; may be repeated")  # fmt: skip
+    known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
+    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
+    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
+    known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
+    known.add(flags.DEFINE_string, "memory", None,
+              "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
+              "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
+    known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
+    known.add(flags.DEFINE_list, "choice", [], "with --memory_dir: how prompts choose in a large one, by default "
+              "whole=2048,pages=16,page=32,stride=16")  # fmt: skip
+    known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
+    known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
+    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
+    known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
+    known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
+    known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
+    known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
+    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1")
+    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
+    known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
+    known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
+    known.add(flags.DEFINE_multi_string, "mesh", [],
+              "with --compile_only: AXIS=N, how chips are used; by default one is")  # fmt: skip
+    return known
 
 
 def _ask(

@@ -103,22 +103,10 @@ def generate(
     began = time.perf_counter()
     check_model(lm)
     max_new_tokens = config.whole("max_new_tokens", max_new_tokens, 1)
-    stop = [stop] if isinstance(stop, str) else listed("stop", stop)
-    if any(not isinstance(text, str) for text in stop):
-        raise AtomError(f"stop: expected a string or a list of strings, got {stop!r}")
-    if lm.tokenizer is None and (stop or on_text):
-        raise AtomError("this model has no tokenizer: stop strings and streaming need one")
-    if stop and keep_memory:
-        raise AtomError("keep_memory: a stop string would cut text that the memory has read; use stop_ids")
-    if "" in stop:
-        raise AtomError("stop: an empty string would stop everywhere")
+    stop = _stops(lm, stop, on_text is not None, keep_memory)
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
-    reread = config.whole("reread", reread, 0, 1024)
-    if (remember or reread) and memory is None:
-        raise AtomError("remember, reread: there is no memory")
-    if remember and (left := [source.name for source in memory.sources if not source.finished]):
-        raise AtomError(f"remember: {left[0]} was not read to its end; read or forget that first")
+    reread = _checked(memory, remember, reread)
     ahead = 0 if memory is None else _ahead(lm, memory, after)
     rows = token_rows(lm, prompts, first=after is None and not ahead)
     said = rows
@@ -158,6 +146,30 @@ def generate(
     for row, ids in zip(said, result.ids if remember else []):
         memory.read(np.concatenate([row, np.array(ids, np.int32)]))
     return result
+
+
+def _stops(lm: LM, stop: Any, streams: bool, keep_memory: bool) -> list[str]:
+    """Stop strings, checked."""
+    stop = [stop] if isinstance(stop, str) else listed("stop", stop)
+    if any(not isinstance(text, str) for text in stop):
+        raise AtomError(f"stop: expected a string or a list of strings, got {stop!r}")
+    if lm.tokenizer is None and (stop or streams):
+        raise AtomError("this model has no tokenizer: stop strings and streaming need one")
+    if stop and keep_memory:
+        raise AtomError("keep_memory: a stop string would cut text that the memory has read; use stop_ids")
+    if "" in stop:
+        raise AtomError("stop: an empty string would stop everywhere")
+    return stop
+
+
+def _checked(memory: Memory | None, remember: bool, reread: int) -> int:
+    """How many passages are read again; AtomError where a lasting memory can't do what is asked of it."""
+    reread = config.whole("reread", reread, 0, 1024)
+    if (remember or reread) and memory is None:
+        raise AtomError("remember, reread: there is no memory")
+    if remember and (left := [source.name for source in memory.sources if not source.finished]):
+        raise AtomError(f"remember: {left[0]} was not read to its end; read or forget that first")
+    return reread
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:

@@ -334,6 +334,7 @@ def _is_memory(x: Any) -> bool:
 
 
 def is_state(x: Any) -> bool:
+    """Whether a leaf of `Memory.layers` is a layer, or equal ones that are stacked."""
     return isinstance(x, Stack | Layer)
 
 
@@ -348,6 +349,7 @@ def _layer(x: Any) -> Layer | None:
 
 
 def policy_in(x: Any) -> Any:
+    """The policy of a leaf of `Memory.layers`; None where it has none."""
     return None if (layer := _layer(x)) is None else layer.policy
 
 
