@@ -106,32 +106,21 @@ def generate(
     stop = _stops(lm, stop, on_text is not None, keep_memory)
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
-    reread = _checked(memory, remember, reread)
-    ahead = 0 if memory is None else _ahead(lm, memory, after)
-    rows = token_rows(lm, prompts, first=after is None and not ahead)
-    said = rows
+    reread, ahead = _checked(memory, remember, reread), 0 if memory is None else _ahead(lm, memory, after)
+    said = rows = token_rows(lm, prompts, first=after is None and not ahead)
     if reread:
         rows = [np.concatenate([memory.passages(row, reread), row]) for row in rows]
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
     longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
-    if longest + max_new_tokens > lm.config.max_length:
-        raise AtomError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the {lm.config.max_length}"
-            " positions of the model"
-        )
+    _check_length(lm, longest, max_new_tokens)
     keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
     parts = 1 if keep_memory or before is not None else _parts(lm, len(rows))
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
-        if before is None:
-            own = memory.front(len(mine)) if ahead else None
-            session = Session.prefill(
-                lm, mine, room=min(max_new_tokens, ROOM), longest=int(lengths.max()), memory=own
-            )
-        else:
-            session = before.extend(mine)
+        own = memory.front(len(mine)) if ahead else None
+        session = _read(lm, mine, before, own, min(max_new_tokens, ROOM), int(lengths.max()))
         choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
         if drafter is None or registry.of(lm.config).commit is None:
@@ -170,6 +159,24 @@ def _checked(memory: Memory | None, remember: bool, reread: int) -> int:
     if remember and (left := [source.name for source in memory.sources if not source.finished]):
         raise AtomError(f"remember: {left[0]} was not read to its end; read or forget that first")
     return reread
+
+
+def _check_length(lm: LM, longest: int, most: int) -> None:
+    """AtomError where a prompt of so many tokens and `most` after it are too long."""
+    if longest + most > lm.config.max_length:
+        raise AtomError(
+            f"a prompt of {longest} tokens and max_new_tokens {most} exceed the {lm.config.max_length}"
+            " positions of the model"
+        )
+
+
+def _read(
+    lm: LM, rows: list[np.ndarray], before: Session | None, front: Any, room: int, longest: int
+) -> Session:  # fmt: skip
+    """Where rows stand once these prompts are read, after `before` or after what a lasting memory puts in front."""
+    if before is not None:
+        return before.extend(rows)
+    return Session.prefill(lm, rows, room=room, longest=longest, memory=front)
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:
