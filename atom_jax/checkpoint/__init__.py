@@ -27,6 +27,7 @@ from atom_jax.checkpoint.safetensors_io import (
     write_tensors,
 )
 from atom_jax.fields import read_json
+from atom_jax.kvcache import policies
 from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import TOKENIZER_FILES
 from atom_jax.typing import LM, AtomError
@@ -44,6 +45,7 @@ def load(
     dtype: Any = None,
     shardings: Any = None,
     merge: bool = True,
+    memory: Any = None,
 ) -> LM:
     """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, or,
     with huggingface_hub installed, a hub id such as "HuggingFaceTB/SmolLM2-135M".
@@ -53,13 +55,15 @@ def load(
     dtype: "float32" or "bfloat16" converts the parameters and computes in it; None keeps what is stored and computes
     in what config.json names. shardings: tree of jax.sharding.Sharding for the parameters (those of the adapter
     may be left out, each device then holds all of it), or None for one device. merge: LoRA of a training run becomes
-    part of the weights; without, it stays beside them, as `save_adapter` takes it.
+    part of the weights; without, it stays beside them, as `save_adapter` takes it. memory: another cache policy, as a
+    text such as "tova:budget=512" ("none": keep everything) or as an object; None leaves what the checkpoint has.
     The tokenizer is None where the checkpoint has none. Raises AtomError, naming the file and the tensor or field,
     for whatever is missing, malformed or not supported.
     """
     wanted = adapters.listed(adapter)
     if dtype is not None:
         dtype = _dtype(dtype)
+    policy = policies.parse(memory) if isinstance(memory, str) else memory
     path = find(path)
     kind = kind_of(path)
     if kind == "orbax":
@@ -79,9 +83,8 @@ def load(
         logging.warning("%s: the tokenizer has %s; texts with ids beyond them cannot be used", path, sizes)
     for one in wanted:
         lm = adapters.load_adapter(lm, one, dtype, shardings)
-    if dtype is None:
-        return lm
-    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
+    lm = lm if memory is None else registry.with_memory(lm, policy)
+    return lm if dtype is None else dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype=dtype))
 
 
 def load_config(path: str | os.PathLike, adapter: Any = None) -> tuple[Any, Any]:

@@ -40,8 +40,6 @@ def serve(argv: list[str]) -> None:
     from atom_jax import config
     from atom_jax.checkpoint import load
     from atom_jax.inference.engine import Engine
-    from atom_jax.kvcache import policies
-    from atom_jax.models import registry
 
     try:
         from atom_jax.serving import http
@@ -59,10 +57,7 @@ def serve(argv: list[str]) -> None:
         "cache_memory": None if values.cache_memory is None else size_of("--cache_memory", values.cache_memory),
     }
     body = size_of("--max_body", values.max_body)
-    policy = None if values.memory is None else policies.parse(values.memory)
-    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
-    if values.memory is not None:
-        lm = registry.with_memory(lm, policy)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     if lm.tokenizer is None:
         raise AtomError(
             f"--checkpoint={values.checkpoint}: this model has no tokenizer, without which no text is made"

@@ -39,20 +39,15 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.checkpoint import load
     from atom_jax.inference import chat as chat_lib
     from atom_jax.inference.generate import generate as write
-    from atom_jax.kvcache import policies
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
-    from atom_jax.models import registry
     from atom_jax.session.drafts import drafters
 
     seed = config.in_range("--seed", values.seed, int)
     if values.memory_dir is not None:
         lasting.there(values.memory_dir)
-    policy = None if values.memory is None else policies.parse(values.memory)
     draft = drafters.parse(values.draft)
-    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
-    if values.memory is not None:
-        lm = registry.with_memory(lm, policy)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     choice = config.build(Choice, values.choice, "--choice:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice)
     options = {
@@ -218,15 +213,10 @@ def chat(argv: list[str]) -> None:
     from atom_jax.checkpoint import load
     from atom_jax.inference import talk
     from atom_jax.inference.chat import Chat
-    from atom_jax.kvcache import policies
-    from atom_jax.models import registry
 
     seed = config.in_range("--seed", values.seed, int)
-    policy = None if values.memory is None else policies.parse(values.memory)
     document = None if values.file is None else text_of(None, values.file)
-    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype)
-    if values.memory is not None:
-        lm = registry.with_memory(lm, policy)
+    lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
     talk.talk(lambda: Chat(lm, values.system, **options), values.max_new_tokens, document)
 
@@ -266,18 +256,13 @@ def reason(argv: list[str]) -> None:
 
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.reports import chains
-    from atom_jax.kvcache import policies
-    from atom_jax.models import registry
 
-    policy = None if values.memory is None else policies.parse(values.memory)
     if values.file is None:
         task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
     else:
         lines = text_of(None, values.file)
         task = chains.task_of_lines(lines.decode("utf-8", "replace"), values.answer, f"--file={values.file}")
-    lm = load(values.checkpoint, adapter=values.adapter)
-    if values.memory is not None:
-        lm = registry.with_memory(lm, policy)
+    lm = load(values.checkpoint, adapter=values.adapter, memory=values.memory)
     result = chains.run(
         lm, task, values.chains, values.length, values.temperature, values.seed, values.chat, min_p=values.min_p,
         vote=values.vote, stop=values.stop, rows=values.rows,

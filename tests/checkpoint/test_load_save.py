@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from atom_jax import checkpoint
 from atom_jax.checkpoint import atomic, safetensors_io
+from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.tokenizers.bytes import ByteTokenizer
 from atom_jax.typing import AtomError, Batch
@@ -49,6 +50,18 @@ def test_a_model_is_short_to_look_at_and_says_when_it_replaces_another(golden, t
         checkpoint.save_hf(lm, tmp_path / "a")
     said = [line for line in said if "replaced" in line]
     assert said == [f"{tmp_path / 'a'}: the model that was there is replaced"]
+
+
+def test_another_memory(golden):
+    path = golden / "hf_tiny" / "llama"
+    assert checkpoint.load(path, memory="tova:budget=7").config.memory == policies.parse("tova:budget=7")
+    assert checkpoint.load(path, memory=policies.parse("quest:budget=64")).config.memory == policies.parse(
+        "quest:budget=64"
+    )
+    with pytest.raises(AtomError, match="memory 'tovo': expected none"):
+        checkpoint.load("nowhere", memory="tovo")
+    with pytest.raises(AtomError, match="memory: expected none or one of"):
+        checkpoint.load(path, memory=3)
 
 
 @pytest.mark.parametrize("path", [3, None, b"x"])
