@@ -74,7 +74,8 @@ def score(
             rows = np.minimum(np.arange(at, at + ROWS), len(of) - 1)
             found.append(_states(session.rows(np.asarray(of)[rows]), continuations[rows], sizes[rows]))
         x_bsd, held_after = (
-            jnp.concatenate(x, axis)[(slice(None),) * axis + (slice(len(of)),)] for x, axis in zip(zip(*found), (0, 1))
+            jnp.concatenate(x, axis)[(slice(None),) * axis + (slice(len(of)),)]
+            for x, axis in zip(zip(*found), (0, 1))
         )
     logprobs, hits = _judge(lm.params, x_bsd, continuations, sizes, cfg=lm.config)
     return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(held_after))

@@ -77,7 +77,9 @@ def test_few_queries_make_lower_tiles():
     def blocks(q, k, v):
         return blockwise(q, k, v, places, 21, False, 16)
 
-    chex.assert_trees_all_close(loss(blocks), loss(lambda q, k, v: attend(q, k, v, few, tokens, window=21)), atol=2e-5)
+    chex.assert_trees_all_close(
+        loss(blocks), loss(lambda q, k, v: attend(q, k, v, few, tokens, window=21)), atol=2e-5
+    )
     shapes = str(jax.make_jaxpr(blocks)(q[..., last, :], k, v))
     assert "2,2,3,8,16]" in shapes and "16,16]" not in shapes
 
