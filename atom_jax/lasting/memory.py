@@ -384,7 +384,9 @@ class Memory:
         return Blocks(self._store, self._manifest, self._tail()[0]).all()
 
     def _all(self) -> front_lib.Front:
-        return front_lib.front(self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks)
+        return front_lib.front(
+            self._model("answering"), self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks
+        )
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
         waiting, kept = self._tail()
