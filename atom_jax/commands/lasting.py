@@ -138,11 +138,15 @@ def fit_memory(argv: list[str]) -> None:
     print(lasting_fit.run(load(values.checkpoint, dtype=values.dtype), how, lambda text: print(text, flush=True)))
 
 
-def info(path: str, verify: bool) -> str:
-    """What is in a memory. verify: everything is read and compared with its checksums. Raises AtomError for one that
-    is damaged."""
+def info(path: str, verify: bool, out: str | None = None) -> str:
+    """What is in a memory. verify: everything is read and compared with its checksums. out: a PNG file for a picture
+    of how it grows. Raises AtomError for a memory that is damaged."""
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import memory_growth
     from atom_jax.lasting.memory import Memory
 
+    if out is not None:
+        picture.check_name(out)
     memory = Memory.open(path)
     stats, settings, model = memory.stats(), memory.settings, memory.model
     horizon = ", ".join(f"{age:,.0f} (rank {rank:g})" for rank, age in stats["horizon"].items())
@@ -157,11 +161,14 @@ def info(path: str, verify: bool) -> str:
         ("horizon", f"{horizon} tokens"),
         *((("verified", f"{memory.verify():,} bytes are what was written"),) if verify else ()),
     ]
-    out = [f"{name:<12}{text}" for name, text in lines]
+    said = [f"{name:<12}{text}" for name, text in lines]
     for source in memory.sources:
         state = "" if source.finished else ", unfinished"
-        out.append(f"  {source.name}: {source.tokens:,} tokens{state}")
-    return "\n".join(out)
+        said.append(f"  {source.name}: {source.tokens:,} tokens{state}")
+    if out is not None:
+        memory_growth.draw(memory, out)
+        said.append(f"wrote {out}")
+    return "\n".join(said)
 
 
 def _model_and_memory(known: Flags) -> None:

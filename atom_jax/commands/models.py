@@ -104,6 +104,7 @@ def info(argv: list[str]) -> None:
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
+    known.add(flags.DEFINE_string, "out", None, "of a memory: FILE.png for a picture of its entries over its tokens")
     values, (path,) = known.parse(argv, 1)
 
     from atom_jax.checkpoint import cli
@@ -113,6 +114,8 @@ def info(argv: list[str]) -> None:
     if store.is_memory(path):
         if values.json or values.tensors:
             raise AtomError("--json and --tensors are for checkpoints; this is a memory on disk")
-        print(lasting.info(path, values.verify))
+        print(lasting.info(path, values.verify, values.out))
+    elif values.out is not None:
+        raise AtomError("--out is for memories on disk; this is a checkpoint")
     else:
         print(cli.info(path, values.tensors, values.verify, values.json))

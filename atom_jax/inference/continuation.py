@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import layers, transformer
@@ -16,6 +18,9 @@ from atom_jax.nn import scoring
 from atom_jax.session.prompts import check_ids
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
+
+# Continuations of shared contexts that are read at once, each after a copy of what is kept of its context.
+ROWS = 4
 
 
 class Scores(NamedTuple):
@@ -45,7 +50,8 @@ def score(
     Args:
       contexts: ids [b, t], padded on the right. lengths: their lengths [b], at least 1; None: t.
       continuations: ids [b, s], padded on the right. sizes: their lengths [b], at least 1; None: s.
-      of: [b], the row of the context that each of them continues; None: its own. A context is read once.
+      of: [b], the row of the context that each of them continues; None: its own. A context is read once; no more
+        than ROWS copies of what is kept of it exist at a time.
     Raises AtomError for wrong shapes, ids out of range, and models that are not transformers.
     """
     if not isinstance(lm.config, transformer.TransformerConfig):
@@ -57,16 +63,31 @@ def score(
     capacity = bucket(contexts.shape[1])
     session = Session.begin(lm, contexts, lengths, capacity=capacity, params=lm.params, unroll=False)
     held, nbytes = _held(session.memory, cfg=lm.config), session.nbytes
-    session = session if of is None else session.rows(of)
-    states = [session.x_bd[:, None]]
-    if continuations.shape[1] > 1:
-        session, rest = session.read(continuations[:, :-1], sizes - 1)
-        states += rest
-    logprobs, hits = _judge(
-        lm.params, jnp.concatenate(states, 1)[:, : continuations.shape[1]], continuations, sizes, cfg=lm.config
-    )
-    held_after = _held(session.memory, cfg=lm.config)
+    if of is None:
+        x_bsd, held_after = _states(session, continuations, sizes)
+    else:
+        more = continuations.shape[1]
+        session = dataclasses.replace(session, memory=memory_lib.grow(session.memory, more))
+        found = []
+        for at in range(0, len(of), ROWS):
+            # As many in every call, for one program.
+            rows = np.minimum(np.arange(at, at + ROWS), len(of) - 1)
+            found.append(_states(session.rows(np.asarray(of)[rows]), continuations[rows], sizes[rows]))
+        x_bsd, held_after = (
+            jnp.concatenate(x, axis)[(slice(None),) * axis + (slice(len(of)),)]
+            for x, axis in zip(zip(*found), (0, 1))
+        )
+    logprobs, hits = _judge(lm.params, x_bsd, continuations, sizes, cfg=lm.config)
     return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(held_after))
+
+
+def _states(session: Session, ids_bs: np.ndarray, sizes_b: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """States [b, s, d] before every token of the continuations, and entries after them, i32 [l, b, h]."""
+    states = [session.x_bd[:, None]]
+    if ids_bs.shape[1] > 1:
+        session, rest = session.read(ids_bs[:, :-1], sizes_b - 1)
+        states += rest
+    return jnp.concatenate(states, 1)[:, : ids_bs.shape[1]], _held(session.memory, cfg=session.lm.config)
 
 
 def _rows(what: str, ids: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

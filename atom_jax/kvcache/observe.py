@@ -113,8 +113,9 @@ def received(
 
 
 def attend_observed(
-    q_bhgtk: jax.Array, at_bt: jax.Array, real_bt: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bs: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_bhgtk: jax.Array, at_bt: jax.Array, real_bt: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, pos_bs: jax.Array,
+    window: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Attention [b, h, g, t, k] of queries at positions at_bt to entries at pos_bs (-1: none there), and what these
     receive of the real queries after them, float32 [b, h, s]: the largest weight of any query head, and the sum of
     all weights.
@@ -133,6 +134,7 @@ def attend_observed(
         scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k_bhsk, preferred_element_type=jnp.float32) * size**-0.5
         distance = at[:, :, None] - pos_bs[:, None]
         held = (pos_bs >= 0)[:, None]
+        held = held if window is None else held & (distance < window)
         seen = jnp.broadcast_to((held & (distance >= 0))[:, None, None], scores.shape)
         weight = jax.nn.softmax(jnp.where(seen, scores, NEGATIVE), axis=-1)
         out = jnp.einsum("bhgts,bhsk->bhgtk", weight.astype(v_bhsk.dtype), v_bhsk)

@@ -11,11 +11,11 @@ import numpy as np
 
 from atom_jax.kvcache.dense import DenseLayer, bucket
 from atom_jax.kvcache.lasting.chosen import Choice, empty
-from atom_jax.kvcache.lasting.layer import PartLayer, turned
+from atom_jax.kvcache.lasting.layer import LateWindow, PartLayer, turned
 from atom_jax.kvcache.lasting.score import middle
-from atom_jax.kvcache.memory import Memory
+from atom_jax.kvcache.memory import Memory, is_state
 from atom_jax.lasting.blocks import Entries
-from atom_jax.lasting.reader import layers_of, with_layers
+from atom_jax.lasting.reader import full_layers, with_layers
 from atom_jax.lasting.store import Window
 from atom_jax.models import registry
 from atom_jax.typing import LM, Batch
@@ -27,9 +27,10 @@ PAGE = 32
 
 
 class Front(NamedTuple):
-    """k, v: [l, h, n, k], keys before RoPE and values, in the order in which they stand. place, source: i32 [n], or
-    [l, h, n] where heads differ, as in `Entries`. sinks: how many of them the first ones are; window: how many of the
-    last ones are what was read last."""
+    """k, v: [l, h, n, k], keys before RoPE and values, in the order in which they stand, of the layers that see
+    everything. place, source: i32 [n], or [l, h, n] where heads differ, as in `Entries`. sinks: how many of them the
+    first ones are; window: how many of the last ones are what was read last. ring_k, ring_v: [s, h, m, k], of all
+    that was read last, in the sliding layers."""
 
     k: np.ndarray
     v: np.ndarray
@@ -37,20 +38,26 @@ class Front(NamedTuple):
     source: np.ndarray
     sinks: int
     window: int
+    ring_k: np.ndarray
+    ring_v: np.ndarray
 
 
-def front(entries: list[Entries], kept: dict[str, np.ndarray], window: Window, sinks: int) -> Front:
+def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: Window, sinks: int) -> Front:
     """Sinks, entries, then the rest of the window.
 
     kept: arrays of `Reader.arrays`; empty where there is no window. sinks: of the settings.
     """
+    full, kind = full_layers(lm), lm.config.attentions[0]
+    sliding = np.setdiff1d(np.arange(lm.config.n_layers), full)
     parts, latest = entries, 0
+    ring = (np.zeros((len(sliding), kind.h, 0, kind.k), np.float32),) * 2
     if window.source >= 0:
         skip = min(max(sinks - window.first, 0), window.count)
         first = min(sinks, window.first + window.count)
-        ahead = _plain(kept["sink_k"][:, 0, :, :first], kept["sink_v"][:, 0, :, :first], 0, window.source)
+        ahead = _plain(*(kept[x][full, 0, :, :first] for x in ("sink_k", "sink_v")), 0, window.source)
         cut = slice(skip, window.count)
-        rest = _plain(kept["k"][:, 0, :, cut], kept["v"][:, 0, :, cut], window.first + skip, window.source)
+        rest = _plain(*(kept[x][full, 0, :, cut] for x in "kv"), window.first + skip, window.source)
+        ring = tuple(kept[x][sliding, 0, :, : window.count].astype(np.float32) for x in "kv")
         parts, sinks, latest = [ahead, *entries, rest], first, len(rest)
     else:
         sinks = 0
@@ -60,7 +67,7 @@ def front(entries: list[Entries], kept: dict[str, np.ndarray], window: Window, s
         for name in ("place", "source")
     )
     k, v = (np.concatenate([getattr(e, name).astype(np.float32) for e in parts], axis=2) for name in ("k", "v"))
-    return Front(k, v, place, source, sinks, latest)
+    return Front(k, v, place, source, sinks, latest, *ring)
 
 
 def _plain(k: np.ndarray, v: np.ndarray, first: int, source: int) -> Entries:
@@ -72,31 +79,30 @@ def dense(lm: LM, front: Front) -> Memory:
     """The model's dense memory that begins with these entries, at places from 0 on."""
     n = front.k.shape[2]
     wide = [(0, 0), (0, 0), (0, bucket(n + ROOM, LEAST) - n), (0, 0)]
-    kind, dtype = lm.config.attentions[0], lm.config.dtype
     places = jnp.arange(n + wide[2][1], dtype=jnp.int32)
-    k, v = (np.pad(x, wide) for x in (front.k, front.v))
-    k, v = _placed(k, v, places, rotary=kind.rotary, of=kind.rope, dtype=dtype)
-    return with_layers(lm, DenseLayer(k, v), n)
+    k, v = _placed(lm, full_layers(lm)[0], *(np.pad(x, wide) for x in (front.k, front.v)), places)
+    return with_layers(lm, DenseLayer(k, v), n, _ring(lm, front, n))
 
 
 def chosen(lm: LM, front: Front, choice: Choice) -> Memory:
     """The model's memory in which pages of these entries are chosen by what is asked; sinks and window are attended
     to in any case, and a prompt begins behind the places that the pages take."""
-    n, kind, dtype = front.k.shape[2], lm.config.attentions[0], lm.config.dtype
+    n, kind = front.k.shape[2], lm.config.attentions[0]
     old = slice(front.sinks, n - front.window)
     start = front.sinks + choice.pages * choice.page
     places = np.append(np.arange(front.sinks), np.arange(start, start + front.window))
     room = bucket(len(places)) - len(places)
     around = (np.pad(np.delete(x, old, axis=2), [(0, 0), (0, 0), (0, room), (0, 0)]) for x in (front.k, front.v))
     pos = jnp.asarray(np.pad(places, (0, room), constant_values=-1), jnp.int32)
-    k, v = _placed(*around, jnp.maximum(pos, 0), rotary=kind.rotary, of=kind.rope, dtype=dtype)
+    k, v = _placed(lm, full_layers(lm)[0], *around, jnp.maximum(pos, 0))
     count = old.stop - old.start
     size = -(-bucket(count, max(LEAST, choice.pages * choice.page)) // choice.page) * choice.page
     wide = [(0, 0), (0, 0), (0, 0), (0, size - count), (0, 0)]
     # In half precision, as they are stored.
     mem = (jnp.asarray(np.pad(x[:, None, :, old], wide), jnp.float16) for x in (front.k, front.v))
-    sizes = (front.sinks, start + front.window, kind.n // kind.h, ROOM)
-    return with_layers(lm, empty((*mem, count), (k, v, pos), *sizes, choice), start + front.window)
+    end = start + front.window
+    layers = empty((*mem, count), (k, v, pos), front.sinks, end, kind.n // kind.h, ROOM, choice)
+    return with_layers(lm, layers, end, _ring(lm, front, end))
 
 
 def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:
@@ -107,7 +113,7 @@ def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:
     layers, h, _, k = front.k.shape
     nothing = PartLayer.empty(layers, h, 0, size, k, dtype)
     filled = nothing.replace(**{x: jnp.asarray(np.pad(getattr(front, x), wide), dtype) for x in ("k", "v")})
-    state = with_layers(lm, jax.tree.map(lambda x: x[:, None], filled), n)
+    state = with_layers(lm, jax.tree.map(lambda x: x[:, None], filled), n, _ring(lm, front, n))
     padded = np.zeros((1, bucket(t)), np.int32)
     padded[0, :t] = ids
     return np.asarray(_look(lm.params, padded, t, state, cfg=lm.config))[:, 0, :, size - n :]
@@ -129,8 +135,32 @@ def pages(received_lhn: np.ndarray, front: Front, k: int) -> list[tuple[int, int
             for i in best]  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("rotary", "of", "dtype"))
+def _ring(lm: LM, front: Front, end: int) -> LateWindow | None:
+    """What the sliding layers have in front of a token at `end`; None without such layers."""
+    s, h, m, size = front.ring_k.shape
+    if not s:
+        return None
+    number = next(i for i, kind in enumerate(lm.config.attentions) if kind.window is not None)
+    window = lm.config.attentions[number].window
+    places = np.arange(max(end - m, end - window), end)
+    slots = min(bucket(end + ROOM, LEAST), window)
+    first = jnp.full((s, 1), end - m, jnp.int32)
+    newest = (x[:, :, m - len(places) :] for x in (front.ring_k, front.ring_v))
+    k, v = _placed(lm, number, *newest, jnp.asarray(places, jnp.int32))
+    empty = jnp.zeros((s, 1, h, slots, size), k.dtype)
+    return LateWindow(*(empty.at[:, :, :, places % slots].set(x) for x in (k, v)), window, first)
+
+
 def _placed(
+    lm: LM, number: int, k_lhsk: np.ndarray, v_lhsk: np.ndarray, places_s: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys at these places as layer `number` turns them, and values, [l, 1, h, s, k]."""
+    kind = lm.config.attentions[number]
+    return _turn(k_lhsk, v_lhsk, places_s, rotary=kind.rotary, of=kind.rope, dtype=lm.config.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("rotary", "of", "dtype"))
+def _turn(
     k_lhsk: jax.Array, v_lhsk: jax.Array, places_s: jax.Array, *, rotary: int, of: tuple, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
     """Keys at these places, and values, [l, 1, h, s, k]."""
@@ -144,4 +174,5 @@ def _look(params: Any, ids_1t: jax.Array, count: jax.Array, memory: Memory, *, c
     offsets = jnp.arange(ids_1t.shape[1], dtype=jnp.int32)[None]
     batch = Batch(ids_1t, memory.length[:, None] + offsets, (offsets < count).astype(jnp.int32))
     _, memory, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=memory)
-    return layers_of(memory).total
+    stacks = [x.states for x in jax.tree.leaves(memory.layers, is_leaf=is_state)]
+    return jnp.concatenate([x.total for x in stacks if isinstance(x, PartLayer)])

@@ -129,14 +129,16 @@ class Memory:
         return near + self.choice.pages * self.choice.page
 
     def stats(self) -> dict[str, Any]:
-        """tokens; entries, per head, as `length`; held: of these in blocks and waiting, and law: what the law allows
-        there; bytes on disk, and text_bytes, those of token ids among them; horizon: to which age in tokens one stays
-        of which a share of 0.05, 0.1 or 0.2 of its block ranks higher."""
+        """tokens; entries, per head, as `length`; held: of these in blocks and waiting, written: of how many tokens
+        that have left the window, and law: what the law allows there; bytes on disk, and text_bytes, those of token
+        ids among them; horizon: to which age in tokens one stays of which a share of 0.05, 0.1 or 0.2 of its block
+        ranks higher."""
         m, law, size = self._manifest, self.settings.law, self._store.size
         return {
             "tokens": sum(s.tokens for s in m.sources),
             "entries": self.length,
             "held": sum(s.entries for s in m.segments) + m.waiting,
+            "written": m.written,
             "law": law.held(m.written),
             "bytes": self._current(lambda: size(self._manifest.files)),
             "text_bytes": self._current(lambda: size(f for s in self.sources for f in s.text)),
@@ -382,7 +384,9 @@ class Memory:
         return Blocks(self._store, self._manifest, self._tail()[0]).all()
 
     def _all(self) -> front_lib.Front:
-        return front_lib.front(self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks)
+        return front_lib.front(
+            self._model("answering"), self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks
+        )
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
         waiting, kept = self._tail()

@@ -14,10 +14,12 @@ from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.lasting.layer import PartLayer
 from atom_jax.kvcache.lasting.score import Seen
 from atom_jax.kvcache.memory import Layer, Memory, Stack, stack_layers
+from atom_jax.kvcache.window import WindowLayer
 from atom_jax.lasting.codec import half
 from atom_jax.lasting.store import Model, Window
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import identity
+from atom_jax.models.layers import runs
 from atom_jax.nn import scoring
 from atom_jax.typing import LM, AtomError, Batch
 
@@ -42,10 +44,10 @@ class Reader:
 
     def __init__(self, lm: LM, part: int, sinks: int):
         self.lm, self.part, self.sinks = lm, part, sinks
-        dense = dense_layers(lm)
-        n, _, h, _, k = dense.k.shape
-        empty = PartLayer.empty(1, h, sinks, part, k, dense.k.dtype)
-        self._empty = with_layers(lm, stack_layers(empty, n), 0)
+        self._full = full_layers(lm)
+        kind = lm.config.attentions[0]
+        empty = PartLayer.empty(1, kind.h, sinks, part, kind.k, jnp.dtype(lm.config.dtype))
+        self._empty = with_layers(lm, stack_layers(empty, lm.config.n_layers), 0)
 
     def begin(self, source: int) -> State:
         """Nothing is read yet of a source."""
@@ -63,12 +65,12 @@ class Reader:
         if window.first == 0:
             nll[0] = 0.0
         memory = memory.replace(length=jnp.full(1, self._place(window), jnp.int32))
-        new = layers_of(memory)
+        new = layers_of(self.lm, memory)
         return State(memory, x_1d, nll, window), self._leaving(state, new.most, new.total, nll[0])
 
     def end(self, state: State) -> Seen | None:
         """The latest part, which nothing follows: what is known of it is what its own part paid it."""
-        layers = layers_of(state.memory)
+        layers = layers_of(self.lm, state.memory)
         return self._leaving(state, layers.own_most, layers.own_total, 0.0)
 
     def _place(self, window: Window) -> int:
@@ -79,22 +81,22 @@ class Reader:
         window, skip = state.window, max(self.sinks - state.window.first, 0)
         if window.count <= skip:
             return None
-        layers, cut = layers_of(state.memory), slice(skip, window.count)
-        k, v = (half(np.asarray(x)[:, 0, :, cut]) for x in _halved(layers.k, layers.v))
-        most, total = (np.asarray(x)[:, 0, :, cut] for x in (most, total))
+        layers, cut = layers_of(self.lm, state.memory), slice(skip, window.count)
+        k, v = (half(np.asarray(x)[self._full, 0, :, cut]) for x in _halved(layers.k, layers.v))
+        most, total = (np.asarray(x)[self._full, 0, :, cut] for x in (most, total))
         nll = state.nll[cut]
         place = np.arange(window.first + skip, window.first + window.count, dtype=np.int32)
         return Seen(k, v, most, total, nll, np.append(nll[1:], np.float32(following)), window.source, place)
 
     def arrays(self, state: State) -> dict[str, np.ndarray]:
         """What a file holds of a state, apart from its window."""
-        layers = layers_of(state.memory)
+        layers = layers_of(self.lm, state.memory)
         kept = {name: np.asarray(getattr(layers, name)) for name in _KEPT}
         return {**kept, "nll": state.nll, "x": np.asarray(state.x_1d)}
 
     def state(self, arrays: dict[str, np.ndarray], window: Window, where: str) -> State:
         """The state of `arrays`. AtomError, which begins with `where`, for what is none of this model's."""
-        empty = layers_of(self._empty)
+        empty = layers_of(self.lm, self._empty)
         wanted = {name: getattr(empty, name) for name in _KEPT}
         first = self.begin(0)
         wanted |= {"nll": first.nll, "x": first.x_1d}
@@ -107,35 +109,53 @@ class Reader:
 
 
 def model_of(lm: LM) -> Model:
-    """What a memory says of the model that it belongs to."""
-    n, _, h, _, k = dense_layers(lm).k.shape
-    return Model(lm.family, identity(lm), lm.config.dtype, n, h, k)
+    """What a memory says of the model that it belongs to; its layers are those that have entries."""
+    n = len(full_layers(lm))
+    kind = lm.config.attentions[0]
+    return Model(lm.family, identity(lm), lm.config.dtype, n, kind.h, kind.k)
 
 
-def dense_layers(lm: LM) -> DenseLayer:
-    """An empty cache of one token: all layers, stacked. AtomError for models whose layers don't all keep everything
-    they see."""
+def full_layers(lm: LM) -> np.ndarray:
+    """Numbers of the layers that see everything before them, which have entries; sliding layers have their window.
+    AtomError for models with layers of other kinds, with units of their own, or with sliding layers alone."""
     cache = registry.of(lm.config).init_cache(lm.config, 1, 1)
-    states = jax.tree.leaves(cache.layers, is_leaf=_is_state)
-    if cache.parts == () and [type(getattr(x, "states", x)) for x in states] == [DenseLayer]:
-        return states[0].states
+    states = [getattr(x, "states", x) for x in jax.tree.leaves(cache.layers, is_leaf=_is_state)]
+    if cache.parts == () and {type(x) for x in states} in ({DenseLayer}, {DenseLayer, WindowLayer}):
+        return np.flatnonzero([kind.window is None for kind in lm.config.attentions])
     raise AtomError(
-        f"a lasting memory is for transformers whose layers all see everything before them; this {lm.family} model"
-        " has layers of other kinds"
+        "a lasting memory is for transformers with layers that see everything before them, and sliding ones beside"
+        f" these; this {lm.family} model has layers of other kinds"
     )
 
 
-def with_layers(lm: LM, layers: Layer, length: int) -> Memory:
-    """The model's memory with these stacked layers, whose next token stands at `length`."""
+def with_layers(lm: LM, layers: Layer, length: int, ring: Layer | None = None) -> Memory:
+    """The model's memory with these stacked layers, whose next token stands at `length`. ring: those of the sliding
+    layers, where `layers` are those of the full ones alone."""
     cache = registry.of(lm.config).init_cache(lm.config, 1, 1)
-    replaced = jax.tree.map(lambda _: Stack(layers), cache.layers, is_leaf=_is_state)
-    rows = layers.k.shape[1]
-    return Memory(replaced, jnp.full(rows, length, jnp.int32))
+    sliding = np.array([kind.window is not None for kind in lm.config.attentions])
+    rank = np.where(sliding, np.cumsum(sliding), np.cumsum(~sliding)) - 1
+    stacks = []
+    for numbers in _numbers(lm):
+        of, at = (layers, numbers) if ring is None else (ring if sliding[numbers[0]] else layers, rank[numbers])
+        whole = len(at) == len(of.k) and (at == np.arange(len(at))).all()
+        stacks.append(Stack(of if whole else jax.tree.map(lambda x, at=at: x[at], of)))
+    rest = iter(stacks)
+    replaced = jax.tree.map(lambda _: next(rest), cache.layers, is_leaf=_is_state)
+    return Memory(replaced, jnp.full(layers.k.shape[1], length, jnp.int32))
 
 
-def layers_of(memory: Memory) -> Any:
-    """The stacked layers of a memory that `with_layers` made."""
-    return jax.tree.leaves(memory.layers, is_leaf=_is_state)[0].states
+def layers_of(lm: LM, memory: Memory) -> Any:
+    """All layers, in their order, of a memory that `with_layers` made of equal ones."""
+    stacks = [x.states for x in jax.tree.leaves(memory.layers, is_leaf=_is_state)]
+    if len(stacks) == 1:
+        return stacks[0]
+    order = np.argsort(np.concatenate(_numbers(lm)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *stacks)
+
+
+def _numbers(lm: LM) -> list[np.ndarray]:
+    """Numbers of the layers of every stack of the model's memory, in order."""
+    return [np.array(run.numbers(i)) for run in runs(lm.config.attentions) for i in range(run.period)]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -2,9 +2,10 @@
 
     m  Mamba-2                 M  Mamba-2, then SwiGLU
     t  causal attention        T  causal attention, then SwiGLU
+    f  fast weights            F  fast weights, then SwiGLU
     x  the post-norm Transformer-XL layer of dynamic token pooling (attention with relative positions, then GELU MLP)
 
-m, M, t and T are pre-norm with a residual carried in float32. A new kind is a `Mixer` and one call of `register`.
+All but x are pre-norm with a residual carried in float32. A new kind is a `Mixer` and one call of `register`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.policy import Policy
 from atom_jax.models import attention
 from atom_jax.models.attention import Attention, Context
 from atom_jax.models.flops import keys
-from atom_jax.nn import relative
+from atom_jax.nn import fast_weights, relative
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
 from atom_jax.typing import AtomError
@@ -202,6 +204,36 @@ class Relative(Mixer):
         return f"{width.heads} heads"
 
 
+class FastWeights(Mixer):
+    """f and F."""
+
+    def check(self, width: Width, where: str) -> None:
+        """Heads divide the width."""
+        heads_divide(width, where)
+
+    def spec(self, width: Width, out_scale: float) -> Tree:
+        """As of `fast_weights.layer`."""
+        return fast_weights.layer_spec(width.d, width.heads, width.std, out_scale)
+
+    def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> jax.Array:
+        """A matrix per head."""
+        return jnp.zeros((b, width.heads, width.head_dim, width.head_dim), jnp.float32)
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        """As of `fast_weights.layer`."""
+        y_btd, state = fast_weights.layer(p, y_btd, context.tokens, state)
+        return y_btd, state, {}
+
+    def operations(self, width: Width, positions: int) -> float:
+        """Products inside a chunk, the triangular system, and those with the matrices."""
+        chunk = min(fast_weights.CHUNK, positions)
+        return positions * width.d * (7 * chunk + 6 * width.head_dim)
+
+    def describe(self, width: Width) -> str:
+        """Sizes of the matrices."""
+        return f"{width.heads} fast weights of {width.head_dim} x {width.head_dim}"
+
+
 def heads_divide(width: Width, where: str) -> None:
     """Raises AtomError where they do not divide the width."""
     if width.d % width.heads:
@@ -222,4 +254,6 @@ register("m", Mamba2())
 register("M", Mamba2(mlp=True))
 register("t", SelfAttention())
 register("T", SelfAttention(mlp=True))
+register("f", FastWeights())
+register("F", FastWeights(mlp=True))
 register("x", Relative(mlp=True))

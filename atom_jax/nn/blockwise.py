@@ -19,6 +19,8 @@ from pallas_kernels.dispatch import NEGATIVE, choose
 from pallas_kernels.evict_attention.api import evict_attention
 
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# Queries of the lowest tile.
+_LEAST = 8
 
 
 def blockwise(
@@ -34,7 +36,8 @@ def blockwise(
     start: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time.
+    """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time; fewer queries than
+    that make lower tiles.
 
     places: query positions [b, t], query segments [b, t], key positions [b, s], key segments [b, s], all i32.
     implementation: of aligned sequences, as in `evict_attention`; None is its kernel on TPU.
@@ -43,9 +46,10 @@ def blockwise(
     if aligned and choose(implementation) != "reference":
         args = (q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, start, implementation)
         return _kernel(*args)[0]
-    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
+    blocks = _blocks(q_bhgtk.shape[3], aligned, block)
+    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
     start = jnp.int32(0) if start is None else start
-    return _attend(*args, start, (window, keep_window), aligned, block)[..., : q_bhgtk.shape[3], :]
+    return _attend(*args, start, (window, keep_window), aligned, blocks)[..., : q_bhgtk.shape[3], :]
 
 
 def blockwise_lse(
@@ -64,8 +68,9 @@ def blockwise_lse(
     if aligned and choose(implementation) != "reference":
         return _kernel(q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, None, implementation)
     t = q_bhgtk.shape[3]
-    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, block)
-    out, lse = _forward(*args, jnp.int32(0), (window, keep_window), aligned, block)
+    blocks = _blocks(t, aligned, block)
+    args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
+    out, lse = _forward(*args, jnp.int32(0), (window, keep_window), aligned, blocks)
     return out[..., :t, :], lse[..., :t]
 
 
@@ -88,9 +93,14 @@ def _kernel(q, k, v, places, window, keep, keep_window, start, implementation):
     return jax.shard_map(run, in_specs=specs, out_specs=(P(rows, heads),) * 2, check_vma=False)(*args)
 
 
-def _padded(q, k, v, keep, places, block):
+def _blocks(t: int, aligned: bool, block: int) -> tuple[int, int]:
+    """Queries and keys of a tile for t queries. Where these stand at their keys, both are the same."""
+    return block if aligned else min(block, -(-t // _LEAST) * _LEAST), block
+
+
+def _padded(q, k, v, keep, places, blocks):
     """Everything filled up to whole blocks, and the queries divided by the root of the head size."""
-    pad_q, pad_k = -q.shape[3] % block, -k.shape[2] % block
+    pad_q, pad_k = -q.shape[3] % blocks[0], -k.shape[2] % blocks[1]
     q = jnp.pad(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), _at(5, 3, pad_q))
     k, v = jnp.pad(k, _at(4, 2, pad_k)), jnp.pad(v, _at(4, 2, pad_k))
     keep = None if keep is None else jnp.pad(keep.astype(jnp.float32), _at(3, 2, pad_k))
@@ -128,8 +138,8 @@ def _query_range(j: jax.Array, start: jax.Array, nq: int, window: int | None, al
 def _scores(
     q: jax.Array, k: jax.Array, keep: jax.Array | None, places: Places, windows: tuple
 ) -> tuple[jax.Array, Any]:
-    """Masked scores float32 [b, h, g, block, block] of one tile, q being scaled already; and where keys are so far
-    back that `keep` counts, bool [b, block, block] (None without it)."""
+    """Masked scores float32 [b, h, g, t, s] of one tile, q being scaled already; and where keys are so far back that
+    `keep` counts, bool [b, t, s] (None without it)."""
     window, keep_window = windows
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k, preferred_element_type=jnp.float32)
     q_pos, q_seg, k_pos, k_seg = places
@@ -144,30 +154,31 @@ def _scores(
     return jnp.where(jnp.broadcast_to(seen[:, None, None], scores.shape), scores, NEGATIVE), far
 
 
-def _tiles(places: Places, i: jax.Array, j: jax.Array, block: int) -> Places:
-    return (*(_tile(x, i, 1, block) for x in places[:2]), *(_tile(x, j, 1, block) for x in places[2:]))
+def _tiles(places: Places, i: jax.Array, j: jax.Array, blocks: tuple[int, int]) -> Places:
+    return (*(_tile(x, i, 1, blocks[0]) for x in places[:2]), *(_tile(x, j, 1, blocks[1]) for x in places[2:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attend(q, k, v, keep, places, start, windows, aligned, block):
-    return _forward(q, k, v, keep, places, start, windows, aligned, block)[0]
+def _attend(q, k, v, keep, places, start, windows, aligned, blocks):
+    return _forward(q, k, v, keep, places, start, windows, aligned, blocks)[0]
 
 
 def _keep_tile(keep, j, block):
     return None if keep is None else _tile(keep, j, 2, block)
 
 
-def _forward(q, k, v, keep, places, start, windows, aligned, block):
+def _forward(q, k, v, keep, places, start, windows, aligned, blocks):
     b, h, g, t, d = q.shape
-    nq, nk = t // block, k.shape[2] // block
+    rows, block = blocks
+    nq, nk = t // rows, k.shape[2] // block
 
     def one(i):
-        q_i = _tile(q, i, 3, block)
+        q_i = _tile(q, i, 3, rows)
 
         def visit(j, carry):
             total, top, out = carry
             k_j = _tile(k, j, 2, block)
-            s, _ = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, block), windows)
+            s, _ = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, blocks), windows)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -175,8 +186,8 @@ def _forward(q, k, v, keep, places, start, windows, aligned, block):
                              preferred_element_type=jnp.float32)  # fmt: skip
             return total * shrink + p.sum(-1), new_top, out * shrink[..., None] + new
 
-        zero = jnp.zeros((b, h, g, block), jnp.float32)
-        nothing = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, block, d), jnp.float32))
+        zero = jnp.zeros((b, h, g, rows), jnp.float32)
+        nothing = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, rows, d), jnp.float32))
         total, top, out = jax.lax.fori_loop(*_key_range(i, start, nk, windows[0], aligned, block), visit, nothing)
         total = jnp.maximum(total, 1e-30)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
@@ -191,14 +202,15 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _forward_rule(q, k, v, keep, places, start, windows, aligned, block):
-    out, lse = _forward(q, k, v, keep, places, start, windows, aligned, block)
+def _forward_rule(q, k, v, keep, places, start, windows, aligned, blocks):
+    out, lse = _forward(q, k, v, keep, places, start, windows, aligned, blocks)
     return out, (q, k, v, keep, places, start, out, lse)
 
 
-def _backward_rule(windows, aligned, block, saved, d_out):
+def _backward_rule(windows, aligned, blocks, saved, d_out):
     q, k, v, keep, places, start, out, lse = saved
-    nq, nk = q.shape[3] // block, k.shape[2] // block
+    rows, block = blocks
+    nq, nk = q.shape[3] // rows, k.shape[2] // block
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def one(d_q, j):
@@ -206,19 +218,19 @@ def _backward_rule(windows, aligned, block, saved, d_out):
 
         def visit(i, carry):
             d_q, d_k, d_v, d_keep = carry
-            q_i, d_i = _tile(q, i, 3, block), _tile(d_out, i, 3, block)
-            s, far = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, block), windows)
-            p = jnp.exp(s - _tile(lse, i, 3, block)[..., None])
+            q_i, d_i = _tile(q, i, 3, rows), _tile(d_out, i, 3, rows)
+            s, far = _scores(q_i, k_j, _keep_tile(keep, j, block), _tiles(places, i, j, blocks), windows)
+            p = jnp.exp(s - _tile(lse, i, 3, rows)[..., None])
             d_p = jnp.einsum("bhgtk,bhsk->bhgts", d_i, v_j, preferred_element_type=jnp.float32)
-            d_s = p * (d_p - _tile(delta, i, 3, block)[..., None])
+            d_s = p * (d_p - _tile(delta, i, 3, rows)[..., None])
             if keep is not None:
                 d_keep += jnp.einsum("bhgts,bts->bhs", d_s, far.astype(jnp.float32))
             d_s, p = d_s.astype(q.dtype), p.astype(q.dtype)
             d_v += jnp.einsum("bhgts,bhgtk->bhsk", p, d_i, preferred_element_type=jnp.float32)
             d_k += jnp.einsum("bhgts,bhgtk->bhsk", d_s, q_i, preferred_element_type=jnp.float32)
             add = jnp.einsum("bhgts,bhsk->bhgtk", d_s, k_j, preferred_element_type=jnp.float32)
-            here = _tile(d_q, i, 3, block) + add
-            return jax.lax.dynamic_update_slice_in_dim(d_q, here, i * block, 3), d_k, d_v, d_keep
+            here = _tile(d_q, i, 3, rows) + add
+            return jax.lax.dynamic_update_slice_in_dim(d_q, here, i * rows, 3), d_k, d_v, d_keep
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
         none = None if keep is None else jnp.zeros(k_j.shape[:3], jnp.float32)

@@ -26,7 +26,17 @@ FORMS = {
 }
 PUBLISHED = DMS(form="borrowed", window=8, page=DMS.page, cr=8.0, block_size=4)
 OBSERVED = DMS(
-    form="observed", window=8, scale=2.5, offset=-1.5, tau=0.5, bias=True, rank=2, sinks=4, page=16, cr=4.5
+    form="observed",
+    window=8,
+    scale=2.5,
+    offset=-1.5,
+    tau=0.5,
+    per="mean",
+    bias=True,
+    rank=2,
+    sinks=4,
+    page=16,
+    cr=4.5,
 )
 BASE = {
     "model_type": "qwen3",
@@ -86,7 +96,7 @@ def test_observed_evictors_survive_every_format(tmp_path, family):
     saved = read_json(tmp_path / "hf" / "config.json")
     assert saved["architectures"] == ["Qwen3ForCausalLMDMS" if family == "qwen3" else FAMILIES[family].architecture]
     assert saved["dms_separate_alpha"] is True and saved["dms_cr"] == 4.5
-    own = {"form": "observed", "bias": True, "rank": 2, "sinks": 4, "page": 16}
+    own = {"form": "observed", "per": "mean", "bias": True, "rank": 2, "sinks": 4, "page": 16}
     assert {k: v for k, v in saved.items() if k.startswith("atom_dms")} == {
         f"atom_dms_{k}": v for k, v in own.items()
     }

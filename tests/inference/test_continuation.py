@@ -78,6 +78,27 @@ def test_a_policy_decides_what_the_continuation_sees(lm, ids, monkeypatch):
     assert np.abs(little.logprobs[:, 1:] - dense.logprobs[:, 1:]).max() > 1e-2
 
 
+@pytest.mark.parametrize("policy", [None, Toy(budget=4)])
+def test_many_continuations_of_a_context_that_is_read_once(lm, ids, monkeypatch, policy):
+    monkeypatch.setitem(policies.POLICIES, "toy", Toy)
+    lm = dataclasses.replace(lm, config=dataclasses.replace(CONFIG, memory=policy))
+    of = [0, 0, 0, 1, 1, 0]
+    after = np.random.default_rng(1).integers(0, 50, (6, 7))
+    sizes = [7, 3, 1, 7, 6, 5]
+    apart = continuation.score(lm, ids[of, :20], after, None, sizes)
+    calls, read = [], continuation.Session.read
+    counted = lambda self, ids, sizes: calls.append(ids.shape) or read(self, ids, sizes)  # noqa: E731
+    monkeypatch.setattr(continuation.Session, "read", counted)
+    found = continuation.score(lm, ids[:2, :20], after, None, sizes, of)
+    # The last call repeats a row: one program for all.
+    assert calls == [(continuation.ROWS, 6)] * 2
+    np.testing.assert_allclose(found.logprobs, apart.logprobs, atol=1e-6)
+    np.testing.assert_array_equal(found.hits, apart.hits)
+    np.testing.assert_array_equal(found.held, apart.held[:, [0, 3]])
+    np.testing.assert_array_equal(found.held_after, apart.held_after)
+    assert found.nbytes * 3 == apart.nbytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,13 +9,16 @@ from atom_jax.nn import rope
 
 
 class Naive:
-    """A model and what it keeps. Entries are (source, place, plain keys [l, h, k], values, score [l, h])."""
+    """A model and what it keeps. Entries are (source, place, plain keys [l, h, k], values, score [l, h]), of the l
+    layers that see everything."""
 
     def __init__(self, lm, settings):
         self.cfg, self.settings = lm.config, settings
         self.p = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
         self.blocks, self.waiting, self.source, self.tokens = [], [], -1, 0
         self.family = FAMILIES[self.cfg.family]
+        kinds = self.cfg.layer_types or ("full",) * self.cfg.n_layers
+        self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
 
     def norm(self, x, w):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.cfg.norm_eps) * w
@@ -26,8 +29,9 @@ class Naive:
         flat = x if w.shape[0] == x.shape[-1] else x.reshape(len(x), -1)
         return self.norm(flat, w).reshape(x.shape)
 
-    def turn(self, x_tnk, places):
-        freq, factor = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+    def turn(self, x_tnk, places, layer):
+        scaling = self.cfg.rope_scaling if layer in self.full else None
+        freq, factor = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, scaling)
         places = np.asarray(places)
         angle = (places[:, None] if places.ndim == 1 else places)[..., None] * freq
         cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
@@ -35,10 +39,23 @@ class Naive:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
     def run(self, ids, before_k, before_v):
-        """Logits [t, v] of tokens behind s others (plain keys and values [l, s, h, k]), their plain keys and values,
-        and weights [l, n, t, s + t]."""
+        """Logits [t, v] of tokens behind s others (plain keys and values [l, s, h, k]), their plain keys and
+        values in all layers, and weights [l, n, t, s + t]. Sliding layers have the window behind them."""
         s = before_k.shape[1]
-        return self.forward(ids, s, lambda i, q: (before_k[i], before_v[i], np.arange(s)))
+
+        def before(i, q):
+            if i not in self.full:
+                return self.latest(i, s)
+            rank = self.full.index(i)
+            return before_k[rank], before_v[rank], np.arange(s)
+
+        logits, k, v, weights = self.forward(ids, s, before)
+        return logits, k, v, np.array([weights[i] for i in self.full])
+
+    def latest(self, layer, end):
+        """Of a sliding layer the window, whose places end at `end`; nothing where that is 0."""
+        k, v = ((x[layer] if end else x[layer][:0]) for x in (self.window_k, self.window_v))
+        return k, v, np.arange(end - len(k), end)
 
     def forward(self, ids, at, before):
         """As `run` for tokens at places from `at` on. before: (layer, plain queries [t, n, k]) -> plain keys, values
@@ -54,15 +71,16 @@ class Naive:
             keys.append(k)
             values.append(v)
             old_k, old_v, places = before(i, q)
-            both_k = np.concatenate([self.turn(old_k, places), self.turn(k, np.arange(at, at + t))])
+            both_k = np.concatenate([self.turn(old_k, places, i), self.turn(k, np.arange(at, at + t), i)])
             both_v = np.concatenate([old_v, v])
             wide = places if places.ndim > 1 else np.repeat(places[:, None], cfg.n_kv_heads, axis=1)
             new = np.repeat(np.arange(at, at + t)[:, None], cfg.n_kv_heads, axis=1)
             where = np.concatenate([wide, new])
             g = cfg.n_heads // cfg.n_kv_heads
-            scores = np.einsum("tnk,snk->nts", self.turn(q, np.arange(at, at + t)), np.repeat(both_k, g, axis=1))
+            scores = np.einsum("tnk,snk->nts", self.turn(q, np.arange(at, at + t), i), np.repeat(both_k, g, axis=1))
             scores = scores * cfg.head_dim**-0.5
-            seen = np.repeat(where, g, axis=1).T[:, None] <= np.arange(at, at + t)[:, None]
+            distance = np.arange(at, at + t)[:, None] - np.repeat(where, g, axis=1).T[:, None]
+            seen = (distance >= 0) & ((distance < cfg.sliding_window) | (i in self.full))
             scores = np.where(seen, scores, -np.inf)
             w = np.exp(scores - scores.max(-1, keepdims=True))
             w /= w.sum(-1, keepdims=True)
@@ -76,7 +94,7 @@ class Naive:
             y = (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
             x = x + (self.norm(y, p["mlp_norm"]) if post else y)
         table = self.p["unembed"] if "unembed" in self.p else self.p["embed"].T
-        return self.norm(x, self.p["norm"]) @ table, np.array(keys), np.array(values), np.array(weights)
+        return self.norm(x, self.p["norm"]) @ table, np.array(keys), np.array(values), weights
 
     def received(self, weights, part, later):
         """[l, h, n]: the largest weight of tokens `part` from queries after them. later: all queries are."""
@@ -93,21 +111,23 @@ class Naive:
             self.leave(self.own)
         self.source += 1
         none = np.zeros((self.cfg.n_layers, 0, self.cfg.n_kv_heads, self.cfg.head_dim))
+        if self.source == 0:
+            self.window_k = self.window_v = none
         for start in range(0, len(ids), part):
             here = ids[start : start + part]
             if start == 0:
-                before_k, before_v = none, none
+                before_k, before_v = none[self.full], none[self.full]
             elif start == part:
-                before_k, before_v = self.window_k, self.window_v
+                before_k, before_v = self.window_k[self.full], self.window_v[self.full]
             else:
-                before_k = np.concatenate([self.sink_k, self.window_k], axis=1)
-                before_v = np.concatenate([self.sink_v, self.window_v], axis=1)
+                before_k = np.concatenate([self.sink_k, self.window_k[self.full]], axis=1)
+                before_v = np.concatenate([self.sink_v, self.window_v[self.full]], axis=1)
             _, k, v, w = self.run(here, before_k, before_v)
             s = before_k.shape[1]
             if start:
                 self.leave(self.received(w, slice(s - part, s), True))
             else:
-                self.sink_k, self.sink_v = k[:, :sinks], v[:, :sinks]
+                self.sink_k, self.sink_v = k[self.full, :sinks], v[self.full, :sinks]
             self.first, self.window_k, self.window_v = start, k, v
             self.own = self.received(w, slice(s, None), False)
 
@@ -121,7 +141,7 @@ class Naive:
             if self.settings.score == "observed":
                 layers = len(score)
                 score = np.full_like(score, score[layers // 3 : max(4 * layers // 5, layers // 3 + 1)].mean())
-            k, v = (x[:, i].astype(np.float16).astype(np.float64) for x in (self.window_k, self.window_v))
+            k, v = (x[self.full, i].astype(np.float16).astype(np.float64) for x in (self.window_k, self.window_v))
             self.waiting.append((self.source, place, k, v, score))
             if len(self.waiting) == self.settings.law.block:
                 self.blocks.append((0, self.best(self.each(self.waiting), self.settings.law.keep(0))))
@@ -135,7 +155,7 @@ class Naive:
         """[l][h] lists of (source, place, key, value, score)."""
         return [
             [[(s, p, k[i, j], v[i, j], r[i, j]) for s, p, k, v, r in entries] for j in range(self.cfg.n_kv_heads)]
-            for i in range(self.cfg.n_layers)
+            for i in range(len(self.full))
         ]
 
     def best(self, entries, keep):
@@ -149,7 +169,7 @@ class Naive:
         parts = [entries for _, entries in self.blocks] + [self.each(self.waiting)]
         return [
             [[e for part in parts for e in part[i][j]] for j in range(self.cfg.n_kv_heads)]
-            for i in range(self.cfg.n_layers)
+            for i in range(len(self.full))
         ]
 
     def ask(self, ids):
@@ -166,15 +186,15 @@ class Naive:
         held = self.held()
         k, v = (np.array([[[e[n] for e in head] for head in layer] for layer in held]).swapaxes(1, 2) for n in (2, 3))
         skip = 0 if self.first else min(self.settings.sinks, self.window_k.shape[1])
-        k = np.concatenate([self.sink_k, k, self.window_k[:, skip:]], axis=1)
-        return k, np.concatenate([self.sink_v, v, self.window_v[:, skip:]], axis=1)
+        k = np.concatenate([self.sink_k, k, self.window_k[self.full, skip:]], axis=1)
+        return k, np.concatenate([self.sink_v, v, self.window_v[self.full, skip:]], axis=1)
 
     def answer(self, ids, n, choice):
         """Logits [v] after a prompt and after each of the n likeliest tokens behind it; pages are chosen."""
         held, layers, h = self.held(), self.cfg.n_layers, self.cfg.n_kv_heads
         skip = 0 if self.first else self.settings.sinks
-        near_k = np.concatenate([self.sink_k, self.window_k[:, skip:]], axis=1)
-        near_v = np.concatenate([self.sink_v, self.window_v[:, skip:]], axis=1)
+        near_k = np.concatenate([self.sink_k, self.window_k[self.full, skip:]], axis=1)
+        near_v = np.concatenate([self.sink_v, self.window_v[self.full, skip:]], axis=1)
         sinks, room = self.sink_k.shape[1], choice.pages * choice.page
         near = np.append(np.arange(sinks), np.arange(sinks + room, near_k.shape[1] + room))
         at = begin = near_k.shape[1] + room
@@ -183,7 +203,8 @@ class Naive:
 
         def chosen(i, q):
             g = q.shape[1] // h
-            each = [self.pages(q[:, j * g : (j + 1) * g], held[i][j], choice) for j in range(h)]
+            of = held[self.full.index(i)]
+            each = [self.pages(q[:, j * g : (j + 1) * g], of[j], choice) for j in range(h)]
             k = np.zeros((max(map(len, each)), h, self.cfg.head_dim))
             v, places = k.copy(), np.full(k.shape[:2], 10**6)
             for j, one in enumerate(each):
@@ -192,15 +213,19 @@ class Naive:
             return k, v, places
 
         def before(i, q):
+            if i not in self.full:
+                k, v, places = self.latest(i, begin)
+                places = np.append(places, np.arange(begin, at))
+                return np.concatenate([k, own_k[i]]), np.concatenate([v, own_v[i]]), places
             if len(q) > 1:
                 pages[i] = chosen(i, q)
             else:
                 recent[i].append(q)
             k, v, places = pages[i]
             wide = lambda x: np.repeat(x[:, None], h, axis=1)  # noqa: E731
-            own = np.arange(begin, begin + own_k.shape[1])
+            own, rank = np.arange(begin, begin + own_k.shape[1]), self.full.index(i)
             return (
-                np.concatenate([near_k[i], k, own_k[i]]), np.concatenate([near_v[i], v, own_v[i]]),
+                np.concatenate([near_k[rank], k, own_k[i]]), np.concatenate([near_v[rank], v, own_v[i]]),
                 np.concatenate([wide(near), places, wide(own)]),
             )  # fmt: skip
 
@@ -208,7 +233,7 @@ class Naive:
         for _ in range(n + 1):
             logits, k, v, _ = self.forward(ids, at, before)
             for i in range(layers):
-                if len(recent[i]) == choice.stride:
+                if i in self.full and len(recent[i]) == choice.stride:
                     pages[i], recent[i] = chosen(i, np.concatenate(recent[i])), []
             own_k, own_v = np.concatenate([own_k, k], axis=1), np.concatenate([own_v, v], axis=1)
             out.append(logits[-1])

@@ -10,7 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from atom_jax.__main__ import main
+from atom_jax.evaluation.reports import memory_growth
+from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.lasting import store
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import MANIFEST, Store
@@ -242,3 +246,17 @@ def test_a_commit_needs_room(memory, monkeypatch):
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(AtomError, match="bytes are to be written, and 10 are free"):
         disk.add(memory, 2, 9)
+
+
+def test_a_picture_of_growth(tmp_path):
+    law = Law(0.5, 3, 4)
+    tokens, held = memory_growth.lines(law, 4099)
+    assert tokens[0] == 0 and tokens[-1] == 4099 and (np.diff(tokens) > 0).all() and len(tokens) > 500
+    assert held.tolist() == [law.held(int(n)) for n in tokens] and (held < tokens + 1).all()
+    path = disk.make(tmp_path / "m")
+    disk.add(path, 0, 50)
+    assert main(["atom_jax", "info", str(path), f"--out={tmp_path}/g.png"]) == 0
+    with Image.open(tmp_path / "g.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    for color in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00], [0x99, 0x99, 0x99]):
+        assert (np.abs(pixels - color).sum(1) < 30).any()

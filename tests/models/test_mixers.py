@@ -9,6 +9,7 @@ import pytest
 from flax import struct
 
 import atom_jax
+from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.models import hnet, mixers, registry, stack
 from atom_jax.models.hnet.examples import small
@@ -76,6 +77,26 @@ def test_a_new_mixer_is_one_entry(average):
         np.testing.assert_array_equal(new, row[len(prompt) - 1 :][:12])
     assert registry.of(cfg).flops(cfg, 32) > 0
     assert "means" in dict(registry.of(cfg).describe(cfg))["stage 0"]
+
+
+def test_fast_weights_read_and_write():
+    cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=("f1", "F1", "f1"))
+    lm = LM(cfg, weights(cfg), None)
+    one, other = stream(20), stream(17, 5)
+    apply = jax.jit(lambda batch: hnet.apply(lm.params, batch, cfg=cfg)[0].logits)
+    packed = apply(rows([[one[:12], other[:9]]], 24))[0, :21]
+    apart = [apply(rows([[x]], 24))[0, : len(x)] for x in (one[:12], other[:9])]
+    np.testing.assert_allclose(packed, np.concatenate(apart), atol=1e-4)
+    made = atom_jax.generate(lm, [one[:7].tolist(), other.tolist()], 8).ids
+    written = [[*prompt, *new] for prompt, new in zip((one[:7].tolist(), other.tolist()), made)]
+    likely = np.asarray(atom_jax.apply(lm, *padded(written, 32)).logits).argmax(-1)
+    for n, new, row in zip((7, 17), made, likely):
+        np.testing.assert_array_equal(new, row[n - 1 :][:8])
+    assert "2 fast weights of 8 x 8" in dict(registry.of(cfg).describe(cfg))["stage 1"]
+    assert registry.of(cfg).flops(cfg, 32) > 0
+    published = small({"rule": Cosine(target=2.0), "mix": "ema", "confidence": True}, layout=("f1", "F1", "f1"))
+    with pytest.raises(AtomError, match="fast weights or Transformer-XL layers"):
+        hnet.published.to_hf(published, "float32")
 
 
 def test_letters_are_taken_once():

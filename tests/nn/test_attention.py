@@ -64,6 +64,26 @@ def test_blockwise_equals_direct_in_values_and_gradients(packed, window, aligned
     chex.assert_trees_all_close(blocks, direct, atol=2e-5)
 
 
+def test_few_queries_make_lower_tiles():
+    q, k, v, tokens = inputs(True)
+    last = slice(T - 9, T - 4)
+    few = Tokens(tokens.positions[:, last], tokens.segments[:, last])
+    places = (few.positions, few.segments, tokens.positions, tokens.segments)
+
+    def loss(form):
+        out, back = jax.vjp(jax.jit(form), q[..., last, :], k, v)
+        return out, back(jnp.cos(out))
+
+    def blocks(q, k, v):
+        return blockwise(q, k, v, places, 21, False, 16)
+
+    chex.assert_trees_all_close(
+        loss(blocks), loss(lambda q, k, v: attend(q, k, v, few, tokens, window=21)), atol=2e-5
+    )
+    shapes = str(jax.make_jaxpr(blocks)(q[..., last, :], k, v))
+    assert "2,2,3,8,16]" in shapes and "16,16]" not in shapes
+
+
 def test_blockwise_builds_no_square_array():
     t = 4096
     q = jax.ShapeDtypeStruct((1, 1, 1, t, 8), jnp.float32)

@@ -165,7 +165,7 @@ def measure(
     stream, window = held.stream, held.state.window
     kept = Reader(lm, settings.part, lasting_fit.SINKS).arrays(held.state)
     entries = [] if method.law is None else _kept(model, held, method)
-    front = front_lib.front(entries, kept, window, lasting_fit.SINKS)
+    front = front_lib.front(lm, entries, kept, window, lasting_fit.SINKS)
     asked = [planted.asked(fact, encoder) for fact in stream.facts]
     if method.name == REREAD:
         asked = [(_with_passages(stream.ids, q, settings.passages), a) for q, a in asked]

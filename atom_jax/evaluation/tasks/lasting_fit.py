@@ -25,7 +25,7 @@ from atom_jax.files import read_regular
 from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
 from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import learned
-from atom_jax.lasting.reader import Reader, State, model_of
+from atom_jax.lasting.reader import Reader, State, full_layers, model_of
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
@@ -87,7 +87,12 @@ def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
     cfg = registry.of(lm.config).with_memory(lm.config, Shared(budget=budget, learned=True))
     model = model_of(lm)
     weights = by_head(attention, model.layers, model.heads)
-    new = {f"layers/attn/{Shared.name}/{name}": jnp.asarray(x) for name, x in weights.items()}
+    # Stacked layers have equal parameters, used or not.
+    every = np.zeros((lm.config.n_layers, model.heads), np.float32)
+    new = {}
+    for name, x in weights.items():
+        every[full_layers(lm)] = x
+        new[f"layers/attn/{Shared.name}/{name}"] = jnp.asarray(every.copy())
     return dataclasses.replace(lm, config=cfg, params=params_lib.unflatten(params_lib.flatten(lm.params) | new))
 
 

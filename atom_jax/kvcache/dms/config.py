@@ -14,6 +14,8 @@ from atom_jax.typing import AtomError
 FORMS = ("borrowed", "adapter", "observed", "separators")
 # Those whose decision is learned by parameters of its own.
 LEARNED = ("adapter", "observed")
+# Who decides about a key of a layer.
+PER = ("head", "layer", "mean")
 # Statistics of `observed`: log of the largest, of the summed and of the recent attention that a key received.
 FEATURES = 3
 
@@ -33,7 +35,8 @@ class Settings(Policy):
     window: tokens after its own that see every key.
     scale, offset: logit = projection * scale - offset.
     tau: temperature of the relaxed decisions in training.
-    per: "head", or "layer": the first head decides for all heads of its layer.
+    per: "head"; "layer": the first head decides for all heads of its layer; or "mean": the mean of their logits does,
+        so that a token stays in all heads of a layer or in none (ours).
     bias: the projection has a bias per head.
     rank: of the corrections to attention's projections (`corrected`); 0: none.
     sinks: positions at the start of a text whose keys are never evicted.
@@ -62,8 +65,8 @@ class Settings(Policy):
         config.check(self, separators=(0, 2**28), cr=(1, 1e6))
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.per not in ("head", "layer"):
-            raise AtomError(f"memory.per: expected head or layer, got {self.per!r}")
+        if self.per not in PER:
+            raise AtomError(f"memory.per: expected one of {', '.join(PER)}, got {self.per!r}")
         if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
             raise AtomError("memory: window, page and block_size must be at least 1, sinks and rank at least 0")
         if self.form not in LEARNED and self.rank:

@@ -76,14 +76,14 @@ def decide(
     tau = cfg.tau if mode.cool is None else cfg.tau * mode.cool
     if cfg.form == "observed":
         seen = jax.lax.stop_gradient(observe(q_bhgtk, k_bhtk, tokens, cfg.window))
-        z = _per(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
-        said = _per((z + noise) / tau, cfg) if relaxed else z
+        z = agreed(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
+        said = agreed((z + noise) / tau, cfg) if relaxed else z
         of_key = said
     elif not cfg.late:
         z = said = of_key = z_bht
     else:
-        said = _per((z_bht + noise) / tau if relaxed else z_bht, cfg)
-        z, of_key = _per(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)
+        said = agreed((z_bht + noise) / tau if relaxed else z_bht, cfg)
+        z, of_key = agreed(shift(z_bht, -1e9), cfg), shift(said, 0.0 if relaxed else -1e9)
     sink = (tokens.positions < cfg.sinks)[:, None]
     evict = (of_key > 0) & ~sink
     hard = (said > 0).astype(jnp.float32)
@@ -98,9 +98,12 @@ def decide(
     return Decisions(keep, evict, straight_through(soft, hard), z)
 
 
-def _per(x_bht: jax.Array, cfg: Settings) -> jax.Array:
-    """The first head's values for all heads where the layer decides as one."""
-    return jnp.broadcast_to(x_bht[:, :1], x_bht.shape) if cfg.per == "layer" else x_bht
+def agreed(z_bht: jax.Array, cfg: Settings) -> jax.Array:
+    """The logits by which heads decide, as `Settings.per` says."""
+    if cfg.per == "head":
+        return z_bht
+    one = z_bht[:, :1] if cfg.per == "layer" else z_bht.mean(1, keepdims=True)
+    return jnp.broadcast_to(one, z_bht.shape)
 
 
 def occupancy(evict_bht: jax.Array, tokens: Tokens, window: int) -> jax.Array:

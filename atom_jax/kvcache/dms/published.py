@@ -1,7 +1,8 @@
 """Learned evictors in whole checkpoints: fields of config.json <-> Settings, and the names of tensors.
 
-Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_bias, atom_dms_rank,
-atom_dms_sinks, atom_dms_page and atom_dms_separators, where it differs from the published layout, and overrides it.
+Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_per, atom_dms_bias,
+atom_dms_rank, atom_dms_sinks, atom_dms_page and atom_dms_separators, where it differs from the published layout, and
+overrides it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from atom_jax.fields import Fields
-from atom_jax.kvcache.dms.config import FORMS, LEARNED, Settings
+from atom_jax.kvcache.dms.config import FORMS, LEARNED, PER, Settings
 from atom_jax.naming import Rule
 from atom_jax.nn import low_rank
 from atom_jax.typing import AtomError
@@ -26,7 +27,8 @@ RULES = (
 _OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",
     "dms_tau", "dms_cr", "dms_paged_attention_block_size", "dms_disable_eviction",
-    "atom_dms_form", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page", "atom_dms_separators",
+    "atom_dms_form", "atom_dms_per", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page",
+    "atom_dms_separators",
 }  # fmt: skip
 # How the published code runs, not what it computes.
 _HARMLESS = {
@@ -60,7 +62,7 @@ def from_hf(fields: Fields) -> dict[str, Any] | None:
         scale=fields.number("dms_alpha_scale", Settings.scale),
         offset=fields.number("dms_initial_alpha_offset", Settings.offset, positive=False),
         tau=fields.number("dms_tau", Settings.tau),
-        per=fields.one_of("dms_alpha_per", ("head", "layer"), "head"),
+        per=fields.one_of("atom_dms_per", PER, fields.one_of("dms_alpha_per", ("head", "layer"), "head")),
         bias=fields.flag("atom_dms_bias", False),
         rank=fields.size("atom_dms_rank", 0, least=0),
         sinks=fields.size("atom_dms_sinks", 0, least=0),
@@ -79,7 +81,7 @@ def to_hf(family: str, dms: Settings) -> dict[str, Any]:
         "dms_alpha_scale": dms.scale,
         "dms_initial_alpha_offset": dms.offset,
         "dms_separate_alpha": dms.form in LEARNED,
-        "dms_alpha_per": dms.per,
+        "dms_alpha_per": "head" if dms.per == "mean" else dms.per,
         "dms_tau": dms.tau,
         "dms_cr": int(dms.cr) if float(dms.cr).is_integer() else dms.cr,
         "dms_paged_attention_block_size": dms.block_size,
@@ -87,6 +89,8 @@ def to_hf(family: str, dms: Settings) -> dict[str, Any]:
     }
     if dms.form in ("observed", "separators"):
         out["atom_dms_form"] = dms.form
+    if dms.per == "mean":
+        out["atom_dms_per"] = dms.per
     if dms.separators:
         out["atom_dms_separators"] = list(dms.separators)
     differs = lambda name: getattr(dms, name) != getattr(Settings, name)  # noqa: E731

@@ -79,8 +79,7 @@ class DMSLayer(PagedLayer):
         if self.policy.form == "observed":
             seen = observed.features(*(stats_bhtf[..., i] for i in range(FEATURES)))
             z_bht = z_bht + decide.from_observed(learned, seen, self.policy)
-        if self.policy.per == "layer":
-            z_bht = jnp.broadcast_to(z_bht[:, :1], z_bht.shape)
+        z_bht = decide.agreed(z_bht, self.policy)
         return (z_bht > 0) & (positions_bt >= self.policy.sinks)[:, None]
 
     def _one(self, call: Call) -> tuple[jax.Array, DMSLayer]:

@@ -10,7 +10,9 @@ from flax import struct
 
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.window import WindowLayer
 from atom_jax.nn import rope
+from atom_jax.nn.attention import Tokens
 
 
 @struct.dataclass
@@ -23,7 +25,8 @@ class PartLayer(Layer):
 
     Places are given anew with every part: sinks first, then the part before, then the new one, which begins at
     `Call.length`: 0 for a text's first part, w for the next, with the sinks still in the part before, and s + w for
-    all others. So they stay below s + 2 w, whatever was read. A part has at least s tokens, padding included.
+    all others. So they stay below s + 2 w, whatever was read. A part has at least s tokens, padding included. Sliding
+    layers see nothing of the sinks.
     """
 
     sink_k: jax.Array
@@ -46,9 +49,10 @@ class PartLayer(Layer):
         """Attention to sinks, the part before and this one, and this one in the place of that."""
         s, w = self.sink_k.shape[2], self.k.shape[2]
         at = call.length[:, None]
+        sinks = (at > w) & (call.window is None)
         places = jnp.concatenate(
             [
-                jnp.where(at > w, jnp.arange(s)[None], -1),
+                jnp.where(sinks, jnp.arange(s)[None], -1),
                 jnp.where(at > 0, at - w + jnp.arange(w)[None], -1),
                 jnp.where(call.real, call.tokens.positions, -1),
             ],
@@ -58,13 +62,31 @@ class PartLayer(Layer):
         before = turned(stored, jnp.maximum(places[:, : s + w], 0), call.rotary, call.rope)
         k = jnp.concatenate([before, call.k], axis=2)
         v = jnp.concatenate([self.sink_v, self.v, call.v], axis=2)
-        out, most, total = observe.attend_observed(call.q, call.tokens.positions, call.real, k, v, places)
+        out, most, total = observe.attend_observed(
+            call.q, call.tokens.positions, call.real, k, v, places, call.window
+        )
         first = (call.length == 0)[:, None, None, None]
         sink_k = jnp.where(first, call.k_plain[:, :, :s], self.sink_k)
         sink_v = jnp.where(first, call.v[:, :, :s], self.sink_v)
         cut = lambda x: (x[..., s : s + w], x[..., s + w :])  # noqa: E731
         (most, own_most), (total, own_total) = cut(most), cut(total)
         return out, PartLayer(sink_k, sink_v, call.k_plain, call.v, most, total, own_most, own_total)
+
+
+@struct.dataclass
+class LateWindow(WindowLayer):
+    """The ring of a sliding layer that has seen nothing before position `first`, i32 [b]."""
+
+    first: jax.Array = None
+
+    def _held(self, length_b: jax.Array) -> Tokens:
+        newest = self._newest(length_b)
+        return Tokens(newest, (newest >= self.first[:, None]).astype(jnp.int32))
+
+    def held(self, length_b: jax.Array) -> jax.Array:
+        """The latest tokens."""
+        held_b = jnp.minimum(length_b - self.first, self.window)
+        return jnp.broadcast_to(held_b[:, None], self.k.shape[:2])
 
 
 def turned(k_bhsk: jax.Array, places_bs: jax.Array, rotary: int, of: tuple) -> jax.Array:

@@ -60,6 +60,19 @@ def test_a_decision_is_about_the_token_before(case):
     np.testing.assert_allclose(right, io["prefill_logits"], atol=3e-4)
 
 
+def test_heads_decide_by_the_mean_of_their_logits(case):
+    noise = jnp.asarray(case[2]["train_noise"])
+    each = forward(case, Mode("relaxed", noise), per="head")[1]["evict_logits"]
+    together = forward(case, Mode("relaxed", noise), per="mean")[1]
+    # Later layers see what this one has evicted.
+    mean = jnp.broadcast_to(each[:1].mean(2, keepdims=True), each[:1].shape)
+    np.testing.assert_allclose(together["evict_logits"][:1], mean, rtol=1e-5, atol=1e-5)
+    _, hard = forward(case, None, per="mean")
+    np.testing.assert_array_equal(hard["evict"][:1], mean > 0)
+    for x in (hard["evict"], together["evict_soft"]):
+        assert (x == x[:, :, :1]).all() and 0 < x.mean() < 1
+
+
 def test_sinks_stay_and_zero_weights_change_nothing(case):
     cfg, params, io = case
     _, aux = forward(case, None, sinks=7)

@@ -149,6 +149,7 @@ POLICIES = [
     DMS("observed", window=6, scale=1.0, offset=0.0, sinks=2, page=4),
     DMS("observed", window=5, scale=1.0, offset=0.0, per="layer", bias=True, page=8),
     DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4, rank=2),
+    DMS("observed", window=6, scale=1.0, offset=0.0, per="mean", sinks=2, page=4),
 ]
 
 
@@ -204,6 +205,7 @@ CASES = {
     "observed-parts": (POLICIES[0], PARTS, False),
     "layer-turns": (POLICIES[1], TURNS, False),
     "adapter-parts": (POLICIES[2], PARTS, True),
+    "mean-parts": (POLICIES[3], [*PARTS[:5], [1, 1, 1]], False),
 }
 
 
