@@ -39,7 +39,7 @@ SLOW = (
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
     "lasting/test_lasting_reading.py", "models/test_bolmo.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
-    "models/test_units_properties.py", "nn/test_mlstm.py", "nn/test_relative.py",
+    "models/test_units_properties.py", "nn/test_fast_weights.py", "nn/test_mlstm.py", "nn/test_relative.py",
     "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "serving",
     "session/test_drafts.py", "session/test_queue.py", "session/test_session.py", "test_eval_script.py",
     "test_flax_bridge.py", "test_kernels.py", "test_main.py",

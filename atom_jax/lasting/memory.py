@@ -384,9 +384,8 @@ class Memory:
         return Blocks(self._store, self._manifest, self._tail()[0]).all()
 
     def _all(self) -> front_lib.Front:
-        return front_lib.front(
-            self._model("answering"), self._entries(), self._tail()[1], self._manifest.window, self.settings.sinks
-        )
+        kept, m = self._tail()[1], self._manifest
+        return front_lib.front(self._lm, self._entries(), kept, m.window, m.settings.sinks)
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
         waiting, kept = self._tail()

@@ -7,6 +7,7 @@ import pytest
 from atom_jax import params
 from atom_jax.inference import continuation, score
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.knorm import KNorm
 from atom_jax.models import transformer
 from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError
@@ -78,7 +79,7 @@ def test_a_policy_decides_what_the_continuation_sees(lm, ids, monkeypatch):
     assert np.abs(little.logprobs[:, 1:] - dense.logprobs[:, 1:]).max() > 1e-2
 
 
-@pytest.mark.parametrize("policy", [None, Toy(budget=4)])
+@pytest.mark.parametrize("policy", [None, Toy(budget=4), KNorm(budget=8)])
 def test_many_continuations_of_a_context_that_is_read_once(lm, ids, monkeypatch, policy):
     monkeypatch.setitem(policies.POLICIES, "toy", Toy)
     lm = dataclasses.replace(lm, config=dataclasses.replace(CONFIG, memory=policy))
