@@ -74,8 +74,8 @@ def png_bytes(image: np.ndarray) -> int:
 
 
 def read(path: str | os.PathLike, size: int, channels: int) -> np.ndarray:
-    """The image of a file as u8 [size, size, channels]: in gray where channels is 1, reduced or enlarged where it is of
-    another size. Raises AtomError for files that are no square image."""
+    """The image of a file as u8 [size, size, channels]: in gray where channels is 1, reduced or enlarged to that size.
+    Raises AtomError for files that are no square image."""
     try:
         with Image.open(path) as found:
             image = found.convert("L" if channels == 1 else "RGB")
