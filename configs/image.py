@@ -26,7 +26,7 @@ from atom_jax.training.objectives import Images
 SHAPES = "image:shapes:size=16:most=6"
 
 
-def tokenizer(source: str = SHAPES, steps: int = 1800, batch_size: int = 48, **changes: Any) -> Experiment:
+def tokenizer(source: str = SHAPES, steps: int = 3000, batch_size: int = 48, **changes: Any) -> Experiment:
     """A tokenizer of the images of a source."""
     model = ImageTokensConfig(**changes)
     return Experiment(
