@@ -39,9 +39,12 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
-    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, and max_length, from the
-    experiment.json of a training directory (or of the one that holds this step)."""
+    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, that of `images`, and
+    max_length, from the experiment.json of a training directory (or of the one that holds this step)."""
     data = _training_data(checkpoint)
+    if not cfg.images.source and data and data.sources[0].startswith("image:"):
+        source = data.sources[0].removeprefix("image:")
+        cfg = dataclasses.replace(cfg, images=dataclasses.replace(cfg.images, source=source))
     if not cfg.bpb.sources:
         sources = data.sources if data and not data.chat else ("austen",)
         cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))
@@ -137,7 +140,7 @@ def _place(lm: LM, cfg: sharding.MeshConfig) -> tuple[LM, Any]:
     if len(jax.devices()) == 1:
         return lm, None
     mesh = sharding.make_mesh(cfg)
-    spec = registry.of(lm.config).spec(lm.config)
+    spec = registry.kind(lm.config).spec(lm.config)
     return dataclasses.replace(lm, params=jax.device_put(lm.params, sharding.shardings(spec, mesh))), mesh
 
 

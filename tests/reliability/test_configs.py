@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from atom_jax import config
+from atom_jax.data.images import PICTURES
 from atom_jax.data.puzzles import PUZZLES
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache.policies import POLICIES, parse
@@ -40,8 +41,8 @@ def inside(value):
 def everything():
     """One configuration of every type."""
     roots = [EvalConfig(), Experiment(), Group("x"), RopeScaling("yarn"), parse("none;1=tova:budget=4")]
-    roots += [cfg for family in registry.FAMILIES.values() for cfg in family.examples().values()]
-    roots += [puzzle() for puzzle in PUZZLES.values()]
+    roots += [cfg for kind in registry.KINDS.values() for cfg in kind.examples().values()]
+    roots += [made() for made in (*PUZZLES.values(), *PICTURES.values())]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 
