@@ -10,7 +10,7 @@ from functools import partial
 
 import grain
 
-from atom_jax.data import builtin, formats, puzzles
+from atom_jax.data import builtin, formats, labelled, puzzles
 from atom_jax.data.conversations import conversation
 from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing, record_text
 from atom_jax.data.splits import take_split
@@ -39,6 +39,8 @@ def open_source(source: str, split: str, chat: bool = False) -> Corpus:
         corpus = _tfds(source, split)
     elif source.startswith("reason:"):
         corpus = puzzles.Generated(puzzles.parse(source.removeprefix("reason:")), split)
+    elif source.startswith("labelled:"):
+        corpus = labelled.Labelled(labelled.parse(source.removeprefix("labelled:")), split)
     else:
         corpus = _paths(source, split)
     if not len(corpus):

@@ -1,8 +1,9 @@
 """Token reduction without training: fewer tokens for the rest of an encoder.
 
-A reducer is a registered configuration class with a `name`, and a module that has three functions:
-`reduce(cfg, seen) -> Reduction` says where tokens go, `tokens(cfg, p)` how many of p are left (static), and
-`leaving(cfg, m, grid)` is the same reducer made to leave m of the tokens of a grid.
+A reducer is a registered configuration class with a `name`, and a module that has four functions:
+`reduce(cfg, seen) -> Reduction` says where tokens go, `tokens(cfg, p)` how many of p are left (static),
+`leaving(cfg, m, grid)` is the same reducer made to leave m of the tokens of a grid, and `flops(cfg, p, d, k)` counts
+the operations of its products, two per multiply-add, for tokens of width d and keys of size k.
 It sees no protected tokens, unless PROTECTS = True: then `reduce` looks at `seen.protected` itself, and p and m count
 these tokens. What is kept stands in the image's order but for `tome`, whose own order decides what it compares next.
 """

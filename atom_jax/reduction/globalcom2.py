@@ -53,6 +53,11 @@ def leaving(cfg: GlobalCom2, m: int, grid: tuple[int, int]) -> GlobalCom2:
     return dataclasses.replace(cfg, base=m / (grid[0] * grid[1]))
 
 
+def flops(cfg: GlobalCom2, p: int, d: int, k: int) -> float:
+    """Of the scores of attention in one layer: attention itself does not say who got how much."""
+    return 2.0 * p * p * d
+
+
 def reduce(cfg: GlobalCom2, seen: Seen) -> Reduction:
     """See `GlobalCom2`."""
     height, width = seen.places("globalcom2")

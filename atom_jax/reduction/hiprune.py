@@ -44,6 +44,11 @@ def leaving(cfg: HiPrune, m: int, grid: tuple[int, int]) -> HiPrune:
     return dataclasses.replace(cfg, m=m)
 
 
+def flops(cfg: HiPrune, p: int, d: int, k: int) -> float:
+    """Of the scores of attention in two layers: attention itself does not say who got how much."""
+    return 4.0 * p * p * d
+
+
 def reduce(cfg: HiPrune, seen: Seen) -> Reduction:
     """See `HiPrune`."""
     height, width = seen.places("hiprune")

@@ -39,6 +39,11 @@ def leaving(cfg: KMeans, m: int, grid: tuple[int, int]) -> KMeans:
     return dataclasses.replace(cfg, m=m)
 
 
+def flops(cfg: KMeans, p: int, d: int, k: int) -> float:
+    """Of the distances of all tokens and all centres, again after every iteration."""
+    return 2.0 * p * cfg.m * d * (cfg.iterations + 1)
+
+
 def reduce(cfg: KMeans, seen: Seen) -> Reduction:
     """See `KMeans`."""
     x, m = seen.x.astype(jnp.float32), cfg.m

@@ -40,6 +40,11 @@ def leaving(cfg: Kth, m: int, grid: tuple[int, int]) -> Kth:
     return dataclasses.replace(cfg, k=p // m)
 
 
+def flops(cfg: Kth, p: int, d: int, k: int) -> float:
+    """Of the likenesses of all tokens and those that stay."""
+    return 2.0 * p * tokens(cfg, p) * k
+
+
 def reduce(cfg: Kth, seen: Seen) -> Reduction:
     """See `Kth`."""
     p = seen.x.shape[1]

@@ -45,6 +45,11 @@ def leaving(cfg: Pool, m: int, grid: tuple[int, int]) -> Pool:
     return dataclasses.replace(cfg, height=height, width=width)
 
 
+def flops(cfg: Pool, p: int, d: int, k: int) -> float:
+    """None."""
+    return 0.0
+
+
 def reduce(cfg: Pool, seen: Seen) -> Reduction:
     """See `Pool`. The token in the middle of a cell lends its position."""
     (height, width), b = seen.places("pool"), seen.x.shape[0]

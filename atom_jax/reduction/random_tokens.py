@@ -37,6 +37,11 @@ def leaving(cfg: RandomTokens, m: int, grid: tuple[int, int]) -> RandomTokens:
     return dataclasses.replace(cfg, m=m)
 
 
+def flops(cfg: RandomTokens, p: int, d: int, k: int) -> float:
+    """Of the likenesses of all tokens and those that stay, where the others are merged."""
+    return 2.0 * p * cfg.m * k if cfg.merge else 0.0
+
+
 def reduce(cfg: RandomTokens, seen: Seen) -> Reduction:
     """See `RandomTokens`."""
     draw = jax.random.uniform(jax.random.key(cfg.seed), seen.x.shape[1:2])

@@ -43,6 +43,11 @@ def leaving(cfg: ToDRE, m: int, grid: tuple[int, int]) -> ToDRE:
     return dataclasses.replace(cfg, m=m)
 
 
+def flops(cfg: ToDRE, p: int, d: int, k: int) -> float:
+    """Of the distances of all tokens to those that stay."""
+    return 2.0 * p * cfg.m * k
+
+
 def reduce(cfg: ToDRE, seen: Seen) -> Reduction:
     """See `ToDRE`."""
     x = seen.metric

@@ -56,6 +56,11 @@ def leaving(cfg: ToMe, m: int, grid: tuple[int, int]) -> ToMe:
     return dataclasses.replace(cfg, r=p - m)
 
 
+def flops(cfg: ToMe, p: int, d: int, k: int) -> float:
+    """Of the likenesses of tokens at even and at odd places."""
+    return 2.0 * (p - p // 2) * (p // 2) * k
+
+
 def reduce(cfg: ToMe, seen: Seen) -> Reduction:
     """See `ToMe`."""
     p, protected = seen.x.shape[1], seen.protected
