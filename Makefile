@@ -9,7 +9,7 @@ AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
 .PHONY: quickstart test soak wheel check lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
-  chats reason bench bench-kv aot clean help
+  emoji chats reason bench bench-kv aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ english: $(VENV)/.installed-core  ## fetch long English documents to corpora/eng
 
 heldout: $(VENV)/.installed-core  ## fetch English texts to evaluate on to corpora/heldout/ (needs apt-get)
 	$(BIN)/python -m atom_jax.data.fetch heldout
+
+emoji: $(VENV)/.installed-core  ## fetch emoji as 32 x 32 pictures to corpora/emoji/ (needs apt-get)
+	$(BIN)/python -m atom_jax.data.fetch emoji
 
 chats: $(VENV)/.installed-core  ## fetch small talk to tune models on to corpora/chats/
 	$(BIN)/python -m atom_jax.data.fetch chats

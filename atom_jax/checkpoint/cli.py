@@ -120,7 +120,7 @@ def _verified(path: Path, kind: str) -> str:
 
 
 def _summary(cfg: Any, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
-    family = registry.of(cfg)
+    family = registry.kind(cfg)
     types = collections.Counter(row[2] for row in rows)
     if tokenizer is None:
         described = "none"

@@ -244,7 +244,7 @@ def verify(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _parameters(step: pathlib.Path, model: Any, dtype: Any, shardings: Any) -> Tree:
-    spec = registry.of(model).spec(model)
+    spec = registry.kind(model).spec(model)
     if isinstance(shardings, dict):
         places = sharding.filled(params_lib.flatten(spec), params_lib.flatten(shardings))
     else:
@@ -305,7 +305,7 @@ def _about(step: pathlib.Path) -> tuple[Any, Any]:
         model, name = config.from_json(object, note["model"], f"{step}: model"), note["tokenizer"]
     except (KeyError, TypeError):
         raise AtomError(f"{step}: no model and tokenizer are named there") from None
-    registry.of(model)
+    registry.kind(model)
     if not isinstance(name, str):
         raise AtomError(f"{step}: tokenizer: expected a name, got {str(name)[:100]!r}")
     # A run keeps a copy of its tokenizer, whatever became of the original.

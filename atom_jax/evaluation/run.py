@@ -137,7 +137,7 @@ def _place(lm: LM, cfg: sharding.MeshConfig) -> tuple[LM, Any]:
     if len(jax.devices()) == 1:
         return lm, None
     mesh = sharding.make_mesh(cfg)
-    spec = registry.of(lm.config).spec(lm.config)
+    spec = registry.kind(lm.config).spec(lm.config)
     return dataclasses.replace(lm, params=jax.device_put(lm.params, sharding.shardings(spec, mesh))), mesh
 
 

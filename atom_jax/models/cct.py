@@ -77,8 +77,8 @@ class CCTConfig:
 
     @property
     def max_length(self) -> int:
-        """Bytes of an image, of its class, and what begins and ends them."""
-        return self.size**2 * self.channels + 3
+        """Bytes of an image and its class."""
+        return self.size**2 * self.channels + 1
 
 
 @struct.dataclass

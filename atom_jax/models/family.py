@@ -1,5 +1,5 @@
-"""What the library asks of a kind of model: one record (`Family`), registered once (`models.registry`), and what its
-ids mean (`Codec`), which generation, scoring and losses ask for alike."""
+"""What the library asks of a kind of model: one record (a `Kind`; of language models a `Family`), registered once
+(`models.registry`), and what their ids mean (`Codec`), which generation, scoring and losses ask for alike."""
 
 from __future__ import annotations
 
@@ -87,11 +87,31 @@ class Codec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of model: its pure functions, and what else differs between kinds.
+class Kind:
+    """A kind of model, whatever it is about.
 
     name: `cfg.family` of its configurations, of the type `config`.
     spec(cfg): ParamSpec tree.
+    flops(cfg, length): operations (two per multiply-add) of the forward pass over one row of `length` tokens, per
+        token. Matrix products, attention scores and state-space products count; norms, activations, gathers and the
+        embedding don't. Learned units count as many chunks as are computed, used or not. Training costs three times
+        as much (four with remat).
+    describe(cfg): (label, text) of sizes, positions and memory, for `info`.
+    examples(): small configurations by name, which together take every path; for tests.
+    """
+
+    name: str
+    config: type
+    spec: Callable[[Any], Tree]
+    flops: Callable[[Any, int], float]
+    describe: Callable[[Any], list[tuple[str, str]]]
+    examples: Callable[[], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family(Kind):
+    """A kind of language model: its pure functions, and what else differs between kinds.
+
     apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
     init_cache(cfg, batch_size, capacity, dtype=None) -> an empty `Memory` with room for so many tokens per row.
@@ -100,21 +120,12 @@ class Family:
         tentative=True)` gave `pending` in its place; None where it can't try tokens.
     decode_params(p, cfg, unroll): parameters laid out for generation.
     roomier(cfg): the same model with room for more units, or None where it loses none.
-    flops(cfg, length): operations (two per multiply-add) of the forward pass over one row of `length` tokens, per
-        token. Matrix products, attention scores and state-space products count; norms, activations, gathers and the
-        embedding don't. Learned units count as many chunks as are computed, used or not. Training costs three times
-        as much (four with remat).
-    describe(cfg): (label, text) of sizes, positions and memory, for `info`.
     codec(cfg): what its ids mean.
-    examples(): small configurations by name, which together take every path; for tests.
     published: its config.json and tensor names; None where it has none.
     memory(cfg), with_memory(cfg, memory): its cache policies, as of `kvcache.policies.check`, and the same model with
         others.
     """
 
-    name: str
-    config: type
-    spec: Callable[[Any], Tree]
     apply: Callable[..., Any]
     hidden: Callable[..., Any]
     logits: Callable[..., jax.Array]
@@ -122,9 +133,6 @@ class Family:
     step: Callable[..., Any]
     decode_params: Callable[[Tree, Any, bool], Tree]
     roomier: Callable[[Any], Any]
-    flops: Callable[[Any, int], float]
-    describe: Callable[[Any], list[tuple[str, str]]]
-    examples: Callable[[], Mapping[str, Any]]
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
     commit: Callable[..., Memory] | None = None
     published: Published | None = None

@@ -1,4 +1,4 @@
-"""What families count their operations with, from the sizes of products (`Family.flops`)."""
+"""What families count their operations with, from the sizes of products (`Kind.flops`)."""
 
 from __future__ import annotations
 

@@ -11,21 +11,25 @@ from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
-from atom_jax.models import bolmo, hnet, transformer_family
-from atom_jax.models.family import Family
+from atom_jax.models import bolmo, cct, hnet, image_tokens, transformer_family
+from atom_jax.models.family import Family, Kind
 from atom_jax.models.published import Published
 from atom_jax.typing import LM, AtomError
 
+# All kinds, and of them the language models.
+KINDS: dict[str, Kind] = {}
 FAMILIES: dict[str, Family] = {}
 
 
-def register(family: Family) -> None:
+def register(kind: Kind) -> None:
     """Makes a kind of model known to everything that works with models."""
-    FAMILIES[family.name] = family
+    KINDS[kind.name] = kind
+    if isinstance(kind, Family):
+        FAMILIES[kind.name] = kind
 
 
-for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY):
-    register(_family)
+for _kind in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, image_tokens.FAMILY, cct.KIND):
+    register(_kind)
 
 
 def recognise(data: dict[str, Any], where: str) -> Published:
@@ -37,18 +41,28 @@ def recognise(data: dict[str, Any], where: str) -> Published:
     raise AtomError(f"{where}: model_type {kind!r} is not supported (known: {', '.join(FAMILIES)})")
 
 
-def of(cfg: Any) -> Family:
-    """The family of a configuration. Raises AtomError for one of an unknown type or name."""
-    family = FAMILIES.get(getattr(cfg, "family", None))
-    if family is None or type(cfg) is not family.config:
-        known = ", ".join(FAMILIES)
+def kind(cfg: Any) -> Kind:
+    """The kind of model of a configuration. Raises AtomError for one of an unknown type or name."""
+    found = KINDS.get(getattr(cfg, "family", None))
+    if found is None or type(cfg) is not found.config:
+        known = ", ".join(KINDS)
         raise AtomError(f"no model for configurations of type {type(cfg).__name__}; known: {known}")
-    return family
+    return found
+
+
+def of(cfg: Any) -> Family:
+    """The family of a language model's configuration. Raises AtomError for that of another kind of model too."""
+    found = kind(cfg)
+    if not isinstance(found, Family):
+        raise AtomError(f"the model is of the kind {found.name}, which is no language model")
+    return found
 
 
 def learned(cfg: Any) -> frozenset[str]:
-    """Paths of the parameters that the model's cache policies learn."""
-    family = of(cfg)
+    """Paths of the parameters that the model's cache policies learn; none of what is no language model."""
+    family = kind(cfg)
+    if not isinstance(family, Family):
+        return frozenset()
     without = params.flatten(family.spec(family.with_memory(cfg, None)))
     return frozenset(path for path in params.flatten(family.spec(cfg)) if path not in without)
 

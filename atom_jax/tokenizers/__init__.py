@@ -7,23 +7,28 @@ import re
 
 from atom_jax.tokenizers.base import Tokenizer
 from atom_jax.tokenizers.bolmo import BolmoTokenizer
-from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer
+from atom_jax.tokenizers.bytes import ByteTokenizer, HNetByteTokenizer, PixelTokenizer
 from atom_jax.typing import AtomError
 
-__all__ = ["BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "Tokenizer", "from_name", "is_trained", "padded"]
+__all__ = [
+    "BolmoTokenizer", "ByteTokenizer", "HNetByteTokenizer", "PixelTokenizer", "Tokenizer", "from_name", "is_trained",
+    "padded",
+]  # fmt: skip
 
 # One entry per byte, and bos, eos, pad.
 _LEAST = 259
 
 
 def from_name(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer "bytes", "hat", "hnet_bytes" or "bolmo" ("bolmo:PATH": with the subwords of the tokenizer
-    there), or the one in a tokenizer.json or .tiktoken file or in a directory.
+    """Returns the tokenizer "bytes", "pixels", "hat", "hnet_bytes" or "bolmo" ("bolmo:PATH": with the subwords of the
+    tokenizer there), or the one in a tokenizer.json or .tiktoken file or in a directory.
 
     Raises AtomError when the file is missing or unreadable.
     """
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
+    if str(name_or_path) == "pixels":
+        return PixelTokenizer()
     if str(name_or_path) == "hat":
         from atom_jax.tokenizers.hat import HatTokenizer  # imports the `regex` package
 

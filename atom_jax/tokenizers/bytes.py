@@ -70,6 +70,16 @@ class HNetByteTokenizer(ByteTokenizer):
         return data[data < self.bos_id].tobytes()
 
 
+class PixelTokenizer(ByteTokenizer):
+    """The bytes of images, which nothing begins or ends."""
+
+    name = "pixels"
+    vocab_size = 256
+    bos_id = None
+    eos_ids = ()
+    pad_id = 0
+
+
 def to_utf8(text: str | bytes) -> bytes:
     """UTF-8 of a str, or the bytes as they are. Raises AtomError when a str holds a lone surrogate."""
     if isinstance(text, bytes):

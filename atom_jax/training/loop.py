@@ -148,7 +148,7 @@ class _Run:
         found, damaged = self.store.resume(self._restored)
         if found is None:
             params, notes = start.begin(self.program, self.data)
-            flops = registry.of(self.exp.model).flops(self.exp.model, self.exp.data.seq_len)
+            flops = registry.kind(self.exp.model).flops(self.exp.model, self.exp.data.seq_len)
             own = {k: spec for k, spec in self.program.spec.items() if k not in self.program.extra}
             size = f"{params_lib.count(own):,} parameters on {self.program.setting.mesh.size} devices, "
             size += f"{flops / 1e6:,.2f} million operations per token forward"

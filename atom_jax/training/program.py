@@ -117,7 +117,7 @@ class Program:
 
 def _spec(exp: Experiment) -> tuple[params_lib.Tree, tuple[str, ...]]:
     """Specs of all parameters, and the names of those that are not the model's."""
-    spec = dict(registry.of(exp.model).spec(exp.model))
+    spec = dict(registry.kind(exp.model).spec(exp.model))
     own = tuple(spec)
     for objective in exp.objectives:
         more = objective.extra_spec(exp.model)

@@ -81,8 +81,8 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     there, _ = _given(exp, "model")
-    spec = registry.of(exp.model).spec(exp.model)
-    ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.of(there).spec(there)))
+    spec = registry.kind(exp.model).spec(exp.model)
+    ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.kind(there).spec(there)))
     learned = registry.learned(exp.model) | lora.paths(exp.model)
     new = [name for name in ours if name in learned and name not in theirs]
     for name in sorted((set(ours) | set(theirs)) - set(new)):

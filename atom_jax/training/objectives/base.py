@@ -113,7 +113,7 @@ class Objective:
 
     def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
         """Operations of a step that training needs, and those done a second time to save memory, both counted as
-        `Family.flops` does. factors: of the learning rate, by the path of a parameter; 0 = frozen."""
+        `Kind.flops` does. factors: of the learning rate, by the path of a parameter; 0 = frozen."""
         exp = setting.exp
         tokens, again = exp.data.batch_size * exp.data.seq_len, forward_flops(exp) if exp.model.remat else 0.0
         return training_flops(exp, factors) * tokens, again * tokens
@@ -130,7 +130,7 @@ def register(cls: T) -> T:
 
 def forward_flops(exp: Any) -> float:
     """Operations of a forward pass, per token."""
-    return registry.of(exp.model).flops(exp.model, exp.data.seq_len)
+    return registry.kind(exp.model).flops(exp.model, exp.data.seq_len)
 
 
 def training_flops(exp: Any, factors: Mapping[str, float]) -> float:

@@ -20,8 +20,7 @@ from atom_jax.typing import AtomError
 
 @struct.dataclass
 class Rowed:
-    """bytes u8 [b, t]: what begins an image, its pixels row after row, its class and what ends it. loss_mask:
-    bool [b], which rows hold one."""
+    """bytes u8 [b, t]: an image's pixels, row after row, and its class. loss_mask: bool [b], which rows hold one."""
 
     bytes: jax.Array
     loss_mask: jax.Array
@@ -30,7 +29,7 @@ class Rowed:
 @register
 @dataclasses.dataclass(frozen=True)
 class Classify(Objective):
-    """Cross-entropy of the class of an image (`data.labelled`), for `models.cct`.
+    """Cross-entropy of the class of an image (`data.images.labelled`), for `models.cct`.
 
     shift: while training, images move by up to so many pixels in both directions, drawn anew every time; what comes
         in from outside is 0.
@@ -48,9 +47,9 @@ class Classify(Objective):
         """Images of the model's size, one in a row."""
         if not isinstance(exp.model, cct.CCTConfig):
             raise AtomError(f"classify is for models of the kind cct, the model is a {type(exp.model).__name__}")
-        if exp.tokenizer != "hnet_bytes" or not exp.data.whole or exp.data.seq_len != exp.model.max_length:
+        if exp.tokenizer != "pixels" or not exp.data.whole or exp.data.seq_len != exp.model.max_length:
             raise AtomError(
-                "classify reads one image in a row: set tokenizer=hnet_bytes, data.whole=true and "
+                "classify reads one image in a row: set tokenizer=pixels, data.whole=true and "
                 f"data.seq_len={exp.model.max_length}"
             )
 
@@ -63,8 +62,8 @@ class Classify(Objective):
     ) -> Sums:
         """Also the share of images whose class is the likeliest."""
         cfg = setting.exp.model
-        image = batch.bytes[:, 1:-2].reshape(-1, cfg.size, cfg.size, cfg.channels).astype(jnp.float32) / 255
-        label_b, mask_b = batch.bytes[:, -2].astype(jnp.int32), batch.loss_mask.astype(jnp.float32)
+        image = batch.bytes[:, :-1].reshape(-1, cfg.size, cfg.size, cfg.channels).astype(jnp.float32) / 255
+        label_b, mask_b = batch.bytes[:, -1].astype(jnp.int32), batch.loss_mask.astype(jnp.float32)
         if self.shift and key is not None:
             image = shifted(image, key, self.shift)
         logits = cct.classify(params, image, cfg).logits

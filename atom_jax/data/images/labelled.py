@@ -10,12 +10,14 @@ import functools
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from atom_jax import config
 from atom_jax.data.corpus import crc_of
+from atom_jax.data.images import digits
+from atom_jax.data.images.picture import SPLITS
 from atom_jax.typing import AtomError
 
-SPLITS = ("train", "validation", "test")
 _SAMPLE = 32
 
 
@@ -47,13 +49,9 @@ class Digits:
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise AtomError("labelled:digits needs scikit-learn: pip install 'atom-jax[vision]'.") from None
-    found = load_digits()
-    order = np.random.Generator(np.random.Philox(key=8)).permutation(len(found.target))
-    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target, order
+    images, labels = digits.labelled()
+    order = np.random.Generator(np.random.Philox(key=8)).permutation(len(labels))
+    return images[..., 0], labels, order
 
 
 @config.register
@@ -83,8 +81,7 @@ class Numerals:
 
 def _drawn(text: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """u8 [size, size]: a text near the middle."""
-    from PIL import Image, ImageDraw
-
+    
     font = _font(int(rng.integers(len(_FONTS))), round(size * rng.uniform(0.75, 1.0)))
     image = Image.new("L", (2 * size, 2 * size))
     place = size + rng.uniform(-size / 10, size / 10, 2)
@@ -101,7 +98,6 @@ _FONTS = ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "SansMono"
 @functools.cache
 def _font(number: int, size: int) -> Any:
     import matplotlib
-    from PIL import ImageFont
 
     path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVu{_FONTS[number]}.ttf"
     return ImageFont.truetype(path, size)

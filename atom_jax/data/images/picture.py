@@ -1,0 +1,89 @@
+"""What images of a kind offer, and what is known of any image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from atom_jax.data.corpus import crc_of
+from atom_jax.typing import AtomError
+
+SPLITS = ("train", "validation", "test")
+DRAWN = 2**20
+_SAMPLE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Base of all: frozen configurations with a field or property `size`, the pixels along each side.
+
+    channels: 1 for gray, 3 for colours. endless: whether `draw` makes them, else `images` holds them all.
+    """
+
+    name: ClassVar[str] = ""
+    endless: ClassVar[bool] = False
+    channels = 1
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """An image u8 [size, size, channels], and how much there is to see in it."""
+        raise NotImplementedError
+
+    def images(self) -> np.ndarray:
+        """All images, u8 [n, size, size, channels]. Raises AtomError where they cannot be had."""
+        raise NotImplementedError
+
+
+class Drawn:
+    """Images without end, made when asked for: a `data.corpus.Corpus` of DRAWN of them.
+
+    Image i is drawn with a counter-based generator of (the split, i), so that it is the same wherever it is read.
+    """
+
+    def __init__(self, pictures: Pictures, split: str):
+        self.pictures, self.split, self.what = pictures, split, f"image:{pictures.name}"
+        self.sizes = None
+
+    @functools.cached_property
+    def crc(self) -> int:
+        return crc_of([repr(self.pictures).encode(), *map(self.read, range(_SAMPLE))])
+
+    def __len__(self) -> int:
+        return DRAWN
+
+    def drawn(self, i: int) -> tuple[np.ndarray, int]:
+        """Image i, and how much there is to see in it."""
+        number = ("all", *SPLITS).index(self.split)
+        return self.pictures.draw(np.random.Generator(np.random.Philox(key=[number, i])))
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
+        """As of a Corpus."""
+        return self.drawn(i)[0].tobytes()[start:stop]
+
+
+def png_bytes(image: np.ndarray) -> int:
+    """Bytes of an image u8 [h, w, c] as a PNG file: what a program that knows nothing of it needs."""
+    out = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(out, "PNG", optimize=True)
+    return out.tell()
+
+
+def read(path: str | os.PathLike, size: int, channels: int) -> np.ndarray:
+    """The image of a file as u8 [size, size, channels]: in gray where channels is 1, reduced or enlarged where it is of
+    another size. Raises AtomError for files that are no square image."""
+    try:
+        with Image.open(path) as found:
+            image = found.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise AtomError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise AtomError(f"{path}: not an image that can be read") from None
+    if image.width != image.height:
+        raise AtomError(f"{path}: {image.width} x {image.height} pixels; expected a square image")
+    image = image if image.width == size else image.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(image, np.uint8).reshape(size, size, channels)
