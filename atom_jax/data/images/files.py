@@ -49,7 +49,9 @@ def _read(path: str | os.PathLike) -> np.ndarray:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise AtomError(f"image:{path}: not an .npz file that can be read") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
-        raise AtomError(f"image:{path}: images is {images.dtype}{list(images.shape)}; expected uint8[n, size, size, c]")
+        raise AtomError(
+            f"image:{path}: images is {images.dtype}{list(images.shape)}; expected uint8[n, size, size, c]"
+        )
     if images.shape[1] != images.shape[2]:
         raise AtomError(f"image:{path}: images are {images.shape[1]} x {images.shape[2]}; expected square ones")
     return images

@@ -44,7 +44,7 @@ class Digits:
         """Image i of a split, u8 [size, size], 255 = ink, and its class. Raises AtomError without scikit-learn."""
         images, labels, order = _digits()
         number = order[{"train": 0, "validation": 1000, "test": 1200, "all": 0}[split] + i]
-        return np.kron(images[number], np.ones((self.size // 8,) * 2, np.uint8)), int(labels[number])
+        return images[number].repeat(self.size // 8, 0).repeat(self.size // 8, 1), int(labels[number])
 
 
 @functools.cache
@@ -81,7 +81,7 @@ class Numerals:
 
 def _drawn(text: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """u8 [size, size]: a text near the middle."""
-    
+
     font = _font(int(rng.integers(len(_FONTS))), round(size * rng.uniform(0.75, 1.0)))
     image = Image.new("L", (2 * size, 2 * size))
     place = size + rng.uniform(-size / 10, size / 10, 2)
@@ -135,9 +135,13 @@ class Labelled:
         return (pixels.tobytes() + bytes([label]))[start:stop]
 
 
-def arrays(source: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images f32 [n, size, size, 1] in [0, 1] of a split of "labelled:NAME...", and their classes i32 [n]."""
+def arrays(source: str, split: str, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The first `limit` images (0: all) of a split of a source "labelled:...", f32 [n, size, size, 1] in [0, 1], and
+    their classes i32 [n]. Raises AtomError for other sources."""
+    if not source.startswith("labelled:"):
+        raise AtomError(f"{source}: expected labelled images, such as labelled:digits")
     kind = parse(source.removeprefix("labelled:"))
-    found = [kind.read(split, i) for i in range(kind.count(split))]
+    count = kind.count(split)
+    found = [kind.read(split, i) for i in range(min(limit, count) if limit else count)]
     pixels, labels = zip(*found)
     return np.stack(pixels)[..., None].astype(np.float32) / 255, np.array(labels, np.int32)

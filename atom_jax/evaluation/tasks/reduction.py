@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atom_jax import config, reduction
-from atom_jax.data import labelled
+from atom_jax.data.images import labelled
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Result, columns, mean, proportion
 from atom_jax.evaluation.tasks import source_maps
@@ -29,8 +29,8 @@ from atom_jax.reduction.tome import ToMe, schedule
 from atom_jax.typing import LM, AtomError
 
 _ALL = (
-    "random", "random:merge=true", "kth", "pool", "kmeans", "hiprune", "globalcom2", "todre", "todre:mode=maxsum",
-    "tome",
+    "random", "random:merge=true", "kth", "pool", "kmeans", "hiprune:deep_layer=-1", "globalcom2", "todre",
+    "todre:mode=maxsum", "tome",
 )  # fmt: skip
 
 
@@ -38,12 +38,14 @@ _ALL = (
 class ReductionSettings:
     """What is compared, and on what.
 
-    reducers: as `reduction.parse` reads them; (): all, some in two ways. Those that can't leave just as many tokens
+    reducers: as `reduction.parse` reads them; (): all, some in two ways (HiPrune with the layer in which it acts for
+        its deep one, for here there are no more). Those that can't leave just as many tokens
         as a ratio asks for are left out there.
     ratios: of the tokens left.
     layer: after whose attention they act, from 0.
     inflections: ToMe in all layers too, with these schedules, to the same number of tokens after the last one.
-    source, split: labelled images, as of `data.labelled`.
+    source, split: labelled images, as of `data.images.labelled` ("": those that the checkpoint was trained on).
+    limit: of them, the first so many (0: all).
     batch: images at once. repeats: seconds are the least of so many rounds over all methods, on the images of one
         batch.
     shown, images: the picture has the methods at this ratio and so many images.
@@ -51,10 +53,11 @@ class ReductionSettings:
 
     reducers: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.75, 0.5, 0.25)
-    layer: int = 0
+    layer: int = 1
     inflections: tuple[float, ...] = (0.0, -1.0)
-    source: str = "labelled:digits"
+    source: str = ""
     split: str = "test"
+    limit: int = 0
     batch: int = 256
     repeats: int = 5
     shown: float = 0.5
@@ -63,8 +66,8 @@ class ReductionSettings:
     def __post_init__(self):
         some, share = (1, 2**20), (1e-6, 1)
         config.check(
-            self, ratios=share, layer=(0, 2**20), inflections=(-1, 1), batch=some, repeats=some, shown=share,
-            images=some,
+            self, ratios=share, layer=(0, 2**20), limit=(0, 2**31 - 1), inflections=(-1, 1), batch=some, repeats=some,
+            shown=share, images=some,
         )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ class Reducing:
         """Rows in the notes, under "rows". With `out` a picture is drawn next to it: which tokens went together."""
         if not isinstance(lm.config, cct.CCTConfig):
             raise AtomError(f"reduction: needs a classifier of images (cct), the model is of the kind {lm.family}")
-        pixels, labels = labelled.arrays(settings.source, settings.split)
+        pixels, labels = labelled.arrays(settings.source, settings.split, settings.limit)
         chosen = methods(settings, lm.config)
         found = _measure(lm, chosen, pixels, labels, settings)
         rows = [_row(lm.config, method, one, found[0]) for method, one in zip(chosen, found)]
