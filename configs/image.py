@@ -42,7 +42,8 @@ def tiny() -> Experiment:
         exp,
         model=model,
         data=dataclasses.replace(exp.data, batch_size=16),
-        train=TrainConfig(steps=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=4),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=4),
+        train=TrainConfig(steps=24, log_every=1, eval_every=12, eval_batches=1, checkpoint_every=12),
     )
 
 

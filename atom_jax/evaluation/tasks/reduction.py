@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pathlib
 import sys
 import time
@@ -43,7 +42,7 @@ class ReductionSettings:
         as a ratio asks for are left out there.
     ratios: of the tokens left.
     layer: after whose attention they act, from 0.
-    inflections: ToMe in all layers too, with these schedules, to the same number of tokens after the last one.
+    inflections: ToMe in all layers too, with these schedules, to about the same number of tokens after the last one.
     source, split: labelled images, as of `data.images.labelled` ("": those that the checkpoint was trained on).
     limit: of them, the first so many (0: all).
     batch: images at once. repeats: seconds are the least of so many rounds over all methods, on the images of one
@@ -125,10 +124,16 @@ def methods(settings: ReductionSettings, cfg: cct.CCTConfig) -> list[Method]:
             layers = tuple(reducer if i == settings.layer else None for i in range(cfg.n_layers))
             out.append(Method(name, ratio, layers))
         for inflection in settings.inflections:
-            r = (cfg.tokens - m) / cfg.n_layers
-            layers = tuple(ToMe(n) if n else None for n in schedule(cfg.n_layers, math.floor(r), inflection))
-            out.append(Method(f"tome, all layers ({inflection:g})", ratio, layers))
+            layers = _spread(cfg, m, inflection)
+            if abs(cct.left(cfg, layers)[-1] - m) <= cfg.n_layers:
+                out.append(Method(f"tome, all layers ({inflection:g})", ratio, layers))
     return out
+
+
+def _spread(cfg: cct.CCTConfig, m: int, inflection: float) -> tuple[Any, ...]:
+    """ToMe in every layer, so that about m tokens are left: each may merge half of its tokens at most."""
+    every = schedule(cfg.n_layers, (cfg.tokens - m) // cfg.n_layers, inflection)
+    return tuple(ToMe(r) if r else None for r in every)
 
 
 def _measure(
@@ -143,7 +148,7 @@ def _measure(
         logits = np.concatenate([np.asarray(run(lm.params, batch).logits) for batch in batches])
         hits.append(logits[: len(labels)].argmax(1) == labels)
         programs.append(run)
-    seconds = np.full(len(chosen), math.inf)
+    seconds = np.full(len(chosen), np.inf)
     for _ in bar(range(settings.repeats), desc="seconds", unit="round"):
         for i, run in enumerate(programs):
             began = time.perf_counter()
