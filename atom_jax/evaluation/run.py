@@ -39,14 +39,18 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
-    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, that of `reduction`, and
-    max_length, from the experiment.json of a training directory (or of the one that holds this step)."""
+    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, those of `images` and
+    `reduction`, and max_length, from the experiment.json of a training directory (or of the one that holds this
+    step)."""
     data = _training_data(checkpoint)
+    for name, prefix in (("images", "image:"), ("reduction", "labelled:")):
+        task = getattr(cfg, name)
+        if not task.source and data and data.sources[0].startswith(prefix):
+            source = data.sources[0].removeprefix(prefix)
+            cfg = dataclasses.replace(cfg, **{name: dataclasses.replace(task, source=source)})
     if not cfg.bpb.sources:
         sources = data.sources if data and not data.chat else ("austen",)
         cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))
-    if not cfg.reduction.source and data:
-        cfg = dataclasses.replace(cfg, reduction=dataclasses.replace(cfg.reduction, source=data.sources[0]))
     if not cfg.max_length and data:
         cfg = dataclasses.replace(cfg, max_length=data.seq_len)
     return cfg

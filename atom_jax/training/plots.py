@@ -18,7 +18,7 @@ _BITS = "_bits_per_byte"
 
 def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]:
     """Draws WORKDIR/metrics.jsonl into WORKDIR/plots and returns the files; none when nothing was logged. more: pages
-    of what an objective reports."""
+    of what an objective reports, also in place of those that every run has."""
     lines = record.read(workdir / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
@@ -46,7 +46,8 @@ def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]
     pages = _PAGES | ({"units": _units_page(stages)} if stages else {}) | (more or {})
     # Of the models that this one is compared with.
     others = {n: n.removesuffix(_BITS) for line in validation[-1:] for n in line if n.endswith(_BITS)}
-    pages["loss"] = pages["loss"] | {"bits per byte": {"bits_per_byte": "", **others}}
+    if "bits per byte" in pages["loss"]:
+        pages["loss"] = pages["loss"] | {"bits per byte": {"bits_per_byte": "", **others}}
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():

@@ -54,13 +54,16 @@ def make_step(
         keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
         new, opt, average = jax.tree.map(keep, (new, opt, average), (learn, state.opt, state.ema))
         bad = jnp.where(good, 0, state.bad + 1)
-        metrics = summary(sums) | {
-            "grad_norm": norm,
-            "learning_rate": optimizer.schedule(state.step),
-            "tokens": sums.tokens,
-            "bytes": sums.bytes,
-            "bad": bad,
-        }
+        metrics = (
+            summary(sums)
+            | {
+                "grad_norm": norm,
+                "learning_rate": optimizer.schedule(state.step),
+                "tokens": sums.tokens,
+                "bad": bad,
+            }
+            | ({} if sums.bytes is None else {"bytes": sums.bytes})
+        )
         return State(state.step + 1, merge(new, frozen), opt, average, bad), metrics
 
     return step

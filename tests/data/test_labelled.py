@@ -33,7 +33,7 @@ def test_digits_are_split_once():
     assert [len(found) for found in splits.values()] == [1000, 200, 597, 1797]
     parts = [splits[name].read(i) for name in ("train", "validation", "test") for i in range(len(splits[name]))]
     assert parts == [splits["all"].read(i) for i in range(1797)]
-    pixels, labels = labelled.arrays("labelled:digits:size=16", "validation")
+    pixels, labels = labelled.arrays("digits:size=16", "validation")
     assert pixels.shape == (200, 16, 16, 1) and pixels.max() == 1.0 and pixels.dtype == np.float32
     assert np.bincount(labels).min() > 5
     np.testing.assert_array_equal(pixels[:, ::2, ::2], pixels[:, 1::2, 1::2])

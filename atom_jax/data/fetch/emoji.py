@@ -32,7 +32,8 @@ def build(font: pathlib.Path, target: pathlib.Path) -> str:
     from matplotlib.ft2font import FT2Font
 
     try:
-        pen, codes = ImageFont.truetype(str(font), _DRAWN), sorted(FT2Font(str(font)).get_charmap())
+        pen = ImageFont.truetype(str(font), _DRAWN, layout_engine=ImageFont.Layout.BASIC)
+        codes = sorted(FT2Font(str(font)).get_charmap())
     except (OSError, RuntimeError) as e:
         raise AtomError(f"{font}: not a font that can be read ({e})") from None
     images, names = [], []
@@ -62,6 +63,6 @@ def _drawn(pen: ImageFont.FreeTypeFont, text: str) -> np.ndarray | None:
         return None
     image = Image.new("RGB", (side, side), "white")
     place = ((side - right + left) / 2 - left, (side - bottom + top) / 2 - top)
-    ImageDraw.Draw(image).text(place, text, font=pen, embedded_color=True)
+    ImageDraw.Draw(image).text(place, text, fill="black", font=pen, embedded_color=True)
     pixels = np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BOX))
     return pixels if pixels.min() < 255 else None

@@ -5,8 +5,6 @@ A new one is one file and one entry of `PICTURES`.
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 
 from atom_jax import config

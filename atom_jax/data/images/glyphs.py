@@ -46,7 +46,7 @@ def _images(glyphs: Glyphs) -> np.ndarray:
         path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
         if not path.is_file():
             raise AtomError(f"fonts: matplotlib has no {name}")
-        font = ImageFont.truetype(str(path), round(0.8 * glyphs.size))
+        font = ImageFont.truetype(str(path), round(0.8 * glyphs.size), layout_engine=ImageFont.Layout.BASIC)
         for code in sorted(FT2Font(str(path)).get_charmap()):
             image = Image.new("L", (glyphs.size, glyphs.size))
             centre = (glyphs.size / 2, glyphs.size / 2)

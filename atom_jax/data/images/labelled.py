@@ -136,11 +136,9 @@ class Labelled:
 
 
 def arrays(source: str, split: str, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The first `limit` images (0: all) of a split of a source "labelled:...", f32 [n, size, size, 1] in [0, 1], and
-    their classes i32 [n]. Raises AtomError for other sources."""
-    if not source.startswith("labelled:"):
-        raise AtomError(f"{source}: expected labelled images, such as labelled:digits")
-    kind = parse(source.removeprefix("labelled:"))
+    """The first `limit` images (0: all) of a split of what `parse` reads, f32 [n, size, size, 1] in [0, 1], and their
+    classes i32 [n]."""
+    kind = parse(source)
     count = kind.count(split)
     found = [kind.read(split, i) for i in range(min(limit, count) if limit else count)]
     pixels, labels = zip(*found)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from atom_jax.data.corpus import crc_of
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 SPLITS = ("train", "validation", "test")
@@ -74,13 +75,15 @@ def png_bytes(image: np.ndarray) -> int:
 
 
 def read(path: str | os.PathLike, size: int, channels: int) -> np.ndarray:
-    """The image of a file as u8 [size, size, channels]: in gray where channels is 1, reduced or enlarged where it is of
-    another size. Raises AtomError for files that are no square image."""
+    """The image of a file as u8 [size, size, channels], reduced or enlarged to that size; in gray for one channel.
+    Raises AtomError for files that are no square image."""
     try:
-        with Image.open(path) as found:
+        content = read_regular(path)
+    except OSError as e:
+        raise AtomError(f"{path}: {e.strerror}") from None
+    try:
+        with Image.open(io.BytesIO(content)) as found:
             image = found.convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise AtomError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise AtomError(f"{path}: not an image that can be read") from None
     if image.width != image.height:

@@ -14,6 +14,7 @@ from atom_jax.evaluation.tasks.characters import Characters
 from atom_jax.evaluation.tasks.choice import Choice
 from atom_jax.evaluation.tasks.gold import Gold
 from atom_jax.evaluation.tasks.hyper import Hyper
+from atom_jax.evaluation.tasks.images import ImageTokens
 from atom_jax.evaluation.tasks.kv import Kv
 from atom_jax.evaluation.tasks.lasting import Lasting
 from atom_jax.evaluation.tasks.reduction import Reducing
@@ -53,6 +54,7 @@ TASKS: dict[str, Task | Runner] = {
     "kv": Kv(),
     "hyper": Hyper(),
     "lasting": Lasting(),
+    "images": ImageTokens(),
     "reduction": Reducing(),
 }
 

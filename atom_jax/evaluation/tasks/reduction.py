@@ -43,8 +43,8 @@ class ReductionSettings:
     ratios: of the tokens left.
     layer: after whose attention they act, from 0.
     inflections: ToMe in all layers too, with these schedules, to about the same number of tokens after the last one.
-    source, split: labelled images, as of `data.images.labelled` ("": those that the checkpoint was trained on).
-    limit: of them, the first so many (0: all).
+    source, split: as `data.images.labelled` names images with their classes, such as "digits:size=8"; "": those that
+        the checkpoint was trained on. limit: of them, the first so many (0: all).
     batch: images at once. repeats: seconds are the least of so many rounds over all methods, on the images of one
         batch.
     shown, images: the picture has the methods at this ratio and so many images.
@@ -95,6 +95,8 @@ class Reducing:
         """Rows in the notes, under "rows". With `out` a picture is drawn next to it: which tokens went together."""
         if not isinstance(lm.config, cct.CCTConfig):
             raise AtomError(f"reduction: needs a classifier of images (cct), the model is of the kind {lm.family}")
+        if not settings.source:
+            raise AtomError("reduction.source: name labelled images, such as digits:size=8")
         pixels, labels = labelled.arrays(settings.source, settings.split, settings.limit)
         chosen = methods(settings, lm.config)
         found = _measure(lm, chosen, pixels, labels, settings)

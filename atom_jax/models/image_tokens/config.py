@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, ClassVar
 
 from atom_jax import config
-from atom_jax.models.image_tokens.lengths import Length, Nested
+from atom_jax.models.image_tokens.lengths import Length, Nested, vectors
 from atom_jax.models.image_tokens.quantise import FSQ, QUANTISERS
 from atom_jax.nn import vit
-from atom_jax.params import ParamSpec, Tree, normal, stack
+from atom_jax.params import Tree, stack
 from atom_jax.typing import AtomError
 
 
@@ -84,19 +84,19 @@ class ImageTokensConfig:
 
 def spec(cfg: ImageTokensConfig) -> Tree:
     """ParamSpec tree: encoder, decoder, and quantiser where it learns."""
-    d, p, more = cfg.d_model, cfg.patches, cfg.length.spec(cfg)
-    vector = lambda *shape: ParamSpec((*shape, d), (None,) * len(shape) + ("embed",), normal(0.02))  # noqa: E731
+    d, p, r, more = cfg.d_model, cfg.patches, cfg.registers, cfg.length.spec(cfg)
 
     def layers(n: int) -> Tree:
         return stack(vit.block_spec(d, cfg.d_ff, cfg.n_heads, (2 * n) ** -0.5), n)
 
-    encoder = vit.embed_spec(cfg.numbers, p, d) | {
-        "registers": vector(cfg.registers), "first_norm": vit.norm_spec(d), "blocks": layers(cfg.encoder_layers),
-        "last_norm": vit.norm_spec(d), "outlet": vit.affine_spec(d, cfg.quantiser.width),
+    encoder = {
+        "patch": vit.affine_spec(cfg.numbers, d), "positions": vectors(p, d), "registers": vectors(r, d),
+        "first_norm": vit.norm_spec(d), "blocks": layers(cfg.encoder_layers), "last_norm": vit.norm_spec(d),
+        "outlet": vit.affine_spec(d, cfg.quantiser.width),
     }  # fmt: skip
     decoder = {
-        "inlet": vit.affine_spec(cfg.quantiser.width, d), "registers": vector(cfg.registers), "mask": vector(),
-        "positions": vector(p), "first_norm": vit.norm_spec(d), "blocks": layers(cfg.decoder_layers),
+        "inlet": vit.affine_spec(cfg.quantiser.width, d), "registers": vectors(r, d), "mask": vectors(d),
+        "positions": vectors(p, d), "first_norm": vit.norm_spec(d), "blocks": layers(cfg.decoder_layers),
         "last_norm": vit.norm_spec(d), "up": vit.affine_spec(d, 2 * d), "down": vit.affine_spec(2 * d, cfg.numbers),
     }  # fmt: skip
     tree = {"encoder": encoder | more.get("encoder", {}), "decoder": decoder | more.get("decoder", {})}

@@ -151,7 +151,7 @@ class Told(Length):
             raise AtomError(f"length.least: there are only {cfg.registers} registers, got {self.least}")
 
     def spec(self, cfg: Any) -> dict[str, Tree]:
-        return {"encoder": {"told": ParamSpec((2, cfg.d_model), (None, "embed"), normal(0.02))}}
+        return {"encoder": {"told": vectors(2, cfg.d_model)}}
 
     def labels(self, cfg: Any) -> list[str]:
         return [str(k) for k in tried(self.least, cfg.registers)]
@@ -161,6 +161,12 @@ class Told(Length):
 
     def choices(self, p: Tree, x_bpc: jax.Array, cfg: Any) -> Choices:
         return prefixes(p, x_bpc, tried(self.least, cfg.registers), cfg, told=True)
+
+
+def vectors(*shape: int) -> ParamSpec:
+    """Learned vectors [..., d] that are added to others, about as large as these, so that tokens can be told apart
+    from the beginning."""
+    return ParamSpec(shape, (None,) * (len(shape) - 1) + ("embed",), normal(0.5))
 
 
 def drawn(key: jax.Array, b: int, rule: str, least: int, r: int) -> jax.Array:

@@ -15,10 +15,10 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.models.image_tokens import forward
-from atom_jax.models.image_tokens.lengths import Choices, Length, Trained
+from atom_jax.models.image_tokens.lengths import Choices, Length, Trained, vectors
 from atom_jax.models.image_tokens.quantise import Quantised, unit
 from atom_jax.nn import vit
-from atom_jax.params import ParamSpec, Tree, normal
+from atom_jax.params import Tree
 from atom_jax.typing import AtomError
 
 
@@ -63,12 +63,12 @@ class Rounds(Length):
 
     def spec(self, cfg: Any) -> dict[str, Tree]:
         d, each = cfg.d_model, cfg.registers // self.count
-        vector = lambda *shape: ParamSpec((*shape, d), (None,) * len(shape) + ("embed",), normal(0.02))  # noqa: E731
-        encoder = vit.embed_spec(cfg.numbers, cfg.patches + 1, d, class_token=True) | {
-            "registers": vector(each), "rounds": vector(self.count, each), "hidden": vector(),
+        both = {"class": vectors(d), "positions": vectors(cfg.patches + 1, d)}
+        encoder = {
+            "registers": vectors(each, d), "rounds": vectors(self.count, each, d), "hidden": vectors(d),
             "again_norm": vit.norm_spec(d),
         }  # fmt: skip
-        return {"encoder": encoder, "decoder": {"class": vector(), "positions": vector(cfg.patches + 1)}}
+        return {"encoder": both | encoder, "decoder": both}
 
     def labels(self, cfg: Any) -> list[str]:
         each = cfg.registers // self.count

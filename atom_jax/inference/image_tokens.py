@@ -1,0 +1,160 @@
+"""Images to codes and back, with as many tokens as each of them needs.
+
+Letters besides those of `atom_jax.typing`: k lengths that a tokenizer offers, n images, r registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atom_jax.models import image_tokens
+from atom_jax.models.image_tokens import Choices, ImageTokensConfig
+from atom_jax.nn import vit
+from atom_jax.typing import LM, AtomError
+
+# Images that go through the tokenizer at once, with all their lengths.
+_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Offers:
+    """For n images: tokens i32 [k, n] and errors f32 [k, n], mean squares of pixels in [0, 1];
+    images f32 [k, n, size, size, channels], decoded; codes i32 [k, n, r], -1 for tokens not kept, or None."""
+
+    tokens: np.ndarray
+    errors: np.ndarray
+    images: np.ndarray
+    codes: np.ndarray | None
+
+
+def check(lm: LM, what: str) -> None:
+    """Raises AtomError, which begins with `what`, for models that are no tokenizers of images."""
+    if not isinstance(lm.config, ImageTokensConfig):
+        raise AtomError(f"{what} is a {lm.family}, not a tokenizer of images (configs/image.py)")
+
+
+def offers(lm: LM, images: np.ndarray) -> Offers:
+    """All that a tokenizer offers for images u8 [n, size, size, channels]; its lengths are decoded in one call.
+
+    Raises AtomError for images of another size.
+    """
+    cfg, wanted = lm.config, (lm.config.size, lm.config.size, lm.config.channels)
+    if images.shape[1:] != wanted or not len(images):
+        raise AtomError(
+            f"images are {list(images.shape)}, expected [n, {', '.join(map(str, wanted))}] with n above 0"
+        )
+    parts = []
+    for start in range(0, len(images), _AT_ONCE):
+        part = images[start : start + _AT_ONCE]
+        filled = np.pad(part, [(0, min(_AT_ONCE, len(images)) - len(part)), (0, 0), (0, 0), (0, 0)])
+        parts.append(jax.device_get(_choices(lm.params, filled, cfg=cfg)))
+    found = jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, : len(images)], *parts)
+    errors = np.mean(np.square(found.patches - images / np.float32(255)), axis=(2, 3, 4))
+    return Offers(found.tokens, errors, found.patches, found.index)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _choices(p: Any, images_nhwc: jax.Array, *, cfg: ImageTokensConfig) -> Choices:
+    """Choices with images f32 [k, n, size, size, channels] in place of patches."""
+    x = vit.patches(images_nhwc.astype(jnp.float32) / 255, cfg.patch)
+    found = cfg.length.choices(p, x, cfg)
+    return found.replace(patches=jax.vmap(functools.partial(_image, cfg=cfg))(found.patches))
+
+
+def decoded(lm: LM, codes: np.ndarray) -> np.ndarray:
+    """Images f32 [n, size, size, channels] of codes i32 [n, r], -1 for tokens that are not kept.
+
+    Raises AtomError for codes that the tokenizer doesn't have.
+    """
+    cfg = lm.config
+    if not cfg.quantiser.codes:
+        raise AtomError("this tokenizer of images has no codes")
+    if codes.ndim != 2 or codes.shape[1] != cfg.registers or codes.min() < -1 or codes.max() >= cfg.quantiser.codes:
+        raise AtomError(f"codes: expected [n, {cfg.registers}] of numbers from -1 to {cfg.quantiser.codes - 1}")
+    return np.asarray(_decoded(lm.params, codes, cfg=cfg))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _decoded(p: Any, codes_nr: jax.Array, *, cfg: ImageTokensConfig) -> jax.Array:
+    z = cfg.quantiser.vectors(p.get("quantiser", {}), jnp.maximum(codes_nr, 0))
+    return _image(image_tokens.decode(p, z, codes_nr >= 0, cfg), cfg)
+
+
+def _image(x_npc: jax.Array, cfg: ImageTokensConfig) -> jax.Array:
+    return jnp.clip(vit.unpatched(x_npc, cfg.patch, cfg.size, cfg.size), 0.0, 1.0)
+
+
+def save(path: str | os.PathLike, codes: np.ndarray, names: Sequence[str]) -> None:
+    """Writes codes i32 [n, r] and the images' names into an .npz file. Raises AtomError when it cannot be written."""
+    try:
+        np.savez_compressed(path, codes=codes, names=np.array(names))
+    except OSError as e:
+        raise AtomError(f"{path}: the codes cannot be written ({e.strerror})") from None
+
+
+def within(found: Offers, error: float) -> np.ndarray:
+    """i64 [n]: of each image the offer with the fewest tokens whose error is at most `error`; where none is, the one
+    with the smallest error."""
+    passes = found.errors <= error
+    tokens = np.where(passes, found.tokens, np.iinfo(np.int32).max)
+    return np.where(passes.any(axis=0), tokens.argmin(axis=0), found.errors.argmin(axis=0))
+
+
+def at_most(found: Offers, tokens: int) -> np.ndarray:
+    """i64 [n]: of each image the best offer of at most so many tokens. Raises AtomError where there is none."""
+    fits = found.tokens <= tokens
+    if not fits.any(axis=0).all():
+        raise AtomError(f"tokens is {tokens}: this tokenizer offers {found.tokens.min()} to {found.tokens.max()}")
+    return np.where(fits, found.errors, np.inf).argmin(axis=0)
+
+
+def threshold(found: Offers, mean: float) -> float:
+    """The smallest error that `within` can ask of these images for at most `mean` tokens each, on average."""
+    errors = np.unique(found.errors)
+    low, high = 0, len(errors) - 1
+    while low < high:
+        middle = (low + high) // 2
+        enough = tokens_of(found, within(found, errors[middle])).mean() <= mean
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return float(errors[low])
+
+
+def by_gain(found: Offers, mean: float) -> np.ndarray:
+    """i64 [n]: offers of at most `mean` tokens on average. All images begin with their smallest offer, and the next
+    tokens go again and again to where they lower the error most, each."""
+    at = found.tokens.argmin(axis=0)
+    left = mean * len(at) - tokens_of(found, at).sum()
+    steps = []
+    for n, start in enumerate(at):
+        tokens, errors, now = found.tokens[:, n], found.errors[:, n], start
+        while (better := np.flatnonzero((errors < errors[now]) & (tokens > tokens[now]))).size:
+            gains = (errors[now] - errors[better]) / (tokens[better] - tokens[now])
+            best = better[gains.argmax()]
+            steps.append((-gains.max(), n, tokens[best] - tokens[now], best))
+            now = best
+    full = set()
+    # Of one image gains fall from step to step, so that its steps come in order.
+    for _, n, price, best in sorted(steps, key=lambda step: step[0]):
+        if n not in full and price <= left:
+            at[n], left = best, left - price
+        else:
+            full.add(n)
+    return at
+
+
+def tokens_of(found: Offers, at: np.ndarray) -> np.ndarray:
+    """i32 [n]: tokens of the chosen offers."""
+    return found.tokens[at, np.arange(len(at))]
+
+
+def errors_of(found: Offers, at: np.ndarray) -> np.ndarray:
+    """f32 [n]: errors of the chosen offers."""
+    return found.errors[at, np.arange(len(at))]
