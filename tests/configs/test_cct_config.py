@@ -66,9 +66,11 @@ def test_reducers_are_compared_in_one_run(trained, tmp_path):
 
 def test_what_does_not_fit_is_said():
     for settings, message in (
-        (["tokenizer=bytes"], "set tokenizer=pixels, data.whole=true and data.seq_len=65"),
-        (["data.seq_len=66"], "classify reads one image in a row"),
+        (["tokenizer=bytes"], "classify: tokenizer must be pixels, not 'bytes'"),
+        (["data.seq_len=66"], "set data.whole, and data.seq_len to the 65 bytes of an image"),
+        (["data.sources=labelled:numerals"], "labelled:numerals is 16 x 16 in gray, the model's are 8 with 1"),
+        (["data.sources=austen"], "data.sources must be labelled images"),
     ):
+        exp = start.configure("configs/image.py:cct_tiny", settings)
         with pytest.raises(AtomError, match=message):
-            exp = start.configure("configs/image.py:cct_tiny", settings)
             exp.objective.check(exp)

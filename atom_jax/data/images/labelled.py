@@ -21,7 +21,6 @@ from atom_jax.typing import AtomError
 _SAMPLE = 32
 
 
-@config.register
 @dataclasses.dataclass(frozen=True)
 class Digits:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8, each pixel repeated up to the size: in an order that is
@@ -54,7 +53,6 @@ def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images[..., 0], labels, order
 
 
-@config.register
 @dataclasses.dataclass(frozen=True)
 class Numerals:
     """The numerals 0 to 9 in six fonts (DejaVu, which comes with matplotlib), each drawn at a size, a place, an angle

@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import config
+from atom_jax.data.images import labelled
 from atom_jax.models import cct
 from atom_jax.training.losses import Sums
 from atom_jax.training.objectives.base import Objective, Rows, Setting, register
@@ -38,20 +39,28 @@ class Classify(Objective):
     shift: int = 0
 
     name: ClassVar[str] = "classify"
-    pages: ClassVar[Pages] = {"accuracy": {"share of images": {"accuracy": ""}}}
+    pages: ClassVar[Pages] = {"loss": {"nats per image": {"loss": ""}, "share of images right": {"accuracy": ""}}}
 
     def __post_init__(self):
         config.check(self, shift=(0, 512))
 
     def check(self, exp: Any) -> None:
-        """Images of the model's size, one in a row."""
-        if not isinstance(exp.model, cct.CCTConfig):
-            raise AtomError(f"classify is for models of the kind cct, the model is a {type(exp.model).__name__}")
-        if exp.tokenizer != "pixels" or not exp.data.whole or exp.data.seq_len != exp.model.max_length:
-            raise AtomError(
-                "classify reads one image in a row: set tokenizer=pixels, data.whole=true and "
-                f"data.seq_len={exp.model.max_length}"
-            )
+        """Rows must be images of the model's size, with their classes."""
+        cfg, data = exp.model, exp.data
+        if not isinstance(cfg, cct.CCTConfig):
+            raise AtomError(f"classify: model must be a CCTConfig, not a {type(cfg).__name__}")
+        if exp.tokenizer != "pixels":
+            raise AtomError(f"classify: tokenizer must be pixels, not {exp.tokenizer!r}")
+        for source in data.sources:
+            if not source.startswith("labelled:"):
+                raise AtomError(f"classify: data.sources must be labelled images (labelled:NAME), not {source!r}")
+            size = labelled.parse(source.removeprefix("labelled:")).size
+            if (size, 1) != (cfg.size, cfg.channels):
+                raise AtomError(
+                    f"classify: {source} is {size} x {size} in gray, the model's are {cfg.size} with {cfg.channels}"
+                )
+        if data.seq_len != cfg.max_length or not data.whole:
+            raise AtomError(f"classify: set data.whole, and data.seq_len to the {cfg.max_length} bytes of an image")
 
     def batch(self, rows: Rows) -> Rowed:
         """The rows' bytes."""
@@ -70,7 +79,7 @@ class Classify(Objective):
         nats_b = -jnp.take_along_axis(jax.nn.log_softmax(logits), label_b[:, None], axis=1)[:, 0]
         right = jnp.sum((jnp.argmax(logits, axis=1) == label_b) * mask_b)
         nats, count = jnp.sum(nats_b * mask_b), jnp.sum(batch.loss_mask, dtype=jnp.int32)
-        return Sums(nats, nats, count, count, {"accuracy": jnp.stack([right, mask_b.sum()])})
+        return Sums(nats, nats, count, None, {"accuracy": jnp.stack([right, mask_b.sum()])})
 
     def judge(self, params: Any, batch: Rowed, *, setting: Setting) -> Sums:
         """The same of images that are not moved."""
