@@ -102,9 +102,9 @@ class Reducing:
         found = _measure(lm, chosen, pixels, labels, settings)
         rows = [_row(lm.config, method, one, found[0]) for method, one in zip(chosen, found)]
         if out is not None:
-            shown = [m for m in chosen if m.ratio == settings.shown]
-            maps = {m.name: _sources(lm, m, pixels[: settings.images]) for m in shown}
-            source_maps.draw(pixels[: settings.images], lm.config.grid, maps, out.with_suffix(".png"))
+            batch, n = next(_batches(pixels, settings.batch)), settings.images
+            maps = {m.name: _sources(lm, m, batch)[:n] for m in chosen if m.ratio == settings.shown}
+            source_maps.draw(batch[:n], lm.config.grid, maps, out.with_suffix(".png"))
         metrics = {f"acc/{m.name}/{m.ratio:g}": proportion(one.hit) for m, one in zip(chosen, found)}
         return Result(metrics, len(labels), {"rows": rows}, table(rows))
 
