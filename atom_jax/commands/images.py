@@ -15,7 +15,9 @@ def tokens(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "checkpoint", None, "a tokenizer of images (configs/image.py)")
     known.add(flags.DEFINE_multi_string, "image", [], "an image file, square; may be repeated")
     known.add(flags.DEFINE_float, "error", None, "the fewest tokens with at most this mean squared error")
-    known.add(flags.DEFINE_integer, "tokens", None, "instead: at most so many tokens of each image")
+    known.add(
+        flags.DEFINE_integer, "tokens", None, "instead: so many tokens of each image, or the next fewer on offer"
+    )
     known.add(
         flags.DEFINE_string, "allocate", "same", "with --tokens: same, or gain (a mean, to where it helps most)"
     )

@@ -109,11 +109,11 @@ def within(found: Offers, error: float) -> np.ndarray:
 
 
 def at_most(found: Offers, tokens: int) -> np.ndarray:
-    """i64 [n]: of each image the best offer of at most so many tokens. Raises AtomError where there is none."""
+    """i64 [n]: of each image the offer with the most tokens, up to so many. Raises AtomError where there is none."""
     fits = found.tokens <= tokens
     if not fits.any(axis=0).all():
         raise AtomError(f"tokens is {tokens}: this tokenizer offers {found.tokens.min()} to {found.tokens.max()}")
-    return np.where(fits, found.errors, np.inf).argmin(axis=0)
+    return np.where(fits, found.tokens, -1).argmax(axis=0)
 
 
 def threshold(found: Offers, mean: float) -> float:

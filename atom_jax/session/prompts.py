@@ -14,9 +14,10 @@ from atom_jax.typing import LM, AtomError
 
 
 def check_model(lm: Any) -> None:
-    """Raises AtomError for what is no model."""
+    """Raises AtomError for what is no language model."""
     if not isinstance(lm, LM):
         raise AtomError(f"lm: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
+    registry.of(lm.config)
 
 
 def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:

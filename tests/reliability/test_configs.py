@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from atom_jax import config
+from atom_jax.data.images import PICTURES
 from atom_jax.data.puzzles import PUZZLES
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache.policies import POLICIES, parse
@@ -44,8 +45,7 @@ def everything():
     """One configuration of every type."""
     roots = [EvalConfig(), Experiment(), Group("x"), RopeScaling("yarn"), parse("none;1=tova:budget=4")]
     roots += [cfg for kind in registry.KINDS.values() for cfg in kind.examples().values()]
-    roots += [puzzle() for puzzle in PUZZLES.values()]
-    roots += [reducer() for reducer in REDUCERS]
+    roots += [made() for made in (*PUZZLES.values(), *PICTURES.values(), *REDUCERS)]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 
