@@ -1,4 +1,5 @@
-"""Tokenizers of images whose number of tokens is flexible (docs/images.md).
+"""Tokenizers of images whose number of tokens is flexible (docs/images.md), and classifiers of images, on which token
+reduction is measured (docs/reduction.md).
 
     python train.py --config=configs/image.py:flex --workdir=runs/flex
     python -m atom_jax tokens --checkpoint=runs/flex --image=a.png --error=0.003 --out=tokens.png
@@ -11,6 +12,13 @@ karl     as many as the encoder finds necessary for an error that is given (KARL
 glyphs   flex on the letters and signs of three fonts.
 emoji    flex on emoji in colours, 32 x 32 pixels (`make emoji` first).
 tiny     seconds; for tests.
+
+    python train.py --config=configs/image.py:cct --workdir=runs/cct
+    python eval.py --checkpoint=runs/cct --tasks=reduction --out=runs/reduction.json
+
+cct           a compact convolutional transformer that reads scikit-learn's digits (pip install 'atom-jax[vision]').
+cct_numerals  the same on numerals that are drawn, which needs nothing.
+cct_tiny      seconds; for tests.
 """
 
 from __future__ import annotations
@@ -19,9 +27,10 @@ import dataclasses
 from typing import Any
 
 from atom_jax.data.config import DataConfig
+from atom_jax.models.cct import CCTConfig
 from atom_jax.models.image_tokens import FSQ, VQ, Fixed, Halting, ImageTokensConfig, Nested, Rounds, Told
 from atom_jax.training.config import Experiment, OptimConfig, TrainConfig
-from atom_jax.training.objectives import Images
+from atom_jax.training.objectives import Classify, Images
 
 SHAPES = "image:shapes:size=16:most=6"
 
@@ -72,7 +81,33 @@ def tiny() -> Experiment:
     return dataclasses.replace(exp, train=train)
 
 
+def cct(source: str = "digits") -> Experiment:
+    """8 x 8 pixels, a token for each, 0.05 million parameters."""
+    model = CCTConfig(size=8, convolutions=2, pool=1, d_model=32, d_ff=64, n_layers=4, n_heads=4)
+    return Experiment(
+        model=model, tokenizer="pixels", objective=Classify(shift=1),
+        data=DataConfig(
+            sources=(f"labelled:{source}:size={model.size}",), whole=True, seq_len=model.max_length, batch_size=32
+        ),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=40, weight_decay=0.05, ema=0.98),
+        train=TrainConfig(steps=600, log_every=20, eval_every=200, eval_batches=6),
+    )  # fmt: skip
+
+
+def cct_numerals() -> Experiment:
+    return cct("numerals")
+
+
+def cct_tiny() -> Experiment:
+    exp = cct_numerals()
+    model = dataclasses.replace(exp.model, convolutions=1, d_model=16, d_ff=24, n_layers=2, n_heads=2)
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=4)
+    train = TrainConfig(steps=24, log_every=1, eval_every=12, eval_batches=1, checkpoint_every=12)
+    data = dataclasses.replace(exp.data, batch_size=16)
+    return dataclasses.replace(exp, model=model, data=data, optim=optim, train=train)
+
+
 VARIANTS = {
     "flex": flex, "fixed": fixed, "elastic": elastic, "alit": alit, "karl": karl, "glyphs": glyphs, "emoji": emoji,
-    "tiny": tiny,
+    "tiny": tiny, "cct": cct, "cct_numerals": cct_numerals, "cct_tiny": cct_tiny,
 }  # fmt: skip

@@ -13,7 +13,7 @@ ROOMS = (
     ("typing", "files", "config", "terminal"),
     ("fields", "naming", "params", "sharding", "tokenizers"),
     ("nn",),
-    ("kvcache", "chunking"),
+    ("kvcache", "chunking", "reduction"),
     ("units",),
     ("models",),
     ("session", "transfer", "data"),

@@ -30,6 +30,7 @@ class DataConfig:
                       "reason:subset:letters=6:high=20" sets how hard they are
         "image:shapes", "image:glyphs", "image:digits", "image:FILE.npz"  images, each of which is a document of the
                       bytes of its pixels (data/images), for tokenizers of images; "image:shapes:size=32:most=9"
+        "labelled:digits", "labelled:numerals"  images with their classes (data/images/labelled.py)
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.

@@ -13,6 +13,7 @@ import grain
 from atom_jax.data import builtin, formats, images, puzzles
 from atom_jax.data.conversations import conversation
 from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing, record_text
+from atom_jax.data.images import labelled
 from atom_jax.data.splits import take_split
 from atom_jax.typing import AtomError
 
@@ -41,6 +42,8 @@ def open_source(source: str, split: str, chat: bool = False) -> Corpus:
         corpus = puzzles.Generated(puzzles.parse(source.removeprefix("reason:")), split)
     elif source.startswith("image:"):
         corpus = images.corpus(images.parse(source.removeprefix("image:")), split)
+    elif source.startswith("labelled:"):
+        corpus = labelled.Labelled(labelled.parse(source.removeprefix("labelled:")), split)
     else:
         corpus = _paths(source, split)
     if not len(corpus):

@@ -39,12 +39,15 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
-    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, that of `images`, and
-    max_length, from the experiment.json of a training directory (or of the one that holds this step)."""
+    """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, those of `images` and
+    `reduction`, and max_length, from the experiment.json of a training directory (or of the one that holds this
+    step)."""
     data = _training_data(checkpoint)
-    if not cfg.images.source and data and data.sources[0].startswith("image:"):
-        source = data.sources[0].removeprefix("image:")
-        cfg = dataclasses.replace(cfg, images=dataclasses.replace(cfg.images, source=source))
+    for name, prefix in (("images", "image:"), ("reduction", "labelled:")):
+        task = getattr(cfg, name)
+        if not task.source and data and data.sources[0].startswith(prefix):
+            source = data.sources[0].removeprefix(prefix)
+            cfg = dataclasses.replace(cfg, **{name: dataclasses.replace(task, source=source)})
     if not cfg.bpb.sources:
         sources = data.sources if data and not data.chat else ("austen",)
         cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))

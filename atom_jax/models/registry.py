@@ -11,7 +11,7 @@ from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
-from atom_jax.models import bolmo, hnet, image_tokens, transformer_family
+from atom_jax.models import bolmo, cct, hnet, image_tokens, transformer_family
 from atom_jax.models.family import Family, Kind
 from atom_jax.models.published import Published
 from atom_jax.typing import LM, AtomError
@@ -28,7 +28,7 @@ def register(kind: Kind) -> None:
         FAMILIES[kind.name] = kind
 
 
-for _kind in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, image_tokens.FAMILY):
+for _kind in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, image_tokens.FAMILY, cct.KIND):
     register(_kind)
 
 

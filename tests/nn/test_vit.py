@@ -10,49 +10,26 @@ from atom_jax import params
 from atom_jax.nn import vit
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
+from tests.nn import timm_vit
+from tests.nn.timm_vit import EPS
 
-EPS = 1e-6
 block = jax.jit(vit.block, static_argnames="eps")
 
 
 @pytest.fixture(scope="module")
 def official(golden):
-    """timm's weights and numbers: patch 2, width 24, four layers of 3 heads, class token."""
+    """timm's weights and numbers."""
     return load_file(golden / "vision" / "vit.safetensors")
 
 
-def timm_layer(w, i):
-    """Parameters of block i under our names."""
-    w = {k.removeprefix(f"w.blocks.{i}."): v for k, v in w.items() if k.startswith(f"w.blocks.{i}.")}
-    d, heads = 24, (3, 8)
-    p = {
-        "qkv": w["attn.qkv.weight"].T.reshape(d, 3, *heads), "qkv_bias": w["attn.qkv.bias"].reshape(3, *heads),
-        "o": w["attn.proj.weight"].T.reshape(*heads, d), "o_bias": w["attn.proj.bias"],
-        "up": w["mlp.fc1.weight"].T, "up_bias": w["mlp.fc1.bias"],
-        "down": w["mlp.fc2.weight"].T, "down_bias": w["mlp.fc2.bias"],
-    }  # fmt: skip
-    for ours, theirs in (("attn_norm", "norm1"), ("mlp_norm", "norm2")):
-        p[ours] = {name: w[f"{theirs}.{name}"] for name in ("weight", "bias")}
-    return p
-
-
 def test_a_vision_transformer_is_timms(official):
-    w = official
-    layers = jax.tree.map(lambda *x: jnp.stack(x), *(timm_layer(w, i) for i in range(4)))
-    patch = w["w.patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(-1, 24)
-    p = {
-        "patch": {"w": patch, "b": w["w.patch_embed.proj.bias"]},
-        "positions": w["w.pos_embed"][0],
-        "class": w["w.cls_token"][0, 0],
-    }
+    embed, layers = timm_vit.parameters(official)
     spec = params.abstract(vit.embed_spec(12, 65, 24, class_token=True))
-    assert jax.tree.map(jnp.shape, p) == jax.tree.map(lambda s: s.shape, spec)
-    image = jnp.asarray(w["image"]).transpose(0, 2, 3, 1)
-    x = vit.embed(jax.tree.map(jnp.asarray, p), vit.patches(image, 2))
+    assert jax.tree.map(jnp.shape, embed) == jax.tree.map(lambda s: s.shape, spec)
+    image = jnp.asarray(official["image"]).transpose(0, 2, 3, 1)
+    x = vit.embed(embed, vit.patches(image, 2))
     x = vit.blocks(layers, x, vit.everywhere(*x.shape[:2]), EPS)
-    x = vit.norm({k: jnp.asarray(w[f"w.norm.{k}"]) for k in ("weight", "bias")}, x, EPS)[:, 0]
-    logits = x @ w["w.head.weight"].T + w["w.head.bias"][None]
-    np.testing.assert_allclose(logits, w["logits"], atol=1e-5)
+    np.testing.assert_allclose(timm_vit.logits(official, x), official["logits"], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache.policies import POLICIES, parse
 from atom_jax.models import registry
 from atom_jax.nn.rope import RopeScaling
+from atom_jax.reduction import REDUCERS
 from atom_jax.training.config import Experiment, Group
 from atom_jax.training.objectives import OBJECTIVES, Byteify
 from atom_jax.transfer.byteify import Weights
@@ -23,7 +24,9 @@ from tests.reliability.rows import policy
 NEGATIVE = {
     ("MeshConfig", name) for name in ("data", "fsdp", "tensor", "context")
 } | {
-    ("HNetConfig", "window"), *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
+    ("HNetConfig", "window"), ("HiPrune", "object_layer"), ("HiPrune", "deep_layer"),
+    ("ReductionSettings", "inflections"),
+    *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
 }  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def everything():
     """One configuration of every type."""
     roots = [EvalConfig(), Experiment(), Group("x"), RopeScaling("yarn"), parse("none;1=tova:budget=4")]
     roots += [cfg for kind in registry.KINDS.values() for cfg in kind.examples().values()]
-    roots += [made() for made in (*PUZZLES.values(), *PICTURES.values())]
+    roots += [made() for made in (*PUZZLES.values(), *PICTURES.values(), *REDUCERS)]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 

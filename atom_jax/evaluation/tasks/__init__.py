@@ -17,6 +17,7 @@ from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.images import ImageTokens
 from atom_jax.evaluation.tasks.kv import Kv
 from atom_jax.evaluation.tasks.lasting import Lasting
+from atom_jax.evaluation.tasks.reduction import Reducing
 from atom_jax.evaluation.tasks.task import Runner, Task
 from atom_jax.sharding import MeshConfig
 
@@ -54,6 +55,7 @@ TASKS: dict[str, Task | Runner] = {
     "hyper": Hyper(),
     "lasting": Lasting(),
     "images": ImageTokens(),
+    "reduction": Reducing(),
 }
 
 

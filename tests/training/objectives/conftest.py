@@ -19,8 +19,7 @@ from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
 from atom_jax.transfer.byteify import Stage1
 from atom_jax.typing import LM
-from configs import bolmo
-from configs import image as images
+from configs import bolmo, image
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -58,7 +57,7 @@ def example(source, tmp_path_factory):
         if name == "distill":
             return dataclasses.replace(evicting, distill=cls(direction="both", cr_start=4.0))
         if name == "images":
-            own = images.tiny()
+            own = image.tiny()
             # With all tokens nothing is drawn.
             own = dataclasses.replace(own, model=dataclasses.replace(own.model, length=Fixed()), seed=3)
             return config.override(own, [*settings, "optim.schedule=constant"])
@@ -71,6 +70,9 @@ def example(source, tmp_path_factory):
                 byteify=cls(source=str(source), imitate=Stage1(depth=1)),
             )  # fmt: skip
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
+        if name == "classify":
+            small = dataclasses.replace(image.cct_tiny(), objective=cls(), train=exp.train)
+            return config.override(small, ["mesh.data=8", "data.batch_size=8"])
         return dataclasses.replace(exp, objective=cls())
 
     return build
