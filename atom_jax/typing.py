@@ -64,6 +64,29 @@ class Batch:
 
 
 @struct.dataclass
+class Frames:
+    """A batch of streams of frames. Position t carries frame o_t and action a_t, which leads to o_{t+1}; the targets
+    of a model of the world are o_{t+1}, and the reward and the end of the step between them.
+
+    obs:       u8 [b, t, *grid] classes, or f32 [b, t, height, width, channels] in [0, 1].
+    action:    i32 [b, t], or f32 [b, t, a].
+    reward:    f32 [b, t] of the step that begins at the position.
+    done:      bool [b, t] True where that step ends the episode; the frames after it stand still.
+    positions: i32 [b, t] position of each frame inside its own episode.
+    segments:  i32 [b, t] episode number within the row, from 1; 0 marks padding.
+    marks:     bool [b, t] frames with something that the ones before don't tell, as the data knows; or None.
+    """
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    marks: jax.Array | None = None
+
+
+@struct.dataclass
 class Output:
     """What a model returns: logits f32 [b, t, v], and `aux`, the named quantities that it learned or measured."""
 

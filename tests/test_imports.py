@@ -89,7 +89,8 @@ def test_imports_point_downwards(path):
         assert module == "atom_jax.checkpoint.store"
     if module != "atom_jax.flax_bridge":
         assert not [n for n in names if n.startswith(("flax.linen", "flax.nnx"))]
-    if parts[1] in ("data", "tokenizers"):
+    # Environments are stepped inside of compiled programs.
+    if parts[1] in ("data", "tokenizers") and parts[2:3] != ["envs"]:
         assert not roots & {"jax", "flax", "optax"}
 
 

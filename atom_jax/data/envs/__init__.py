@@ -1,0 +1,28 @@
+"""Worlds to watch and to act in: pure functions of JAX, so that an episode is made inside a compiled step.
+
+A new one is one file and one entry of `ENVS`.
+"""
+
+from __future__ import annotations
+
+from atom_jax import config
+from atom_jax.data.envs.environment import Environment, check_actions, episodes
+from atom_jax.data.envs.watch import Watch
+from atom_jax.typing import AtomError
+
+__all__ = ["ENVS", "Environment", "Watch", "check_actions", "episodes", "parse"]
+
+ENVS: dict[str, type[Environment]] = {env.name: env for env in (Watch,)}
+
+
+def parse(text: str | Environment) -> Environment:
+    """The environment that a text such as "watch:size=5,least=32,most=48" names. An environment is itself.
+
+    Raises AtomError for an unknown name, an unknown field or an unreadable value.
+    """
+    if isinstance(text, Environment):
+        return text
+    name, _, fields = str(text).strip().partition(":")
+    if name not in ENVS:
+        raise AtomError(f"env {name!r}: expected {', '.join(ENVS)}")
+    return config.build(ENVS[name], [f for f in fields.split(",") if f], f"env {name}:")
