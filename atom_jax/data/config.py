@@ -28,6 +28,8 @@ class DataConfig:
             its field "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, in UTF-8
         "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
                       "reason:subset:letters=6:high=20" sets how hard they are
+        "env:watch"   episodes of a world (data/envs), made as they are needed; "env:watch:least=4,most=6" changes it;
+                      seq_len is in frames
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.

@@ -108,6 +108,7 @@ class Family:
     codec(cfg): what its ids mean.
     examples(): small configurations by name, which together take every path; for tests.
     published: its config.json and tensor names; None where it has none.
+    frames: whether it reads `typing.Frames` in place of a `Batch` of ids.
     memory(cfg), with_memory(cfg, memory): its cache policies, as of `kvcache.policies.check`, and the same model with
         others.
     """
@@ -128,5 +129,6 @@ class Family:
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
     commit: Callable[..., Memory] | None = None
     published: Published | None = None
+    frames: bool = False
     memory: Callable[[Any], Any] = lambda cfg: cfg.memory
     with_memory: Callable[[Any, Any], Any] = lambda cfg, memory: dataclasses.replace(cfg, memory=memory)

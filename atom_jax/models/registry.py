@@ -11,7 +11,7 @@ from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
-from atom_jax.models import bolmo, hnet, transformer_family
+from atom_jax.models import bolmo, hnet, transformer_family, world
 from atom_jax.models.family import Family
 from atom_jax.models.published import Published
 from atom_jax.typing import LM, AtomError
@@ -24,7 +24,7 @@ def register(family: Family) -> None:
     FAMILIES[family.name] = family
 
 
-for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY):
+for _family in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, world.FAMILY):
     register(_family)
 
 

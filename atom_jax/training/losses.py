@@ -24,25 +24,23 @@ class Sums:
     objective: f32 [], what is minimised once divided by the number of targets: nats plus penalties.
     nats:      f32 [], cross-entropy.
     tokens:    i32 [], targets that count.
-    bytes:     i32 [], UTF-8 bytes that these targets stand for.
+    bytes:     i32 [], UTF-8 bytes that these targets stand for, or None where they are no text.
     learned:   name -> f32 [2], a sum and what it is to be divided by: what the model reports about itself.
     """
 
     objective: jax.Array
     nats: jax.Array
     tokens: jax.Array
-    bytes: jax.Array
+    bytes: jax.Array | None
     learned: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def summary(sums: Sums) -> dict[str, jax.Array]:
-    """The loss in nats per token and in bits per byte, and what the model reports about itself."""
-    learned = {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
-    return {
-        "loss": sums.nats / jnp.maximum(sums.tokens, 1),
-        "bits_per_byte": sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1)),
-        **learned,
-    }
+    """The loss in nats per token, of text also in bits per byte, and what the model reports about itself."""
+    found = {"loss": sums.nats / jnp.maximum(sums.tokens, 1)}
+    if sums.bytes is not None:
+        found["bits_per_byte"] = sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1))
+    return found | {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
 
 
 def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:

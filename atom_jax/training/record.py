@@ -42,17 +42,20 @@ class Recorder:
             self.restart_clock()
         else:
             self._tokens += int(metrics["tokens"])
-            self._bytes += int(metrics["bytes"])
+            self._bytes += int(metrics["bytes"] or 0)
         self._bar.update()
         if step % self._every and step != self._steps:
             return
         values = {k: float(v) for k, v in metrics.items() if k not in ("tokens", "bytes")}
-        line = f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits/byte"
+        line, text = f"loss {values['loss']:.3f}", "bits_per_byte" in values
+        if text:
+            line += f", {values['bits_per_byte']:.3f} bits/byte"
         if self._tokens:
             seconds = max(time.monotonic() - self._clock, 1e-9)
-            rates = {"bytes_per_second": self._bytes / seconds, "tokens_per_second": self._tokens / seconds}
-            line += ", {bytes_per_second:,.0f} bytes/s, {tokens_per_second:,.0f} tokens/s".format(**rates)
-            values |= rates
+            rates = {"bytes": self._bytes / seconds} if text else {}
+            rates |= {"tokens" if text else "frames": self._tokens / seconds}
+            line += "".join(f", {rate:,.0f} {name}/s" for name, rate in rates.items())
+            values |= {f"{name}_per_second": rate for name, rate in rates.items()}
         self._bar.set_postfix_str(line, refresh=False)
         self.restart_clock()
         self._write(step, "train", values)
@@ -60,7 +63,9 @@ class Recorder:
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Notes a validation. Raises AtomError when the file cannot be written."""
         self._write(step, "validation", values)
-        line = f"step {step}: validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte"
+        line = f"step {step}: validation loss {values['loss']:.4f}"
+        if "bits_per_byte" in values:
+            line += f", {values['bits_per_byte']:.4f} bits per byte"
         others = [f"{k} {v:.4f}" for k, v in values.items() if k not in ("loss", "bits_per_byte")]
         self.say(", ".join([line, *others]))
 

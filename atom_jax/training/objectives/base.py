@@ -49,13 +49,14 @@ class Setting:
 class Objective:
     """Base of all objectives. Its hooks are those of training on the text as it is, but for `loss`.
 
-    name: in messages and in `OBJECTIVES`. trains: whether it has a loss; what has none goes beside another one that
+    name: in messages and in `OBJECTIVES`. frames: whether it is about worlds instead of texts. trains: whether it has a loss; what has none goes beside another one that
     does. spelled: whether it reads rows of subwords with their bytes (`DataConfig.tokens`). z_loss: whether it knows
     `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
     name: ClassVar[str] = ""
     trains: ClassVar[bool] = True
+    frames: ClassVar[bool] = False
     spelled: ClassVar[bool] = False
     z_loss: ClassVar[bool] = False
     pages: ClassVar[Pages] = {}
