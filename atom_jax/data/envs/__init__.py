@@ -6,11 +6,11 @@ A new one is one file and one entry of `ENVS`.
 from __future__ import annotations
 
 from atom_jax import config
-from atom_jax.data.envs.environment import Environment, check_actions, episodes
+from atom_jax.data.envs.environment import Environment, Followed, check_actions, episodes, follow
 from atom_jax.data.envs.watch import Watch
 from atom_jax.typing import AtomError
 
-__all__ = ["ENVS", "Environment", "Watch", "check_actions", "episodes", "parse"]
+__all__ = ["ENVS", "Environment", "Followed", "Watch", "check_actions", "episodes", "follow", "parse"]
 
 ENVS: dict[str, type[Environment]] = {env.name: env for env in (Watch,)}
 

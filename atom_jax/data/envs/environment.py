@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from atom_jax.typing import AtomError, Frames
 
@@ -105,6 +106,33 @@ def episodes(env: Environment, key: jax.Array, n: int, frames: int) -> tuple[Fra
         return Frames(*made[:4], positions, jnp.ones_like(positions), made[4]), last
 
     return jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(jnp.arange(n))
+
+
+@struct.dataclass
+class Followed:
+    """What actions led to: obs [b, h, *shape], the frame after each of them; reward f32 [b, h]; done bool [b, h]; and
+    the states [b, ...] at the end."""
+
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    state: Any
+
+
+def follow(env: Environment, key: jax.Array, state: Any, actions: jax.Array) -> Followed:
+    """Plays actions i32 [b, h] (or f32 [b, h, actions]) from the states [b, ...] on; for compiled programs."""
+
+    def one(i: jax.Array, state: Any, actions: jax.Array) -> Followed:
+        row = jax.random.fold_in(key, i)
+
+        def step(state: Any, now: Any) -> Any:
+            state, obs, reward, done = env.step(jax.random.fold_in(row, now[0]), state, now[1])
+            return state, (obs, reward, done)
+
+        state, seen = jax.lax.scan(step, state, (jnp.arange(len(actions)), actions))
+        return Followed(*seen, state)
+
+    return jax.vmap(one)(jnp.arange(len(actions)), state, actions)
 
 
 def check_actions(env: Environment, actions: Any, what: str = "actions") -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax.data.envs import Watch, check_actions, episodes, parse
+from atom_jax.data.envs import Watch, check_actions, episodes, follow, parse
 from atom_jax.typing import AtomError
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
@@ -126,15 +126,7 @@ def test_the_oracle_is_breadth_first_search(size, within):
     def run(key):
         _, state = episodes(env, key, 200, 6)
         way = jax.vmap(lambda s: env.way(s, within))(state)
-
-        def follow(state, actions):
-            def step(state, action):
-                state, _, reward, _ = env.step(key, state, action)
-                return state, reward
-
-            return jax.lax.scan(step, state, actions)[1].sum()
-
-        return state, way, jax.vmap(follow)(state, way.actions)
+        return state, way, follow(env, key, state, way.actions).reward.sum(1)
 
     state, way, reward = jax.device_get(run(jax.random.key(size)))
     found = [search(size, state.walls[i], state.agent[i], state.treasure[i], within) for i in range(200)]
