@@ -31,7 +31,6 @@ from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
 from atom_jax.training.objectives import Foresee
 
 
-
 class Lesson(NamedTuple):
     """least, most: frames of a watch. frames: of a row. flash: probability of one. steps, rate: of learning."""
 
@@ -43,8 +42,9 @@ class Lesson(NamedTuple):
     rate: float
 
 
-# For the local prediction with short watches, so that most frames move; then for everything else.
-LOCAL = Lesson(4, 6, 14, 0.25, 2000, 5e-3)
+# For the local prediction: short watches, so that most frames move, then how rare events are.
+LOCAL = (Lesson(4, 6, 14, 0.25, 800, 5e-3), Lesson(32, 48, 54, 0.0625, 400, 2e-3))
+# For everything else.
 CURRICULUM = (
     Lesson(4, 6, 14, 0.25, 1000, 3e-3),
     Lesson(8, 12, 22, 0.25, 800, 2e-3),
@@ -82,14 +82,18 @@ def stage(
 
 def learned(cfg: WorldConfig, frozen: bool = True) -> Experiment:
     """All stages."""
-    exp = stage(None, cfg, LOCAL, Foresee(only_local=True), batch=64)
+    exp = None
+    for lesson in LOCAL:
+        exp = stage(exp, cfg, lesson, Foresee(only_local=True), batch=64)
     for lesson in CURRICULUM:
         exp = stage(exp, cfg, lesson, groups=FROZEN if frozen else ())
     return exp
 
 
 def watch() -> Experiment:
-    return learned(model(Surprise(tau=1.0)))
+    """Flashes and `go` take the local prediction 3 nats and more, the pad that is lit at the end log 4, all else next
+    to nothing."""
+    return learned(model(Surprise(tau=2.5)))
 
 
 def watch_cosine() -> Experiment:
@@ -122,6 +126,4 @@ def tiny() -> Experiment:
     return stage(first, cfg, TINY, batch=8, groups=FROZEN)
 
 
-VARIANTS = {
-    f.__name__: f for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, tiny)
-}
+VARIANTS = {f.__name__: f for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, tiny)}

@@ -74,4 +74,3 @@ def described(cfg: DataConfig, rows: int) -> Rows:
     mask = np.ones((rows, cfg.seq_len), bool)
     mask[:, -1] = False
     return {"number": np.zeros(rows, np.int32), "stream": np.full(rows, stream(cfg), np.int32), "loss_mask": mask}
-

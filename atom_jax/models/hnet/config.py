@@ -96,7 +96,9 @@ class HNetConfig:
                 raise AtomError(f"{option} is about the next byte, so it can only cut the outermost stage")
         for c in self.chunking:
             if rules.for_frames(c.rule) and not ports.frames(self):
-                raise AtomError(f"rule: {type(c.rule).__name__} is for frames, and the port is {type(self.port).__name__}")
+                raise AtomError(
+                    f"rule: {type(c.rule).__name__} is for frames, and the port is {type(self.port).__name__}"
+                )
         policies.check(self.memory)
         for s in range(self.stages):
             self._check_layers(s, "".join(self.layouts(s)))
