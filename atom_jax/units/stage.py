@@ -68,7 +68,7 @@ class Stage:
     d: width of states, dtype: of what they are pooled to. official: as `make_plan` has it. foresee: for rules that
         compare what a position holds with what could be foretold of it (`chunking.rules`).
 
-    encode, decode: (x [b, t, d or e], layers of the memory or None, Place) -> (states [b, t, d], these layers, and what
+    encode, decode: (x [b, t, ...], layers of the memory or None, Place) -> (states [b, t, d], these layers, and what
         they report, as `Notes.memory` has it).
     inside: (units [b, m, k, d], Boundary, Plan, newest unit [b, k, d], memory or None) -> (units as they come back
         [b, m, k, d], memory, `Notes`).

@@ -29,7 +29,7 @@ class HNetConfig:
 
     family: str = "hnet"
     # What goes in and comes out at the outermost positions (models/hnet/ports).
-    port: Any = Bytes()
+    port: Any = dataclasses.field(default_factory=Bytes)
     vocab_size: int = 256
     # Encoders from the outside in, the innermost stack, decoders from the inside out: 2 s + 1 layouts (`stack`).
     layout: tuple[str, ...] = ("m4", "T22", "m4")

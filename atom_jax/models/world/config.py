@@ -22,7 +22,7 @@ class WorldConfig(hnet.HNetConfig):
     """A model with learned units whose positions are frames, each with the action taken at it."""
 
     family: str = "world"
-    port: Any = Cells(actions=4)
+    port: Any = dataclasses.field(default_factory=lambda: Cells(actions=4))
     # Width of the head.
     hidden: int = 128
     # What is foretold of rewards: "classes", of a step that brings nothing, a reward of 1, or an end without one; or

@@ -12,8 +12,9 @@ that means nothing;
 `operations(cfg)`, `describe(cfg)`: operations per position, and what goes in and out in words.
 
 FRAMES = True: batches are `typing.Frames`. Such a port also has
-`outlet_spec(cfg, d, std)` and `read(p, x_btd, cfg)`: an outlet for states of another width, with parameters of its own;
-`nll(prediction, obs, cfg)`: nats f32 [b, t] of frames; `sample(prediction, key)`: frames, the likeliest without a key.
+`outlet_spec(cfg, d, std)` and `read(p, x_btd, cfg)`: an outlet for states of another width, with its own parameters;
+`nll(prediction, obs, cfg)`: nats f32 [b, t] of frames; `sample(prediction, key, cfg)`: frames, the likeliest ones
+without a key.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from atom_jax.models.hnet.ports.cells import Cells
 from atom_jax.models.hnet.ports.ids import Bytes
 from atom_jax.typing import AtomError
 
-__all__ = ["PORTS", "Cells", "Bytes", "frames", "of", "register"]
+__all__ = ["PORTS", "Bytes", "Cells", "frames", "of", "register"]
 
 # From the class of a configuration to the port.
 PORTS: dict[type, Any] = {Bytes: ids, Cells: cells}
