@@ -58,7 +58,11 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
     Raises AtomError for unknown tasks, missing data and bad settings.
     """
     check_tasks(names)
-    encoder = make_encoder(lm, cfg)
+    worlds = registry.of(lm.config).frames
+    for name in names:
+        if getattr(TASKS[name], "frames", False) != worlds:
+            raise AtomError(f"{name}: this task is {'not ' if worlds else ''}for world models")
+    encoder = None if worlds else make_encoder(lm, cfg)
     model = fingerprint(lm)
     whole, (lm, mesh) = lm, _place(lm, cfg.mesh)
     results: dict[str, Result] = {}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax.data.envs import Environment
 from atom_jax.inference import planners
 from atom_jax.inference.planners import Futures, Plan, Planner
 from atom_jax.kvcache import memory
@@ -66,7 +67,7 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
 
     Raises AtomError for frames and actions that are not of the model's world.
     """
-    cfg = _world(lm, "observe")
+    cfg = checked(lm, None, "observe")
     b, t = _check_frames(episode, cfg)
     if state is None:
         cache = registry.of(cfg).init_cache(cfg, b, t + 8)
@@ -92,7 +93,7 @@ def imagine(lm: LM, state: WorldState, actions: Any, key: jax.Array | None = Non
     be taken for what comes after each action, in place of what is imagined.
     Raises AtomError for actions that are not of the model's world.
     """
-    cfg = _world(lm, "imagine")
+    cfg = checked(lm, None, "imagine")
     actions = _check_actions(actions, cfg, len(state.obs))
     state = state.replace(cache=memory.grow(state.cache, actions.shape[2]))
     given = None if frames is None else jnp.asarray(frames)
@@ -105,7 +106,7 @@ def plan(lm: LM, state: WorldState, planner: str | Planner, key: jax.Array | Non
 
     Raises AtomError for a planner that is unknown.
     """
-    cfg, planner = _world(lm, "plan"), planners.parse(planner)
+    cfg, planner = checked(lm, None, "plan"), planners.parse(planner)
     state = state.replace(cache=memory.grow(state.cache, planner.horizon))
     return _plan(lm.params, state, jax.random.key(0) if key is None else key, planner, cfg)
 
@@ -185,7 +186,7 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> World
     at = jnp.maximum(count - 1, 0).reshape(-1, *[1] * (episode.obs.ndim - 1))
     obs = jnp.take_along_axis(episode.obs, at, axis=1)[:, 0]
     units = state.units + jnp.sum(aux["boundaries"][0], axis=1, dtype=jnp.int32)
-    return WorldState(_settled(cache), obs, cache.length + 1, units)
+    return settled(WorldState(cache, obs, cache.length + 1, units))
 
 
 def repeated(state: WorldState, n: int) -> WorldState:
@@ -196,10 +197,35 @@ def repeated(state: WorldState, n: int) -> WorldState:
 def taken(state: WorldState, index: jax.Array) -> WorldState:
     """The rows `index` i32 [n], some perhaps repeatedly."""
     others = (jnp.take(x, index, axis=0) for x in (state.obs, state.length, state.units))
-    return WorldState(_settled(memory.rows(state.cache, index)), *others)
+    return settled(WorldState(memory.rows(state.cache, index), *others))
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnums=())
+def settled(state: WorldState) -> WorldState:
+    """The state as one in which something is known, whether it is or not: loops carry one kind."""
+    return state.replace(cache=memory.each(lambda node: node.replace(fresh=False), state.cache))
+
+
+def after(state: WorldState, actions: jax.Array, obs: jax.Array) -> Frames:
+    """The episode that goes on from a state with actions [b, h], and the frames [b, h, *grid] that these led to."""
+    b, h = actions.shape[:2]
+    obs = jnp.concatenate([state.obs[:, None], obs.astype(state.obs.dtype)], axis=1)
+    action = jnp.concatenate([actions, actions[:, :1]], axis=1)
+    index, nothing = jnp.tile(jnp.arange(h + 1, dtype=jnp.int32)[None], (b, 1)), jnp.zeros((b, h + 1))
+    return Frames(obs, action, nothing, nothing > 0, index, jnp.ones_like(index))
+
+
+def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
+    """The configuration of a model. Raises AtomError for one of texts, and of another world than `env`."""
+    if not isinstance(lm.config, WorldConfig):
+        raise AtomError(f"{what}: it takes a world model, and this one is of the family {lm.family}")
+    port = lm.config.port
+    if env is not None and (env.shape, env.classes, env.actions) != (port.grid, port.classes, port.actions):
+        theirs = f"frames of {list(env.shape)}, {env.classes} classes and {env.actions} actions"
+        raise AtomError(f"env {env.name}: it has {theirs}, and the model {ports.of(lm.config).describe(lm.config)}")
+    return lm.config
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
 def _observe(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> WorldState:
     return read(p, state, episode, cfg)
 
@@ -216,23 +242,12 @@ def _plan(p: Tree, state: WorldState, key: jax.Array, planner: Planner, cfg: Wor
     return planner.plan(futures(p, state, cfg), key)
 
 
-def _settled(cache: Memory) -> Memory:
-    """The memory as one in which something may be stored: loops carry one kind."""
-    return memory.each(lambda node: node.replace(fresh=False), cache)
-
-
 def _folded(key: jax.Array | None, at: jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, at)
 
 
 def _cost(units: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
     return {"main_steps": jnp.where(real, units, 0), "main_steps_imagined": jnp.where(real, 0, units)}
-
-
-def _world(lm: LM, what: str) -> WorldConfig:
-    if not isinstance(lm.config, WorldConfig):
-        raise AtomError(f"{what}: it takes a world model, and this one is of the family {lm.family}")
-    return lm.config
 
 
 def _check_frames(episode: Frames, cfg: WorldConfig) -> tuple[int, int]:

@@ -14,9 +14,11 @@ from atom_jax.typing import LM, AtomError
 
 
 def check_model(lm: Any) -> None:
-    """Raises AtomError for what is no model."""
+    """Raises AtomError for what is no model of texts."""
     if not isinstance(lm, LM):
         raise AtomError(f"lm: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
+    if registry.of(lm.config).frames:
+        raise AtomError("this is a world model, which knows no texts: see observe, imagine and plan")
 
 
 def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from atom_jax.evaluation.tasks.gold import Gold
 from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.kv import Kv
 from atom_jax.evaluation.tasks.lasting import Lasting
+from atom_jax.evaluation.tasks.plan import Planning
 from atom_jax.evaluation.tasks.task import Runner, Task
 from atom_jax.sharding import MeshConfig
 
@@ -52,6 +53,7 @@ TASKS: dict[str, Task | Runner] = {
     "kv": Kv(),
     "hyper": Hyper(),
     "lasting": Lasting(),
+    "plan": Planning(),
 }
 
 

@@ -35,7 +35,8 @@ class Task(Protocol):
 
 @runtime_checkable
 class Runner(Protocol):
-    """A task that runs itself. settings: as of a Task."""
+    """A task that runs itself. settings: as of a Task. One that is about world models says so with frames = True, and
+    gets no encoder."""
 
     settings: Any
 

@@ -50,8 +50,8 @@ class Objective:
     """Base of all objectives. Its hooks are those of training on the text as it is, but for `loss`.
 
     name: in messages and in `OBJECTIVES`. frames: whether it is about worlds instead of texts. trains: whether it has
-    a loss; what has none goes beside another one that does. spelled: whether it reads rows of subwords with
-    their bytes (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
+    a loss; what has none goes beside another one that does. spelled: whether it reads rows of subwords with their
+    bytes (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
     name: ClassVar[str] = ""
