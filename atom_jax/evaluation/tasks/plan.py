@@ -105,6 +105,20 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def text(report: dict[str, Any]) -> str:
+    """What `planned` found, in lines."""
+    low, high = report["interval"]
+    compared = ", ".join(f"{name} {report[name]:.2f}" for name in ("wrong", "ceiling", "simulator", "random"))
+    watch, held = report["main_steps_watch"], report["units"]
+    return "\n".join([
+        f"success {report['success']:.3f} ({low:.2f} to {high:.2f}), {compared}",
+        f"{watch:.1f} steps of the main network for {report['frames']} frames, {held:.1f} units held",
+        f"{report['futures']:.0f} futures of {report['horizon']} steps: {report['main_steps_decision']:.2f} at the "
+        f"first step of each, {report['main_steps_imagined']:.3f} at all others",
+        f"{report['seconds_watch']:.2f} s to watch and {report['seconds']:.2f} s to decide, all episodes at once",
+    ])  # fmt: skip
+
+
 def world_of(settings: PlanSettings) -> tuple[Environment, int]:
     """The world and the frames that are watched before the first action. Raises AtomError for an unknown one."""
     env = envs.parse(settings.env)
