@@ -1,19 +1,22 @@
-"""Pictures as PNG files."""
+"""Pictures as PNG files, and moving ones as GIF."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from atom_jax.typing import AtomError
 
 
-def check_name(path: str | os.PathLike) -> None:
-    """Raises AtomError unless the name ends in .png."""
-    if not os.fspath(path).lower().endswith(".png"):
-        raise AtomError(f"{path}: the picture is a PNG file, so its name must end in .png")
+def check_name(path: str | os.PathLike, moves: bool = False) -> None:
+    """Raises AtomError unless the name ends in .png, or in .gif where the picture may move."""
+    if not os.fspath(path).lower().endswith((".png", ".gif") if moves else ".png"):
+        kind, end = ("PNG or GIF", ".png or .gif") if moves else ("PNG", ".png")
+        raise AtomError(f"{path}: the picture is a {kind} file, so its name must end in {end}")
 
 
 @contextlib.contextmanager
@@ -35,3 +38,17 @@ def drawn(path: str | os.PathLike, dpi: int = 120, **layout: Any) -> Iterator[tu
         raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
     finally:
         plt.close(figure)
+
+
+def animated(path: str | os.PathLike, pictures: Sequence[np.ndarray], seconds: float) -> None:
+    """Writes pictures, u8 [height, width, 3], as a GIF that shows each for so many seconds and begins anew.
+
+    Raises AtomError when the file cannot be written.
+    """
+    from PIL import Image
+
+    first, *others = (Image.fromarray(picture) for picture in pictures)
+    try:
+        first.save(path, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+    except OSError as e:
+        raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None

@@ -7,12 +7,25 @@ from __future__ import annotations
 
 from atom_jax import config
 from atom_jax.data.envs.environment import Environment, Followed, check_actions, episodes, follow
+from atom_jax.data.envs.minigrid import Minigrid
+from atom_jax.data.envs.video import Video
 from atom_jax.data.envs.watch import Watch
 from atom_jax.typing import AtomError
 
-__all__ = ["ENVS", "Environment", "Followed", "Watch", "check_actions", "episodes", "follow", "parse"]
+__all__ = [
+    "ENVS",
+    "Environment",
+    "Followed",
+    "Minigrid",
+    "Video",
+    "Watch",
+    "check_actions",
+    "episodes",
+    "follow",
+    "parse",
+]
 
-ENVS: dict[str, type[Environment]] = {env.name: env for env in (Watch,)}
+ENVS: dict[str, type[Environment]] = {env.name: env for env in (Watch, Video, Minigrid)}
 
 
 def parse(text: str | Environment) -> Environment:
