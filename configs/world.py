@@ -43,13 +43,13 @@ class Lesson(NamedTuple):
 
 
 # For the local prediction: short watches, so that most frames move, then how rare events are.
-LOCAL = (Lesson(4, 6, 14, 0.25, 800, 5e-3), Lesson(32, 48, 54, 0.0625, 400, 2e-3))
+LOCAL = (Lesson(4, 6, 14, 0.25, 500, 5e-3), Lesson(32, 48, 54, 0.0625, 200, 2e-3))
 # For everything else.
 CURRICULUM = (
-    Lesson(4, 6, 14, 0.25, 1000, 3e-3),
-    Lesson(8, 12, 22, 0.25, 800, 2e-3),
-    Lesson(18, 26, 36, 0.0625, 800, 2e-3),
-    Lesson(32, 48, 54, 0.0625, 1500, 2e-3),
+    Lesson(4, 6, 14, 0.25, 800, 3e-3),
+    Lesson(8, 12, 22, 0.25, 400, 2e-3),
+    Lesson(18, 26, 36, 0.0625, 400, 2e-3),
+    Lesson(32, 48, 54, 0.0625, 600, 2e-3),
 )
 TINY = Lesson(4, 6, 14, 0.25, 10, 5e-3)
 FORESEE = Foresee()

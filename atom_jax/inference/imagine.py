@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax.chunking.config import per_stage
 from atom_jax.data.envs import Environment
 from atom_jax.inference import planners
 from atom_jax.inference.planners import Futures, Plan, Planner
-from atom_jax.kvcache import memory
+from atom_jax.kvcache import branch, memory
+from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry, world
 from atom_jax.models.hnet import ports
@@ -81,9 +83,18 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
         cut = jax.tree.map(lambda x, begin=begin: x[:, begin : begin + part + 1], episode)
         if begin and cut.obs.shape[1] < 2:
             break
-        state = state.replace(cache=memory.grow(state.cache, cut.obs.shape[1]))
-        state = _observe(lm.params, state, cut, cfg)
+        state = _whole(lm.params, state, cut, cfg)
     return state
+
+
+def _whole(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> WorldState:
+    """What is known after an episode, whose units are all there: where there were more than the model has room for,
+    they are read again with more room."""
+    room = state.replace(cache=memory.grow(state.cache, per_stage(episode.obs.shape[1], cfg.chunking)))
+    found, lost = _observe(p, room, episode, cfg)
+    if (wider := registry.of(cfg).roomier(cfg)) is not None and np.any(lost):
+        return _whole(p, state, episode, wider)
+    return found
 
 
 def imagine(lm: LM, state: WorldState, actions: Any, key: jax.Array | None = None, frames: Any = None) -> Imagined:
@@ -111,12 +122,12 @@ def plan(lm: LM, state: WorldState, planner: str | Planner, key: jax.Array | Non
     return _plan(lm.params, state, jax.random.key(0) if key is None else key, planner, cfg)
 
 
-def futures(p: Tree, state: WorldState, cfg: WorldConfig, key: jax.Array | None = None) -> Futures:
+def futures(p: Tree, state: WorldState, horizon: int, cfg: WorldConfig, key: jax.Array | None = None) -> Futures:
     """What a planner may ask about a state with room for its horizon; for compiled programs."""
     b = len(state.obs)
 
     def fork(n: int) -> Any:
-        return jnp.int32(0), repeated(state, n)
+        return jnp.int32(0), forked(state, n, horizon)
 
     def step(now: Any, parent_bn: jax.Array, action_bn: jax.Array) -> Any:
         at, state = now
@@ -138,7 +149,7 @@ def rollout(
 ) -> Imagined:
     """As `imagine`, of a state with room for the steps; for compiled programs."""
     b, n, h = actions_bnh.shape
-    state = repeated(state, n)
+    state = forked(state, n, h)
     given = None if frames is None else jnp.moveaxis(frames.reshape(b * n, h, *frames.shape[3:]), 1, 0)
 
     def step(state: WorldState, now: Any) -> Any:
@@ -175,8 +186,9 @@ def advance(
     return after, {"reward": reward, "done": done, "units": unit}
 
 
-def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> WorldState:
-    """As `observe`, of a state with room for the frames; for compiled programs."""
+def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple[WorldState, jax.Array]:
+    """As `observe`, of a state with room for the frames, for compiled programs; and how many units there was no room
+    for, i32 []."""
     t = episode.obs.shape[1]
     count = jnp.sum(episode.segments > 0, axis=1, dtype=jnp.int32)
     index = jnp.arange(t, dtype=jnp.int32)[None]
@@ -186,12 +198,18 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> World
     at = jnp.maximum(count - 1, 0).reshape(-1, *[1] * (episode.obs.ndim - 1))
     obs = jnp.take_along_axis(episode.obs, at, axis=1)[:, 0]
     units = state.units + jnp.sum(aux["boundaries"][0], axis=1, dtype=jnp.int32)
-    return settled(WorldState(cache, obs, cache.length + 1, units))
+    return settled(WorldState(cache, obs, cache.length + 1, units)), aux["lost"]
 
 
-def repeated(state: WorldState, n: int) -> WorldState:
-    """n copies of every row, one beside the other."""
-    return taken(state, jnp.repeat(jnp.arange(len(state.obs)), n))
+def forked(state: WorldState, n: int, room: int) -> WorldState:
+    """n futures of every row, one beside the other, with room for so many frames each. They share what full-attention
+    layers hold (`kvcache.branch`); everything else is small, and copied."""
+
+    def one(layer: Any, length_b: jax.Array, axis: int) -> Any:
+        return branch.of(layer, n, room, length_b, axis) if isinstance(layer, DenseLayer) else None
+
+    others = (jnp.repeat(x, n, axis=0) for x in (state.obs, state.length, state.units))
+    return settled(WorldState(memory.fork(state.cache, n, one), *others))
 
 
 def taken(state: WorldState, index: jax.Array) -> WorldState:
@@ -226,7 +244,7 @@ def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _observe(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> WorldState:
+def _observe(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple[WorldState, jax.Array]:
     return read(p, state, episode, cfg)
 
 
@@ -239,7 +257,7 @@ def _imagine(
 
 @functools.partial(jax.jit, static_argnames=("planner", "cfg"))
 def _plan(p: Tree, state: WorldState, key: jax.Array, planner: Planner, cfg: WorldConfig) -> Plan:
-    return planner.plan(futures(p, state, cfg), key)
+    return planner.plan(futures(p, state, planner.horizon, cfg), key)
 
 
 def _folded(key: jax.Array | None, at: jax.Array) -> jax.Array | None:

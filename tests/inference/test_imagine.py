@@ -161,3 +161,14 @@ def test_an_hnet_may_read_frames_too():
     p = params.init(jax.random.key(0), hnet.spec(cfg))
     out, _ = hnet.apply(p, jax.tree.map(jnp.asarray, frames()), cfg=cfg)
     assert out.logits.shape == (B, T, 9, 8) and "bytes_per_unit_0" in out.aux["metrics"]
+
+
+def test_futures_share_what_was_seen_before_them(lm, actions, monkeypatch):
+    state = atom_jax.observe(lm, frames(6))
+    shared = atom_jax.imagine(lm, state, actions)
+    sizes = [x.shape for x in jax.tree.leaves(lib.forked(state, 50, H).cache.parts.inside.layers)]
+    assert [shape[1] for shape in sizes if shape[-2:-1] == (H,)] == [50 * B] * 2  # what is stored since
+    assert [shape[1] for shape in sizes if len(shape) == 5 and shape[-2] != H] == [B] * 2
+    monkeypatch.setattr(lib, "forked", lambda state, n, room: lib.taken(state, jnp.repeat(jnp.arange(B), n)))
+    lib._imagine.clear_cache()
+    close(shared, atom_jax.imagine(lm, state, actions))

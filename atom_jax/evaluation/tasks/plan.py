@@ -155,11 +155,13 @@ def _play(
 ) -> tuple[dict[str, jax.Array], tuple]:
     """The sums of what all plans took; (success, wrong: bool [b]; main steps at first steps and at others)."""
 
+    roomy = dataclasses.replace(cfg, chunking=tuple(dataclasses.replace(c, capacity=1.0) for c in cfg.chunking))
+
     def think(mind: WorldState, real: Any, key: jax.Array) -> Futures:
-        return imagine.futures(p, mind, cfg)
+        return imagine.futures(p, mind, planner.horizon, cfg)
 
     def notice(mind: WorldState, actions: jax.Array, led: Any) -> WorldState:
-        return imagine.read(p, mind, imagine.after(mind, actions, led.obs), cfg)
+        return imagine.read(p, mind, imagine.after(mind, actions, led.obs), roomy)[0]
 
     done = play(env, planner, key, last, imagine.settled(state), think, notice)
     stats = done.plans.stats
