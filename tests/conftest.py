@@ -32,7 +32,7 @@ SLOW = (
     "checkpoint/test_hnet_hf.py", "checkpoint/test_shipped_adapters.py", "chunking/rules/test_own_rule.py",
     "chunking/rules/test_predictor.py", "chunking/rules/test_rule_properties.py",
     "chunking/test_pools_and_upsamplers.py", "configs", "contract/test_every_policy.py", "contract/test_making.py",
-    "contract/test_programs.py", "contract/test_reading.py",
+    "contract/test_programs.py", "contract/test_reading.py", "data/envs",
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_hyper.py", "evaluation/tasks/test_kv.py",
     "evaluation/test_loglik.py",

@@ -112,23 +112,34 @@ def test_one_iteration_is_shooting_and_the_first_of_equals_is_taken():
     @jax.jit
     def run(key):
         law = planners._law(TABLE)
-        draws = [law.draw(jax.random.fold_in(key, i), law.begin(3), 16) for i in range(2)]
-        still = Cem(16, 3, 4, iterations=2, alpha=1.0)
-        plans = [p.plan(TABLE, key) for p in (Shooting(16, 3), Cem(16, 3, 4, 1), still, Random(3))]
+        drawn = law.draw(jax.random.fold_in(key, 0), law.begin(3), 16)
+        plans = [p.plan(TABLE, key) for p in (Shooting(16, 3), Cem(16, 3, 4, 1), Cem(16, 3, 4, 3), Random(3))]
         actions = jnp.array([[[0, 1, 1], [0, 2, 1], [2, 1, 0]]] * 3)
         equals = planners._best(actions, TABLE.values(actions)[0])[0]
-        return plans, draws, [TABLE.values(a)[0] for a in draws], equals
+        return plans, drawn, equals
 
-    (one, other, still, random), draws, values, equals = jax.device_get(run(jax.random.key(5)))
+    (one, other, third, random), drawn, equals = jax.device_get(run(jax.random.key(5)))
     np.testing.assert_array_equal(one.actions, other.actions)
     np.testing.assert_array_equal(one.value, other.value)
-    # A law that never moves draws like the first one, and the best ever seen is kept.
-    np.testing.assert_allclose(still.value, np.maximum(values[0].max(1), values[1].max(1)), rtol=1e-6)
-    # Row 1: all are worth nothing. Row 2: two are worth the most.
-    np.testing.assert_array_equal(one.actions[1], draws[0][1, 0])
-    np.testing.assert_array_equal(still.actions[1], draws[0][1, 0])
+    # Row 1: all are worth nothing, in later iterations too. Row 2: two are worth the most.
+    np.testing.assert_array_equal(one.actions[1], drawn[1, 0])
+    np.testing.assert_array_equal(third.actions[1], drawn[1, 0])
     assert equals[2].tolist() == [0, 2, 1]
     assert random.stats["futures"] == 1 and random.value[1] == 0
+
+
+def test_a_narrow_tree_keeps_what_can_still_bring_more():
+    """All but action 2 ends it at once. Three futures are kept: those that ended with a little, or that go on."""
+
+    def ends(futures, parent_bn, action_bn):
+        after, reward, _, cost = step(futures, parent_bn, action_bn)
+        return after, reward, ((futures[0] == 0) & (action_bn != 2)), cost
+
+    futures = dataclasses.replace(TABLE, step=ends)
+    hopes = [Tree(3, 3, bound=bound) for bound in (2.0, 0.0)]
+    much, little = jax.jit(lambda key: [p.plan(futures, key) for p in hopes])(jax.random.key(0))
+    assert much.actions[0].tolist() == [2, 0, 1] and little.actions[0, 0] == 1
+    np.testing.assert_allclose([much.value[0], little.value[0]], [GAMMA**2 * 2, 0.5], rtol=1e-6)
 
 
 def test_the_law_moves_to_the_elites_but_not_wholly():
@@ -150,8 +161,17 @@ def test_actions_that_are_numbers():
         return reward, jnp.zeros(reward.shape, bool), {}
 
     futures = Futures(2, 2, True, 1.0, lambda n: None, None, imagine)
-    several = Cem(128, 3, 12, 8), Cem(128, 3, 12, 1), Shooting(128, 3)
-    plan, one, shot = jax.jit(lambda key: [p.plan(futures, key) for p in several])(jax.random.key(0))
+    several = Cem(128, 3, 12, 8), Cem(128, 3, 12, 1), Shooting(128, 3), Cem(128, 3, 12, 2, alpha=1.0)
+
+    @jax.jit
+    def run(key):
+        law = planners._law(futures)
+        again = law.draw(jax.random.fold_in(key, 1), law.begin(3), 128)
+        return [p.plan(futures, key) for p in several], futures.values(again)[0].max(1)
+
+    (plan, one, shot, still), again = run(jax.random.key(0))
+    # A law that does not move draws as it began.
+    np.testing.assert_allclose(still.value, jnp.maximum(shot.value, again), rtol=1e-5)
     assert plan.actions.shape == (2, 3, 2) and float(jnp.abs(plan.actions).max()) <= 1
     np.testing.assert_allclose(plan.actions, np.tile(np.clip(goal, -1, 1), (2, 1, 1)), atol=0.2)
     assert (plan.value > shot.value).all() and (plan.value < -0.25 + 1e-6).all()

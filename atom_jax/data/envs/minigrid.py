@@ -30,8 +30,12 @@ class State:
 class Minigrid(Environment):
     """world: its name in the package. view: cells of a side that the agent sees, odd; it is in the middle of the
     nearest row. A cell is two classes, what is there and its colour. acts: how many of the actions 0 forward,
-    1 right, 2 left, 3 pick up, 4 put down, 5 toggle there are; Memory needs the first three. forward: the share of
-    forward among the actions of `behave`, the others being drawn uniformly.
+    1 right, 2 left, 3 pick up, 4 put down, 5 toggle there are; Memory needs the first three.
+
+    The actions of `behave` are forward with probability `forward`, and else as everywhere. But by chance alone hardly
+    anybody sees both ends of Memory's corridor: with `tour` they begin by turning round, going to the left end, where
+    the object to be remembered lies, going to the right end, and looking left. That takes `touring` actions; then one
+    of two objects is in sight, and the agent should step towards the one that is like the first.
 
     The reward is the package's, 1 - 0.9 frames / most frames where the goal is reached. Unlike there, the world
     stands still after the end.
@@ -41,13 +45,13 @@ class Minigrid(Environment):
     view: int = 3
     acts: int = 3
     forward: float = 0.6
-    frames: int = 64
+    tour: bool = True
 
     name: ClassVar[str] = "minigrid"
     classes: ClassVar[int] = 13
 
     def __post_init__(self):
-        config.check(self, view=(3, 31), acts=(1, 6), forward=(0, 1), frames=(1, 2**20))
+        config.check(self, view=(3, 31), acts=(1, 6), forward=(0, 1))
         if self.view % 2 == 0:
             raise AtomError(f"view: expected an odd number of cells, got {self.view}")
         # Not later: what the package makes when it is imported must not be part of a program that is being traced.
@@ -62,6 +66,16 @@ class Minigrid(Environment):
     def shape(self) -> tuple[int, int, int]:
         """See `Environment.shape`."""
         return self.view, self.view, 2
+
+    @property
+    def touring(self) -> int:
+        """Actions of the tour, 0 without one."""
+        return len(self._tour())
+
+    @property
+    def frames(self) -> int:
+        """The tour, and nine actions."""
+        return self.touring + 10 if self.tour else 64
 
     def reset(self, key: jax.Array) -> tuple[State, jax.Array]:
         """See `Environment.reset`."""
@@ -80,10 +94,16 @@ class Minigrid(Environment):
         return State(inner, state.over | done, jnp.zeros((), bool)), inner.observation, reward, done
 
     def behave(self, key: jax.Array, frames: int) -> jax.Array:
-        """See `Environment.behave`; actions are forward more often."""
+        """See `Environment.behave`, and above."""
         ahead, others = jax.random.split(key)
         drawn = super().behave(others, frames)
-        return jnp.where(jax.random.uniform(ahead, (frames,)) < self.forward, 0, drawn)
+        drawn = jnp.where(jax.random.uniform(ahead, (frames,)) < self.forward, 0, drawn)
+        return jnp.concatenate([jnp.array(self._tour(), drawn.dtype), drawn])[:frames]
+
+    def _tour(self) -> list[int]:
+        """Where the agent is does not matter: it goes until it meets a wall."""
+        long = _made(self.world, self.view)[1].width - 3
+        return [1, 1, *[0] * long, 1, 1, *[0] * long, 2] if self.tour else []
 
     def render(self, obs: Any) -> np.ndarray:
         """See `Environment.render`: what the agent sees from where it is, below in the middle, looking up."""
@@ -92,7 +112,8 @@ class Minigrid(Environment):
         cells, v = np.asarray(obs).tolist(), self.view
         agent = v - 1, v // 2
         tile = lambda r, c: render_tile(tuple(cells[r][c]), 0 if (r, c) == agent else None, tile_size=16)  # noqa: E731
-        return np.concatenate([np.concatenate([tile(r, c) for c in range(v)], 1) for r in range(v)], 0)
+        picture = np.concatenate([np.concatenate([tile(r, c) for c in range(v)], 1) for r in range(v)], 0)
+        return np.rint(picture).astype(np.uint8)
 
 
 @functools.lru_cache
