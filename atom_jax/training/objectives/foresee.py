@@ -85,7 +85,9 @@ class Foresee(Objective):
         if params is None or self.only_local or not (isinstance(rule, Surprise) and rule.target):
             return params, []
         batch = self.batch(next(data))
-        find = jax.jit(lambda p, batch: surprise.calibrated(_local_nats(p, _made(batch, setting), cfg).ravel(), rule))
+        find = jax.jit(
+            lambda p, batch: surprise.calibrated(_local_nats(p, _made(batch, setting)[0], cfg).ravel(), rule)
+        )
         tau = find(params, batch)
         stage = params["stage0"]
         rule_p = stage["rule"] | {"tau": jax.device_put(tau, places["stage0"]["rule"]["tau"])}
@@ -96,31 +98,38 @@ class Foresee(Objective):
         """Which episodes."""
         return Numbers(rows["number"], rows["stream"], rows["loss_mask"])
 
+    def counts(self, batch: Numbers, setting: Setting) -> jax.Array | None:
+        """f32 [3]: steps that bring nothing, a reward, and an end without one; None of a batch that is one part."""
+        return None if setting.exp.optim.accumulate == 1 else _counted(_made(batch, setting)[0], batch.loss_mask)
+
     def loss(
         self, params: Any, batch: Numbers, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
     ) -> Sums:
-        """A part's rewards are weighed among themselves. learned: frame and local (nats per frame), outcome_right (of
-        rewards and ends), secret_right, and what the model says about its units."""
-        frames, secret, since = _made(batch, setting)
-        cfg, targets = setting.exp.model, jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        """learned: frame and local (nats per frame), outcome_right (of rewards and ends), secret_right, and what the
+        model says about its units."""
+        made, cfg = _made(batch, setting), setting.exp.model
+        (frames, secret, since), mask = made, batch.loss_mask.astype(jnp.float32)
+        targets, ahead = jnp.sum(mask), mask[:, :-1]
+        pair = lambda x: jnp.stack([x, targets])  # noqa: E731
         if self.only_local:
-            nats = jnp.sum(_local_nats(params, (frames, secret, since), cfg))
-            return Sums(nats, nats, targets.astype(jnp.int32), None, {"local": jnp.stack([nats, targets])})
+            nats = jnp.sum(_local_nats(params, frames, cfg) * ahead)
+            return Sums(nats, nats, targets.astype(jnp.int32), None, {"local": pair(nats)})
         x_bte, _, aux = world.hidden(params, frames, cfg=cfg, key=key)
         found, port = world.outputs(params, x_bte, cfg=cfg), ports.of(cfg)
-        ahead = frames.obs[:, 1:]
-        nats, local = (jnp.sum(port.nll(x[:, :-1], ahead, cfg)) for x in (found.frame, found.local))
-        outcome, right = _outcome(found, frames, cfg, self.rarest)
+        nats, local = (
+            jnp.sum(port.nll(x[:, :-1], frames.obs[:, 1:], cfg) * ahead) for x in (found.frame, found.local)
+        )
+        whole = _counted(frames, mask) if counts is None else counts
+        weight = jnp.minimum(jnp.max(whole) / jnp.maximum(whole, 1.0), self.rarest)
+        outcome, right = _outcome(found, frames, mask, weight)
         loss = nats + self.local * local + self.outcome * outcome + aux["loss"] * targets
-        pair = lambda x: jnp.stack([x, targets])  # noqa: E731
         learned = {"frame": pair(nats), "local": pair(local), "outcome_right": right}
         if cfg.secrets:
-            known = (frames.positions >= since[:, None]).astype(jnp.float32)
-            log = jax.nn.log_softmax(found.secret)
-            said = jnp.take_along_axis(log, jnp.maximum(secret, 0)[:, None, None], axis=-1)[..., 0]
+            known = mask * (frames.positions >= since[:, None])
+            said = jnp.take_along_axis(jax.nn.log_softmax(found.secret), secret[:, None, None], axis=-1)[..., 0]
             loss -= self.secret * jnp.sum(said * known)
-            hit = (jnp.argmax(found.secret, -1) == secret[:, None]) * known
-            learned["secret_right"] = jnp.stack([jnp.sum(hit), jnp.sum(known)])
+            hits = jnp.sum((jnp.argmax(found.secret, -1) == secret[:, None]) * known)
+            learned["secret_right"] = jnp.stack([hits, jnp.sum(known)])
         more = {name.replace("bytes_per_unit", "frames_per_unit"): x for name, x in aux["metrics"].items()}
         return Sums(loss, nats, targets.astype(jnp.int32), None, learned | more)
 
@@ -130,38 +139,48 @@ class Foresee(Objective):
 
 
 def _made(batch: Numbers, setting: Setting) -> tuple[Frames, jax.Array, jax.Array]:
-    """The episodes of a batch; i32 [b] each: what each hides, and the frame from which on that stays as it is."""
+    """The episodes of a batch; i32 [b] each: what each hides (0 where nothing is hidden yet), and the frame from
+    which on that stays as it is."""
     env, frames = envs.parse(numbered.world_of(setting.exp.data)), batch.loss_mask.shape[1]
 
     def one(stream: jax.Array, number: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.key(stream), number)
         found, last = jax.tree.map(lambda x: x[0], envs.episodes(env, key, 1, frames))
-        return found, *env.secret(last)
+        secret, since = env.secret(last)
+        return found, jnp.maximum(secret, 0), since
 
     return jax.vmap(one)(batch.stream, batch.number)
 
 
-def _local_nats(params: Any, made: tuple, cfg: WorldConfig) -> jax.Array:
+def _local_nats(params: Any, frames: Frames, cfg: WorldConfig) -> jax.Array:
     """Nats f32 [b, t - 1] that every frame but the first takes to foretell locally."""
-    frames = made[0]
     prediction = world.local(params, frames, cfg=cfg)
     return ports.of(cfg).nll(prediction[:, :-1], frames.obs[:, 1:], cfg)
 
 
-def _outcome(found: world.Foresight, frames: Frames, cfg: WorldConfig, rarest: float) -> tuple[jax.Array, jax.Array]:
-    """The loss f32 [] of what steps bring, summed over frames; and of those that bring something, how many are
-    foretold, f32 [2] with their number."""
-    if cfg.reward == "scalar":
-        end = frames.done.astype(jnp.float32)
+def _kinds(frames: Frames) -> jax.Array:
+    """f32 [b, t, 3]: one of `world.config.NOTHING`, REWARD and END, what each step brings."""
+    return jax.nn.one_hot(jnp.where(frames.reward > 0, REWARD, jnp.where(frames.done, END, NOTHING)), 3)
+
+
+def _counted(frames: Frames, mask_bt: jax.Array) -> jax.Array:
+    """How many steps there are of each kind, f32 [3]."""
+    return jnp.sum(_kinds(frames) * mask_bt[:, :, None], axis=(0, 1))
+
+
+def _outcome(
+    found: world.Foresight, frames: Frames, mask_bt: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss f32 [] of what steps bring, summed over frames, with the weights f32 [3] of its kinds; and of the
+    steps that bring something, how many are foretold, f32 [2] with their number."""
+    kinds = _kinds(frames)
+    rare = mask_bt * (1 - kinds[..., NOTHING])
+    if found.outcome.shape[-1] == 2:
         value, logit = found.outcome[..., 0], found.outcome[..., 1]
+        end = frames.done.astype(jnp.float32)
         loss = jnp.square(value - frames.reward) + jax.nn.softplus(logit) - end * logit
-        right = jnp.sum((logit > 0) * end)
-        return jnp.sum(loss), jnp.stack([right, jnp.sum(end)])
-    kind = jnp.where(frames.reward > 0, REWARD, jnp.where(frames.done, END, NOTHING))
-    one = jax.nn.one_hot(kind, 3)
-    count = jnp.sum(one, axis=(0, 1))
-    weight = jnp.minimum(jnp.max(count) / jnp.maximum(count, 1.0), rarest)
-    loss = -jnp.sum(one * jax.nn.log_softmax(found.outcome) * weight[None, None])
-    rare = (kind != NOTHING).astype(jnp.float32)
-    right = jnp.sum((jnp.argmax(found.outcome, -1) == kind) * rare)
-    return loss, jnp.stack([right, jnp.sum(rare)])
+        right = (logit > 0) & frames.done
+    else:
+        loss = -jnp.sum(kinds * jax.nn.log_softmax(found.outcome) * weight[None, None], axis=-1)
+        right = jnp.argmax(found.outcome, -1) == jnp.argmax(kinds, -1)
+    return jnp.sum(loss * mask_bt), jnp.stack([jnp.sum(right * rare), jnp.sum(rare)])

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import atom_jax
-from atom_jax import params
+from atom_jax import config, params
 from atom_jax.checkpoint import store
 from atom_jax.data import vocabulary
 from atom_jax.kvcache.dms import DMS
@@ -18,7 +18,7 @@ from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
 from atom_jax.transfer.byteify import Stage1
 from atom_jax.typing import LM
-from configs import bolmo
+from configs import bolmo, world
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -64,6 +64,8 @@ def example(source, tmp_path_factory):
                 byteify=cls(source=str(source), imitate=Stage1(depth=1)),
             )  # fmt: skip
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
+        if name == "foresee":
+            return config.override(world.tiny(), [*settings, *(f"first.{s}" for s in settings)])
         return dataclasses.replace(exp, objective=cls())
 
     return build
