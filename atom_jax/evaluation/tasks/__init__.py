@@ -12,6 +12,7 @@ from atom_jax.data.fetch import evaldata
 from atom_jax.evaluation.tasks.bpb import TextBpb
 from atom_jax.evaluation.tasks.characters import Characters
 from atom_jax.evaluation.tasks.choice import Choice
+from atom_jax.evaluation.tasks.frames import Foretold
 from atom_jax.evaluation.tasks.gold import Gold
 from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.kv import Kv
@@ -54,6 +55,7 @@ TASKS: dict[str, Task | Runner] = {
     "hyper": Hyper(),
     "lasting": Lasting(),
     "plan": Planning(),
+    "frames": Foretold(),
 }
 
 
