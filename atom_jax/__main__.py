@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import atom_jax
 from atom_jax import terminal
-from atom_jax.commands import images, lasting, models, reports, running, serving, writing
+from atom_jax.commands import images, lasting, models, reports, running, serving, worlds, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
@@ -23,6 +23,8 @@ USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
   serve     --checkpoint=PATH                 answer many at once over the OpenAI HTTP interface
   units     --checkpoint=PATH --text=TEXT     a text cut into the model's units
   tokens    --checkpoint=PATH --image=FILE    codes of an image, as many as it needs
+  imagine   --checkpoint=PATH --actions=1,1,0 what actions would lead to, as a model of a world has it
+  plan      --checkpoint=PATH --env=NAME      watch a world, plan by imagining, act
   memory    --checkpoint=PATH --text=TEXT     the tokens that each head keeps, of models with learned evictors
   remember  --checkpoint=PATH --memory_dir=DIR FILE...  read texts into a memory on disk
   recall    --checkpoint=PATH --memory_dir=DIR --prompt=TEXT  what of it a prompt looks at
@@ -100,6 +102,8 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "units": reports.units,
         "memory": reports.memory,
         "tokens": images.tokens,
+        "imagine": worlds.imagine,
+        "plan": worlds.plan,
     }
 
 

@@ -91,9 +91,9 @@ def shardings(spec: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] = RULES) 
 
 
 def filled(paths: Iterable[str], given: dict[str, Any]) -> Any:
-    """A tree of the shardings that are given by path; what is left out there lies whole on every device of the
-    embedding's mesh."""
-    spread = given["embed"]
+    """A tree of the shardings that are given by path; what is left out there lies whole on every device of
+    their mesh."""
+    spread = next(iter(given.values()))
     if isinstance(spread, NamedSharding):
         spread = NamedSharding(spread.mesh, P())
     return params_lib.unflatten({path: given.get(path, spread) for path in paths})

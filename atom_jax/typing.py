@@ -63,6 +63,10 @@ class Batch:
     suffix: Suffix | None = None
 
 
+# What a kind of model is about.
+TEXTS, FRAMES, IMAGES = "texts", "frames", "images"
+
+
 @struct.dataclass
 class Frames:
     """A batch of streams of frames. Position t carries frame o_t and action a_t, which leads to o_{t+1}; the targets

@@ -34,7 +34,7 @@ from atom_jax.checkpoint.steps import Newest, complete, steps
 from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.params import Tree
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import FRAMES, LM, AtomError
 
 MODEL_FILE = "model.json"
 TREES, NOTES = ("params", "ema", "opt"), ("data", "config")
@@ -195,8 +195,9 @@ def save_model(directory: str | pathlib.Path, lm: LM) -> None:
     with _sentence(f"{path} could not be saved"), staged(path) as staging:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging / "params", lm.params)
-        lm.tokenizer.save(staging)
-        note = {"model": config.to_json(lm.config), "tokenizer": lm.tokenizer.name}
+        if lm.tokenizer is not None:
+            lm.tokenizer.save(staging)
+        note = {"model": config.to_json(lm.config), "tokenizer": lm.tokenizer.name if lm.tokenizer else ""}
         (staging / MODEL_FILE).write_text(json.dumps(note, indent=1))
         checksums.write(staging)
 
@@ -293,7 +294,7 @@ def _candidates(path: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def _about(step: pathlib.Path) -> tuple[Any, Any]:
-    """(model configuration, tokenizer) of one of `_candidates`."""
+    """(model configuration, tokenizer, None for worlds) of one of `_candidates`."""
     if (step / MODEL_FILE).exists():
         note, home = read_json(step / MODEL_FILE), step
     else:
@@ -305,7 +306,8 @@ def _about(step: pathlib.Path) -> tuple[Any, Any]:
         model, name = config.from_json(object, note["model"], f"{step}: model"), note["tokenizer"]
     except (KeyError, TypeError):
         raise AtomError(f"{step}: no model and tokenizer are named there") from None
-    registry.kind(model)
+    if registry.kind(model).reads == FRAMES:
+        return model, None
     if not isinstance(name, str):
         raise AtomError(f"{step}: tokenizer: expected a name, got {str(name)[:100]!r}")
     # A run keeps a copy of its tokenizer, whatever became of the original.

@@ -31,6 +31,8 @@ class Seen:
     ids:    i32 [b, t] token ids; in deeper stages, whose positions are chunks, `Plan.ids` of these; or None.
     marks:  bool [b, t] unit ends that the data supplies (targets of supervised rules), or None.
     key:    PRNG key while training; None turns noise off.
+    changed: f32 [b, t] share of what a position holds that differs from the one before, 1 of a document's first;
+            None where that means nothing.
     deep:   static: the positions are chunks.
     """
 
@@ -39,6 +41,7 @@ class Seen:
     ids: jax.Array | None = None
     marks: jax.Array | None = None
     key: jax.Array | None = None
+    changed: jax.Array | None = None
     deep: bool = struct.field(pytree_node=False, default=False)
 
 

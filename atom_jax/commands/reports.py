@@ -53,18 +53,25 @@ def fairness(argv: list[str]) -> None:
 
 
 def units(argv: list[str]) -> None:
-    """Shows the units of a text. argv: the command and its arguments. Raises AtomError for bad input."""
+    """Shows the units of a text or of an episode. argv: the command and its arguments. Raises AtomError for bad
+    input."""
     known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text with the units that the model makes of it.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "text", None, "the text")
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
-    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries in")
+    known.add(flags.DEFINE_string, "episode", None, "instead of a text, for world models: the world, such as watch")
+    known.add(flags.DEFINE_integer, "length", 0, "with --episode: frames that are watched (0: as many as usual)")
+    known.add(flags.DEFINE_integer, "seed", 0, "with --episode: which one")
+    known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries, or the frames, in")
     known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
     if values.color not in ("auto", "always", "never"):
         raise AtomError(f"--color={values.color}: expected auto, always or never")
+    if values.episode is not None:
+        _episode(values)
+        return
     text = text_of(values.text, values.file)
 
     from atom_jax.checkpoint import load
@@ -84,6 +91,23 @@ def units(argv: list[str]) -> None:
     number, length, before = found.windows
     if number > 1:
         print(f"read in {number} windows of {length} tokens, with {before} or more before each", file=sys.stderr)
+
+
+def _episode(values: flags.FlagValues) -> None:
+    """The units of an episode."""
+    if values.text is not None or values.file is not None:
+        raise AtomError("--episode is a world: leave out --text and --file")
+
+    from atom_jax.checkpoint import load
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import frame_strip, worlds
+
+    if values.out is not None:
+        picture.check_name(values.out)
+    strip = worlds.seen(load(values.checkpoint), values.episode, values.length, values.seed)
+    if values.out is not None:
+        frame_strip.draw(strip, values.out)
+    print(frame_strip.render(strip))
 
 
 def memory(argv: list[str]) -> None:

@@ -31,6 +31,8 @@ class DataConfig:
         "image:shapes", "image:glyphs", "image:digits", "image:FILE.npz"  images, each of which is a document of the
                       bytes of its pixels (data/images), for tokenizers of images; "image:shapes:size=32:most=9"
         "labelled:digits", "labelled:numerals"  images with their classes (data/images/labelled.py)
+        "env:watch"   episodes of a world (data/envs), made as they are needed; "env:watch:least=4,most=6" changes it;
+                      seq_len is in frames
         "tfds:DIR"    a prepared tensorflow-datasets directory in array_record format, its feature "text";
                       "tfds:DIR#name" reads another
     weights: the share of the text (in bytes) that each source contributes; they need not sum to 1.

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grain
 import numpy as np
 
-from atom_jax.data import augment
+from atom_jax.data import augment, numbered
 from atom_jax.data.config import DataConfig
 from atom_jax.data.conversations import conversation_tokens
 from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place, subwords
@@ -42,9 +42,10 @@ _WHOLE = 1 << 62  # bytes of a piece that is a document, however long
 
 def make_iterator(
     cfg: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+) -> grain.DatasetIterator | numbered.NumberedRows:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
-    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns.
+    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns; of a world,
+    of what `NumberedRows` says.
 
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
@@ -58,6 +59,8 @@ def make_iterator(
         raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
     rows = cfg.batch_size // process_count
     numbers = range(process_index * rows, (process_index + 1) * rows)
+    if numbered.is_numbered(cfg):
+        return numbered.NumberedRows(cfg, numbers)
     kind = _SpelledRows if cfg.tokens else _PackedRows
     packed = kind(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
     iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
@@ -83,7 +86,7 @@ def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
     """What is to be said of the text before training: that it is hardly any, and the share of documents that
     `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are."""
     notes, sizes = [], []
-    if pieces > _FEW and not cfg.whole:
+    if numbered.is_numbered(cfg) or (pieces > _FEW and not cfg.whole):
         return notes
     opened = open_pieces(cfg, tokenizer)
     known = [found.corpus.sizes for found in opened if found.corpus.sizes is not None]

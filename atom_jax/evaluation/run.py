@@ -24,7 +24,7 @@ from atom_jax.evaluation.tasks.task import Runner
 from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, TEXTS, AtomError
 
 _LONGEST = 2048
 
@@ -64,7 +64,11 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
     Raises AtomError for unknown tasks, missing data and bad settings.
     """
     check_tasks(names)
-    encoder = make_encoder(lm, cfg)
+    reads = registry.kind(lm.config).reads
+    for name in names:
+        if (about := getattr(TASKS[name], "reads", TEXTS)) != reads:
+            raise AtomError(f"{name}: this task is for models of {about}, and this one reads {reads}")
+    encoder = make_encoder(lm, cfg) if reads == TEXTS else None
     model = fingerprint(lm)
     whole, (lm, mesh) = lm, _place(lm, cfg.mesh)
     results: dict[str, Result] = {}

@@ -260,18 +260,30 @@ def trim(memory: Memory) -> Memory:
 
 def rows(memory: Memory, index_b: jax.Array) -> Memory:
     """The memory of these rows, i32 [n], some perhaps repeatedly. Runs on the host."""
+    pick = lambda a, axis: jnp.take(a, index_b, axis=axis)  # noqa: E731
+    return _map_rows(memory, pick, lambda layer, length_b, axis: layer.rows(index_b, axis))
 
-    def state(x: Any, axis: int = 0) -> Any:
+
+def fork(memory: Memory, n: int, one: Callable[[Layer, jax.Array, int], Layer | None]) -> Memory:
+    """n copies of every row, one beside the other; `one` (layer, tokens i32 [b] in it, axis of its rows) may make
+    something else of a layer, or None."""
+    return _map_rows(memory, lambda a, axis: jnp.repeat(a, n, axis=axis), one)
+
+
+def _map_rows(memory: Memory, array: Callable, layer: Callable[[Layer, jax.Array, int], Layer | None]) -> Memory:
+    """The tree with `layer` of every layer, as in `fork`, and `array` (array, axis of its rows) of all else."""
+
+    def state(x: Any, length_b: jax.Array, axis: int = 0) -> Any:
         if isinstance(x, Stack):
-            return Stack(state(x.states, 1))
-        if isinstance(x, Layer):
-            return x.rows(index_b, axis)
-        return jax.tree.map(lambda a: jnp.take(a, index_b, axis=axis), x)
+            return Stack(state(x.states, length_b, 1))
+        made = layer(x, length_b, axis) if isinstance(x, Layer) else None
+        return jax.tree.map(lambda a: array(a, axis), x) if made is None else made
 
     def of(node: Memory) -> Memory:
-        parts = jax.tree.map(lambda x: x if _is_memory(x) else state(x), node.parts, is_leaf=_is_part)
-        layers = jax.tree.map(state, node.layers, is_leaf=is_state)
-        return node.replace(layers=layers, length=state(node.length), parts=parts)
+        deep = lambda x: x if _is_memory(x) else state(x, node.length)  # noqa: E731
+        parts = jax.tree.map(deep, node.parts, is_leaf=_is_part)
+        layers = jax.tree.map(lambda x: state(x, node.length), node.layers, is_leaf=is_state)
+        return node.replace(layers=layers, length=array(node.length, 0), parts=parts)
 
     return each(of, memory)
 

@@ -20,7 +20,7 @@ from atom_jax.nn import vit
 from atom_jax.params import ParamSpec, Tree, normal, stack
 from atom_jax.reduction.blocks import Reduced, blocks
 from atom_jax.reduction.types import Reduction
-from atom_jax.typing import AtomError
+from atom_jax.typing import IMAGES, AtomError
 
 
 @config.register
@@ -200,4 +200,4 @@ def examples() -> dict[str, CCTConfig]:
     return {"gray": small, "colours": colours}
 
 
-KIND = Kind(name="cct", config=CCTConfig, spec=spec, flops=flops, describe=describe, examples=examples)
+KIND = Kind(name="cct", config=CCTConfig, spec=spec, flops=flops, describe=describe, examples=examples, reads=IMAGES)

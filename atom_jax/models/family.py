@@ -1,4 +1,4 @@
-"""What the library asks of a kind of model: one record (a `Kind`; of language models a `Family`), registered once
+"""What the library asks of a kind of model: one record (a `Kind`; of models of streams a `Family`), registered once
 (`models.registry`), and what their ids mean (`Codec`), which generation, scoring and losses ask for alike."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models.published import Published
 from atom_jax.params import Tree
-from atom_jax.typing import Suffix
+from atom_jax.typing import TEXTS, Suffix
 
 
 class Draw(Protocol):
@@ -86,7 +86,7 @@ class Codec:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of model, whatever it is about.
 
@@ -98,6 +98,7 @@ class Kind:
         as much (four with remat).
     describe(cfg): (label, text) of sizes, positions and memory, for `info`.
     examples(): small configurations by name, which together take every path; for tests.
+    reads: what it is about: TEXTS, FRAMES or IMAGES of `atom_jax.typing`.
     """
 
     name: str
@@ -106,12 +107,15 @@ class Kind:
     flops: Callable[[Any, int], float]
     describe: Callable[[Any], list[tuple[str, str]]]
     examples: Callable[[], Mapping[str, Any]]
+    reads: str = TEXTS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family(Kind):
-    """A kind of language model: its pure functions, and what else differs between kinds.
+    """A kind of model of streams (texts, or the frames of a world), which it reads with a memory: its pure functions,
+    and what else differs between kinds.
 
+    batch: `typing.Batch` of ids, or `typing.Frames`.
     apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
     init_cache(cfg, batch_size, capacity, dtype=None) -> an empty `Memory` with room for so many tokens per row.

@@ -11,12 +11,12 @@ from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
-from atom_jax.models import bolmo, cct, hnet, image_tokens, transformer_family
+from atom_jax.models import bolmo, cct, hnet, image_tokens, transformer_family, world
 from atom_jax.models.family import Family, Kind
 from atom_jax.models.published import Published
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, TEXTS, AtomError
 
-# All kinds, and of them the language models.
+# All kinds, and of them those of texts.
 KINDS: dict[str, Kind] = {}
 FAMILIES: dict[str, Family] = {}
 
@@ -24,11 +24,12 @@ FAMILIES: dict[str, Family] = {}
 def register(kind: Kind) -> None:
     """Makes a kind of model known to everything that works with models."""
     KINDS[kind.name] = kind
-    if isinstance(kind, Family):
+    if kind.reads == TEXTS:
         FAMILIES[kind.name] = kind
 
 
-for _kind in (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, image_tokens.FAMILY, cct.KIND):
+_FAMILIES = (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, world.FAMILY)
+for _kind in (*_FAMILIES, image_tokens.FAMILY, cct.KIND):
     register(_kind)
 
 
@@ -51,15 +52,15 @@ def kind(cfg: Any) -> Kind:
 
 
 def of(cfg: Any) -> Family:
-    """The family of a language model's configuration. Raises AtomError for that of another kind of model too."""
+    """The family of a configuration of a model of streams. Raises AtomError for other kinds of models too."""
     found = kind(cfg)
     if not isinstance(found, Family):
-        raise AtomError(f"the model is of the kind {found.name}, which is no language model")
+        raise AtomError(f"the model is of the kind {found.name}, which reads {found.reads}, one at a time")
     return found
 
 
 def learned(cfg: Any) -> frozenset[str]:
-    """Paths of the parameters that the model's cache policies learn; none of what is no language model."""
+    """Paths of the parameters that the model's cache policies learn; none of what has no memory."""
     family = kind(cfg)
     if not isinstance(family, Family):
         return frozenset()

@@ -10,14 +10,16 @@ import numpy as np
 from atom_jax import config
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, TEXTS, AtomError
 
 
 def check_model(lm: Any) -> None:
-    """Raises AtomError for what is no language model."""
+    """Raises AtomError for what is no model of texts."""
     if not isinstance(lm, LM):
         raise AtomError(f"lm: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
-    registry.of(lm.config)
+    reads = registry.kind(lm.config).reads
+    if reads != TEXTS:
+        raise AtomError(f"the model is of the kind {lm.family}, which reads {reads} and no text")
 
 
 def token_rows(lm: LM, prompts: Any, first: bool) -> list[np.ndarray]:

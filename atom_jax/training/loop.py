@@ -98,7 +98,8 @@ class _Run:
         first = jax.process_index() == 0
         if first:
             with staged(workdir) as staging:
-                program.setting.tokenizer.save(staging)
+                if program.setting.tokenizer is not None:
+                    program.setting.tokenizer.save(staging)
                 (staging / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
         cfg = exp.train
         self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)

@@ -136,6 +136,9 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
         raise AtomError(f"{name} and data.tokens need each other")
     if exp.data.tokens and not exp.objectives[-1].spelled:
         raise AtomError(f"data.tokens is {exp.data.tokens}, but {name} does not read rows of subwords")
+    reads, learns = registry.kind(exp.model).reads, exp.objectives[-1].reads
+    if reads != learns:
+        raise AtomError(f"objective: {name} is about {learns}, but the model reads {reads}")
     if exp.optim.z_loss and not exp.objectives[-1].z_loss:
         raise AtomError(f"optim.z_loss does not go with {name}")
     if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):
@@ -146,7 +149,7 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
             f"data.batch_size {exp.data.batch_size} is not a multiple of {shards} (devices that share a batch) "
             f"times {parts} (optim.accumulate)"
         )
-    if tokenizer.vocab_size > exp.model.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > exp.model.vocab_size:
         raise AtomError(
             f"model.vocab_size {exp.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )

@@ -42,7 +42,7 @@ class Recorder:
             self.restart_clock()
         else:
             self._tokens += int(metrics["tokens"])
-            self._bytes += int(metrics.get("bytes", 0))
+            self._bytes += int(metrics.get("bytes") or 0)
         self._bar.update()
         if step % self._every and step != self._steps:
             return

@@ -17,7 +17,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
 from atom_jax.training.state import shardings
-from atom_jax.typing import AtomError
+from atom_jax.typing import FRAMES, AtomError
 
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
@@ -46,8 +46,10 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
 
 
 def tokenizer(exp: Experiment) -> Any:
-    """The tokenizer that an objective needs, that the experiment names, or that of `init_from`. One that has to be
-    trained is made anew every time; the same text gives the same."""
+    """The tokenizer that an objective needs, that the experiment names, or that of `init_from`; None for worlds. One
+    that has to be trained is made anew every time; the same text gives the same."""
+    if registry.kind(exp.model).reads == FRAMES:
+        return None
     needed = [found for objective in exp.objectives if (found := objective.tokenizer(exp)) is not None]
     if needed:
         return needed[-1]

@@ -23,7 +23,7 @@ def report(notes: Notes, batch: Batch, chunking: tuple[Chunking, ...]) -> dict[s
     memory = {"memory": notes.memory} if any(notes.memory) else {}
     if not notes.units:
         return memory
-    shape, real = batch.ids.shape, batch.segments > 0
+    shape, real = batch.segments.shape, batch.segments > 0
     boundaries, probs, metrics = [], [], {}
     loss, lost, units = jnp.float32(0), jnp.int32(0), jnp.sum(real, dtype=jnp.float32)
     for s, note in enumerate(notes.units):

@@ -65,13 +65,14 @@ class Stage:
 
     chunking: how units are found, pooled and spread. p: the parameters of that ("rule", "pool", "upsample"); with
     "null" in it, every document begins with a unit that holds nothing (the chunk's own vector is the model's).
-    d: width of states, dtype: of what they are pooled to. official: as `make_plan` has it.
+    d: width of states, dtype: of what they are pooled to. official: as `make_plan` has it. foresee: for rules that
+        compare what a position holds with what could be foretold of it (`chunking.rules`).
 
-    encode, decode: (x [b, t, d], layers of the memory or None, Place) -> (states [b, t, d], these layers, and what
+    encode, decode: (x [b, t, ...], layers of the memory or None, Place) -> (states [b, t, d], these layers, and what
         they report, as `Notes.memory` has it).
     inside: (units [b, m, k, d], Boundary, Plan, newest unit [b, k, d], memory or None) -> (units as they come back
         [b, m, k, d], memory, `Notes`).
-    combine: (encoder states [b, t, d], what the positions read [b, t, d], Boundary) -> decoder inputs [b, t, d].
+    combine: (encoder states [b, t, d], what the positions read [b, t, d], Boundary) -> decoder inputs [b, t, e].
     """
 
     chunking: Chunking
@@ -83,6 +84,7 @@ class Stage:
     combine: Callable[[jax.Array, jax.Array, Boundary], jax.Array]
     decode: Callable[..., tuple[jax.Array, Any, dict[str, tuple]]]
     official: bool = False
+    foresee: Callable[[jax.Array], jax.Array] | None = None
 
 
 def run(
@@ -114,7 +116,7 @@ def run(
     if ahead is not None:
         place = Place.after(memory, seen, ahead.behind)
     with jax.named_scope("decoder"):
-        x_btd, decoder, more = stage.decode(y_btd.reshape(h_btd.shape), decoder, place)
+        x_btd, decoder, more = stage.decode(y_btd.reshape(*h_btd.shape[:2], -1), decoder, place)
     said = {name: (*said.get(name, ()), *more.get(name, ())) for name in said | more}
     notes = notes._replace(memory=(said, *notes.memory))
     if memory is None:
@@ -135,7 +137,7 @@ def _decide(
     ahead = place.length is not None and rules.looks_ahead(cfg)
     if ahead and not place.fresh:
         seen = _after(parts.latest, seen, place)
-    boundary, state = rules.of(cfg).apply(stage.p.get("rule", {}), seen, parts.rule, cfg=cfg)
+    boundary, state = rules.apply(stage.p.get("rule", {}), seen, parts.rule, cfg=cfg, foresee=stage.foresee)
     if ends_bt is not None:
         extra = seen.h.shape[1] - ends_bt.shape[1]
         ends_bt = jnp.pad(ends_bt, ((0, 0), (extra, 0)))

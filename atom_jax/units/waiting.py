@@ -77,7 +77,7 @@ def _decide(
     cfg, parts = stage.chunking.rule, memory.parts
     rule, latest = rules.of(cfg), parts.latest
     if latest.undecided is None:
-        boundary, state = rule.apply(stage.p.get("rule", {}), seen, parts.rule, cfg=cfg)
+        boundary, state = rules.apply(stage.p.get("rule", {}), seen, parts.rule, cfg=cfg, foresee=stage.foresee)
         # Only probabilities are needed from here on.
         return boundary.replace(logit=None, hard=None, loss=None), parts.replace(rule=state), seen
     new, here = seen.tokens.segments > 0, (live_b & ~latest.on)[:, None]

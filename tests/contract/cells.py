@@ -32,11 +32,12 @@ DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
 
 
 def by_name() -> dict[str, Any]:
-    """The examples of all families, and one of each way to find, pool or spread units that none of them takes."""
+    """The examples of all families of texts, and one of each way to find, pool or spread units that none of them
+    takes."""
     found = {f"{f.name}-{name}": cfg for f in registry.FAMILIES.values() for name, cfg in f.examples().items()}
     taken = [c for cfg in found.values() for c in getattr(cfg, "chunking", ())]
     for rule, parts in rules.RULES.items():
-        if rule not in [type(c.rule) for c in taken]:
+        if rule not in [type(c.rule) for c in taken] and not rules.for_frames(rule()):
             pool = "first" if parts.KIND == START else "mean"
             found[f"hnet-{rule.__name__.lower()}"] = small_hnet({"rule": rule(), "pool": pool})
     for pool in pooling.POOLS:

@@ -9,6 +9,10 @@ LOOKS_AHEAD = True: a position is decided with a look at the state of the next o
 the last position of a call it says that no unit ends there, and who reads further has it decide on that one again.
 Generation can't wait for the next position, so ids have to say where units end (`models.bolmo`).
 
+FRAMES = True: a rule for frames, whose `Seen.changed` it may look at. FORESEES = True: `apply` is also given
+`foresee`, which says from the states f32 [b, t, d] of the positions before how many nats f32 [b, t] it took to
+foretell what each position holds.
+
 `late(cfg)`: the option because of which the rule has a loss that needs the model's own output, "" without one; then
 `late_loss(boundary, entropy_bt, tokens, *, cfg)` is that loss, f32 [], from what `apply` found (but its loss) and the
 entropies f32 [b, t], in nats, of the model's distribution of the token after each position.
@@ -16,9 +20,13 @@ entropies f32 [b, t], in nats, of the model's distribution of the token after ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from atom_jax.chunking.rules import cosine, entropy, fixed, lookahead, predictor, spaces, symbol
+import jax
+
+from atom_jax.chunking.rules import change, cosine, entropy, fixed, lookahead, predictor, spaces, surprise, symbol
+from atom_jax.chunking.types import Boundary, Seen, Tree
 from atom_jax.typing import AtomError
 
 # From the class of a configuration to the rule.
@@ -30,6 +38,8 @@ RULES: dict[type, Any] = {
     fixed.Fixed: fixed,
     symbol.Symbol: symbol,
     lookahead.Lookahead: lookahead,
+    surprise.Surprise: surprise,
+    change.Change: change,
 }
 
 
@@ -55,3 +65,17 @@ def late(cfg: Any) -> str:
     """The option because of which a rule's loss needs the model's own output, "" without one."""
     found = getattr(of(cfg), "late", None)
     return "" if found is None else found(cfg)
+
+
+def for_frames(cfg: Any) -> bool:
+    """Whether a rule is for frames alone."""
+    return getattr(of(cfg), "FRAMES", False)
+
+
+def apply(
+    p: Tree, seen: Seen, state: Any, *, cfg: Any, foresee: Callable[[jax.Array], jax.Array] | None = None
+) -> tuple[Boundary, Any]:
+    """What the rule of a configuration marks, and its state; foresee: of the model, for rules that ask for it."""
+    rule = of(cfg)
+    extra = {"foresee": foresee} if getattr(rule, "FORESEES", False) else {}
+    return rule.apply(p, seen, state, cfg=cfg, **extra)

@@ -21,12 +21,13 @@ class Environment:
     before don't tell. What chance decides comes from the keys alone.
 
     name: as in "name:field=value". continuous: actions are f32 [actions] in [-1, 1] instead of one of `actions`.
-    palette: u8 [classes][3], the colours of classes in pictures.
+    palette: u8 [classes][3], the colours of classes in pictures. secrets: values of what the world hides, or 0.
     """
 
     name: ClassVar[str] = ""
     continuous: ClassVar[bool] = False
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()
+    secrets: ClassVar[int] = 0
 
     @property
     def actions(self) -> int:
@@ -67,6 +68,10 @@ class Environment:
             actions = jax.random.randint(draw, (frames,), 0, self.actions)
         fresh = jax.random.uniform(hold, (frames,)) >= 0.4
         return actions[jax.lax.cummax(jnp.where(fresh, jnp.arange(frames), 0))]
+
+    def secret(self, state: Any) -> tuple[jax.Array, jax.Array]:
+        """i32 [] each: what the world hides in a state, one of `secrets`, and the frame from which on it stays so."""
+        return jnp.int32(0), jnp.int32(0)
 
     def render(self, obs: Any) -> np.ndarray:
         """A frame as a picture, u8 [height, width, 3]; cells are 8 pixels wide. Runs on the host."""

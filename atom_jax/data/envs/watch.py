@@ -70,6 +70,7 @@ class Watch(Environment):
 
     name: ClassVar[str] = "watch"
     actions: ClassVar[int] = 4
+    secrets: ClassVar[int] = 4
     classes: ClassVar[int] = 8
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = (
         (245, 245, 240), (70, 70, 80), (40, 110, 200), (200, 190, 170), (250, 190, 30), (150, 200, 150),
@@ -148,6 +149,10 @@ class Watch(Environment):
             state.walls, agent, state.go, state.first, t, treasure, jnp.where(flash, pad, shown), over, event
         )
         return state, self._seen(state), (done & on[treasure]).astype(jnp.float32), done
+
+    def secret(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """The treasure's pad, and the frame of `go`."""
+        return state.treasure, state.go
 
     def way(self, state: State, within: int = 6) -> Way:
         """The oracle: a shortest way from the agent to the treasure that steps on no other pad."""

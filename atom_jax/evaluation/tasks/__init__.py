@@ -12,11 +12,13 @@ from atom_jax.data.fetch import evaldata
 from atom_jax.evaluation.tasks.bpb import TextBpb
 from atom_jax.evaluation.tasks.characters import Characters
 from atom_jax.evaluation.tasks.choice import Choice
+from atom_jax.evaluation.tasks.frames import Foretold
 from atom_jax.evaluation.tasks.gold import Gold
 from atom_jax.evaluation.tasks.hyper import Hyper
 from atom_jax.evaluation.tasks.images import ImageTokens
 from atom_jax.evaluation.tasks.kv import Kv
 from atom_jax.evaluation.tasks.lasting import Lasting
+from atom_jax.evaluation.tasks.plan import Planning
 from atom_jax.evaluation.tasks.reduction import Reducing
 from atom_jax.evaluation.tasks.task import Runner, Task
 from atom_jax.sharding import MeshConfig
@@ -56,6 +58,8 @@ TASKS: dict[str, Task | Runner] = {
     "lasting": Lasting(),
     "images": ImageTokens(),
     "reduction": Reducing(),
+    "plan": Planning(),
+    "frames": Foretold(),
 }
 
 

@@ -19,7 +19,7 @@ from atom_jax.evaluation.metrics import Metric, Result, columns, mean
 from atom_jax.inference import image_tokens as lib
 from atom_jax.inference.image_tokens import Offers
 from atom_jax.models.image_tokens import ImageTokensConfig
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import IMAGES, LM, AtomError
 
 # Of what SSIM compares, and what keeps it finite (Wang et al., 2004, for pixels in [0, 1]).
 _SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2
@@ -52,8 +52,9 @@ class ImageTokens:
     tokens."""
 
     settings = ImagesSettings()
+    reads = IMAGES
 
-    def run(self, lm: LM, settings: ImagesSettings, encoder: Encoder, out: pathlib.Path | None) -> Result:
+    def run(self, lm: LM, settings: ImagesSettings, encoder: Encoder | None, out: pathlib.Path | None) -> Result:
         """Also draws OUT.png: some images, from simple to complex ones."""
         lib.check(lm, "--checkpoint")
         if settings.split not in SPLITS:

@@ -25,7 +25,7 @@ from atom_jax.evaluation.tasks import source_maps
 from atom_jax.evaluation.tasks.kv import joined
 from atom_jax.models import cct
 from atom_jax.reduction.tome import ToMe, schedule
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import IMAGES, LM, AtomError
 
 _ALL = (
     "random", "random:merge=true", "kth", "pool", "kmeans", "hiprune:deep_layer=-1", "globalcom2", "todre",
@@ -90,8 +90,9 @@ class Reducing:
     """Accuracy, tokens per layer, operations and seconds of every reducer at every ratio."""
 
     settings = ReductionSettings()
+    reads = IMAGES
 
-    def run(self, lm: LM, settings: ReductionSettings, encoder: Encoder, out: pathlib.Path | None) -> Result:
+    def run(self, lm: LM, settings: ReductionSettings, encoder: Encoder | None, out: pathlib.Path | None) -> Result:
         """Rows in the notes, under "rows". With `out` a picture is drawn next to it: which tokens went together."""
         if not isinstance(lm.config, cct.CCTConfig):
             raise AtomError(f"reduction: needs a classifier of images (cct), the model is of the kind {lm.family}")

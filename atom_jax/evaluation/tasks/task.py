@@ -35,7 +35,8 @@ class Task(Protocol):
 
 @runtime_checkable
 class Runner(Protocol):
-    """A task that runs itself. settings: as of a Task."""
+    """A task that runs itself. settings: as of a Task. One for models that read no texts names what they read as
+    `reads`, and gets no encoder."""
 
     settings: Any
 

@@ -13,7 +13,8 @@ from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.types import END
 from atom_jax.kvcache import policies
 from atom_jax.models import stack
-from atom_jax.models.hnet import port
+from atom_jax.models.hnet import ports
+from atom_jax.models.hnet.ports import Bytes
 from atom_jax.models.stack import Part, Width
 from atom_jax.nn import relative
 from atom_jax.nn.ssd import Mamba2Config
@@ -27,6 +28,8 @@ class HNetConfig:
     """Sizes per stage, outermost first, the layouts of their stacks, and how each stage finds its units."""
 
     family: str = "hnet"
+    # What goes in and comes out at the outermost positions (models/hnet/ports).
+    port: Any = dataclasses.field(default_factory=Bytes)
     vocab_size: int = 256
     # Encoders from the outside in, the innermost stack, decoders from the inside out: 2 s + 1 layouts (`stack`).
     layout: tuple[str, ...] = ("m4", "T22", "m4")
@@ -91,6 +94,11 @@ class HNetConfig:
         for chunking in self.chunking[1:]:
             if option := rules.late(chunking.rule):
                 raise AtomError(f"{option} is about the next byte, so it can only cut the outermost stage")
+        for c in self.chunking:
+            if rules.for_frames(c.rule) and not ports.frames(self):
+                raise AtomError(
+                    f"rule: {type(c.rule).__name__} is for frames, and the port is {type(self.port).__name__}"
+                )
         policies.check(self.memory)
         for s in range(self.stages):
             self._check_layers(s, "".join(self.layouts(s)))
@@ -149,7 +157,7 @@ def _check_chunking(c: Chunking) -> None:
 
 def spec(cfg: HNetConfig) -> Tree:
     """ParamSpec tree: embed, unembed, and per stage encoder, rule, pool, residual, upsample, decoder (or main)."""
-    tree = port.spec(cfg)
+    tree = ports.of(cfg).spec(cfg)
     if (size := cfg._relative_size()) is not None:
         tree["relative"] = relative.biases_spec(*size)
     heights = 0

@@ -7,6 +7,7 @@ import itertools
 from atom_jax.chunking.config import Chunking, slots_for
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
+from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits, step
@@ -17,7 +18,7 @@ from atom_jax.models.hnet.published import PUBLISHED
 def flops(cfg: HNetConfig, length: int) -> float:
     """See `Family`."""
     tree, positions = spec(cfg), length
-    total = 2.0 * length * cfg.d_model[0] * cfg.vocab_size
+    total = length * ports.of(cfg).operations(cfg)
     for s in range(cfg.stages):
         stage = tree[f"stage{s}"]
         total += 2.0 * positions * matrices({k: v for k, v in stage.items() if k not in ("join", "part")})
@@ -37,13 +38,7 @@ def describe(cfg: HNetConfig) -> list[tuple[str, str]]:
         lines.append((f"stage {s}", _layers(cfg, s)))
         if s < cfg.stages - 1:
             lines.append(("  units", _units(cfg.chunking[s])))
-    tied, grams = "tied" if cfg.tie_embeddings else "separate", ", ".join(map(str, cfg.ngrams))
-    extra = f", {cfg.ngram_rows:,} rows for n-grams of each length in {grams}" if grams else ""
-    return [
-        *lines,
-        ("vocabulary", f"{cfg.vocab_size:,}, {tied} output embedding{extra}"),
-        ("positions", f"{cfg.max_length:,}"),
-    ]
+    return [*lines, ("vocabulary", ports.of(cfg).describe(cfg)), ("positions", f"{cfg.max_length:,}")]
 
 
 def _layers(cfg: HNetConfig, s: int) -> str:

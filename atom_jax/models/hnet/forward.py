@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from atom_jax.chunking.types import Boundary, Plan, Seen
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
 from atom_jax.models.attention import Context
-from atom_jax.models.hnet import port
+from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
@@ -33,26 +34,33 @@ def apply(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None
 
 def logits(p: Tree, x_btd: jax.Array, *, cfg: HNetConfig) -> jax.Array:
     """Logits float32 [b, t, v] of final states."""
-    return port.outlet(p, x_btd, cfg)
+    return ports.of(cfg).outlet(p, x_btd, cfg)
 
 
 def hidden(
-    p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory | None = None, key: jax.Array | None = None
+    p: Tree,
+    batch: Any,
+    *,
+    cfg: HNetConfig,
+    cache: Memory | None = None,
+    key: jax.Array | None = None,
+    parts: Callable[[Stage], Stage] = lambda stage: stage,
 ) -> tuple[jax.Array, Memory | None, dict[str, Any]]:
-    """Final states [b, t, d], the cache after these bytes, and what was learned (`units.report`; also at_word_edge
-    and at_character_edge among the metrics).
+    """Final states [b, t, d], the cache after these positions, and what was learned (`units.report`; among the
+    metrics also those of the port).
 
-    key: noise of the boundary rules while training; None = none.
+    batch: what the port reads, `Batch` or `Frames`. key: noise of the boundary rules while training; None = none.
+    parts: what a model puts in place of the parts of the outermost stage.
     """
-    tokens = Tokens(batch.positions, batch.segments)
-    x_btd, latest = port.inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
-    seen = Seen(x_btd, tokens, batch.ids, batch.marks)
-    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, key))
+    tokens, port = Tokens(batch.positions, batch.segments), ports.of(cfg)
+    x_btd, latest, changed = port.inlet(p, batch, tokens, None if cache is None else cache.parts.port, cfg)
+    seen = Seen(x_btd, tokens, getattr(batch, "ids", None), batch.marks, changed=changed)
+    x_btd, cache, notes = _run(0, seen, cache, Call(p, cfg, key, parts))
     if cache is not None:
         cache = cache.replace(parts=cache.parts.replace(port=latest))
     aux = units.report(notes, batch, cfg.chunking)
     if cfg.chunking:
-        aux["metrics"] |= port.edges(aux["boundaries"][0], batch.ids, rules.of(cfg.chunking[0].rule).KIND)
+        aux["metrics"] |= port.metrics(aux["boundaries"][0], batch, rules.of(cfg.chunking[0].rule).KIND)
     return x_btd, cache, aux
 
 
@@ -70,7 +78,7 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.
         x_b1d, cache, _ = hidden(p, batch, cfg=cfg, cache=cache)
         return x_b1d, cache, live
     tokens = Tokens(cache.length[:, None], waiting.new_rows(cache, live)[:, None].astype(jnp.int32))
-    x_b1d, latest = port.inlet(p, batch, tokens, cache.parts.port, cfg)
+    x_b1d, latest, _ = ports.of(cfg).inlet(p, batch, tokens, cache.parts.port, cfg)
     cache = cache.replace(parts=cache.parts.replace(port=latest))
     return units.step(stage(0, Call(p, cfg)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache))
 
@@ -84,11 +92,12 @@ def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What all stages of one call share. key: noise, or None."""
+    """What all stages of one call share. key: noise, or None. parts: see `hidden`."""
 
     p: Tree
     cfg: HNetConfig
     key: jax.Array | None = None
+    parts: Callable[[Stage], Stage] = lambda stage: stage
 
 
 def stage(s: int, call: Call) -> Stage:
@@ -127,7 +136,8 @@ def _run(s: int, seen: Seen, memory: Memory | None, call: Call) -> tuple[jax.Arr
     cfg, p, tokens = call.cfg, call.p[f"stage{s}"], seen.tokens
     if s < cfg.stages - 1:
         key = None if call.key is None else jax.random.fold_in(call.key, s)
-        return units.run(stage(s, call), seen.replace(key=key), memory)
+        one = stage(s, call)
+        return units.run(one if s else call.parts(one), seen.replace(key=key), memory)
     states, place = None if memory is None else memory.layers[0], Place.after(memory, seen)
     with jax.named_scope("main"):
         y_btd, states, said = _stack("main", s, _lifted(seen.h, p), states, place, call)

@@ -10,7 +10,7 @@ from atom_jax.chunking.config import slots_for
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
-from atom_jax.models.hnet import port
+from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.nn.embedding import SMALL_VOCAB
 from atom_jax.params import Tree
@@ -31,7 +31,7 @@ def _node(cfg: HNetConfig, s: int, b: int, capacity: int, dtype: Any) -> Memory:
         latest = None if s else Latest.none(chunking, d, b, own)
         parts = Parts.empty(chunking, d, b, own, inside=inside, latest=latest)
     if s == 0:
-        parts = parts.replace(port=port.empty(cfg, b))
+        parts = parts.replace(port=ports.of(cfg).empty(cfg, b))
     states = stack.init_states(cfg.stacks(s), cfg.width(s), b, capacity, dtype)
     return Memory(states, jnp.zeros(b, jnp.int32), parts, fresh=True)
 

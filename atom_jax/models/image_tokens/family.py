@@ -55,5 +55,6 @@ def examples() -> dict[str, ImageTokensConfig]:
 
 
 FAMILY = Kind(
-    name="image_tokens", config=ImageTokensConfig, spec=spec, flops=flops, describe=describe, examples=examples
-)
+    name="image_tokens", config=ImageTokensConfig, spec=spec, flops=flops, describe=describe, examples=examples,
+    reads=IMAGES,
+)  # fmt: skip

@@ -7,9 +7,11 @@ from atom_jax.training.objectives.byteify import Byteify
 from atom_jax.training.objectives.classify import Classify
 from atom_jax.training.objectives.distill import Distill
 from atom_jax.training.objectives.fit import Fit
+from atom_jax.training.objectives.foresee import Foresee
 from atom_jax.training.objectives.images import Images
 from atom_jax.training.objectives.next_token import NextToken
 
 __all__ = [
-    "OBJECTIVES", "Byteify", "Classify", "Distill", "Fit", "Images", "NextToken", "Objective", "Setting", "register",
+    "OBJECTIVES", "Byteify", "Classify", "Distill", "Fit", "Foresee", "Images", "NextToken", "Objective", "Setting",
+    "register",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree, flatten
 from atom_jax.training.losses import Sums, byte_lengths
 from atom_jax.training.plots import Pages
-from atom_jax.typing import Batch
+from atom_jax.typing import TEXTS, Batch
 
 Rows = dict[str, np.ndarray]
 T = TypeVar("T", bound=type)
@@ -49,13 +49,14 @@ class Setting:
 class Objective:
     """Base of all objectives. Its hooks are those of training on the text as it is, but for `loss`.
 
-    name: in messages and in `OBJECTIVES`. trains: whether it has a loss; what has none goes beside another one that
-    does. spelled: whether it reads rows of subwords with their bytes (`DataConfig.tokens`). z_loss: whether it knows
-    `OptimConfig.z_loss`. pages: curves of what it reports.
+    name: in messages and in `OBJECTIVES`. reads: what its models read (`models.family.Kind`). trains: whether it has
+    a loss; what has none goes beside another one that does. spelled: whether it reads rows of subwords with their
+    bytes (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
     name: ClassVar[str] = ""
     trains: ClassVar[bool] = True
+    reads: ClassVar[str] = TEXTS
     spelled: ClassVar[bool] = False
     z_loss: ClassVar[bool] = False
     pages: ClassVar[Pages] = {}

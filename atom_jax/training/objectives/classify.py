@@ -16,7 +16,7 @@ from atom_jax.models import cct
 from atom_jax.training.losses import Sums
 from atom_jax.training.objectives.base import Objective, Rows, Setting, register
 from atom_jax.training.plots import Pages
-from atom_jax.typing import AtomError
+from atom_jax.typing import IMAGES, AtomError
 
 
 @struct.dataclass
@@ -39,6 +39,7 @@ class Classify(Objective):
     shift: int = 0
 
     name: ClassVar[str] = "classify"
+    reads: ClassVar[str] = IMAGES
     pages: ClassVar[Pages] = {"loss": {"nats per image": {"loss": ""}, "share of images right": {"accuracy": ""}}}
 
     def __post_init__(self):

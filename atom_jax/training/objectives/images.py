@@ -18,7 +18,7 @@ from atom_jax.tokenizers import PixelTokenizer
 from atom_jax.training.losses import Sums
 from atom_jax.training.objectives.base import Objective, Rows, Setting, forward_flops, register
 from atom_jax.training.plots import Pages
-from atom_jax.typing import AtomError
+from atom_jax.typing import IMAGES, AtomError
 
 
 @struct.dataclass
@@ -36,6 +36,7 @@ class Images(Objective):
     place of nats, per number of an image."""
 
     name: ClassVar[str] = "images"
+    reads: ClassVar[str] = IMAGES
     pages: ClassVar[Pages] = {"loss": {"squared error": {"loss": ""}, "tokens": {"tokens": ""}}}
 
     def __post_init__(self):

@@ -70,7 +70,7 @@ def test_parts_of_a_batch_add_up(example, name, monkeypatch):
             with opened(config.override(exp, [f"optim.accumulate={parts}"])) as (program, rows):
                 if not program.objective.spelled:
                     # Rows differ in what they contribute; spelled ones do so of themselves.
-                    place = np.arange(rows["ids"].shape[1])[None]
+                    place = np.arange(rows["loss_mask"].shape[1])[None]
                     rows["loss_mask"] = rows["loss_mask"] & (place < 20 + 3 * np.arange(8)[:, None])
                 state, metrics = program.step(program.initial(), program.put(rows))
                 found.append(jax.device_get((state.opt, metrics)))

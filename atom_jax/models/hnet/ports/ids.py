@@ -1,12 +1,14 @@
-"""What goes in and comes out at the outermost positions: bytes, or other ids."""
+"""Bytes, or other ids, by the fields of `HNetConfig`: vocab_size, ngrams, tie_embeddings, head_bias."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from atom_jax import config
 from atom_jax.chunking import hashing
 from atom_jax.chunking.types import END
 from atom_jax.nn.attention import Tokens
@@ -14,6 +16,12 @@ from atom_jax.nn.embedding import lookup
 from atom_jax.params import ParamSpec, Tree, normal, zeros
 from atom_jax.sharding import constrain
 from atom_jax.typing import Batch
+
+
+@config.register
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes, or other ids, in and their logits out."""
 
 
 def spec(cfg: Any) -> Tree:
@@ -39,7 +47,7 @@ def empty(cfg: Any, b: int) -> jax.Array:
 
 def inlet(
     p: Tree, batch: Batch, tokens: Tokens, before: jax.Array | None, cfg: Any
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, None]:
     """Embeddings [b, t, d] of ids and of the n-grams that end at them, and the latest ids after them.
 
     tokens: where they stand, padding where they were read before. before: the latest ids of earlier calls, or None.
@@ -47,7 +55,7 @@ def inlet(
     x_btd = constrain(lookup(p["embed"], batch.ids, cfg.dtype), "batch", None, None)
     if cfg.ngrams:
         x_btd += _ngrams(p["ngrams"], batch.ids, tokens, before, cfg)
-    return x_btd, None if before is None else hashing.remember(batch.ids, tokens, before)
+    return x_btd, None if before is None else hashing.remember(batch.ids, tokens, before), None
 
 
 def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
@@ -59,10 +67,23 @@ def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
     return constrain(out, "batch", None, "vocab")
 
 
-def edges(mark_bt: jax.Array, ids_bt: jax.Array, kind: str) -> dict[str, jax.Array]:
+def operations(cfg: Any) -> float:
+    """Of the logits, per position."""
+    return 2.0 * cfg.d_model[0] * cfg.vocab_size
+
+
+def describe(cfg: Any) -> str:
+    """The vocabulary in words."""
+    tied, grams = "tied" if cfg.tie_embeddings else "separate", ", ".join(map(str, cfg.ngrams))
+    extra = f", {cfg.ngram_rows:,} rows for n-grams of each length in {grams}" if grams else ""
+    return f"{cfg.vocab_size:,}, {tied} output embedding{extra}"
+
+
+def metrics(mark_bt: jax.Array, batch: Batch, kind: str) -> dict[str, jax.Array]:
     """at_word_edge and at_character_edge: of the units that begin at a mark ("start") or after it ("end"), those that
     begin at the edge of a word, which is at or after white space, and with a whole UTF-8 character; f32 [2] each,
     with the number of all."""
+    ids_bt = batch.ids
     space = (ids_bt == 0x20) | ((ids_bt >= 0x09) & (ids_bt <= 0x0D))
     inside = (ids_bt >= 0x80) & (ids_bt < 0xC0)
     if kind == END:

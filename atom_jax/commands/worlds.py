@@ -1,0 +1,81 @@
+"""Commands about world models: imagine, plan."""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from atom_jax.commands.flags import Flags
+from atom_jax.typing import AtomError
+
+
+def imagine(argv: list[str]) -> None:
+    """Draws imagined futures. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags("imagine --checkpoint=PATH --actions=1,1,0", "Draws what actions would lead to, as a model has it.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "a model of the world")
+    known.add(flags.DEFINE_string, "env", "watch", "the world: NAME or NAME:FIELD=VALUE,...")
+    known.add(flags.DEFINE_list, "actions", [], "what is done, by number; the first future")
+    known.add(flags.DEFINE_integer, "futures", 4, "futures in all; the others do something else, by chance")
+    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: 40, or an episode of the world")
+    known.add(flags.DEFINE_integer, "seed", 0, "of the episode and the other futures")
+    known.add(flags.DEFINE_float, "temperature", 0.0, "0: the likeliest frames; above: frames are drawn")
+    known.add(flags.DEFINE_string, "out", None, "a PNG (a strip) or a GIF")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+    try:
+        actions = [int(a) for a in values.actions]
+    except ValueError:
+        raise AtomError(f"--actions={','.join(values.actions)}: expected numbers of actions, as 1,1,0") from None
+    if not actions:
+        raise AtomError("--actions is missing: what is done, as 1,1,0")
+    if values.futures < 1:
+        raise AtomError(f"--futures={values.futures}: expected at least 1")
+
+    import atom_jax
+    from atom_jax.evaluation import picture
+    from atom_jax.evaluation.reports import future_picture, worlds
+
+    if values.out is not None:
+        picture.check_name(values.out, moves=True)
+    how = {"futures": values.futures, "length": values.length, "seed": values.seed, "draw": values.temperature > 0}
+    found = worlds.imagined(atom_jax.load(values.checkpoint), values.env, actions, **how)
+    if values.out is not None:
+        future_picture.draw(found.said, values.out)
+    print(found.text)
+
+
+def plan(argv: list[str]) -> None:
+    """Plans in a world. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags("plan --checkpoint=PATH --env=watch", "Watches episodes, plans by imagining, acts, and counts.")
+    known.add(flags.DEFINE_string, "checkpoint", None, "a model of the world")
+    known.add(flags.DEFINE_string, "env", "watch", "the world: NAME or NAME:FIELD=VALUE,...")
+    known.add(
+        flags.DEFINE_string, "planner", "shooting:n=48,horizon=6", "random, shooting, cem, tree or mpc, with fields"
+    )
+    known.add(
+        flags.DEFINE_string, "memory", None, "a cache policy for units, as streaming_llm:budget=6; else all are kept"
+    )
+    known.add(flags.DEFINE_integer, "episodes", 200, "how many, all planned at once")
+    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: 40, or an episode of the world")
+    known.add(flags.DEFINE_integer, "seed", 0, "of the episodes and the planner")
+    known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    values, _ = known.parse(argv, 0)
+    if not values.checkpoint:
+        raise AtomError("--checkpoint is missing")
+
+    import atom_jax
+    from atom_jax.evaluation import cache
+    from atom_jax.evaluation.tasks.plan import PlanSettings, planned, text
+    from atom_jax.kvcache import policies
+    from atom_jax.models import registry
+
+    settings = PlanSettings(values.env, values.planner, values.episodes, values.length, values.seed)
+    lm = atom_jax.load(values.checkpoint)
+    if values.memory is not None:
+        lm = registry.with_memory(lm, policies.parse(values.memory))
+    report = planned(lm, settings)
+    if values.out is not None:
+        cache.write_json(pathlib.Path(values.out), report)
+    print(text(report))

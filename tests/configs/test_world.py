@@ -1,0 +1,42 @@
+"""Every variant of configs/world.py describes a model, its world and stages that follow each other."""
+
+import pathlib
+
+import jax
+import pytest
+
+from atom_jax import config, params
+from atom_jax.data.packing import described
+from atom_jax.models import registry
+from atom_jax.sharding import make_mesh
+from atom_jax.training import optim
+from atom_jax.training.objectives import Setting
+from configs import world
+
+
+@pytest.mark.parametrize("name", world.VARIANTS)
+def test_variant_is_complete(name):
+    exp = config.load_file(f"configs/world.py:{name}")
+    assert config.from_json(object, config.to_json(exp)) == exp
+    stages = exp.stages(pathlib.Path("run"))
+    assert len(stages) == (2 if name == "tiny" else len(world.LOCAL) + len(world.CURRICULUM))
+    spec = registry.of(exp.model).spec(exp.model)
+    abstract = params.abstract(spec)
+    for stage, _ in stages:
+        assert stage.model == exp.model
+        stage.objective.check(stage)
+        optim.make(stage.optim, spec, stage.train.steps)
+        # All the ways to lose are traced.
+        batch, setting = stage.objective.batch(described(stage.data)), Setting(stage, make_mesh(), None)
+        sums = jax.eval_shape(lambda p, b, s=setting: s.exp.objective.judge(p, b, setting=s), abstract, batch)
+        assert sums.bytes is None and "local" in sums.learned
+
+
+def test_frozen_parts_are_those_of_the_encoder():
+    cfg = world.watch().model
+    made = optim.make(world.watch().optim, registry.of(cfg).spec(cfg), 10)
+    frozen = {path.split("/")[0] for path, factor in made.factors.items() if not factor}
+    assert frozen == {"cells", "action", "inlet", "local", "stage0"}
+    learns = {"/".join(path.split("/")[:2]) for path, factor in made.factors.items() if factor}
+    assert learns == {"head/frame", "head/gate", "head/outcome", "head/secret", "head/up", "stage0/decoder",
+                      "stage1/main"}  # fmt: skip

@@ -1,0 +1,77 @@
+"""Training world models: what goes together, and what a run that a threshold is found for does."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import atom_jax
+from atom_jax import config
+from atom_jax.chunking.rules.surprise import Surprise
+from atom_jax.data import numbered
+from atom_jax.data.config import DataConfig
+from atom_jax.data.pipeline import make_iterator
+from atom_jax.training import loop, start
+from atom_jax.typing import AtomError
+from configs import world
+
+DATA = DataConfig(sources=("env:watch",), seq_len=14, batch_size=4)
+
+
+def test_rows_are_numbered_on_from_where_they_were():
+    data = make_iterator(DATA, None)
+    first, second = next(data), next(data)
+    assert first["number"].tolist() == [0, 1, 2, 3] and second["number"].tolist() == [4, 5, 6, 7]
+    assert not first["loss_mask"][:, -1].any() and first["loss_mask"][:, :-1].all()
+    state = data.get_state()
+    third = next(data)
+    data.set_state(state)
+    assert next(data)["number"].tolist() == third["number"].tolist()
+    halves = [next(make_iterator(DATA, None, i, 2))["number"].tolist() for i in (0, 1)]
+    assert halves == [[0, 1], [2, 3]]
+    other = make_iterator(dataclasses.replace(DATA, sources=("env:watch:least=4",)), None)
+    with pytest.raises(AtomError, match=r"data\.sources or their sizes have changed"):
+        other.set_state(state)
+    assert numbered.stream(DATA) != numbered.stream(DATA.held_out("validation", 4))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["data.sources=austen"], "expected one world"),
+        (["data.sources=env:watch,austen"], "goes with no other source"),
+        (["data.sources=env:watch:size=7"], r"has a grid \(7, 7\)"),
+        (["data.sources=env:nowhere"], "env 'nowhere'"),
+        (["model.secrets=3"], "hides one of 4"),
+        (["objective=none"], "set Foresee"),
+    ],
+)
+def test_what_does_not_go_together(settings, words, tmp_path):
+    exp = dataclasses.replace(config.override(world.tiny(), settings), first=None)
+    with pytest.raises(AtomError, match=words):
+        loop.fit(exp, tmp_path)
+    text = config.load_file("configs/units.py:tiny")
+    with pytest.raises(AtomError, match="model must be a WorldConfig"):
+        loop.fit(dataclasses.replace(text, objective=exp.objective or world.FORESEE), tmp_path)
+
+
+def test_a_run_finds_its_threshold_and_is_loaded(tmp_path):
+    exp = world.tiny()
+    rule = Surprise(target=5.0)
+    cfg = dataclasses.replace(exp.model, chunking=(dataclasses.replace(exp.model.chunking[0], rule=rule),))
+    steps = ["train.steps=2", "train.eval_every=2", "train.eval_batches=1", "mesh.data=8"]
+    exp = dataclasses.replace(exp, model=cfg, first=dataclasses.replace(exp.first, model=cfg))
+    exp = config.override(exp, [*steps, *(f"first.{s}" for s in steps)])
+    result = loop.fit(exp, tmp_path / "run")
+    # A fifth of the frames after the first one exceed it, and that one is always a unit.
+    assert 3.0 < result.validation["frames_per_unit_0"] < 5.5 and "bits_per_byte" not in result.validation
+    lm = atom_jax.load(tmp_path / "run")
+    assert lm.tokenizer is None and lm.config == exp.model and lm.family == "world"
+    before, tau = atom_jax.load(tmp_path / "run" / "first"), lm.params["stage0"]["rule"]["tau"]
+    assert float(tau) != 1.0 and float(before.params["stage0"]["rule"]["tau"]) == 1.0
+    for name in ("cells", "inlet", "local"):
+        same = jax.tree.map(np.array_equal, before.params[name], lm.params[name])
+        assert all(jax.tree.leaves(same))
+    assert not np.array_equal(before.params["head"]["gate"], lm.params["head"]["gate"])
+    assert start.tokenizer(exp) is None
