@@ -35,13 +35,13 @@ from atom_jax.training.objectives import Classify, Images
 SHAPES = "image:shapes:size=16:most=6"
 
 
-def tokenizer(source: str = SHAPES, steps: int = 1800, batch_size: int = 48, **changes: Any) -> Experiment:
+def tokenizer(source: str = SHAPES, steps: int = 3000, batch_size: int = 48, **changes: Any) -> Experiment:
     """A tokenizer of the images of a source."""
     model = ImageTokensConfig(**changes)
     return Experiment(
         model=model, tokenizer="pixels", objective=Images(),
         data=DataConfig(sources=(source,), seq_len=model.max_length, batch_size=batch_size, whole=True),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, final_fraction=0.02, weight_decay=0.01),
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=100, final_fraction=0.02, weight_decay=0.01),
         train=TrainConfig(steps=steps, log_every=20, eval_every=600, eval_batches=8),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 from scipy import ndimage, stats
@@ -17,6 +18,7 @@ from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Metric, Result, columns, mean
 from atom_jax.inference import image_tokens as lib
 from atom_jax.inference.image_tokens import Offers
+from atom_jax.models.image_tokens import ImageTokensConfig
 from atom_jax.typing import LM, AtomError
 
 # Of what SSIM compares, and what keeps it finite (Wang et al., 2004, for pixels in [0, 1]).
@@ -60,8 +62,8 @@ class ImageTokens:
         pixels = images.arrays(pictures, settings.split, settings.limit)
         found = lib.offers(lm, pixels)
         ranks, kind = complexity(pictures, settings, pixels)
-        by_length = lengths(found, pixels, lm.config.quantiser.codes)
-        metrics = {f"mse_{row['label']}": Metric(row["mse"], row["mse_stderr"]) for row in by_length}
+        by_length = lengths(found, pixels, lm.config)
+        metrics = {f"mse_{row['name']}": Metric(row["mse"], row["mse_stderr"]) for row in by_length}
         ways = allocations(found, settings.tokens)
         for name, at in ways.items():
             used, errors = lib.tokens_of(found, at), lib.errors_of(found, at)
@@ -95,14 +97,14 @@ def complexity(pictures: images.Pictures, settings: ImagesSettings, pixels: np.n
     return np.array([images.png_bytes(image) for image in pixels]), "png_bytes"
 
 
-def lengths(found: Offers, pixels: np.ndarray, codes: int) -> list[dict[str, float]]:
-    """Figures of every length; where images have different ones, `tokens` is a mean and `label` says which it is."""
-    rows = []
-    for k in range(len(found.tokens)):
+def lengths(found: Offers, pixels: np.ndarray, cfg: ImageTokensConfig) -> list[dict[str, Any]]:
+    """Figures of every length; `tokens` is a mean, where images have different ones."""
+    rows, codes = [], cfg.quantiser.codes
+    for k, name in enumerate(cfg.length.labels(cfg)):
         tokens, errors = float(found.tokens[k].mean()), found.errors[k]
         difference = np.abs(found.images[k] - pixels / np.float32(255))
         rows.append({
-            "label": f"{tokens:.3g}", "tokens": tokens, "bits": tokens * math.log2(codes) if codes else None,
+            "name": name.replace(" ", "_"), "tokens": tokens, "bits": tokens * math.log2(codes) if codes else None,
             "mse": float(errors.mean()), "mse_stderr": mean(errors).stderr,
             "psnr": float(np.mean(-10 * np.log10(np.maximum(errors, 1e-10)))),
             "ssim": float(ssim(found.images[k], pixels / np.float32(255)).mean()), "mae": float(difference.mean()),

@@ -13,12 +13,14 @@ from atom_jax.data import vocabulary
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.models.bolmo import BolmoConfig
+from atom_jax.models.image_tokens import Fixed
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
 from atom_jax.transfer.byteify import Stage1
 from atom_jax.typing import LM
-from configs import bolmo, image
+from configs import bolmo
+from configs import image as images
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -55,6 +57,11 @@ def example(source, tmp_path_factory):
             return dataclasses.replace(evicting, data=data, fit=fit)
         if name == "distill":
             return dataclasses.replace(evicting, distill=cls(direction="both", cr_start=4.0))
+        if name == "images":
+            own = images.tiny()
+            # With all tokens nothing is drawn.
+            own = dataclasses.replace(own, model=dataclasses.replace(own.model, length=Fixed()), seed=3)
+            return config.override(own, [*settings, "optim.schedule=constant"])
         if name == "byteify":
             main = bolmo.tiny_byteify().model.main
             model = BolmoConfig(main=main, subwords=400, decoder_layers=1, local_heads=2, local_d_ff=48, capacity=1.0)
@@ -65,7 +72,7 @@ def example(source, tmp_path_factory):
             )  # fmt: skip
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
         if name == "classify":
-            small = dataclasses.replace(image.cct_tiny(), objective=cls(), train=exp.train)
+            small = dataclasses.replace(images.cct_tiny(), objective=cls(), train=exp.train)
             return config.override(small, ["mesh.data=8", "data.batch_size=8"])
         return dataclasses.replace(exp, objective=cls())
 
