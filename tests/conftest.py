@@ -42,6 +42,7 @@ SLOW = (
     "models/test_mixers.py", "models/test_units_properties.py", "nn/test_fast_weights.py", "nn/test_mlstm.py",
     "nn/test_relative.py",
     "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "serving",
+    "reduction/test_official.py", "reduction/test_reducing_blocks.py",
     "session/test_drafts.py", "session/test_queue.py", "session/test_session.py", "test_eval_script.py",
     "test_flax_bridge.py", "test_image_tokens_run.py", "test_kernels.py", "test_main.py",
     "test_notebooks.py", "test_train_script.py",

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
         assert code == 1 and words in err and len(err.strip().splitlines()) == 1, err
     assert f"{best:.4g}" in run("tokens", checkpoint, image, "--error=1e-9")[2]
     code, _, err = run("generate", checkpoint, "--prompt=a")
-    assert code == 1 and "the model is of the kind image_tokens, which is no language model" in err
+    assert code == 1 and "the model is of the kind image_tokens, which reads images" in err
     code, out, _ = run("info", trained)
     assert code == 0 and "8 x 8, gray, in 4 patches of 4 x 4" in out
 

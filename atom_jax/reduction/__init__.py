@@ -5,7 +5,8 @@ A reducer is a registered configuration class with a `name`, and a module that h
 `leaving(cfg, m, grid)` is the same reducer made to leave m of the tokens of a grid, and `flops(cfg, p, d, k)` counts
 the operations of its products, two per multiply-add, for tokens of width d and keys of size k.
 It sees no protected tokens, unless PROTECTS = True: then `reduce` looks at `seen.protected` itself, and p and m count
-these tokens. What is kept stands in the image's order but for `tome`, whose own order decides what it compares next.
+these tokens. ATTENTION = True: it looks at `seen.attention`, which `blocks` finds out for such reducers alone.
+What is kept stands in the image's order but for `tome`, whose own order decides what it compares next.
 """
 
 from __future__ import annotations

@@ -53,10 +53,11 @@ def blocks(
     b, t, _ = x_btd.shape
     state, begun = Reduced(x_btd, jnp.ones((b, t)), reduction.identity(b, t)), 0
     for i in [i for i, reducer in enumerate(reducers) if reducer is not None]:
-        state, attention_lbt = _run(_part(p, begun, i), state, eps, proportional)
+        looks = getattr(reduction.of(reducers[i]), "ATTENTION", False)
+        state, attention_lbt = _run(_part(p, begun, i), state, eps, proportional, looks)
         state = _reducing(_part(p, i, i + 1), state, attention_lbt, reducers[i], eps, proportional, grid, protected)
         grid, begun = None, i + 1
-    return _run(_part(p, begun, n), state, eps, proportional)[0]
+    return _run(_part(p, begun, n), state, eps, proportional, looks=False)[0]
 
 
 def received(q_bhtk: jax.Array, k_bhtk: jax.Array, bias_bt: jax.Array | None) -> jax.Array:
@@ -81,13 +82,13 @@ def _bias(state: Reduced, proportional: bool) -> jax.Array | None:
     return jnp.where(used, jnp.log(jnp.where(used, state.size, 1.0)) if proportional else 0.0, _UNUSED)
 
 
-def _run(p: Tree, state: Reduced, eps: float, proportional: bool) -> tuple[Reduced, jax.Array]:
-    """Layers without reducers, and the attention f32 [l, b, t] that tokens get in them."""
+def _run(p: Tree, state: Reduced, eps: float, proportional: bool, looks: bool) -> tuple[Reduced, jax.Array | None]:
+    """Layers without reducers. looks: and the attention f32 [l, b, t] that tokens get in them, else None."""
     tokens, bias = vit.everywhere(*state.x.shape[:2]), _bias(state, proportional)
 
-    def layer(x: jax.Array, p: Tree) -> tuple[jax.Array, jax.Array]:
+    def layer(x: jax.Array, p: Tree) -> tuple[jax.Array, jax.Array | None]:
         mixed = vit.mixed(p, x, tokens, eps, bias)
-        return vit.fed(p, mixed.x, eps), received(mixed.q, mixed.k, bias)
+        return vit.fed(p, mixed.x, eps), received(mixed.q, mixed.k, bias) if looks else None
 
     x, attention_lbt = jax.lax.scan(layer, state.x, p)
     return state.replace(x=x), attention_lbt
@@ -96,7 +97,7 @@ def _run(p: Tree, state: Reduced, eps: float, proportional: bool) -> tuple[Reduc
 def _reducing(
     p: Tree,
     state: Reduced,
-    attention_lbt: jax.Array,
+    attention_lbt: jax.Array | None,
     reducer: Any,
     eps: float,
     proportional: bool,
@@ -107,8 +108,10 @@ def _reducing(
     p = jax.tree.map(lambda w: w[0], p)
     bias = _bias(state, proportional)
     mixed = vit.mixed(p, state.x, vit.everywhere(*state.x.shape[:2]), eps, bias)
-    attention = jnp.concatenate([attention_lbt, received(mixed.q, mixed.k, bias)[None]])
-    seen = Seen(mixed.x, mixed.k.mean(1), attention.transpose(1, 0, 2), grid=grid, protected=protected)
+    seen = Seen(mixed.x, mixed.k.mean(1), grid=grid, protected=protected)
+    if attention_lbt is not None:
+        attention_lbt = jnp.concatenate([attention_lbt, received(mixed.q, mixed.k, bias)[None]])
+        seen = seen.replace(attention=attention_lbt.transpose(1, 0, 2))
     found = reduction.reduce(reducer, seen)
     x, size = reduction.apply(mixed.x, state.size, found)
     return Reduced(vit.fed(p, x, eps), size, reduction.trace(state.trace, found))

@@ -15,6 +15,8 @@ from atom_jax.typing import AtomError
 # A share of tokens that is whole but for rounding counts as whole.
 _ROUNDING = 1e-4
 
+ATTENTION = True
+
 
 @config.register
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.reduction.types import Reduction, Seen, kept, rank
 
+ATTENTION = True
+
 
 @config.register
 @dataclasses.dataclass(frozen=True)

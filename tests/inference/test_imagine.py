@@ -142,7 +142,7 @@ def test_bad_input_is_one_sentence(lm):
         (lambda: atom_jax.imagine(lm, state, [[[4]]] * B), "from 0 to 3"),
         (lambda: atom_jax.imagine(lm, state, [[[1]]]), r"expected \[3, futures, steps\]"),
         (lambda: atom_jax.plan(lm, state, "magic"), "planner 'magic'"),
-        (lambda: atom_jax.generate(lm, [[1, 2]], 3), "world model, which knows no texts"),
+        (lambda: atom_jax.generate(lm, [[1, 2]], 3), "kind world, which reads frames and no text"),
         (lambda: dataclasses.replace(examples()["hnet"], chunking=lm.config.chunking, port=ports.Bytes()), None),
         (lambda: dataclasses.replace(lm.config, port=ports.Bytes()), "reads ids|is for frames"),
     ):

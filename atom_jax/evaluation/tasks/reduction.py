@@ -79,7 +79,7 @@ class Method(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """hit: bool [n], which images a method has right; seconds for one batch."""
+    """hit: bool [n], which images a method has right; seconds for an image."""
 
     hit: np.ndarray
     seconds: float

@@ -11,6 +11,7 @@ from atom_jax.models.image_tokens.halting import Halting
 from atom_jax.models.image_tokens.lengths import Fixed, Nested, Told
 from atom_jax.models.image_tokens.quantise import FSQ, VQ, Continuous
 from atom_jax.models.image_tokens.rounds import Rounds
+from atom_jax.typing import IMAGES
 
 
 def flops(cfg: ImageTokensConfig, length: int) -> float:

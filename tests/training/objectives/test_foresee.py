@@ -44,7 +44,7 @@ def test_rows_are_numbered_on_from_where_they_were():
         (["data.sources=env:watch:size=7"], r"has a grid \(7, 7\)"),
         (["data.sources=env:nowhere"], "env 'nowhere'"),
         (["model.secrets=3"], "hides one of 4"),
-        (["objective=none"], "set Foresee"),
+        (["objective=none"], "next_token is about texts, but the model reads frames"),
     ],
 )
 def test_what_does_not_go_together(settings, words, tmp_path):
