@@ -24,7 +24,8 @@ from tests.reliability.rows import policy
 NEGATIVE = {
     ("MeshConfig", name) for name in ("data", "fsdp", "tensor", "context")
 } | {
-    ("HNetConfig", "window"), ("WorldConfig", "window"), *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
+    ("HNetConfig", "window"), ("WorldConfig", "window"),
+    *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
 }  # fmt: skip
 
 
