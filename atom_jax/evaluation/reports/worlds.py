@@ -39,7 +39,7 @@ def seen(lm: LM, env: str, length: int = 0, seed: int = 0) -> Strip:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(p: Any, episode: Frames, cfg: WorldConfig) -> tuple[jax.Array, jax.Array]:
-    """Of an episode, where units begin or end, bool [b, t], and the nats f32 [b, t - 1] of all frames but the first."""
+    """Where units begin or end in episodes, bool [b, t], and the nats f32 [b, t - 1] of all frames but the first."""
     aux = world.hidden(p, episode, cfg=cfg)[2]
     local = world.local(p, episode, cfg=cfg)
     return aux["boundaries"][0], ports.of(cfg).nll(local[:, :-1], episode.obs[:, 1:], cfg)
