@@ -11,6 +11,7 @@ watch          units start where the local prediction fails (surprise).
 watch_cosine   H-Net's router, trained end to end with its ratio loss; nothing is frozen.
 watch_every    every frame is a unit. watch_fixed: every ten frames are one. watch_change: wherever a frame differs.
 watch_local    no main network: nothing is remembered for longer than two frames.
+large          1.1 billion parameters, for an accelerator.
 tiny           seconds; for tests.
 """
 
@@ -118,6 +119,15 @@ def watch_local() -> Experiment:
     return learned(model(Fixed(2**20), "mean", 0.1))
 
 
+def large() -> Experiment:
+    """For an accelerator; a size, not a recipe."""
+    sizes = {"layout": ("T4", "T20", "T4"), "d_model": (1024, 2048), "d_intermediate": (2816, 5632)}
+    sizes |= {"n_heads": (16, 16), "rotary_dim": (64, 128), "hidden": 4096, "init_std": 0.02}
+    port = Cells(grid=(5, 5), classes=8, actions=4, hidden=4096)
+    cfg = dataclasses.replace(model(Surprise(tau=2.5)), port=port, dtype="bfloat16", remat=True, **sizes)
+    return stage(None, cfg, Lesson(200, 240, 256, 0.0625, 10000, 3e-4), batch=512)
+
+
 def tiny() -> Experiment:
     small = {"layout": ("T1", "T1", "T1"), "d_model": (16, 16), "d_intermediate": (16, 16), "rotary_dim": (4, 4)}
     port = Cells(grid=(5, 5), classes=8, actions=4, hidden=16)
@@ -126,4 +136,6 @@ def tiny() -> Experiment:
     return stage(first, cfg, TINY, batch=8, groups=FROZEN)
 
 
-VARIANTS = {f.__name__: f for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, tiny)}
+VARIANTS = {
+    f.__name__: f for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, large, tiny)
+}

@@ -35,7 +35,7 @@ SLOW = (
     "contract/test_programs.py", "contract/test_reading.py", "data/envs",
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_hyper.py", "evaluation/tasks/test_kv.py",
-    "evaluation/test_loglik.py",
+    "evaluation/tasks/test_plan.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
     "lasting/test_lasting_reading.py", "models/test_bolmo.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py",

@@ -9,6 +9,9 @@ from absl import flags
 from atom_jax.commands.flags import Flags
 from atom_jax.typing import AtomError
 
+# Futures, and steps of one.
+MOST = 1024
+
 
 def imagine(argv: list[str]) -> None:
     """Draws imagined futures. argv: the command and its arguments. Raises AtomError for bad input."""
@@ -28,10 +31,10 @@ def imagine(argv: list[str]) -> None:
         actions = [int(a) for a in values.actions]
     except ValueError:
         raise AtomError(f"--actions={','.join(values.actions)}: expected numbers of actions, as 1,1,0") from None
-    if not actions:
-        raise AtomError("--actions is missing: what is done, as 1,1,0")
-    if values.futures < 1:
-        raise AtomError(f"--futures={values.futures}: expected at least 1")
+    if not 0 < len(actions) <= MOST:
+        raise AtomError(f"--actions: expected 1 to {MOST} of them, as 1,1,0, got {len(actions)}")
+    if not 1 <= values.futures <= MOST:
+        raise AtomError(f"--futures={values.futures}: expected 1 to {MOST}")
 
     import atom_jax
     from atom_jax.evaluation import picture

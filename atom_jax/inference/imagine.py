@@ -72,8 +72,8 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
     cfg = checked(lm, None, "observe")
     b, t = _check_frames(episode, cfg)
     if state is None:
-        cache = registry.of(cfg).init_cache(cfg, b, t + 8)
-        state = WorldState(cache, jnp.asarray(episode.obs)[:, 0], jnp.zeros(b, jnp.int32), jnp.zeros(b, jnp.int32))
+        nothing = jnp.zeros(b, jnp.int32)
+        state = WorldState(_empty(cfg, b, t + 8), jnp.asarray(episode.obs)[:, 0], nothing, nothing)
     elif len(state.obs) != b:
         raise AtomError(f"episode: it has {b} rows, and the state {len(state.obs)}")
     part = memory.part(state.cache) or t
@@ -241,6 +241,11 @@ def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
         theirs = f"frames of {list(env.shape)}, {env.classes} classes and {env.actions} actions"
         raise AtomError(f"env {env.name}: it has {theirs}, and the model {ports.of(lm.config).describe(lm.config)}")
     return lm.config
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(cfg: WorldConfig, b: int, frames: int) -> Memory:
+    return registry.of(cfg).init_cache(cfg, b, frames)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -96,6 +96,7 @@ def commands(home):
     good = f"--checkpoint={model}"
     named = (
         "generate", "serve", "units", "memory", "convert", "merge", "instructify", "info", "summary", "fairness",
+        "imagine", "plan",
     )  # fmt: skip
     for name in (*named, "fly", ""):
         yield from ([name, flag] for flag in UNKNOWN)
@@ -128,6 +129,7 @@ def commands(home):
     for text in MEMORIES:
         yield ["generate", good, "--prompt=x", f"--memory={text}", "--max_new_tokens=0"]
         yield ["serve", good, f"--memory={text}", "--rows=0"]
+        yield ["plan", good, f"--memory={text}"]
     for number in NUMBERS:
         flags = ("temperature", "top_k", "top_p", "min_p", "seed")
         yield from (["generate", good, "--prompt=x", f"--{flag}={number}", "--max_new_tokens=511"] for flag in flags)
@@ -135,6 +137,8 @@ def commands(home):
         flags = ("port", "rows", "length", "waiting", "grace", "cache_memory", "max_body")
         yield from (["serve", good, f"--{flag}={number}", "--memory=nowhere.json"] for flag in flags)
         yield ["memory", good, "--text=x", f"--tokens={number}", f"--out={home}/text/x.png"]
+        yield from (["plan", good, f"--{flag}={number}"] for flag in ("episodes", "length", "seed"))
+        yield from (["imagine", good, f"--{flag}={number}"] for flag in ("actions", "futures", "length"))
         yield ["fairness", good, f"--limit={number}", f"--source={home}/nowhere"]
         yield ["fairness", f"--prior={number}", "--scripts=latin", f"--source={home}/nowhere"]
         yield ["summary", str(home / "run"), f"--sample_tokens={number}"]
@@ -146,6 +150,8 @@ def commands(home):
         yield ["generate", good, "--prompt=x", "--compile_only", f"--mesh={word}"]
         yield ["fairness", f"--scripts={word}", f"--source={home}/nowhere"]
         yield ["units", good, "--text=x", f"--color={word}"]
+        yield from (["plan", good, f"--{flag}={word}"] for flag in ("env", "planner"))
+        yield ["units", good, f"--episode={word}"]
 
 
 @contextlib.contextmanager

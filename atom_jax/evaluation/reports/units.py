@@ -16,6 +16,7 @@ from atom_jax.inference import score
 from atom_jax.kvcache.dense import bucket
 from atom_jax.models import registry
 from atom_jax.nn import scoring
+from atom_jax.session.prompts import check_model
 from atom_jax.tokenizers.bytes import to_utf8
 from atom_jax.typing import LM, AtomError
 
@@ -69,6 +70,7 @@ def units(lm: LM, text: str | bytes, length: int = 0) -> Units:
         in windows that overlap by half.
     Raises AtomError when there is no text, no tokenizer, or the text is not what the tokenizer takes.
     """
+    check_model(lm)
     if lm.tokenizer is None:
         raise AtomError("the checkpoint has no tokenizer, so it cannot read a text")
     data = to_utf8(text)

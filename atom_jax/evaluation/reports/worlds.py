@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import envs
 from atom_jax.evaluation.reports.frame_strip import Strip
 from atom_jax.evaluation.reports.future_picture import Imagination
-from atom_jax.evaluation.tasks.plan import PlanSettings, world_of
+from atom_jax.evaluation.tasks.plan import PlanSettings, episodes, world_of
 from atom_jax.inference import imagine, planners
 from atom_jax.models import world
 from atom_jax.models.hnet import ports
-from atom_jax.typing import LM
+from atom_jax.models.world import WorldConfig
+from atom_jax.typing import LM, Frames
 
 
 def seen(lm: LM, env: str, length: int = 0, seed: int = 0) -> Strip:
@@ -24,16 +27,22 @@ def seen(lm: LM, env: str, length: int = 0, seed: int = 0) -> Strip:
     watched (0: 40 of `watch`), and some more in which something is done. Raises AtomError as `imagined` does."""
     made, watched = world_of(PlanSettings(env=env, length=length, seed=seed))
     cfg, frames = imagine.checked(lm, made, "units"), max(made.frames, watched + 1)
-    episode, _ = envs.episodes(made, jax.random.key(seed), 1, frames)
-    aux = world.hidden(lm.params, episode, cfg=cfg)[2]
-    local, port = world.local(lm.params, episode, cfg=cfg), ports.of(cfg)
-    nats = np.asarray(port.nll(local[:, :-1], episode.obs[:, 1:], cfg))[0]
+    episode, _ = episodes(made, jax.random.key(seed), 1, frames)
+    marks, nats = (np.asarray(x)[0] for x in _read(lm.params, episode, cfg))
     pictures = np.stack([made.render(obs) for obs in np.asarray(episode.obs[0])])
     rule = cfg.chunking[0].rule
     tau = float(lm.params["stage0"]["rule"]["tau"]) if isinstance(rule, Surprise) else None
     # Nothing foretold the first frame.
     surprise = np.concatenate([[0.0], nats]) if tau is not None else None
-    return Strip(pictures, np.asarray(aux["boundaries"][0])[0], surprise, tau)
+    return Strip(pictures, marks, surprise, tau)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _read(p: Any, episode: Frames, cfg: WorldConfig) -> tuple[jax.Array, jax.Array]:
+    """Where units begin or end in episodes, bool [b, t], and the nats f32 [b, t - 1] of all frames but the first."""
+    aux = world.hidden(p, episode, cfg=cfg)[2]
+    local = world.local(p, episode, cfg=cfg)
+    return aux["boundaries"][0], ports.of(cfg).nll(local[:, :-1], episode.obs[:, 1:], cfg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +65,12 @@ def imagined(
     cfg = imagine.checked(lm, made, "imagine")
     first = envs.check_actions(made, [actions], "--actions")
     key = jax.random.key(seed)
-    episode, last = envs.episodes(made, jax.random.fold_in(key, 0), 1, watched + 1)
+    episode, last = episodes(made, jax.random.fold_in(key, 0), 1, watched + 1)
     others = jax.random.randint(jax.random.fold_in(key, 1), (futures - 1, len(actions)), 0, made.actions)
     rows = jnp.concatenate([first, others])
     state = imagine.observe(lm, episode)
     out = imagine.imagine(lm, state, rows[None], jax.random.fold_in(key, 2) if draw else None)
-    real = envs.follow(made, jax.random.fold_in(key, 3), last, first)
+    real = jax.jit(envs.follow, static_argnums=0)(made, jax.random.fold_in(key, 3), last, first)
     values = np.asarray(planners.returns(out.reward, out.done, cfg.gamma))[0]
     pictures = np.stack([[made.render(o) for o in future] for future in np.asarray(out.frames[0])])
     shown = np.stack([made.render(o) for o in np.asarray(real.obs[0])])

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import config
-from atom_jax.data import envs
-from atom_jax.data.envs import Environment
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Result, mean
-from atom_jax.evaluation.tasks.plan import PlanSettings, world_of
+from atom_jax.evaluation.tasks.plan import PlanSettings, episodes, world_of
 from atom_jax.inference import imagine
 from atom_jax.models import world
 from atom_jax.models.hnet import ports
@@ -53,7 +51,7 @@ class Foretold:
         env, length = world_of(PlanSettings(settings.env, length=settings.length))
         cfg, key = imagine.checked(lm, env, "frames"), jax.random.key(settings.seed)
         watched = length + 1
-        episode = _episodes(env, key, settings.episodes, watched + settings.horizon)
+        episode = episodes(env, key, settings.episodes, watched + settings.horizon)[0]
         found = jax.device_get(_read(lm.params, episode, cfg))
         state = imagine.observe(lm, jax.tree.map(lambda x: x[:, :watched], episode))
         free = imagine.imagine(lm, state, episode.action[:, None, watched - 1 : -1]).frames[:, 0]
@@ -62,11 +60,6 @@ class Foretold:
         metrics = {"nats": mean(found["nats"]), "local_nats": mean(found["local"])}
         metrics |= {"step": mean(right[0]), "imagined": mean(right[1]), "frames_per_unit": mean(found["per_unit"])}
         return Result(metrics, settings.episodes)
-
-
-@functools.partial(jax.jit, static_argnames=("env", "n", "frames"))
-def _episodes(env: Environment, key: jax.Array, n: int, frames: int) -> Any:
-    return envs.episodes(env, key, n, frames)[0]
 
 
 def _right(found: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     env, length = world_of(settings)
     planner, cfg, b = planners.parse(settings.planner), imagine.checked(lm, env, "plan"), settings.episodes
     key = jax.random.key(settings.seed)
-    episode, last = _episodes(env, jax.random.fold_in(key, 0), b, length + 1)
+    episode, last = episodes(env, jax.random.fold_in(key, 0), b, length + 1)
     seconds, state = _timed(lambda: imagine.observe(lm, episode))
     turns = -(-planner.horizon // planner.played) * planner.played
     held, read = (np.asarray(x) for x in memory.use(state.cache.parts.inside))
@@ -145,7 +145,8 @@ def _timed(run: Any) -> tuple[float, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("env", "n", "frames"))
-def _episodes(env: Environment, key: jax.Array, n: int, frames: int) -> Any:
+def episodes(env: Environment, key: jax.Array, n: int, frames: int) -> Any:
+    """As `data.envs.episodes`, compiled."""
     return envs.episodes(env, key, n, frames)
 
 

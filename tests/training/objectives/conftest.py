@@ -19,12 +19,7 @@ from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
 from atom_jax.transfer.byteify import Stage1
 from atom_jax.typing import LM
-<<<<<<< HEAD
 from configs import bolmo, image, world
-=======
-from configs import bolmo
-from configs import image as images
->>>>>>> reduction
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -76,7 +71,7 @@ def example(source, tmp_path_factory):
             )  # fmt: skip
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
         if name == "classify":
-            small = dataclasses.replace(images.cct_tiny(), objective=cls(), train=exp.train)
+            small = dataclasses.replace(image.cct_tiny(), objective=cls(), train=exp.train)
             return config.override(small, ["mesh.data=8", "data.batch_size=8"])
         if name == "foresee":
             return config.override(world.tiny(), [*settings, *(f"first.{s}" for s in settings)])
