@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from atom_jax.training.objectives.alm import Alm
 from atom_jax.training.objectives.base import OBJECTIVES, Objective, Setting, register
 from atom_jax.training.objectives.byteify import Byteify
 from atom_jax.training.objectives.distill import Distill
 from atom_jax.training.objectives.fit import Fit
 from atom_jax.training.objectives.next_token import NextToken
 
-__all__ = ["OBJECTIVES", "Byteify", "Distill", "Fit", "NextToken", "Objective", "Setting", "register"]
+__all__ = ["OBJECTIVES", "Alm", "Byteify", "Distill", "Fit", "NextToken", "Objective", "Setting", "register"]

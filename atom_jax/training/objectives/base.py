@@ -19,6 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atom_jax import config
+from atom_jax.data.config import DataConfig
+from atom_jax.data.packing import described
+from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree, flatten
@@ -50,7 +53,7 @@ class Objective:
     """Base of all objectives. Its hooks are those of training on the text as it is, but for `loss`.
 
     name: in messages and in `OBJECTIVES`. trains: whether it has a loss; what has none goes beside another one that
-    does. spelled: whether it reads rows of subwords with their bytes (`DataConfig.tokens`). z_loss: whether it knows
+    does. spelled: whether it reads rows of two kinds of tokens (`DataConfig.tokens`). z_loss: whether it knows
     `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
@@ -79,8 +82,16 @@ class Objective:
         """
         return params, []
 
+    def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
+        """What makes the rows that process `index` of `count` reads of some data (`data.pipeline.make_iterator`)."""
+        return make_iterator(cfg, setting.tokenizer, index, count)
+
+    def described(self, setting: Setting) -> Rows:
+        """Zeros in the shapes of a whole batch of `rows`, which take no memory."""
+        return described(setting.exp.data)
+
     def batch(self, rows: Rows) -> Any:
-        """The batch of this process's rows of the data (`data.pipeline.make_iterator`); it has a `loss_mask`."""
+        """The batch of this process's rows of the data; it has a `loss_mask`."""
         names = (f.name for f in dataclasses.fields(Batch))
         return Batch(**{name: rows[name] for name in names if name in rows})
 

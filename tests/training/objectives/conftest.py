@@ -16,9 +16,11 @@ from atom_jax.models.bolmo import BolmoConfig
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
+from atom_jax.transfer.alm import ALM
 from atom_jax.transfer.byteify import Stage1
 from atom_jax.typing import LM
 from configs import bolmo
+from configs.transfer import TEACHER
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -64,6 +66,10 @@ def example(source, tmp_path_factory):
                 byteify=cls(source=str(source), imitate=Stage1(depth=1)),
             )  # fmt: skip
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
+        if name == "alm":
+            data, optim = dataclasses.replace(exp.data, tokens=24), dataclasses.replace(exp.optim, groups=TEACHER)
+            objective = cls(source=str(source), how=ALM(merge=None), latent=0.1)
+            return dataclasses.replace(exp, data=data, optim=optim, objective=objective)
         return dataclasses.replace(exp, objective=cls())
 
     return build
