@@ -7,6 +7,18 @@ from atom_jax.training.objectives.base import OBJECTIVES, Objective, Setting, re
 from atom_jax.training.objectives.byteify import Byteify
 from atom_jax.training.objectives.distill import Distill
 from atom_jax.training.objectives.fit import Fit
+from atom_jax.training.objectives.hypernet import TrainHypernet
 from atom_jax.training.objectives.next_token import NextToken
 
-__all__ = ["OBJECTIVES", "Alm", "Byteify", "Distill", "Fit", "NextToken", "Objective", "Setting", "register"]
+__all__ = [
+    "OBJECTIVES",
+    "Alm",
+    "Byteify",
+    "Distill",
+    "Fit",
+    "NextToken",
+    "Objective",
+    "Setting",
+    "TrainHypernet",
+    "register",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from atom_jax.params import Tree
 from atom_jax.tokenizers import Tokenizer
 from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.training.losses import Sums, byte_lengths, counted_bytes, next_token, summary
-from atom_jax.training.objectives.base import Objective, Rows, Setting, register, training_flops
+from atom_jax.training.objectives.base import Objective, Rows, Setting, check_frozen, register, training_flops
 from atom_jax.training.plots import Pages
 from atom_jax.transfer import alm
 from atom_jax.transfer.alm import ALM, Chunked
@@ -66,8 +65,8 @@ class Alm(Objective):
     teacher: the configuration of the source, where it can't be read and nothing is but compiled.
 
     The teacher lies beside the model as "source", which optim.groups must freeze. Where the student learns by LoRA
-    alone, its layers without it are the teacher's, which has its own tables only. With `how.merge`, means over chunks
-    are means of the parts of `optim.accumulate`.
+    alone, its layers without it are the teacher's, which has its own tables only. With `how.merge` or `latent`, the
+    parts of `optim.accumulate` have means of their own, which count by their chunks.
     """
 
     source: str = ""
@@ -92,10 +91,7 @@ class Alm(Objective):
                 raise AtomError(f"alm: teacher and student must be transformers, not a {type(model).__name__}")
         if self.latent and exp.model.d_model != theirs.d_model:
             raise AtomError(f"alm.latent: states are {exp.model.d_model} and {theirs.d_model} wide")
-        frozen = ["source/embed", *(["layers/attn/q", "norm"] if _shared(exp.model) else [])]
-        for name in frozen:
-            if next((g.factor for g in exp.optim.groups if re.fullmatch(g.pattern, name)), 1.0):
-                raise AtomError(f"alm: the teacher must not learn, and optim.groups does not freeze {name}")
+        check_frozen(exp, "alm", ["source/embed", *(["layers/attn/q", "norm"] if _shared(exp.model) else [])])
 
     def extra_spec(self, cfg: TransformerConfig) -> Tree:
         """The teacher as "source"."""
@@ -129,7 +125,8 @@ class Alm(Objective):
         at, real = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape), chunks >= 0
         targets, counts = (np.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, real))
         teacher = Batch(tokens, at, real.astype(np.int32), targets, counts)
-        return Pairs(super().batch(rows), teacher, rows["chunks"], chunks)
+        student = Batch(**{name: rows[name] for name in ("ids", "positions", "segments", "targets", "loss_mask")})
+        return Pairs(student, teacher, rows["chunks"], chunks)
 
     def counts(self, batch: Pairs, setting: Setting) -> dict[str, jax.Array]:
         """f32 []: the student's targets, and chunks of which the teacher scores a token."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -27,7 +28,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree, flatten
 from atom_jax.training.losses import Sums, byte_lengths
 from atom_jax.training.plots import Pages
-from atom_jax.typing import Batch
+from atom_jax.typing import AtomError, Batch
 
 Rows = dict[str, np.ndarray]
 T = TypeVar("T", bound=type)
@@ -137,6 +138,13 @@ def register(cls: T) -> T:
     """Makes a subclass of `Objective`, a frozen dataclass, known by its name and to configurations that are read."""
     OBJECTIVES[cls.name] = cls
     return config.register(cls)
+
+
+def check_frozen(exp: Any, name: str, paths: Iterable[str]) -> None:
+    """Raises AtomError, in the name of an objective, where optim.groups let one of these parameters learn."""
+    for path in paths:
+        if next((g.factor for g in exp.optim.groups if re.fullmatch(g.pattern, path)), 1.0):
+            raise AtomError(f"{name}: {path} must not learn, and optim.groups does not freeze it")
 
 
 def forward_flops(exp: Any) -> float:

@@ -10,6 +10,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.checkpoint import store
 from atom_jax.data import vocabulary
+from atom_jax.data.sampled import Sampling
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.models.bolmo import BolmoConfig
@@ -18,9 +19,10 @@ from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
 from atom_jax.transfer.alm import ALM
 from atom_jax.transfer.byteify import Stage1
+from atom_jax.transfer.hypernet import Projector
 from atom_jax.typing import LM
 from configs import bolmo
-from configs.transfer import TEACHER
+from configs.transfer import MAKER, TEACHER
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -68,8 +70,12 @@ def example(source, tmp_path_factory):
             return dataclasses.replace(first, first=first, byteify=dataclasses.replace(first.byteify, stage=2))
         if name == "alm":
             data, optim = dataclasses.replace(exp.data, tokens=24), dataclasses.replace(exp.optim, groups=TEACHER)
-            objective = cls(source=str(source), how=ALM(merge=None), latent=0.1)
+            objective = cls(source=str(source), how=ALM(merge=None))
             return dataclasses.replace(exp, data=data, optim=optim, objective=objective)
+        if name == "hypernet":
+            net = Projector(1 if exp.model.tie_embeddings else 2, exp.model.d_model, length=3)
+            objective = cls(net=net, sampling=Sampling(vocabulary=320, texts=8))
+            return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=MAKER), objective=objective)
         return dataclasses.replace(exp, objective=cls())
 
     return build

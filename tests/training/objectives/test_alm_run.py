@@ -82,7 +82,7 @@ def test_with_lora_the_layers_are_shared(source, student):
     exp = experiment(source, student, "mesh.data=1")
     exp = dataclasses.replace(exp, lora=transfer.alm_lora().lora)
     exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, lora=exp.lora))
-    with pytest.raises(AtomError, match="does not freeze layers/attn/q"):
+    with pytest.raises(AtomError, match="layers/attn/q must not learn"):
         exp.objective.check(exp)
     exp = dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=transfer.SHARED))
     exp.objective.check(exp)
@@ -121,7 +121,7 @@ def test_large_vocabularies_are_never_whole():
     [
         (["objective.source="], "alm.source is not set"),
         (["data.tokens=0"], "alm and data.tokens need each other"),
-        (["optim.groups="], "does not freeze source/embed"),
+        (["optim.groups="], "source/embed must not learn"),
         (["objective.source=tests/golden/hf_tiny/llama"], "has no tokenizer"),
     ],
 )
