@@ -34,6 +34,7 @@ USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
   merge     SRC DST                           LoRA in the weights of a model, for transformers
   adapter   WORKDIR DST                       what a run has trained beside its model, alone, for PEFT
   transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
+  transplants SRC --tokenizer=PATH --out=DIR  several tokenizers and methods next to each other, judged
   instructify MODEL TUNED BASE DST            give what was made of a model what tuning changed in it
   info      PATH                              what is in a checkpoint, or in a memory
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
@@ -95,6 +96,7 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "merge": models.merge,
         "adapter": models.adapter,
         "info": models.info,
+        "transplants": reports.transplants,
         "instructify": models.instructify,
         "transplant": models.transplant,
         "summary": reports.summary,

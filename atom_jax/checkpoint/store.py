@@ -237,6 +237,26 @@ def load_params(path: str | pathlib.Path, dtype: Any = None, shardings: Any = No
     return _of_newest(path, read)
 
 
+def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str], tuple[T, Tree]]) -> tuple[T, Tree]:
+    """What an objective trained beside the model of a run, under this name, on the first device.
+
+    describe: (the objective as JSON, where it is from) -> (what is returned with the parameters, their ParamSpecs).
+    Raises AtomError as `load_params` does.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def read(step: pathlib.Path) -> tuple[T, Tree]:
+        found, spec = describe(_note(step / "config").get("objective"), str(step))
+        if not (step / name).is_dir():
+            raise AtomError(f"{step} has no {name}")
+        with checksums.verified(step, (name,)):
+            _compare(params_lib.abstract(spec), _metadata(step / name), f"{step}/{name}")
+            wanted = params_lib.abstract(spec, shardings=params_lib.map_specs(lambda _: place, spec))
+            return found, params_lib.unflatten(_restore(step / name, params_lib.flatten(wanted)))
+
+    return _of_newest(path, read)
+
+
 def verify(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """The directory that `load_params` would read, and the bytes of it that were compared with their checksums (0:
     it has none). Raises AtomError, which names the file, for damage of the newest step too."""

@@ -1,4 +1,4 @@
-"""Commands that look at models: summary, fairness, units, memory."""
+"""Commands that look at models: summary, fairness, transplants, units, memory."""
 
 from __future__ import annotations
 
@@ -50,6 +50,42 @@ def fairness(argv: list[str]) -> None:
     if values.out:
         cache.write_json(pathlib.Path(values.out), report)
     print(fairness.table(report))
+
+
+def transplants(argv: list[str]) -> None:
+    """Compares ways to another tokenizer. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "transplants SRC --tokenizer=PATH --out=DIR",
+        "Bits per byte of SRC onto tokenizers, by several methods, before any training, beside SRC and trained "
+        "models. Goes on where it was stopped.",
+    )
+    known.add(flags.DEFINE_multi_string, "tokenizer", [], "as of transplant; may be repeated")
+    known.add(
+        flags.DEFINE_multi_string, "method", [], "as of transplant; by default fvt, focus, and omp with a donor"
+    )
+    known.add(flags.DEFINE_multi_string, "donor", [], "TOKENIZER=MODEL, a model that has this tokenizer")
+    known.add(flags.DEFINE_multi_string, "trained", [], "a checkpoint to judge as it is; may be repeated")
+    known.add(flags.DEFINE_string, "out", None, "directory of transplants.jsonl and transplants.md")
+    known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
+    known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
+    known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it")
+    values, (source,) = known.parse(argv, 1)
+    for name in ("tokenizer", "out"):
+        if not values[name].value:
+            raise AtomError(f"--{name} is missing")
+    pairs = [tuple(entry.rsplit("=", 1)) for entry in values.donor]
+    if wrong := [entry for entry, pair in zip(values.donor, pairs) if len(pair) != 2]:
+        raise AtomError(f"--donor={wrong[0]}: expected TOKENIZER=MODEL")
+
+    from atom_jax.evaluation.reports import transplants
+
+    methods = tuple(values.method) or transplants.Orders.methods
+    orders = transplants.Orders(
+        source, tuple(values.tokenizer), methods, tuple(values.trained), tuple(pairs), values.text, values.judged,
+        values["bytes"].value,
+    )  # fmt: skip
+    transplants.compare(orders, values.out, lambda text: print(text, flush=True))
+    print(f"wrote {values.out}/{transplants.TABLE}")
 
 
 def units(argv: list[str]) -> None:

@@ -56,7 +56,8 @@ class DataConfig:
     marks: "unigram:SIZE" adds where units end (`tokenizers.units.unit_ends`), those of a unigram model of so many
         entries that is trained on the train split (its first 4 MiB); "" adds nothing.
     tokens: rows for byteification (`tokenizers.bolmo`, "spell"): seq_len bytes of one document, and the at most so
-        many subwords that they are, a bos included; what does not fit begins the next row. 0: rows of the tokenizer.
+        many subwords that they are, a bos included; what does not fit begins the next row. For the objective "alm",
+        tokens of the teacher per row. 0: rows of the tokenizer.
     stochastok: about this share of the tokens is tried to be cut into two that are the same text, drawn anew in every
         epoch (`tokenizers.stochastok`; 0.1 in the paper). Validation, here and with fim, reads texts as they are.
     fim: the share of the pieces (of documents, where those are not cut) that is told with the middle last, to be

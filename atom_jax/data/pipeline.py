@@ -41,7 +41,11 @@ _WHOLE = 1 << 62  # bytes of a piece that is a document, however long
 
 
 def make_iterator(
-    cfg: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+    kind: Callable[..., grain.DatasetIterator] | None = None,
 ) -> grain.DatasetIterator | numbered.NumberedRows:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
     "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns; of a world,
@@ -50,8 +54,9 @@ def make_iterator(
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
     continues exactly after the batch returned last; it takes the state of a process with the same rows, or
-    any that `merge_states` made. close() stops the thread. Raises AtomError for bad sources and a batch_size
-    that the processes cannot share.
+    any that `merge_states` made. close() stops the thread. kind: makes other batches than these, a subclass of
+    `PackedRows` with its arguments. Raises AtomError for bad sources and a batch_size that the processes cannot
+    share.
     """
     if not 0 <= process_index < process_count:
         raise AtomError(f"process_index {process_index} is not below process_count {process_count}.")
@@ -61,7 +66,7 @@ def make_iterator(
     numbers = range(process_index * rows, (process_index + 1) * rows)
     if numbered.is_numbered(cfg):
         return numbered.NumberedRows(cfg, numbers)
-    kind = _SpelledRows if cfg.tokens else _PackedRows
+    kind = kind or (_SpelledRows if cfg.tokens else PackedRows)
     packed = kind(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
     iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
     _open_iterators.add(iterator)
@@ -156,10 +161,17 @@ def piece_stream(cfg: DataConfig, found: Sequence[Pieces]) -> grain.MapDataset:
     return grain.MapDataset.mix(parts, weights=[c / sum(counts) for c in counts])
 
 
-class _PackedRows(grain.DatasetIterator):
-    """The given rows of every batch."""
+class PackedRows(grain.DatasetIterator):
+    """The given rows of every batch. read: what makes tokens of pieces, where it is not `reader`."""
 
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces], numbers: range):
+    def __init__(
+        self,
+        cfg: DataConfig,
+        tokenizer: Tokenizer,
+        found: Sequence[Pieces],
+        numbers: range,
+        read: Callable[[dict], Tokens] | None = None,
+    ):
         super().__init__()
         # First, since Grain closes also what could not be made.
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
@@ -169,7 +181,7 @@ class _PackedRows(grain.DatasetIterator):
         self.pad_id = tokenizer.pad_id
         self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
-        tokens = reader(cfg, tokenizer, self.units)
+        tokens = read or reader(cfg, tokenizer, self.units)
         longest = cfg.seq_len if cfg.whole else None
         self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool, longest) for r in numbers]
 
@@ -202,7 +214,7 @@ class _PackedRows(grain.DatasetIterator):
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _SpelledRows(_PackedRows):
+class _SpelledRows(PackedRows):
     """The given rows of every batch, as subwords and as their bytes."""
 
     def __init__(self, cfg: DataConfig, tokenizer: BolmoTokenizer, found: Sequence[Pieces], numbers: range):

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from atom_jax import checkpoint, config, tokenizers
+from atom_jax.checkpoint import hypernets
 from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.transfer import initialisers
 from atom_jax.transfer import transplant as lib
-from atom_jax.transfer.initialisers import Aux, Initialiser, vectors
+from atom_jax.transfer.initialisers import Aux, FromHypernet, Initialiser, vectors
 from atom_jax.transfer.transplant import Report
 from atom_jax.typing import LM, AtomError
 
@@ -27,6 +28,7 @@ def transplant(
     source_vectors: np.ndarray | None = None,
     target_vectors: np.ndarray | None = None,
     embed: Callable[[Sequence[str]], np.ndarray] | None = None,
+    hypernet: Any = None,
     fallback: str | Initialiser = "normal",
     special: Mapping[str, str] | None = None,
     untrained: float = 0.0,
@@ -42,6 +44,7 @@ def transplant(
       texts: UTF-8; for focus, which learns its vectors from them, unless target_vectors are given.
       source_vectors, target_vectors: f32 [ids, e], zeros for unknown tokens; for wechsel and focus.
       embed: texts -> f32 [texts, e]; for tokenadapt.
+      hypernet: a network and its parameters (`checkpoint.hypernets.load`); for hypernet, where it has no path.
       special: names of special tokens of the new tokenizer -> those of the model whose rows they get.
       untrained: share of the model's rows that count as hardly trained, from which no others are made.
     Raises AtomError for models, tokenizers and options that don't go together.
@@ -53,7 +56,9 @@ def transplant(
         target_vectors = vectors.from_text(tokenizer, texts)
     config.in_range("untrained", untrained, float, 0, 0.5)
     table = None if donor is None else _donor(donor, tokenizer)
-    aux = Aux(table, source_vectors, target_vectors, embed)
+    if isinstance(method, FromHypernet) and method.path:
+        hypernet = hypernets.load(method.path)
+    aux = Aux(table, source_vectors, target_vectors, embed, hypernet)
     return lib.transplant(lm, tokenizer, method, aux, fallback, special, untrained)
 
 

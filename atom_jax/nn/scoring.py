@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atom_jax.params import Tree
 from atom_jax.sharding import constrain, length_shards
@@ -47,13 +48,19 @@ class _Block:
         here = jax.lax.broadcasted_iota(jnp.int32, self.logits.shape, 2) == self.targets[..., None]
         return self.log_z - jnp.sum(jnp.where(here, self.logits, 0.0), axis=-1)
 
+    def of_some(self) -> jax.Array:
+        # A mask, since the ids may be half the vocabulary: a gather's gradient is a scatter of as many.
+        chosen = np.zeros(self.logits.shape[-1], bool)
+        chosen[list(self.among)] = True
+        return jax.nn.logsumexp(self.logits, axis=-1, where=jnp.asarray(chosen)[None, None]) - self.log_z
+
 
 STATISTICS: dict[str, Callable[[_Block], jax.Array]] = {
     "nats": _Block.nats,
     "log_z": lambda s: s.log_z,
     "entropy": lambda s: entropy(s.logp),
     "hit": lambda s: jnp.argmax(s.logits, axis=-1) == s.targets,
-    "among": lambda s: jax.nn.logsumexp(s.logits[..., jnp.array(s.among)], axis=-1) - s.log_z,
+    "among": _Block.of_some,
     "reverse": lambda s: jnp.sum(jnp.exp(s.logp) * (s.logp - s.teacher), axis=-1),
     "forward": lambda s: jnp.sum(jnp.exp(s.teacher) * (s.teacher - s.logp), axis=-1),
     "agree": lambda s: jnp.argmax(s.logp, axis=-1) == jnp.argmax(s.teacher, axis=-1),

@@ -30,7 +30,7 @@ class Side(NamedTuple):
     chunks: np.ndarray
 
 
-def aligned(units: Sequence[str | Role], sides: Sequence[tuple[Any, ByteView]]) -> list[Side]:
+def aligned(units: Sequence[str | bytes | Role], sides: Sequence[tuple[Any, ByteView]]) -> list[Side]:
     """The text as either of two tokenizers (with their views) has it, and the chunks, numbered from 0.
 
     A role that one side lacks is left out there; on the other side its token is in the chunk that follows. Raises
@@ -61,7 +61,7 @@ def aligned(units: Sequence[str | Role], sides: Sequence[tuple[Any, ByteView]]) 
     return [Side(np.concatenate([np.zeros(0, np.int32), *ids]), of) for ids, of in zip(tokens, chunks)]
 
 
-def bytes_of(tokenizer: Any, view: ByteView, text: str) -> tuple[np.ndarray, np.ndarray]:
+def bytes_of(tokenizer: Any, view: ByteView, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
     """Tokens i32 [n] of a text, and the bytes i64 [n, 2] that they stand for, without a space that the tokenizer puts
     in front; names of special tokens stand for themselves."""
     ids = np.asarray(tokenizer.encode(text), np.int32)

@@ -64,6 +64,13 @@ class ByteView:
         """Bytes of the longest ordinary token."""
         return max(map(len, self.pieces.values()), default=0)
 
+    @functools.cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Ids before which a word is known to end: of special tokens, and of those that begin with a space, a tab or
+        the end of a line."""
+        spaced = [i for i, piece in self.pieces.items() if piece[:1] in (b" ", b"\n", b"\t")]
+        return tuple(sorted({*self.special, *spaced} - {self.unk}))
+
 
 def byte_view(tokenizer: Any) -> ByteView:
     """The view of a tokenizer.json (byte-level, SentencePiece style or WordPiece, of any model), or of bytes.

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from typing import Any
 
 import numpy as np
 
 from atom_jax.tokenizers.byte_level import complaint
 from atom_jax.tokenizers.byte_view import ByteView, byte_view
+from atom_jax.tokenizers.merges import Merges
 
 # Splitting rules look at what follows a run of spaces: these are the kinds of things that may, each with characters
 # that tokens with a space in front seldom begin with.
 _AFTER_SPACE = ("a", "\u0436", "\u4e2d", "1", "#", "~", "\u2603", "\n")
 # Vocabularies of which every token is looked at, and sequences of which it is remembered what may follow.
 _SMALL, _TAILS = 4096, 256
+# Tokens of one kind that are sooner encoded one by one.
+_FEW = 16
 # Tokens back to which a place is looked for where texts are split whatever follows.
 _FAR = 32
 _SPACE = frozenset(b" \t\n\r\v\f")
+# Kinds of tokens that splitting rules treat alike, with texts of each that are looked at for all: letters, signs but
+# for the apostrophe (contractions), and either with a space in front.
+_SIGNS = rb"[!-&(-/:-@\[-`{-~]+"
+_KINDS = (
+    (rb"[a-z]+", ("a", "zq")), (rb"[A-Za-z]*[A-Z][A-Za-z]*", ("B", "aB", "Ba", "BC")), (_SIGNS, ("!", "(;", "-")),
+    (b" " + _SIGNS, (" !", " (;", " -")), (rb" [a-z]+", (" a", " zq")),
+    (rb" [A-Za-z]*[A-Z][A-Za-z]*", (" B", " aB", " Ba", " BC")),
+)  # fmt: skip
 
 
 class Canonical:
@@ -29,7 +42,9 @@ class Canonical:
     Where the tokenizer splits texts by a rule, sequences are encoded again from the last place where any rule splits:
     between something and a space with a letter after it; a run of spaces may be cut as any of its continuations asks
     for. Without such a rule, and inside of characters, two neighbours that stay apart are enough for vocabularies
-    that were made by merging. Rules that look far ahead (digits grouped from the right) are beyond this.
+    that were made by merging. Within a word they are too: tokens of one kind (_KINDS) after the same text are not
+    encoded one by one, but looked up among the merges. Rules that look far ahead (digits grouped from the right) are
+    beyond this.
     """
 
     def __init__(self, tokenizer: Any):
@@ -47,6 +62,7 @@ class Canonical:
         backend = getattr(tokenizer, "backend", None)
         self._splits = backend is not None and tokenizer.kind == "bytes" and backend.pre_tokenizer is not None
         self._known: dict[tuple[int, ...], np.ndarray] = {}
+        self._merges = Merges.of(backend, size) if self._splits else None
 
     def byte_at(self, ids: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Byte number `at` of tokens, i32."""
@@ -69,7 +85,12 @@ class Canonical:
             free = self._begins[asked] & bool(tail and self._splits and not self._ends_in_space(tail[-1]))
             if free.any():
                 known[asked[free]] = self.follows((), asked[free])
-            known[asked[~free]] = self._kept(tail, asked[~free])
+            left = asked[~free]
+            for kind in range(len(_KINDS)) if tail and self._merges is not None else ():
+                like = self._kinds[left] == kind
+                if like.sum() > _FEW and (found := self._alike(tail, kind, left[like])) is not None:
+                    known[left[like]], left = found, left[~like]
+            known[left] = self._kept(tail, left)
         return known[candidates] > 0
 
     def likely(self, logp: np.ndarray) -> np.ndarray:
@@ -113,6 +134,46 @@ class Canonical:
             return len(piece) > 1 and piece[0] == 32 and piece[1:].decode("utf-8", "replace")[0].isalpha()
 
         return np.array([is_letter(self.view.pieces.get(i, b"")) for i in range(self.view.size)], bool)
+
+    @functools.cached_property
+    def _kinds(self) -> np.ndarray:
+        """i32 [ids]: the place in _KINDS of tokens that are made by merging, -1 for others."""
+        out = np.full(self.view.size, -1, np.int32)
+        for place, (pattern, _) in enumerate(_KINDS):
+            fits = re.compile(pattern).fullmatch
+            out[[i for i, piece in self.view.pieces.items() if fits(piece)]] = place
+        return np.where(self._merges.sure, out, -1)
+
+    def _alike(self, tail: tuple[int, ...], kind: int, candidates: np.ndarray) -> np.ndarray | None:
+        """As `_kept`, for candidates of one kind: those that begin texts and stay apart from the word before them.
+        None where the splitting rule cuts probes of this kind differently, or the word is not what it would be."""
+        try:
+            text = self.text(tail).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        if "'" in text:  # contractions depend on the very letters
+            return None
+        starts, cut = set(), self._tokenizer.backend.pre_tokenizer.pre_tokenize_str
+        for probe in _KINDS[kind][1]:
+            *_, (_, (begin, end)) = cut(text + probe)
+            starts.add(begin if end == len(text) + len(probe) else -1)
+        if len(starts) > 1 or -1 in starts or max(starts) > len(text):
+            return None
+        at, sizes = len(text[: starts.pop()].encode("utf-8")), self.sizes[list(tail)]
+        ends = np.cumsum(sizes)
+        word = int(np.searchsorted(ends, at, side="right"))
+        began = self._encoded([text + _KINDS[kind][1][0]])[0][:word]
+        if at != (ends[word - 1] if word else 0) or began != [*tail[:word]]:
+            return None
+        own, rest = self.follows((), candidates), tail[word:]
+        if not rest or not own.any():
+            return own
+        if not self._merges.sure[list(rest)].all():
+            return None
+        if not all(self._merges.apart(a, np.array([b]))[0] for a, b in itertools.pairwise(rest)):
+            return np.zeros(len(candidates), bool)
+        own[own] = self._merges.apart(rest[-1], candidates[own])
+        return own
 
     def _kept(self, tail: tuple[int, ...], candidates: np.ndarray) -> np.ndarray:
         """bool [n]: candidates for which the tail and the candidate are what their text is cut into."""

@@ -21,7 +21,7 @@ from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.lock import locked
 from atom_jax.checkpoint.steps import is_suspect
 from atom_jax.checkpoint.store import Store, has_begun
-from atom_jax.data.pipeline import make_iterator, merge_states
+from atom_jax.data.pipeline import merge_states
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training import optim, plots, start
@@ -177,8 +177,7 @@ class _Run:
         cfg = self.exp.data
         if split != "train":
             cfg = cfg.held_out(split, cfg.batch_size // self.exp.optim.accumulate)
-        setting = self.program.setting
-        data = make_iterator(cfg, setting.tokenizer, *sharding.row_share(setting.mesh, jax.process_index()))
+        data = self.program.read(cfg)
         self.opened.callback(data.close)
         return data
 

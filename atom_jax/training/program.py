@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from atom_jax import params as params_lib
 from atom_jax import sharding
-from atom_jax.data.packing import described
+from atom_jax.data.config import DataConfig
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training import optim
@@ -101,9 +101,14 @@ class Program:
             return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self.rows), batch)
         return jax.device_put(batch, self.rows)
 
+    def read(self, cfg: DataConfig) -> Any:
+        """The endless rows of this process of some data, a `data.pipeline.PackedRows`."""
+        index, count = sharding.row_share(self.setting.mesh, jax.process_index())
+        return self.objective.rows(self.setting, cfg, index, count)
+
     def abstract_batch(self) -> Any:
         """The shape of a batch, for compiling without data."""
-        batch = self.objective.batch(described(self.setting.exp.data))
+        batch = self.objective.batch(self.objective.described(self.setting))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), batch)
 
     def validate(self, state: State, batches: Iterator[Rows]) -> dict[str, float]:

@@ -110,6 +110,40 @@ def loss(teacher: Chunked, student: Chunked, how: ALM, size: int) -> tuple[jax.A
     return jnp.sum(jnp.where(valid_bc, each_bc, 0.0)), jnp.sum(valid_bc, dtype=jnp.float32)
 
 
+def latent(
+    teacher_btd: jax.Array,
+    student_btd: jax.Array,
+    chunks: tuple[jax.Array, jax.Array],
+    size: int,
+    power: int = 2,
+    channelwise: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """How far apart final states are where chunks end: the sum over chunks f32 [], and how many there are f32 [].
+
+    Of a chunk it is the mean over channels of the difference to this power (1 or 2), in units of the mean of the
+    teacher's states to that power: of each channel, or of all. chunks: as in `Chunked`, teacher's and student's.
+    """
+    states, valid_bc = [], True
+    for x_btd, found in zip((teacher_btd, student_btd), chunks):
+        at, there = _last(jnp.where(found < 0, size, found), size)
+        states.append(gather(x_btd.astype(jnp.float32), at))
+        valid_bc = valid_bc & there
+    t_bcd, s_bcd = jax.lax.stop_gradient(states[0]), states[1]
+    number = jnp.maximum(jnp.sum(valid_bc, dtype=jnp.float32), 1.0)
+    unit_d = jnp.sum(jnp.where(valid_bc[..., None], jnp.abs(t_bcd) ** power, 0.0), axis=(0, 1)) / number
+    unit_d = unit_d if channelwise else jnp.mean(unit_d, keepdims=True)
+    each_bcd = jnp.abs(t_bcd - s_bcd) ** power / (unit_d[None, None] + 1e-8)
+    total = jnp.sum(jnp.where(valid_bc, jnp.mean(each_bcd, axis=-1), 0.0))
+    return total, jnp.sum(valid_bc, dtype=jnp.float32)
+
+
+def scored(side: Chunked, size: int) -> jax.Array:
+    """How many chunks have a token that counts, f32 []: those of `loss` where none are merged."""
+    counts = (side.counts & (side.chunks >= 0)).at[:, 0].set(False)
+    number_bc = segment_sum(counts.astype(jnp.float32), jnp.where(side.chunks < 0, size, side.chunks), size)
+    return jnp.sum(number_bc > 0, dtype=jnp.float32)
+
+
 def _groups(teacher: Chunked, merge: float | None, size: int) -> jax.Array:
     """The group i32 [b, c] of every chunk: its own number, or that of those that it is merged with."""
     own = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], (len(teacher.chunks), size))

@@ -239,7 +239,10 @@ def test_bad_configurations_are_refused_in_a_sentence():
         (lambda: FSQ(bound="tanh"), "bound: expected flextok or elastic, got 'tanh'"),
         (lambda: FSQ((2,) * 40), "levels: expected at least one, and fewer than 2"),
         (lambda: Halting((0.1, 0.05)), "bins: expected rising errors"),
-        (lambda: registry.of(EXAMPLES["flex"]), "the model is of the kind image_tokens, which reads images, one at a time"),
+        (
+            lambda: registry.of(EXAMPLES["flex"]),
+            "the model is of the kind image_tokens, which reads images, one at a time",
+        ),
     ):
         with pytest.raises(AtomError, match=words):
             make()

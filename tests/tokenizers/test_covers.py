@@ -5,12 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from atom_jax.tokenizers import train
 from atom_jax.tokenizers.canonical import Canonical
 from atom_jax.tokenizers.covers import Covers, contexts_of
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
+from atom_jax.tokenizers.merges import Merges
 from tests.transfer.numbers import array, numbers, tokenizer
 
 
@@ -122,3 +125,53 @@ def test_what_is_unlikely_is_not_looked_at(monkeypatch):
     monkeypatch.setattr("atom_jax.tokenizers.canonical._SMALL", 0)
     looked_at = Canonical(tokenizer("gpt2like")).likely(np.log(np.array([1e-9, 0.5, 9.5e-7, 0.4, 0.1, 9e-8])))
     assert sorted(looked_at) == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def looked_up():
+    """Tokenizers for which what may follow is looked up among merges wherever that can be."""
+    texts = [f"the other version, (not {word}) of it's FileNames; a_b {word.title()}!!".encode() for word in WORDS]
+    trained = [train.train(f"bpe:{size}", texts * 9) for size in (300, 420)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atom_jax.tokenizers.canonical._FEW", 0)
+        yield [Canonical(tk) for tk in [*trained, *map(tokenizer, ("gpt2like", "qwenlike"))]]
+
+
+WORDS = ("banana", "ananas", "aaaa", "hello", "otherwise", "ofthe")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    text=st.one_of(
+        st.text("ab nethoi'(,A!\n", max_size=9),
+        st.sampled_from([*WORDS, "it's", "don't s", "x (", "an  ", "caf\u00e9 A"]),
+    )
+)
+def test_what_is_looked_up_is_what_is_encoded(looked_up, text):
+    for canonical in looked_up:
+        assert canonical._merges is not None and (canonical._kinds >= 0).sum() > 20
+        ids = tuple(canonical._tokenizer.encode(text).tolist())
+        tail = ids[canonical._cut(ids) :]
+        every = np.flatnonzero(canonical.first < 256)
+        np.testing.assert_array_equal(canonical.follows(tail, every), canonical._kept(tail, every))
+
+
+def test_pairs_stay_apart_as_the_model_itself_has_it():
+    canonical = Canonical(tokenizer("qwenlike"))
+    view, merges = canonical.view, canonical._merges
+    own = np.array([i for i, piece in view.pieces.items() if merges.sure[i] and view.cut(piece) == [i]])
+    rng = np.random.default_rng(0)
+    for a in rng.choice(own, 40).tolist():
+        others = rng.choice(own, 60)
+        expected = [view.cut(view.pieces[a] + view.pieces[b]) == [a, b] for b in others.tolist()]
+        assert merges.apart(a, others).tolist() == expected
+
+
+def test_vocabularies_that_do_more_than_merge():
+    tk = json.loads(tokenizer("qwenlike").backend.to_str())
+    assert Merges.of(Tokenizer.from_str(json.dumps(tk)), 1000) is not None
+    tk["model"]["ignore_merges"] = True
+    assert Merges.of(Tokenizer.from_str(json.dumps(tk)), 1000) is None
+    single = np.array([True, True, False, False])
+    with pytest.raises(ValueError, match="before its parts"):
+        Merges(4, np.array([[2, 1, 3], [0, 1, 2]], np.int32), single)

@@ -18,7 +18,7 @@ from atom_jax.models.hnet import HNetConfig
 from atom_jax.training import losses
 from atom_jax.typing import Batch
 from tests.models.tiny_units import MODELS, rows, stream, weights
-from tests.training.tiny import batches, make, mesh, program
+from tests.training.tiny import batches, make, mesh, program, sizes
 
 LENGTHS = np.ones(264, np.int32)
 
@@ -89,17 +89,6 @@ def test_bfloat16_stays_close(name):
     read = jax.jit(lambda p, batch, cache: hnet.apply(p, batch, cfg=half, cache=cache))
     out, _ = read(weights(cfg), batch_of(), hnet.init_cache(half, 2, 32))
     assert out.logits.dtype == jnp.float32 and np.isfinite(out.logits).all()
-
-
-def sizes(jaxpr):
-    """Elements of every array that a jaxpr and those inside it compute."""
-    for eqn in jaxpr.eqns:
-        yield from (int(np.prod(v.aval.shape)) for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from sizes(inner)
 
 
 def largest(cfg, b, t):

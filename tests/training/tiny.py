@@ -48,3 +48,14 @@ def batches(exp: Experiment, n: int, seed: int = 0) -> list[dict[str, np.ndarray
             }
         )
     return out
+
+
+def sizes(jaxpr):
+    """Elements of every array that a jaxpr and those inside it compute."""
+    for eqn in jaxpr.eqns:
+        yield from (int(np.prod(v.aval.shape)) for v in eqn.outvars if hasattr(v.aval, "shape"))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner)

@@ -67,6 +67,17 @@ def test_losses(row):
         assert np.linalg.norm(gradient) == pytest.approx(row["grad_norm"], rel=2e-3)
 
 
+@pytest.mark.parametrize("row", range(4))
+def test_states_where_chunks_end(row):
+    fixture = numbers("alm_loss")
+    row = fixture["latents"][row]
+    states = [jnp.asarray(array(fixture[f"{side}_hidden"], np.float32)) for side in ("teacher", "student")]
+    chunks = tuple(jnp.asarray(side[1]) for side in ids())
+    total, number = alm.latent(*states, chunks, SIZE, int(row["norm"][1]), "channelwise" in row["norm"])
+    assert number == sum(map(len, fixture["alignments"]))
+    assert float(total / number) == pytest.approx(row["loss"], rel=1e-5)
+
+
 def test_gradients_that_are_balanced():
     fixture = numbers("gradmag")
     gradients = [{k: array(v[i]) for k, v in fixture["grads"].items()} for i in range(3)]

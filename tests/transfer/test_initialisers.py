@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from atom_jax import params
 from atom_jax.tokenizers import train
 from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.transfer import initialisers
+from atom_jax.transfer.hypernet import Projector
 from atom_jax.transfer.initialisers import FVT, INITIALISERS, Aux, Task, base, focus, landmarks, omp, vectors, wechsel
 from atom_jax.transfer.initialisers.neighbours import Neighbours
 from atom_jax.transfer.initialisers.trained import trained
@@ -160,7 +162,9 @@ def aux():
     donor = RNG.normal(size=(1000, 1, 6)).astype(np.float32)
     e = RNG.normal(size=(1000, 5)).astype(np.float32)
     e[500:520] = 0
-    return {"donor": donor, "source_vectors": e[:700], "target_vectors": e}
+    net = Projector(2, 8)
+    trained_net = net, net.begun(params.init(jax.random.key(0), net.spec()), RNG.normal(size=(9, 2, 8)))
+    return {"donor": donor, "source_vectors": e[:700], "target_vectors": e, "hypernet": trained_net}
 
 
 @pytest.mark.parametrize("name", INITIALISERS)

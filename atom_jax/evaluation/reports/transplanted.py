@@ -54,9 +54,9 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
     method = initialisers.parse(order.method, "--method")
     fallback = initialisers.parse(order.fallback, "--fallback")
     tokenizer = lib.find_tokenizer(order.tokenizer)
-    judged = _documents(order.judged, "validation", order.nbytes) if order.nbytes else []
+    judged = documents(order.judged, "validation", order.nbytes) if order.nbytes else []
     lm, began = checkpoint.load(order.source), time.monotonic()
-    texts = _documents(order.text, "train", 0) if method.name == "focus" else None
+    texts = documents(order.text, "train", 0) if method.name == "focus" else None
     say(f"{order.source}: {lm.config.vocab_size:,} rows; by {method.name} for {tokenizer.vocab_size:,} ids")
     made, report = lib.transplant(
         lm, tokenizer, method, donor=order.donor, texts=texts, fallback=fallback, special=order.special
@@ -98,7 +98,7 @@ def draw(report: Report, result: Mapping[str, Any], path: pathlib.Path) -> None:
         right.set(ylabel="bits per byte")
 
 
-def _documents(source: str, split: str, nbytes: int) -> list[bytes]:
+def documents(source: str, split: str, nbytes: int) -> list[bytes]:
     """Documents of a split, cut off after so many bytes in all (0: nowhere), at the end of a line."""
     corpus, out, left = open_source(source, split), [], nbytes or 1 << 40
     for i in range(len(corpus)):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -19,12 +20,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atom_jax import config
+from atom_jax.data.config import DataConfig
+from atom_jax.data.packing import described
+from atom_jax.data.pipeline import make_iterator
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree, flatten
 from atom_jax.training.losses import Sums, byte_lengths
 from atom_jax.training.plots import Pages
-from atom_jax.typing import TEXTS, Batch
+from atom_jax.typing import TEXTS, AtomError, Batch
 
 Rows = dict[str, np.ndarray]
 T = TypeVar("T", bound=type)
@@ -50,8 +54,8 @@ class Objective:
     """Base of all objectives. Its hooks are those of training on the text as it is, but for `loss`.
 
     name: in messages and in `OBJECTIVES`. reads: what its models read (`models.family.Kind`). trains: whether it has
-    a loss; what has none goes beside another one that does. spelled: whether it reads rows of subwords with their
-    bytes (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
+    a loss; what has none goes beside another one that does. spelled: whether it reads rows of two kinds of tokens
+    (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
     name: ClassVar[str] = ""
@@ -80,8 +84,16 @@ class Objective:
         """
         return params, []
 
+    def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
+        """What makes the rows that process `index` of `count` reads of some data (`data.pipeline.make_iterator`)."""
+        return make_iterator(cfg, setting.tokenizer, index, count)
+
+    def described(self, setting: Setting) -> Rows:
+        """Zeros in the shapes of a whole batch of `rows`, which take no memory."""
+        return described(setting.exp.data)
+
     def batch(self, rows: Rows) -> Any:
-        """The batch of this process's rows of the data (`data.pipeline.make_iterator`); it has a `loss_mask`."""
+        """The batch of this process's rows of the data; it has a `loss_mask`."""
         names = (f.name for f in dataclasses.fields(Batch))
         return Batch(**{name: rows[name] for name in names if name in rows})
 
@@ -127,6 +139,13 @@ def register(cls: T) -> T:
     """Makes a subclass of `Objective`, a frozen dataclass, known by its name and to configurations that are read."""
     OBJECTIVES[cls.name] = cls
     return config.register(cls)
+
+
+def check_frozen(exp: Any, name: str, paths: Iterable[str]) -> None:
+    """Raises AtomError, in the name of an objective, where optim.groups let one of these parameters learn."""
+    for path in paths:
+        if next((g.factor for g in exp.optim.groups if re.fullmatch(g.pattern, path)), 1.0):
+            raise AtomError(f"{name}: {path} must not learn, and optim.groups does not freeze it")
 
 
 def forward_flops(exp: Any) -> float:

@@ -7,6 +7,7 @@ from atom_jax.transfer.initialisers.base import Aux, Initialiser, Task
 from atom_jax.transfer.initialisers.fallback import Covariance, Mean, Normal, Zero
 from atom_jax.transfer.initialisers.focus import Focus
 from atom_jax.transfer.initialisers.fvt import FVT
+from atom_jax.transfer.initialisers.hypernet import FromHypernet
 from atom_jax.transfer.initialisers.landmarks import Landmarks
 from atom_jax.transfer.initialisers.neighbours import Neighbours
 from atom_jax.transfer.initialisers.omp import OMP
@@ -14,7 +15,7 @@ from atom_jax.transfer.initialisers.tokenadapt import TokenAdapt
 from atom_jax.transfer.initialisers.wechsel import Wechsel
 from atom_jax.typing import AtomError
 
-__all__ = ["FVT", "INITIALISERS", "Aux", "Initialiser", "Normal", "Task", "Zero", "parse"]
+__all__ = ["FVT", "INITIALISERS", "Aux", "FromHypernet", "Initialiser", "Normal", "Task", "Zero", "parse"]
 
 INITIALISERS: dict[str, type[Initialiser]] = {
     cls.name: cls
@@ -26,6 +27,7 @@ INITIALISERS: dict[str, type[Initialiser]] = {
         Focus,
         Wechsel,
         TokenAdapt,
+        FromHypernet,
         Normal,
         Covariance,
         Mean,

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from atom_jax.params import Tree
 from atom_jax.tokenizers.byte_view import ByteView
+from atom_jax.transfer.hypernet import Hypernet
 from atom_jax.typing import AtomError
 
 # Rows that are made at once: bounds what [rows, shared tokens] takes.
@@ -27,12 +29,14 @@ class Aux:
     source_vectors, target_vectors: f32 [ids, e], vectors of the tokens of either vocabulary in one space; zeros where
         a token has none.
     embed: texts -> f32 [texts, e].
+    hypernet: a trained network and its parameters (`transfer.hypernet`).
     """
 
     donor: np.ndarray | None = None
     source_vectors: np.ndarray | None = None
     target_vectors: np.ndarray | None = None
     embed: Callable[[Sequence[str]], np.ndarray] | None = None
+    hypernet: tuple[Hypernet, Tree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Task:
     shared: np.ndarray
     aux: Aux = dataclasses.field(default_factory=Aux)
 
-    def need(self, *names: str) -> list[np.ndarray]:
+    def need(self, *names: str) -> list[Any]:
         """These fields of `aux`. Raises AtomError where one is missing or has not one row per id."""
         out = []
         for name in names:
@@ -58,7 +62,7 @@ class Task:
             if value is None:
                 raise AtomError(f"this method needs {name}, which is not given")
             size = self.source.size if name == "source_vectors" else self.target.size
-            if name != "embed" and len(value) < size:
+            if name not in ("embed", "hypernet") and len(value) < size:
                 raise AtomError(f"{name} has {len(value)} rows, its vocabulary has {size} ids")
             out.append(value)
         return out

@@ -10,6 +10,7 @@ import atom_jax
 from atom_jax import config, params
 from atom_jax.checkpoint import store
 from atom_jax.data import vocabulary
+from atom_jax.data.sampled import Sampling
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.models.bolmo import BolmoConfig
@@ -17,9 +18,12 @@ from atom_jax.models.image_tokens import Fixed
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
+from atom_jax.transfer.alm import ALM
 from atom_jax.transfer.byteify import Stage1
+from atom_jax.transfer.hypernet import Projector
 from atom_jax.typing import LM
 from configs import bolmo, image, world
+from configs.transfer import MAKER, TEACHER
 from tests.training.tiny import make
 
 EVICTORS = DMS(form="observed", window=16, scale=1.0, offset=0.0, tau=0.5, bias=True)
@@ -75,6 +79,14 @@ def example(source, tmp_path_factory):
             return config.override(small, ["mesh.data=8", "data.batch_size=8"])
         if name == "foresee":
             return config.override(world.tiny(), [*settings, *(f"first.{s}" for s in settings)])
+        if name == "alm":
+            data, optim = dataclasses.replace(exp.data, tokens=24), dataclasses.replace(exp.optim, groups=TEACHER)
+            objective = cls(source=str(source), how=ALM(merge=None))
+            return dataclasses.replace(exp, data=data, optim=optim, objective=objective)
+        if name == "hypernet":
+            net = Projector(1 if exp.model.tie_embeddings else 2, exp.model.d_model, length=3)
+            objective = cls(net=net, sampling=Sampling(vocabulary=320, texts=8))
+            return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=MAKER), objective=objective)
         return dataclasses.replace(exp, objective=cls())
 
     return build

@@ -18,7 +18,6 @@ from atom_jax.aot import training as aot
 from atom_jax.chunking.config import slots_for
 from atom_jax.chunking.plan import make_plan
 from atom_jax.chunking.types import PlanState
-from atom_jax.data.pipeline import make_iterator
 from atom_jax.kvcache import learned
 from atom_jax.training import loop, start
 from atom_jax.training.config import Experiment, check_resumable
@@ -38,7 +37,7 @@ def opened(exp):
     exp = config.override(exp, ["mesh.data=1", "init_from="])
     with jax.set_mesh(mesh(exp.mesh)):
         program = Program(exp, mesh(exp.mesh), start.tokenizer(exp))
-        with contextlib.closing(make_iterator(exp.data, program.setting.tokenizer)) as data:
+        with contextlib.closing(program.read(exp.data)) as data:
             yield program, next(data)
 
 

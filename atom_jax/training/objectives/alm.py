@@ -1,0 +1,236 @@
+"""Distillation between models with different tokenizers, by what they think of aligned chunks of text (Minixhofer et
+al., 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching", 2503.20083)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from atom_jax import checkpoint, config, sharding
+from atom_jax.data import pairs
+from atom_jax.data.config import DataConfig
+from atom_jax.data.pipeline import make_iterator
+from atom_jax.models import lora, registry, transformer
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.nn import scoring
+from atom_jax.params import Tree
+from atom_jax.tokenizers import Tokenizer
+from atom_jax.tokenizers.byte_view import byte_view
+from atom_jax.training.losses import Sums, byte_lengths, counted_bytes, next_token, summary
+from atom_jax.training.objectives.base import Objective, Rows, Setting, check_frozen, register, training_flops
+from atom_jax.training.plots import Pages
+from atom_jax.transfer import alm
+from atom_jax.transfer.alm import ALM, Chunked
+from atom_jax.typing import LM, AtomError, Batch
+
+# Tables that a teacher has of its own where the layers are the student's.
+_TABLES = ("embed", "unembed")
+
+
+@struct.dataclass
+class Pairs:
+    """One text twice: as the student's tokens and the teacher's, and the chunk of each of these, i32 [b, t] and
+    [b, k], -1 for padding."""
+
+    student: Batch
+    teacher: Batch
+    student_chunks: jax.Array
+    teacher_chunks: jax.Array
+
+    @property
+    def loss_mask(self) -> jax.Array:
+        """bool [b, t]: the student's targets."""
+        return self.student.loss_mask
+
+    @property
+    def size(self) -> int:
+        """Most chunks of a row."""
+        return min(self.student_chunks.shape[1], self.teacher_chunks.shape[1])
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Alm(Objective):
+    """source: the teacher, any checkpoint that `atom_jax.load` reads with a tokenizer. The student is the run's
+        model, mostly the same one with another tokenizer (`atom_jax transplant`). data.tokens: the teacher's per row.
+    how: see `transfer.alm.ALM`. latent: weight of the difference of final states where chunks end (`alm.latent`), for
+        models of one width. Losses are not balanced by their gradients, as the published recipe does.
+    teacher: the configuration of the source, where it can't be read and nothing is but compiled.
+
+    The teacher lies beside the model as "source", which optim.groups must freeze. Where the student learns by LoRA
+    alone, its layers without it are the teacher's, which has its own tables only. With `how.merge` or `latent`, the
+    parts of `optim.accumulate` have means of their own, which count by their chunks.
+    """
+
+    source: str = ""
+    how: ALM = dataclasses.field(default_factory=ALM)
+    latent: float = 0.0
+    teacher: Any = None
+
+    name: ClassVar[str] = "alm"
+    spelled: ClassVar[bool] = True
+    pages: ClassVar[Pages] = {"alm": {"divergence of a chunk": {"alm": ""}, "difference of states": {"latent": ""}}}
+
+    def __post_init__(self):
+        config.check(self, latent=(0, 1e6))
+        if self.teacher is not None and not isinstance(self.teacher, TransformerConfig):
+            raise AtomError(f"alm.teacher: expected a TransformerConfig, got a {type(self.teacher).__name__}")
+
+    def check(self, exp: Any) -> None:
+        """Both are transformers over tokens; what is not the student's stays as it is."""
+        theirs = self._config()
+        for model in (exp.model, theirs):
+            if not isinstance(model, TransformerConfig):
+                raise AtomError(f"alm: teacher and student must be transformers, not a {type(model).__name__}")
+        if self.latent and exp.model.d_model != theirs.d_model:
+            raise AtomError(f"alm.latent: states are {exp.model.d_model} and {theirs.d_model} wide")
+        check_frozen(exp, "alm", ["source/embed", *(["layers/attn/q", "norm"] if _shared(exp.model) else [])])
+
+    def extra_spec(self, cfg: TransformerConfig) -> Tree:
+        """The teacher as "source"."""
+        spec = transformer.spec(self._config())
+        return {"source": {k: s for k, s in spec.items() if k in _TABLES} if _shared(cfg) else spec}
+
+    def begin(self, setting: Setting, params: Any, places: Tree, data: Iterator[Rows]) -> tuple[Any, list[str]]:
+        """The student as it is, and the teacher. Raises AtomError where it should have the student's layers and has
+        others."""
+        exp, there = setting.exp, self._loaded(setting)
+        if not _shared(exp.model):
+            return (params or {}) | {"source": there.params}, [f"taught by {self.source}"]
+        ours = {k: x for k, x in (params or {}).get("layers", {}).items() if k != "lora"}
+        if not jax.tree.all(jax.tree.map(_same, ours, there.params["layers"])):
+            raise AtomError(f"alm: with LoRA, the layers of init_from must be those of source {self.source}")
+        tables = {k: x for k, x in there.params.items() if k in _TABLES}
+        return (params or {}) | {"source": tables}, [f"taught by {self.source}, whose layers it has"]
+
+    def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
+        """As the student's and the teacher's tokens (`data.pairs`)."""
+        kind = functools.partial(pairs.PairedRows, other=self._tokenizer())
+        return make_iterator(cfg, setting.tokenizer, index, count, kind)
+
+    def described(self, setting: Setting) -> Rows:
+        """See Objective."""
+        return pairs.described(setting.exp.data)
+
+    def batch(self, rows: Rows) -> Pairs:
+        """Both sides."""
+        tokens, chunks = rows["tokens"], rows["token_chunks"]
+        at, real = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape), chunks >= 0
+        targets, counts = (np.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, real))
+        teacher = Batch(tokens, at, real.astype(np.int32), targets, counts)
+        student = Batch(**{name: rows[name] for name in ("ids", "positions", "segments", "targets", "loss_mask")})
+        return Pairs(student, teacher, rows["chunks"], chunks)
+
+    def counts(self, batch: Pairs, setting: Setting) -> dict[str, jax.Array]:
+        """f32 []: the student's targets, and chunks of which the teacher scores a token."""
+        side = Chunked(None, batch.teacher_chunks, batch.teacher.segments > 0)
+        targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        return {"targets": targets, "chunks": alm.scored(side, batch.size)}
+
+    def loss(self, params: Any, batch: Pairs, key: Any, step: Any, *, setting: Setting, counts: Any = None) -> Sums:
+        """nats are the student's next token, which is not learned from. learned: alm and latent, means per chunk."""
+        cfg, own = setting.exp.model, self.counts(batch, setting)
+        whole = own if counts is None else counts
+        theirs, taught = self._teacher(params, cfg)
+        sides = [(taught, batch.teacher, batch.teacher_chunks, theirs, self._boundaries()),
+                 (params, batch.student, batch.student_chunks, cfg, _boundaries(setting.tokenizer))]  # fmt: skip
+        (teacher, y_bkd, _), (student, x_btd, nats_bt) = (_side(*side) for side in sides)
+        total, number = alm.loss(teacher, student, self.how, batch.size)
+        learned = {"alm": jnp.stack([total, number])}
+        mean = total / jnp.maximum(number, 1.0)
+        if self.latent:
+            found = alm.latent(y_bkd, x_btd, (batch.teacher_chunks, batch.student_chunks), batch.size)
+            mean, learned["latent"] = mean + self.latent * found[0] / jnp.maximum(found[1], 1.0), jnp.stack(found)
+        share = own["chunks"] / jnp.maximum(whole["chunks"], 1.0)
+        return Sums(
+            objective=mean * share * whole["targets"],
+            nats=jnp.sum(nats_bt * batch.loss_mask),
+            tokens=jnp.sum(batch.loss_mask, dtype=jnp.int32),
+            bytes=counted_bytes(setting.lengths, batch.student),
+            learned=learned,
+        )
+
+    def judge(self, params: Any, batch: Pairs, *, setting: Setting) -> Sums:
+        """The same."""
+        return self.loss(params, batch, None, None, setting=setting)
+
+    def reference(self, setting: Setting, batches: Callable[[], Iterator[Pairs]]) -> dict[str, float]:
+        """Bits per byte of the teacher on the same text."""
+        there, tokenizer = self._loaded(setting), self._tokenizer()
+        cfg = dataclasses.replace(there.config, dtype=setting.exp.model.dtype)
+        lengths = byte_lengths(tokenizer, cfg.vocab_size)
+        judge = jax.jit(lambda params, batch: next_token(params, batch, cfg=cfg, lengths=lengths))
+        total = [judge(there.params, batch.teacher) for batch in batches()]
+        return {"source_bits_per_byte": float(summary(jax.tree.map(lambda *x: sum(x), *total))["bits_per_byte"])}
+
+    def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
+        """With the teacher's pass."""
+        data, cfg = setting.exp.data, self._config()
+        _, again = super().operations(setting, factors)
+        taught = registry.of(cfg).flops(cfg, data.tokens) * data.batch_size * data.tokens
+        return training_flops(setting.exp, factors) * data.batch_size * data.seq_len + taught, again
+
+    def _teacher(self, params: Any, cfg: TransformerConfig) -> tuple[TransformerConfig, Tree]:
+        """Configuration and parameters of the teacher among those of a run."""
+        theirs = dataclasses.replace(self._config(), dtype=cfg.dtype)
+        taught = params["source"]
+        if _shared(cfg):
+            layers = {k: x for k, x in params["layers"].items() if k != "lora"}
+            taught = {"layers": layers, "norm": params["norm"]} | taught
+        return theirs, jax.lax.stop_gradient(taught)
+
+    def _config(self) -> TransformerConfig:
+        return self.teacher if self.teacher is not None else self._opened[0]
+
+    def _tokenizer(self) -> Any:
+        return self._opened[1]
+
+    def _boundaries(self) -> tuple[int, ...]:
+        return () if self.teacher is not None else _boundaries(self._tokenizer())
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Any, Any]:
+        """(configuration, tokenizer) of the source."""
+        if not self.source:
+            raise AtomError("alm.source is not set: which model is to be learned from?")
+        cfg, found = checkpoint.load_config(self.source)
+        if found is None:
+            raise AtomError(f"alm.source {self.source}: has no tokenizer")
+        return cfg, found
+
+    def _loaded(self, setting: Setting) -> LM:
+        cfg = self._config()
+        places = sharding.shardings(registry.of(cfg).spec(cfg), setting.mesh)
+        return checkpoint.load(self.source, dtype="float32", shardings=places)
+
+
+def _shared(cfg: TransformerConfig) -> bool:
+    """Whether the student's layers without LoRA are the teacher's."""
+    return bool(lora.paths(cfg))
+
+
+def _same(a: jax.Array, b: jax.Array) -> bool:
+    return a.shape == b.shape and bool(jnp.array_equal(a, b))
+
+
+def _boundaries(tokenizer: Any) -> tuple[int, ...]:
+    """See `ByteView.boundaries`; none where nothing is but compiled, without a real tokenizer."""
+    return byte_view(tokenizer).boundaries if isinstance(tokenizer, Tokenizer) else ()
+
+
+def _side(
+    params: Tree, batch: Batch, chunks: jax.Array, cfg: TransformerConfig, boundaries: tuple[int, ...]
+) -> tuple[Chunked, jax.Array, jax.Array]:
+    """What a model says of its tokens, its final states [b, t, d], and nats f32 [b, t] of its targets."""
+    x_btd, _, _ = transformer.hidden(params, batch, cfg=cfg)
+    head = functools.partial(transformer.logits, scoring.gathered(params), cfg=cfg)
+    found = scoring.score(head, x_btd, batch.targets, ("nats", "among"), among=boundaries)
+    logp_bt = jnp.pad(-found["nats"][:, :-1], ((0, 0), (1, 0)))
+    return Chunked(logp_bt, chunks, batch.segments > 0, found["among"]), x_btd, found["nats"]

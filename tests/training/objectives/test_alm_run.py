@@ -1,0 +1,130 @@
+"""A model with another tokenizer learns from the one that it was made of."""
+
+import contextlib
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import atom_jax
+from atom_jax import config, params
+from atom_jax.aot.training import _Tokenizer
+from atom_jax.data.pairs import PairedRows
+from atom_jax.data.pipeline import make_iterator
+from atom_jax.data.sources import open_source
+from atom_jax.models import transformer
+from atom_jax.models.transformer import TransformerConfig
+from atom_jax.nn import scoring
+from atom_jax.tokenizers.byte_view import byte_view
+from atom_jax.training import loop, start
+from atom_jax.training.config import Experiment
+from atom_jax.training.objectives import Alm
+from atom_jax.training.objectives.base import Setting
+from atom_jax.training.program import Program
+from atom_jax.training.record import read
+from atom_jax.typing import AtomError
+from configs import transfer
+from tests.training.tiny import mesh, sizes
+
+
+@pytest.fixture(scope="module")
+def student(source, tmp_path_factory):
+    """The source with bytes for tokens."""
+    made, _ = atom_jax.transplant(atom_jax.load(source), "bytes")
+    path = tmp_path_factory.mktemp("student") / "model"
+    atom_jax.save_hf(made, path)
+    return path
+
+
+def experiment(source, student, *settings):
+    named = [f"objective.source={source}", f"init_from={student}", "mesh.data=8"]
+    return start.configure("configs/transfer.py:tiny", [*named, *settings])
+
+
+def lines(workdir, kind):
+    return [x for x in read(workdir / "metrics.jsonl") if x["kind"] == kind]
+
+
+def test_rows_are_the_same_text_on_both_sides(source, student):
+    exp = experiment(source, student, "data.shuffle=false")
+    ours, theirs = atom_jax.load(student).tokenizer, atom_jax.load(source).tokenizer
+    views = byte_view(ours), byte_view(theirs)
+    kind = lambda *args: PairedRows(*args, other=theirs)  # noqa: E731
+    with contextlib.closing(make_iterator(exp.data, ours, kind=kind)) as data:
+        found = [next(data) for _ in range(2)]
+    text = [b"".join(views[0].pieces.get(i, b"") for i in batch["ids"][0].tolist()) for batch in found]
+    assert open_source("austen", "train").read(0).startswith(text[0] + text[1]) and min(map(len, text)) > 40
+    for row in range(exp.data.batch_size):
+        sides = [(found[0]["ids"], found[0]["chunks"]), (found[0]["tokens"], found[0]["token_chunks"])]
+        parts = []
+        for view, (ids, chunks) in zip(views, sides):
+            real = chunks[row] >= 0
+            assert (np.diff(chunks[row][real]) >= 0).all() and not real[real.sum() :].any()
+            spelled = [view.pieces.get(i, b"") for i in ids[row][real].tolist()]
+            parts.append([b"".join(s for s, c in zip(spelled, chunks[row]) if c == n) for n in range(chunks.max())])
+        assert parts[0] == parts[1] and any(parts[0])
+
+
+def test_what_is_held_out_gets_more_alike(source, student, tmp_path):
+    result = loop.fit(experiment(source, student), tmp_path)
+    before, after = lines(tmp_path, "validation")
+    assert after["alm"] < 0.97 * before["alm"] and result.step == 6
+    assert before["source_bits_per_byte"] == after["source_bits_per_byte"] > 0
+    assert (tmp_path / "plots" / "alm.png").exists()
+    # The teacher is kept beside the model, as it was.
+    assert (tmp_path / "checkpoints" / "6" / "source").is_dir()
+    assert "source" not in atom_jax.load(tmp_path).params
+
+
+def test_with_lora_the_layers_are_shared(source, student):
+    exp = experiment(source, student, "mesh.data=1")
+    exp = dataclasses.replace(exp, lora=transfer.alm_lora().lora)
+    exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, lora=exp.lora))
+    with pytest.raises(AtomError, match="layers/attn/q must not learn"):
+        exp.objective.check(exp)
+    exp = dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=transfer.SHARED))
+    exp.objective.check(exp)
+    assert set(exp.objective.extra_spec(exp.model)["source"]) == {"embed"}
+    with jax.set_mesh(mesh(exp.mesh)):
+        setting = Setting(exp, mesh(exp.mesh), atom_jax.load(student).tokenizer)
+        begun, _ = exp.objective.begin(setting, atom_jax.load(student).params, None, None)
+        theirs, taught = exp.objective._teacher(begun | {"layers": begun["layers"] | {"lora": {}}}, exp.model)
+        assert theirs.lora is None
+        chex.assert_trees_all_equal(taught, atom_jax.load(source).params)
+        other = params.init(jax.random.key(9), transformer.spec(atom_jax.load(student).config))
+        with pytest.raises(AtomError, match="layers of init_from must be those of source"):
+            exp.objective.begin(setting, other, None, None)
+
+
+def test_large_vocabularies_are_never_whole():
+    """16 rows of 512 tokens, with 128 thousand of them to choose from on both sides."""
+    cfg = TransformerConfig(
+        vocab_size=128_000, d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, d_ff=16, remat=True
+    )
+    exp = Experiment(model=cfg, objective=Alm(teacher=cfg, latent=1.0), optim=transfer.tiny().optim)
+    exp = config.override(exp, ["data.batch_size=16", "data.seq_len=512", "data.tokens=512", "mesh.data=1"])
+    with jax.set_mesh(mesh(exp.mesh)):
+        program = Program(exp, mesh(exp.mesh), _Tokenizer(cfg.vocab_size))
+        objective, setting = program.objective, program.setting
+
+        def loss(p, batch):
+            return objective.loss(p, batch, None, None, setting=setting).objective
+
+        found = jax.make_jaxpr(jax.grad(loss))(program.state.params, program.abstract_batch())
+    assert max(sizes(found.jaxpr)) <= 2 * scoring.LIMIT < 16 * 512 * cfg.vocab_size / 8
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["objective.source="], "alm.source is not set"),
+        (["data.tokens=0"], "alm and data.tokens need each other"),
+        (["optim.groups="], "source/embed must not learn"),
+        (["objective.source=tests/golden/hf_tiny/llama"], "has no tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(source, student, tmp_path, settings, words):
+    with pytest.raises(AtomError, match=words):
+        loop.fit(experiment(source, student, *settings), tmp_path)
