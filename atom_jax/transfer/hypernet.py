@@ -37,7 +37,9 @@ class Hypernet:
     kind: ClassVar[str] = ""
 
     def __post_init__(self):
-        config.check(self)
+        size = (1, 2**31 - 1)
+        sizes = ("n", "d", "length", "n_layers", "widen", "width", "heads", "d_ff", "positions")
+        config.check(self, **dict.fromkeys(sizes, size), extra=(0, size[1]), alpha=(0, 1e6))
 
     def spec(self) -> Tree:
         """ParamSpecs."""

@@ -19,6 +19,7 @@ from atom_jax.reduction import REDUCERS
 from atom_jax.training.config import Experiment, Group
 from atom_jax.training.objectives import OBJECTIVES, Byteify
 from atom_jax.transfer.byteify import Weights
+from atom_jax.transfer.hypernet import Projector, Zett
 from atom_jax.typing import AtomError
 from tests.reliability.rows import policy
 
@@ -50,6 +51,7 @@ def everything():
     roots += [made() for made in (*PUZZLES.values(), *PICTURES.values(), *REDUCERS, *PLANNERS.values())]
     # xminigrid need not be installed.
     roots += [env() for name, env in ENVS.items() if name != "minigrid"]
+    roots += [Projector(1, 8), Zett(1, 8, width=16, heads=2)]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 
