@@ -22,9 +22,9 @@ class Sums:
     """Totals over the targets that count, so that parts of a batch add up exactly.
 
     objective: f32 [], what is minimised once divided by the number of targets: nats plus penalties.
-    nats:      f32 [], cross-entropy; or another error of targets that are no text.
+    nats:      f32 [], cross-entropy, or the squared error of targets that are no text.
     tokens:    i32 [], targets that count.
-    bytes:     i32 [], UTF-8 bytes that these targets stand for; None where they are no text.
+    bytes:     i32 [], UTF-8 bytes that these targets stand for, or None where they are no text.
     learned:   name -> f32 [2], a sum and what it is to be divided by: what the model reports about itself.
     """
 
@@ -36,11 +36,11 @@ class Sums:
 
 
 def summary(sums: Sums) -> dict[str, jax.Array]:
-    """The loss in nats per token and, of texts, in bits per byte, and what the model reports about itself."""
-    out = {"loss": sums.nats / jnp.maximum(sums.tokens, 1)}
+    """The loss in nats per token, of text also in bits per byte, and what the model reports about itself."""
+    found = {"loss": sums.nats / jnp.maximum(sums.tokens, 1)}
     if sums.bytes is not None:
-        out["bits_per_byte"] = sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1))
-    return out | {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
+        found["bits_per_byte"] = sums.nats / (math.log(2) * jnp.maximum(sums.bytes, 1))
+    return found | {name: x[0] / jnp.maximum(x[1], 1e-9) for name, x in sums.learned.items()}
 
 
 def byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
