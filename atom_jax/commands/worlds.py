@@ -71,14 +71,9 @@ def plan(argv: list[str]) -> None:
     import atom_jax
     from atom_jax.evaluation import cache
     from atom_jax.evaluation.tasks.plan import PlanSettings, planned, text
-    from atom_jax.kvcache import policies
-    from atom_jax.models import registry
 
     settings = PlanSettings(values.env, values.planner, values.episodes, values.length, values.seed)
-    lm = atom_jax.load(values.checkpoint)
-    if values.memory is not None:
-        lm = registry.with_memory(lm, policies.parse(values.memory))
-    report = planned(lm, settings)
+    report = planned(atom_jax.load(values.checkpoint, memory=values.memory), settings)
     if values.out is not None:
         cache.write_json(pathlib.Path(values.out), report)
     print(text(report))
