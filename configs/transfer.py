@@ -16,7 +16,8 @@ minimised, and bits per byte, beside those of the teacher.
 trains a network that makes the rows of any tokenizer for SmolLM2-135M-Instruct (ZeTT, 2405.07883) from those of the
 pieces that its tokens are cut into. Tokenizers are drawn anew for every batch; here with 4,096 ids, a few hundred
 times, where the published one has 32,768 ids and 200,000 steps. Validation reports bits per byte with tokenizers that
-were drawn from other text, and "fvt_bits" with means of pieces, which is where training starts.
+are drawn from the held-out text, the judged rows among it, and "fvt_bits" with means of pieces, which is where
+training starts: the two compare with each other, not with bits per byte of a tokenizer that is given.
 
 alm       all weights.
 alm_lora  the table, and corrections of rank 64 beside every projection (LoRA); the teacher has the layers in common.

@@ -66,7 +66,7 @@ def load(path: str | Path) -> tuple[Hypernet, Tree]:
     zett, with its parameters. Raises AtomError for anything else, and for what is missing or has another shape."""
     path = Path(path)
     if (path / _CONFIG).is_file():
-        net = config.from_json(Hypernet, read_json(path / _CONFIG), str(path / _CONFIG))
+        net = _net(read_json(path / _CONFIG), str(path / _CONFIG))
         source = SafetensorsSource(path / _TENSORS)
         leaves = {name: source.read(name) for name in source.infos}
     elif (path / _ZETT).is_file():
@@ -88,12 +88,18 @@ def published(net: Hypernet, tensors: dict[str, Any], where: str = "hypernet") -
             if "inter_token_blocks" in name:
                 continue  # written by zett also where nothing uses it
             raise AtomError(f"{where}: there is no place for the tensor {name[:80]}")
-        leaves[own] = np.asarray(x, np.float32)
+        try:
+            leaves[own] = np.asarray(x, np.float32)
+        except (TypeError, ValueError):
+            raise AtomError(f"{where}: {name[:80]} is no tensor of numbers") from None
     layers: dict[str, list[np.ndarray]] = {}
     for name in sorted((k for k in leaves if k.startswith("layers/")), key=lambda k: int(k.split("/")[1])):
         _, _, rest = name.split("/", 2)
         layers.setdefault(f"layers/{rest}", []).append(leaves.pop(name))
-    leaves |= {name: np.stack(parts) for name, parts in layers.items()}
+    for name, parts in layers.items():
+        if len({x.shape for x in parts}) > 1:
+            raise AtomError(f"{where}: {name} has another shape in some layers than in others")
+        leaves[name] = np.stack(parts)
     return _checked(net, _scales(net, leaves), where)
 
 
@@ -167,6 +173,10 @@ def zett_of(fields: dict[str, Any], tensors: dict[str, Any], where: str) -> Zett
         )  # fmt: skip
     except KeyError as e:
         raise AtomError(f"{where}: {e.args[0]} is missing") from None
+    except TypeError:
+        raise AtomError(f"{where}: sizes must be whole numbers") from None
+    except AtomError as e:
+        raise AtomError(f"{where}: {e}") from None
 
 
 def _of_run(path: Path) -> tuple[Hypernet, Tree]:
@@ -177,5 +187,13 @@ def _of_run(path: Path) -> tuple[Hypernet, Tree]:
 
 def _net_of(objective: Any, where: str) -> tuple[Hypernet, Tree]:
     """The network that an experiment trained, and its ParamSpecs."""
-    net = config.from_json(Hypernet, (objective or {}).get("net"), f"{where}: objective.net")
+    net = _net((objective or {}).get("net"), f"{where}: objective.net")
     return net, net.spec()
+
+
+def _net(fields: Any, where: str) -> Hypernet:
+    """The network that fields in JSON describe."""
+    net = config.from_json(Hypernet, fields, where)
+    if not isinstance(net, Projector | Zett):
+        raise AtomError(f"{where}: a {type(net).__name__} is no Projector and no Zett")
+    return net

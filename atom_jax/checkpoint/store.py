@@ -238,7 +238,8 @@ def load_params(path: str | pathlib.Path, dtype: Any = None, shardings: Any = No
 
 
 def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str], tuple[T, Tree]]) -> tuple[T, Tree]:
-    """What an objective trained beside the model of a run, under this name, on the first device.
+    """What an objective trained beside the model of a run, under this name, on the first device; the average of it,
+    where the run kept one.
 
     describe: (the objective as JSON, where it is from) -> (what is returned with the parameters, their ParamSpecs).
     Raises AtomError as `load_params` does.
@@ -249,10 +250,14 @@ def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str
         found, spec = describe(_note(step / "config").get("objective"), str(step))
         if not (step / name).is_dir():
             raise AtomError(f"{step} has no {name}")
-        with checksums.verified(step, (name,)):
+        with checksums.verified(step, (name, "ema")):
             _compare(params_lib.abstract(spec), _metadata(step / name), f"{step}/{name}")
             wanted = params_lib.abstract(spec, shardings=params_lib.map_specs(lambda _: place, spec))
-            return found, params_lib.unflatten(_restore(step / name, params_lib.flatten(wanted)))
+            leaves = _restore(step / name, params_lib.flatten(wanted))
+            within = params_lib.flatten({name: wanted})
+            averaged = _restore(step / "ema", {k: within[k] for k in within if k in _averaged(step)})
+            leaves |= {k.removeprefix(f"{name}/"): x for k, x in averaged.items()}
+            return found, params_lib.unflatten({k: leaves[k] for k in params_lib.flatten(wanted)})
 
     return _of_newest(path, read)
 
@@ -277,12 +282,16 @@ def _parameters(step: pathlib.Path, model: Any, dtype: Any, shardings: Any) -> T
         k: jax.ShapeDtypeStruct(s.shape, dtype or kinds[k].dtype, sharding=s.sharding)
         for k, s in params_lib.flatten(params_lib.abstract(spec, shardings=places)).items()
     }
-    averaged = set(params_lib.flatten(_metadata(step / "ema"))) if (step / "ema").exists() else set()
+    averaged = _averaged(step)
     leaves: dict[str, Any] = {}
     for name, chosen in (("ema", averaged), ("params", set(wanted) - averaged)):
-        if chosen:
-            leaves |= _restore(step / name, {k: wanted[k] for k in wanted if k in chosen})
+        leaves |= _restore(step / name, {k: wanted[k] for k in wanted if k in chosen})
     return params_lib.unflatten({k: leaves[k] for k in wanted})
+
+
+def _averaged(step: pathlib.Path) -> set[str]:
+    """Paths of the parameters of which a run keeps an average."""
+    return set(params_lib.flatten(_metadata(step / "ema"))) if (step / "ema").exists() else set()
 
 
 def _of_newest(path: str | pathlib.Path, read: Callable[[pathlib.Path], T]) -> T:
@@ -350,6 +359,8 @@ def _metadata(path: pathlib.Path) -> Tree:
 
 
 def _restore(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    if not wanted:
+        return {}
     target = params_lib.unflatten(wanted)
     args = ocp.args.PyTreeRestore(
         target, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(target)

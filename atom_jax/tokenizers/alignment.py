@@ -8,6 +8,7 @@ way. Special tokens are so known from the beginning, and never looked for among 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,12 +34,13 @@ class Side(NamedTuple):
 def aligned(units: Sequence[str | bytes | Role], sides: Sequence[tuple[Any, ByteView]]) -> list[Side]:
     """The text as either of two tokenizers (with their views) has it, and the chunks, numbered from 0.
 
-    A role that one side lacks is left out there; on the other side its token is in the chunk that follows. Raises
-    AtomError where the tokenizers make different bytes of the text.
+    A role that one side lacks is left out there; on the other side its token is in the chunk that follows. Where
+    either composes characters (NFC), both get them composed. Raises AtomError where the tokenizers make different
+    bytes of the text.
     """
     bounds: list[list[np.ndarray]] = [[], []]
     tokens: list[list[np.ndarray]] = [[], []]
-    at = 0
+    at, composes = 0, any(view.composes for _, view in sides)
     for unit in units:
         if isinstance(unit, Role):
             shared = all(unit.name in view.roles for _, view in sides)
@@ -48,6 +50,9 @@ def aligned(units: Sequence[str | bytes | Role], sides: Sequence[tuple[Any, Byte
                     bounds[side].append(np.array([[at, at + shared]]))
             at += shared
             continue
+        if composes:
+            text = unit.decode("utf-8", "surrogateescape") if isinstance(unit, bytes) else unit
+            unit = unicodedata.normalize("NFC", text)
         ends = []
         for side, (tokenizer, view) in enumerate(sides):
             ids, spans = bytes_of(tokenizer, view, unit)

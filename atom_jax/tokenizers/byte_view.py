@@ -42,7 +42,8 @@ class ByteView:
     roles: keys of ROLES -> id. unk: id for what is unknown, or None.
     cut(piece): the tokens that the model itself makes of some bytes, whatever they are, without normalising or
         splitting them first; [] where it has none.
-    adds_space: whether texts get a space in front. rewrites: normalisers that change what texts say.
+    adds_space: whether texts get a space in front. rewrites: normalisers that change what texts say; composes:
+        whether one composes their characters (NFC), which most texts have so already.
     digits: most digits of a number in one token.
     """
 
@@ -57,6 +58,7 @@ class ByteView:
     cut: Callable[[bytes], list[int]] = dataclasses.field(repr=False)
     adds_space: bool = False
     rewrites: tuple[str, ...] = ()
+    composes: bool = False
     digits: int = 1
 
     @functools.cached_property
@@ -119,11 +121,13 @@ def _of_json(tokenizer: JsonTokenizer) -> ByteView:
     byte_ids = frozenset(i for i in pieces if kind == "spaces" and BYTE_TOKEN.fullmatch(tk.id_to_token(i)))
     ids = _by_bytes(pieces, added, byte_ids)
     cut = functools.partial(_CUTS[kind], model, ids, unk, name)
+    normalisers = _normalisers(tk)
     sample = [pieces.get(i, b"") for i in tokenizer.encode(_NUMBERS).tolist()]
     digits = max((len(p.strip()) for p in sample if p.strip().isdigit()), default=1)
     return ByteView(
         name, tokenizer.vocab_size, pieces, ids, byte_ids, special, _completed(roles), unk, cut,
-        bool(sample) and sample[0].startswith(b" "), _rewriting(tk), digits,
+        bool(sample) and sample[0].startswith(b" "), tuple(x for x in normalisers if x in _LOSSY),
+        "NFC" in normalisers, digits,
     )  # fmt: skip
 
 
@@ -145,14 +149,13 @@ def _word_piece(word: str, prefix: str) -> bytes:
     return (word.removeprefix(prefix) if word.startswith(prefix) else f" {word}").encode("utf-8")
 
 
-def _rewriting(tk: Any) -> tuple[str, ...]:
-    """Names of the normalisers in _LOSSY that it has."""
+def _normalisers(tk: Any) -> list[str]:
+    """Names of the normalisers that it has."""
 
     def types(state: Any) -> list[str]:
         return [state["type"], *(name for one in state.get("normalizers", ()) for name in types(one))]
 
-    found = [] if tk.normalizer is None else types(json.loads(tk.normalizer.__getstate__()))
-    return tuple(name for name in found if name in _LOSSY)
+    return [] if tk.normalizer is None else types(json.loads(tk.normalizer.__getstate__()))
 
 
 def _tokens(model: Any, text: str, unk: int | None, name: str) -> list[int]:

@@ -1,5 +1,7 @@
 """Chunks of two tokenisations: against byte-exact numbers, and as a partition of the bytes."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from atom_jax.tokenizers import ByteTokenizer, alignment
 from atom_jax.tokenizers.alignment import Role
 from atom_jax.tokenizers.byte_view import byte_view
+from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from tests.transfer.numbers import numbers, tokenizer, view
 
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -41,6 +44,17 @@ def test_chunks_are_byte_exact(pair):
         assert [c for c in full if c[1] <= fixture["max_teacher"] and c[3] <= fixture["max_student"]] == (
             fixture["byte_exact"][i]
         )
+
+
+def test_characters_are_composed_for_both_where_they_are_for_one():
+    parsed = json.loads(tokenizer("qwenlike").backend.to_str()) | {"normalizer": {"type": "NFC"}}
+    composing = JsonTokenizer.from_files({"tokenizer.json": json.dumps(parsed)}, "composing")
+    both = [(tk, byte_view(tk)) for tk in (tokenizer("gpt2like"), composing)]
+    assert [v.composes for _, v in both] == [False, True]
+    text = "cafe\u0301 2 \u2126s"
+    for unit in (text, text.encode()):
+        for side, (tk, _) in zip(alignment.aligned([unit], both), both):
+            assert tk.decode(side.ids) == "caf\u00e9 2 \u03a9s" and (side.chunks >= 0).all()
 
 
 def test_merged_chunks():

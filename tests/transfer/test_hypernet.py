@@ -115,6 +115,18 @@ def test_bad_hypernets(tmp_path):
         hypernets.zett_of({k: v for k, v in fixture["config"].items() if k != "hn_n_layers"}, tensors, "config.json")
     with pytest.raises(AtomError, match=r"no place for the tensor params\.strange"):
         hypernets.published(net, tensors | {"params.strange.kernel": np.zeros(1)})
+    with pytest.raises(AtomError, match="sizes must be whole numbers"):
+        wrong = {"hn_num_attention_heads": None, "hn_hidden_size": "8"}
+        hypernets.zett_of(fixture["config"] | wrong, tensors, "config.json")
+    first = next(k for k in tensors if k.endswith("layer.0.output.dense.kernel"))
+    with pytest.raises(AtomError, match="is no tensor of numbers"):
+        hypernets.published(net, tensors | {first: "words"})
+    with pytest.raises(AtomError, match="layers/down/w has another shape in some layers"):
+        hypernets.published(net, tensors | {first: np.zeros((1, 1))})
+    (tmp_path / "hypernet.json").write_text(json.dumps({"class": "TransformerConfig"}))
+    with pytest.raises(AtomError, match="a TransformerConfig is no Projector and no Zett"):
+        hypernets.load(tmp_path)
+    (tmp_path / "hypernet.json").unlink()
     short = {k: x for k, x in tensors.items() if "token_type" not in k}
     with pytest.raises(AtomError, match="kind is absent, expected"):
         hypernets.published(net, short)

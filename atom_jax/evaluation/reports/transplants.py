@@ -59,6 +59,8 @@ def compare(orders: Orders, out: str, say: Callable[[str], None]) -> list[dict[s
     goes on where it was stopped. Returns all rows of the table. say: is told each. Raises AtomError for bad input."""
     if orders.nbytes < 1:
         raise AtomError(f"--bytes={orders.nbytes}: expected at least 1")
+    if unknown := [name for name, _ in orders.donors if name not in orders.tokenizers]:
+        raise AtomError(f"--donor={unknown[0]}=...: there is no --tokenizer={unknown[0]}")
     wanted, judged = list(orders.rows()), documents(orders.judged, "validation", orders.nbytes)
     lines = Lines(pathlib.Path(out) / ROWS)
     try:

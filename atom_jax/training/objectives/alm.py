@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import checkpoint, config, sharding
+from atom_jax import params as params_lib
 from atom_jax.data import pairs
 from atom_jax.data.config import DataConfig
 from atom_jax.data.pipeline import make_iterator
@@ -91,7 +92,14 @@ class Alm(Objective):
                 raise AtomError(f"alm: teacher and student must be transformers, not a {type(model).__name__}")
         if self.latent and exp.model.d_model != theirs.d_model:
             raise AtomError(f"alm.latent: states are {exp.model.d_model} and {theirs.d_model} wide")
-        check_frozen(exp, "alm", ["source/embed", *(["layers/attn/q", "norm"] if _shared(exp.model) else [])])
+        if self.teacher is None and (size := self._tokenizer().vocab_size) > theirs.vocab_size:
+            raise AtomError(
+                f"alm.source {self.source}: its tokenizer has {size} ids, its table only {theirs.vocab_size} rows"
+            )
+        spec = transformer.spec(exp.model) if _shared(exp.model) else {}
+        kept = [name for name in params_lib.flatten(_body(spec)) if name not in lora.paths(exp.model)]
+        kept += [f"source/{name}" for name in params_lib.flatten(self.extra_spec(exp.model)["source"])]
+        check_frozen(exp, "alm", kept)
 
     def extra_spec(self, cfg: TransformerConfig) -> Tree:
         """The teacher as "source"."""
@@ -104,11 +112,13 @@ class Alm(Objective):
         exp, there = setting.exp, self._loaded(setting)
         if not _shared(exp.model):
             return (params or {}) | {"source": there.params}, [f"taught by {self.source}"]
-        ours = {k: x for k, x in (params or {}).get("layers", {}).items() if k != "lora"}
-        if not jax.tree.all(jax.tree.map(_same, ours, there.params["layers"])):
+        learned = lora.paths(exp.model)
+        ours, theirs = (params_lib.flatten(_body(p)) for p in (params or {}, there.params))
+        ours = {name: x for name, x in ours.items() if name not in learned}
+        if ours.keys() != theirs.keys() or not all(_same(x, theirs[name]) for name, x in ours.items()):
             raise AtomError(f"alm: with LoRA, the layers of init_from must be those of source {self.source}")
         tables = {k: x for k, x in there.params.items() if k in _TABLES}
-        return (params or {}) | {"source": tables}, [f"taught by {self.source}, whose layers it has"]
+        return params | {"source": tables}, [f"taught by {self.source}, whose layers it has"]
 
     def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
         """As the student's and the teacher's tokens (`data.pairs`)."""
@@ -139,8 +149,9 @@ class Alm(Objective):
         cfg, own = setting.exp.model, self.counts(batch, setting)
         whole = own if counts is None else counts
         theirs, taught = self._teacher(params, cfg)
-        sides = [(taught, batch.teacher, batch.teacher_chunks, theirs, self._boundaries()),
-                 (params, batch.student, batch.student_chunks, cfg, _boundaries(setting.tokenizer))]  # fmt: skip
+        ours, others = self._boundaries(setting)
+        sides = [(taught, batch.teacher, batch.teacher_chunks, theirs, others),
+                 (params, batch.student, batch.student_chunks, cfg, ours)]  # fmt: skip
         (teacher, y_bkd, _), (student, x_btd, nats_bt) = (_side(*side) for side in sides)
         total, number = alm.loss(teacher, student, self.how, batch.size)
         learned = {"alm": jnp.stack([total, number])}
@@ -192,8 +203,11 @@ class Alm(Objective):
     def _tokenizer(self) -> Any:
         return self._opened[1]
 
-    def _boundaries(self) -> tuple[int, ...]:
-        return () if self.teacher is not None else _boundaries(self._tokenizer())
+    def _boundaries(self, setting: Setting) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`ByteView.boundaries` of student and teacher; none where nothing is but compiled, without a tokenizer."""
+        if not isinstance(setting.tokenizer, Tokenizer):
+            return (), ()
+        return byte_view(setting.tokenizer).boundaries, byte_view(self._tokenizer()).boundaries
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any]:
@@ -220,9 +234,9 @@ def _same(a: jax.Array, b: jax.Array) -> bool:
     return a.shape == b.shape and bool(jnp.array_equal(a, b))
 
 
-def _boundaries(tokenizer: Any) -> tuple[int, ...]:
-    """See `ByteView.boundaries`; none where nothing is but compiled, without a real tokenizer."""
-    return byte_view(tokenizer).boundaries if isinstance(tokenizer, Tokenizer) else ()
+def _body(tree: Tree) -> Tree:
+    """A model without its tables: what LoRA leaves as it is."""
+    return {k: x for k, x in tree.items() if k not in _TABLES}
 
 
 def _side(

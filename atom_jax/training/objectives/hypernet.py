@@ -31,6 +31,7 @@ from atom_jax.transfer.hypernet import Hypernet
 from atom_jax.typing import AtomError, Batch
 
 _NEVER = -1e9  # logit of ids that stand for nothing
+_UNREAD = ("marks", "prompt_end", "chat", "stochastok", "fim")  # of the data, what drawn rows know nothing of
 
 
 @struct.dataclass
@@ -86,9 +87,12 @@ class TrainHypernet(Objective):
                 f"hypernet.net is for {self.net.n} tables of width {self.net.d}, the model has {planes} of "
                 f"{cfg.d_model}"
             )
-        check_frozen(
-            exp, "hypernet", ["embed", "layers/attn/q", "norm", "hypernet/in_scale/w", "hypernet/out_scale/b"]
-        )
+        if self.lexical and self.net.length == 1:
+            raise AtomError("hypernet.lexical needs hypernet.net.length 2 or more, to tell single tokens from others")
+        if wrong := [name for name in _UNREAD if getattr(exp.data, name)]:
+            raise AtomError(f"hypernet: data.{wrong[0]} does not go with tokenizers that are drawn")
+        scales = [f"hypernet/{name}/{part}" for name in ("in_scale", "out_scale") for part in "wb"]
+        check_frozen(exp, "hypernet", [*params_lib.flatten(transformer.spec(cfg)), *scales])
 
     def extra_spec(self, cfg: TransformerConfig) -> Tree:
         """The network as "hypernet"."""
@@ -143,8 +147,12 @@ class TrainHypernet(Objective):
         return found.replace(learned=found.learned | {"fvt_bits": fvt})
 
     def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
-        """With the rows that are made, of which none is made without need."""
-        needed, again = super().operations(setting, factors)
+        """Of the drawn vocabulary, whose table gets a gradient, with the rows that are made, of which none is made
+        without need."""
+        exp = setting.exp
+        cfg = dataclasses.replace(exp.model, vocab_size=self.sampling.vocabulary)
+        drawn = dataclasses.replace(setting, exp=dataclasses.replace(exp, model=cfg))
+        needed, again = super().operations(drawn, {**factors, "embed": 1.0, "unembed": 1.0})
         pieces = self.sampling.vocabulary * self.net.length
         return needed + 6 * pieces * params_lib.count(self.net.spec()["layers"]), again
 

@@ -42,6 +42,7 @@ def test_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
     for wrong, message in (
         ([flags[0]], "--tokenizer is missing"),
         ([*flags, "--donor=x"], "expected TOKENIZER=MODEL"),
+        ([*flags, "--donor=x=y"], "there is no --tokenizer=x"),
     ):
         assert main(["atom_jax", "transplants", *wrong]) == 1
         assert message in capsys.readouterr().err

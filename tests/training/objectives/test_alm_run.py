@@ -82,7 +82,7 @@ def test_with_lora_the_layers_are_shared(source, student):
     exp = experiment(source, student, "mesh.data=1")
     exp = dataclasses.replace(exp, lora=transfer.alm_lora().lora)
     exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, lora=exp.lora))
-    with pytest.raises(AtomError, match="layers/attn/q must not learn"):
+    with pytest.raises(AtomError, match=r"layers/attn/\w must not learn"):
         exp.objective.check(exp)
     exp = dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=transfer.SHARED))
     exp.objective.check(exp)
@@ -93,9 +93,22 @@ def test_with_lora_the_layers_are_shared(source, student):
         theirs, taught = exp.objective._teacher(begun | {"layers": begun["layers"] | {"lora": {}}}, exp.model)
         assert theirs.lora is None
         chex.assert_trees_all_equal(taught, atom_jax.load(source).params)
+        ours = atom_jax.load(student).params
         other = params.init(jax.random.key(9), transformer.spec(atom_jax.load(student).config))
-        with pytest.raises(AtomError, match="layers of init_from must be those of source"):
-            exp.objective.begin(setting, other, None, None)
+        for wrong in (other, ours | {"norm": ours["norm"] + 1}, ours | {"layers": {}}, None):
+            with pytest.raises(AtomError, match="layers of init_from must be those of source"):
+                exp.objective.begin(setting, wrong, None, None)
+
+
+def test_a_teacher_that_is_described_has_its_own_boundaries(source, student):
+    """Where the text is read, whatever else the experiment says of the teacher."""
+    exp = experiment(source, student)
+    tokenizers = atom_jax.load(student).tokenizer, atom_jax.load(source).tokenizer
+    described = dataclasses.replace(exp.objective, teacher=atom_jax.load(source).config)
+    for objective in (exp.objective, described):
+        found = objective._boundaries(Setting(exp, None, tokenizers[0]))
+        assert found == tuple(byte_view(t).boundaries for t in tokenizers) and all(found)
+    assert described._boundaries(Setting(exp, None, _Tokenizer(9))) == ((), ())
 
 
 def test_large_vocabularies_are_never_whole():
