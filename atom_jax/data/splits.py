@@ -26,8 +26,8 @@ def take_split(corpus: Corpus, split: str, whole: bool = False) -> Corpus:
         return corpus
     if whole and len(corpus) < BLOCK:
         raise AtomError(
-            f"{corpus.what} holds {len(corpus)} documents, too few to keep some from training: from {BLOCK} on"
-            " they are split; conversations can be put into directories train and validation instead."
+            f"{corpus.what} holds {len(corpus)} conversations, too few to keep some from training: from {BLOCK} on"
+            " they are split; or put them into directories train and validation."
         )
     if len(corpus) >= BLOCK:
         return Subset(corpus, SplitIndices(len(corpus), split))

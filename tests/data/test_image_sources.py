@@ -71,7 +71,7 @@ def test_a_file_of_images_of_ones_own(tmp_path):
     np.savez(tmp_path / "few.npz", images=rows[:5])
     for name, words in (
         ("text", "not an .npz file"), ("absent", "no such file"), ("array", "not an .npz file"),
-        ("few", r"few.npz holds 5 documents, too few to keep some from training"),
+        ("few", r"few.npz holds 5 images: from 20 on some are kept from training"),
     ):  # fmt: skip
         with pytest.raises(AtomError, match=words):
             open_source(f"image:{tmp_path / name}.npz", "train")
