@@ -94,6 +94,16 @@ def test_images_are_judged_by_how_many_tokens_they_get(trained, run, tmp_path):
     assert all(line["mae"] > 0 and -1 <= line["ssim"] <= 1 for line in lines)
 
 
+def test_two_images_are_judged_too(trained, run, tmp_path):
+    settings = ["--set", "images.limit=2", "images.tokens=1"]
+    code, said, _ = run(
+        "eval", f"--checkpoint={trained}", "--tasks=images", f"--out={tmp_path / 'a.json'}", *settings
+    )
+    found = json.loads((tmp_path / "a.json").read_text())["tasks"]["images"]
+    # One token each: there is nothing to correlate.
+    assert code == 0 and "rank_correlation" not in found["metrics"] and "rank correlation" not in said
+
+
 def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
     folder, _ = pictures
     checkpoint, image = f"--checkpoint={trained}", f"--image={folder / 'a.png'}"
@@ -107,6 +117,7 @@ def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
         ((checkpoint, image, "--tokens=3", "--save=codes"), "--save=codes: the name must end in .npz"),
         ((checkpoint, image, "--tokens=3", "--out=a.gif"), "its name must end in .png"),
         ((checkpoint, image, "--tokens=0"), "tokens is 0: this tokenizer offers 1 to 4"),
+        ((checkpoint, image, "--tokens=0", "--allocate=gain"), "tokens is 0: the fewest that these images can have"),
         ((checkpoint, image, "--error=1e-9"), f"--error=1e-09 is out of reach: the best for {folder / 'a.png'} is"),
         ((checkpoint, f"--image={folder / 'none.png'}", "--tokens=1"), "No such file"),
     ):

@@ -77,7 +77,8 @@ def decoded(lm: LM, codes: np.ndarray) -> np.ndarray:
     cfg = lm.config
     if not cfg.quantiser.codes:
         raise AtomError("this tokenizer of images has no codes")
-    if codes.ndim != 2 or codes.shape[1] != cfg.registers or codes.min() < -1 or codes.max() >= cfg.quantiser.codes:
+    whole = codes.ndim == 2 and codes.size and codes.shape[1] == cfg.registers and codes.dtype.kind in "iu"
+    if not whole or codes.min() < -1 or codes.max() >= cfg.quantiser.codes:
         raise AtomError(f"codes: expected [n, {cfg.registers}] of numbers from -1 to {cfg.quantiser.codes - 1}")
     return np.asarray(_decoded(lm.params, codes, cfg=cfg))
 
@@ -101,19 +102,25 @@ def save(path: str | os.PathLike, codes: np.ndarray, names: Sequence[str]) -> No
 
 
 def within(found: Offers, error: float) -> np.ndarray:
-    """i64 [n]: of each image the offer with the fewest tokens whose error is at most `error`; where none is, the one
-    with the smallest error."""
+    """i64 [n]: of each image the offer with the fewest tokens whose error is at most `error`, of several the one with
+    the smallest error; where none is, that of all."""
     passes = found.errors <= error
     tokens = np.where(passes, found.tokens, np.iinfo(np.int32).max)
-    return np.where(passes.any(axis=0), tokens.argmin(axis=0), found.errors.argmin(axis=0))
+    return np.where(passes.any(axis=0), _best(found, tokens), found.errors.argmin(axis=0))
 
 
 def at_most(found: Offers, tokens: int) -> np.ndarray:
-    """i64 [n]: of each image the offer with the most tokens, up to so many. Raises AtomError where there is none."""
+    """i64 [n]: of each image the offer with the most tokens, up to so many, of several the one with the smallest
+    error. Raises AtomError where there is none."""
     fits = found.tokens <= tokens
     if not fits.any(axis=0).all():
         raise AtomError(f"tokens is {tokens}: this tokenizer offers {found.tokens.min()} to {found.tokens.max()}")
-    return np.where(fits, found.tokens, -1).argmax(axis=0)
+    return _best(found, np.where(fits, -found.tokens, np.iinfo(np.int32).max))
+
+
+def _best(found: Offers, cost_kn: np.ndarray) -> np.ndarray:
+    """i64 [n]: of each image the offer with the smallest error among those of the smallest cost."""
+    return np.where(cost_kn == cost_kn.min(axis=0), found.errors, np.inf).argmin(axis=0)
 
 
 def threshold(found: Offers, mean: float) -> float:
@@ -129,16 +136,22 @@ def threshold(found: Offers, mean: float) -> float:
 
 def by_gain(found: Offers, mean: float) -> np.ndarray:
     """i64 [n]: offers of at most `mean` tokens on average. All images begin with their smallest offer, and the next
-    tokens go again and again to where they lower the error most, each."""
-    at = found.tokens.argmin(axis=0)
+    tokens go again and again to where they lower the error most, each. Raises AtomError where these offers are too
+    many already."""
+    at = _best(found, found.tokens)
     left = mean * len(at) - tokens_of(found, at).sum()
+    if left < 0:
+        least = tokens_of(found, at).mean()
+        raise AtomError(f"tokens is {mean:g}: the fewest that these images can have are {least:.4g} on average")
     steps = []
     for n, start in enumerate(at):
-        tokens, errors, now = found.tokens[:, n], found.errors[:, n], start
+        tokens, errors, now, last = found.tokens[:, n], found.errors[:, n], start, np.inf
         while (better := np.flatnonzero((errors < errors[now]) & (tokens > tokens[now]))).size:
             gains = (errors[now] - errors[better]) / (tokens[better] - tokens[now])
             best = better[gains.argmax()]
-            steps.append((-gains.max(), n, tokens[best] - tokens[now], best))
+            # Rounding must not put a step before the one that it follows.
+            last = min(last, gains.max())
+            steps.append((-last, n, tokens[best] - tokens[now], best))
             now = best
     full = set()
     # Of one image gains fall from step to step, so that its steps come in order.

@@ -55,7 +55,9 @@ def of(cfg: Any) -> Family:
     """The family of a configuration of a model of streams. Raises AtomError for other kinds of models too."""
     found = kind(cfg)
     if not isinstance(found, Family):
-        raise AtomError(f"the model is of the kind {found.name}, which reads {found.reads}, one at a time")
+        raise AtomError(
+            f"the model is of the kind {found.name}, which reads {found.reads}, no streams of texts or frames"
+        )
     return found
 
 

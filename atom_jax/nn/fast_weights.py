@@ -81,14 +81,15 @@ def layer_spec(d: int, heads: int, std: float = 0.02, out_scale: float = 1.0) ->
 
 def layer(p: dict[str, Any], x_btd: jax.Array, tokens: Tokens, w_bhvk: Any) -> tuple[jax.Array, Any]:
     """A layer of fast weights by the delta rule, [b, t, d] to [b, t, d] in the dtype of x: keys and queries are
-    elu + 1 over their sums, beta is a sigmoid. W starts anew with every document; padding changes nothing.
+    elu + 1 over their sums (over 1e-6, where these are less), beta is a sigmoid. W starts anew with every document;
+    padding changes nothing.
 
     w_bhvk: what earlier calls left, f32 [b, h, v, k], or None. Returns the outputs, and W (None for None).
     """
     real_bt = tokens.segments > 0
     qkv = jnp.einsum("btd,dchk->cbthk", x_btd, p["qkv"], preferred_element_type=jnp.float32)
     q, k = (jax.nn.elu(x) + 1.0 for x in (qkv[0], qkv[1]))
-    q, k = (x / x.sum(-1, keepdims=True) for x in (q, k))
+    q, k = (x / jnp.maximum(x.sum(-1, keepdims=True), 1e-6) for x in (q, k))
     beta = jax.nn.sigmoid(jnp.einsum("btd,dh->bth", x_btd, p["beta"], preferred_element_type=jnp.float32))
     beta = jnp.where(real_bt[..., None], beta, 0.0)
     size = p["o"].shape[1]

@@ -51,7 +51,9 @@ def tokens(cfg: GlobalCom2, p: int) -> int:
 
 
 def leaving(cfg: GlobalCom2, m: int, grid: tuple[int, int]) -> GlobalCom2:
-    """Any m, as a share."""
+    """m as a share. Raises AtomError for fewer tokens than crops."""
+    if m < cfg.rows * cfg.columns:
+        raise AtomError(f"globalcom2: {m} tokens of {cfg.rows} x {cfg.columns} crops; each needs one")
     return dataclasses.replace(cfg, base=m / (grid[0] * grid[1]))
 
 
@@ -65,6 +67,8 @@ def reduce(cfg: GlobalCom2, seen: Seen) -> Reduction:
     height, width = seen.places("globalcom2")
     if height % cfg.rows or width % cfg.columns:
         raise AtomError(f"globalcom2: {height} x {width} tokens don't divide into {cfg.rows} x {cfg.columns} crops")
+    if cfg.base * height * width + _ROUNDING < cfg.rows * cfg.columns:
+        raise AtomError(f"globalcom2: base {cfg.base:g} of {height} x {width} tokens leaves less than one of a crop")
     own_bcn = _crops(cfg, seen.received("globalcom2", -1), (height, width))
     thumbnail = _shrunk(cfg, own_bcn, (height, width)) if seen.thumbnail is None else seen.thumbnail
     keep_bcn = (

@@ -66,7 +66,13 @@ def test_a_file_of_images_of_ones_own(tmp_path):
         with pytest.raises(AtomError, match=words):
             open_source(f"image:{tmp_path / name}.npz", "train")
     (tmp_path / "text.npz").write_text("hello")
-    for name, words in (("text", "not an .npz file"), ("absent", "no such file")):
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, rows)
+    np.savez(tmp_path / "few.npz", images=rows[:5])
+    for name, words in (
+        ("text", "not an .npz file"), ("absent", "no such file"), ("array", "not an .npz file"),
+        ("few", r"few.npz holds 5 images: from 20 on some are kept from training"),
+    ):  # fmt: skip
         with pytest.raises(AtomError, match=words):
             open_source(f"image:{tmp_path / name}.npz", "train")
 
@@ -98,6 +104,21 @@ def test_images_are_read_in_the_size_that_is_asked_for(tmp_path):
     ):
         with pytest.raises(AtomError, match=words):
             images.read(tmp_path / name, 8, 1)
+
+
+def test_deep_and_transparent_images_are_read_as_they_look(tmp_path):
+    gray = np.array([[0, 255], [128, 64]], np.uint8)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(images.read(tmp_path / "deep.png", 2, 1)[..., 0], gray)
+    red = np.zeros((2, 2, 4), np.uint8)
+    red[0, 0] = 255, 0, 0, 255
+    Image.fromarray(red).save(tmp_path / "clear.png")
+    Image.fromarray(red[..., :3]).quantize(2).save(tmp_path / "table.png", transparency=0)
+    np.testing.assert_array_equal(images.read(tmp_path / "clear.png", 2, 3)[0], [[255, 0, 0], [255] * 3])
+    assert images.read(tmp_path / "clear.png", 2, 1)[1, 1] == 255 in images.read(tmp_path / "table.png", 2, 1)
+    Image.fromarray(gray / np.float32(255)).save(tmp_path / "floats.tif")
+    with pytest.raises(AtomError, match="its pixels have more than 16 bits"):
+        images.read(tmp_path / "floats.tif", 2, 1)
 
 
 def test_emoji_are_drawn_from_a_font(tmp_path):

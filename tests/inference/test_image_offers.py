@@ -31,6 +31,12 @@ def test_at_most_so_many_tokens():
         lib.at_most(found, 1)
 
 
+def test_of_offers_with_equal_tokens_the_best_is_taken():
+    found = offers([[0.5, 0.4], [0.3, 0.5], [0.4, 0.6]], tokens=[[2, 2], [2, 2], [3, 3]])
+    assert lib.at_most(found, 2).tolist() == [1, 0] == lib.within(found, 0.6).tolist()
+    assert lib.by_gain(found, 2).tolist() == [1, 0]
+
+
 def test_the_bound_has_the_mean_and_no_smaller_one_has():
     rng = np.random.default_rng(0)
     found = offers(-np.sort(-rng.random((8, 50)), axis=0))
@@ -55,5 +61,7 @@ def test_tokens_go_where_they_help_most():
             if sum(choice) + 4 <= mean * 4
         )
         np.testing.assert_allclose(lib.errors_of(found, at).sum(), best, rtol=1e-6)
+    with pytest.raises(AtomError, match="tokens is 0: the fewest that these images can have are 1 on average"):
+        lib.by_gain(found, 0)
     # A token that does not help alone is taken with the next one; one that never does, not at all.
     assert lib.by_gain(offers([[1.0, 1.0], [1.0, 0.9], [0.2, 0.9]]), 2).tolist() == [2, 0]

@@ -223,6 +223,7 @@ def test_bad_configurations_are_refused_in_a_sentence():
         ({"mask": "causal"}, "mask: expected full or causal_registers, got 'causal'"),
         ({"quantiser": "fsq"}, "quantiser: expected one of FSQ, VQ, Continuous"),
         ({"length": 3}, "length: expected Fixed"),
+        ({"channels": 2}, "channels: expected 1 .gray. or 3 .colours., got 2"),
         ({"length": Nested(least=17)}, "length.least: there are only 16 registers, got 17"),
         ({"length": Told(least=17)}, "length.least: there are only 16 registers, got 17"),
         ({"length": Rounds(3), "mask": "full"}, "length.count: 3 rounds do not divide 16 registers"),
@@ -241,7 +242,7 @@ def test_bad_configurations_are_refused_in_a_sentence():
         (lambda: Halting((0.1, 0.05)), "bins: expected rising errors"),
         (
             lambda: registry.of(EXAMPLES["flex"]),
-            "the model is of the kind image_tokens, which reads images, one at a time",
+            "the model is of the kind image_tokens, which reads images, no streams of texts or frames",
         ),
     ):
         with pytest.raises(AtomError, match=words):

@@ -159,6 +159,7 @@ def test_a_reducer_made_to_leave_a_number():
     for cfg, m, message in (
         (ToMe(), 5, "one merge leaves at least half of 24 tokens, not 5"), (Kth(), 7, "7 does not divide 24"),
         (Pool(), 14, "14 is no product"), (ToDRE(), 25, "25 of 4 x 6 tokens"),
+        (GlobalCom2(), 3, "3 tokens of 2 x 2 crops"),
     ):  # fmt: skip
         with pytest.raises(AtomError, match=message):
             reduction.leaving(cfg, m, GRID)

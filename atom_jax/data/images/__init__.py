@@ -14,7 +14,7 @@ from atom_jax.data.images.files import File
 from atom_jax.data.images.glyphs import Glyphs
 from atom_jax.data.images.picture import Drawn, Pictures, png_bytes, read
 from atom_jax.data.images.shapes import Shapes
-from atom_jax.data.splits import take_split
+from atom_jax.data.splits import BLOCK, take_split
 from atom_jax.typing import AtomError
 
 __all__ = ["PICTURES", "Digits", "Drawn", "File", "Glyphs", "Pictures", "Shapes", "arrays", "corpus", "parse",
@@ -38,10 +38,15 @@ def parse(text: str) -> Pictures:
 
 def corpus(pictures: Pictures, split: str) -> Corpus:
     """The images of a split, each the bytes of its pixels. Pictures without end are drawn when asked for; of others
-    each is in one split, by `data.splits`, and those that are equal count once."""
+    each is in one split, by `data.splits`, and those that are equal count once.
+    Raises AtomError where these are too few."""
     if pictures.endless:
         return Drawn(pictures, split)
     found = dict.fromkeys(image.tobytes() for image in pictures.images())
+    if len(found) < BLOCK and split != "all":
+        raise AtomError(
+            f"image:{pictures.name} holds {len(found)} images: from {BLOCK} on some are kept from training"
+        )
     return take_split(Texts(f"image:{pictures.name}", list(found)), split, whole=True)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import zipfile
-from typing import ClassVar
+import zlib
 
 import numpy as np
 
@@ -20,7 +20,10 @@ class File(Pictures):
 
     path: str = ""
 
-    name: ClassVar[str] = "file"
+    @property
+    def name(self) -> str:
+        """The path."""
+        return self.path
 
     @property
     def size(self) -> int:
@@ -46,7 +49,7 @@ def _read(path: str | os.PathLike) -> np.ndarray:
         raise AtomError(f"image:{path}: no such file") from None
     except KeyError:
         raise AtomError(f"image:{path}: there is no array 'images' in it") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise AtomError(f"image:{path}: not an .npz file that can be read") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         raise AtomError(

@@ -75,18 +75,36 @@ def png_bytes(image: np.ndarray) -> int:
 
 
 def read(path: str | os.PathLike, size: int, channels: int) -> np.ndarray:
-    """The image of a file as u8 [size, size, channels], reduced or enlarged to that size; in gray for one channel.
-    Raises AtomError for files that are no square image."""
+    """The image of a file as u8 [size, size, channels], reduced or enlarged to that size; in gray for one channel,
+    and on white where it is transparent. Raises AtomError for files that are no square image, or whose pixels have
+    more than 16 bits."""
     try:
         content = read_regular(path)
     except OSError as e:
         raise AtomError(f"{path}: {e.strerror}") from None
     try:
         with Image.open(io.BytesIO(content)) as found:
-            image = found.convert("L" if channels == 1 else "RGB")
+            image = _opaque(found)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise AtomError(f"{path}: not an image that can be read") from None
+    if image is None:
+        raise AtomError(f"{path}: its pixels have more than 16 bits")
+    image = image.convert("L" if channels == 1 else "RGB")
     if image.width != image.height:
         raise AtomError(f"{path}: {image.width} x {image.height} pixels; expected a square image")
     image = image if image.width == size else image.resize((size, size), Image.Resampling.BOX)
     return np.asarray(image, np.uint8).reshape(size, size, channels)
+
+
+def _opaque(found: Image.Image) -> Image.Image | None:
+    """An image of 8 bits on white. None for more than 16 bits, whose range is unknown; PIL's own conversion would cut
+    16 bits off at 255."""
+    if found.mode.startswith("I;16") or (found.mode == "I" and found.format == "PNG"):
+        return Image.fromarray((np.asarray(found, np.int32) // 257).astype(np.uint8))
+    if found.mode in ("I", "F"):
+        return None
+    if "transparency" in found.info or found.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        colours = found.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", found.size, "white"), colours)
+    found.load()
+    return found.copy()

@@ -31,7 +31,8 @@ class ImagesSettings:
 
     source: as in DataConfig.sources, without "image:"; "": those that a training directory was trained on.
     split, limit: the first so many images of it.
-    tokens: for all images, and, on average, where each gets as many as it needs.
+    tokens: for all images, and, on average, where each gets as many as it needs; as many as every image can do with
+        where the tokenizer's fewest are more.
     """
 
     source: str = ""
@@ -48,8 +49,8 @@ class ImageTokens:
     """Of every length: mse, psnr, ssim and mae, means over the images, and bits. Of `tokens` on average, for all
     images alike (same), by one bound on the error (adaptive) and where they help most (gain): the mean squared error
     and that of the worst tenth. Of adaptive also the rank correlation of tokens with complexity: the number of shapes
-    where that is known, else the bytes of a PNG. The bound is the one with which these very images have that many
-    tokens."""
+    where that is known, else the bytes of a PNG; absent where all are alike. The bound is the one with which these
+    very images have that many tokens."""
 
     settings = ImagesSettings()
     reads = IMAGES
@@ -65,21 +66,24 @@ class ImageTokens:
         ranks, kind = complexity(pictures, settings, pixels)
         by_length = lengths(found, pixels, lm.config)
         metrics = {f"mse_{row['name']}": Metric(row["mse"], row["mse_stderr"]) for row in by_length}
-        ways = allocations(found, settings.tokens)
+        tokens = max(settings.tokens, int(found.tokens.min(axis=0).max()))
+        ways = allocations(found, tokens)
         for name, at in ways.items():
             used, errors = lib.tokens_of(found, at), lib.errors_of(found, at)
             metrics |= {
                 f"{name}_tokens": mean(used), f"{name}_mse": mean(errors), f"{name}_worst_tenth": mean(worst(errors)),
             }  # fmt: skip
-        correlation = float(stats.spearmanr(lib.tokens_of(found, ways["adaptive"]), ranks).statistic)
-        metrics["rank_correlation"] = Metric(correlation, math.nan)
+        used = lib.tokens_of(found, ways["adaptive"])
+        if np.ptp(used) and np.ptp(ranks):
+            metrics["rank_correlation"] = Metric(float(stats.spearmanr(used, ranks).statistic), math.nan)
         if out is not None:
-            some = np.argsort(ranks, kind="stable")[np.linspace(0, len(ranks) - 1, image_strip.MOST).astype(int)]
+            shown = min(image_strip.MOST, len(ranks))
+            some = np.argsort(ranks, kind="stable")[np.linspace(0, len(ranks) - 1, shown).astype(int)]
             order = np.concatenate([some, np.setdiff1d(np.arange(len(ranks)), some)])
             image_strip.draw(pixels[order], taken(found, order), ways["adaptive"][order], out.with_suffix(".png"))
         notes = {
             "lengths": by_length, "complexity": kind, "by_complexity": spread(found, ways["adaptive"], ranks),
-            "error_bound": lib.threshold(found, settings.tokens),
+            "error_bound": lib.threshold(found, tokens),
         }  # fmt: skip
         return Result(metrics, len(pixels), notes, table(by_length, metrics, notes))
 
@@ -158,7 +162,9 @@ def table(rows: list[dict], metrics: dict[str, Metric], notes: dict) -> str:
         for name in ("same", "adaptive", "gain")
     ]
     groups = ", ".join(f"{name}: {value:.1f}" for name, value in notes["by_complexity"].items())
+    correlation = metrics.get("rank_correlation")
+    ranked = "" if correlation is None else f"; rank correlation {correlation.value:.2f}"
     return "\n".join([
         columns([names, *lines], 0), "", columns([("", "tokens", "mse", "worst tenth"), *ways], 1), "",
-        f"tokens by {notes['complexity']}: {groups}; rank correlation {metrics['rank_correlation'].value:.2f}",
+        f"tokens by {notes['complexity']}: {groups}{ranked}",
     ])  # fmt: skip

@@ -49,8 +49,10 @@ class ImageTokensConfig:
         many = (1, 2**16)
         config.check(
             self, size=many, patch=many, registers=many, d_model=many, d_ff=(1, 2**20), n_heads=many,
-            encoder_layers=many, decoder_layers=many, channels=(1, 4), norm_eps=(0, 1),
+            encoder_layers=many, decoder_layers=many, channels=(1, 3), norm_eps=(0, 1),
         )  # fmt: skip
+        if self.channels == 2:
+            raise AtomError("channels: expected 1 (gray) or 3 (colours), got 2")
         if self.size % self.patch:
             raise AtomError(f"patch: {self.patch} does not divide size {self.size}")
         if self.d_model % self.n_heads:

@@ -32,7 +32,7 @@ class Trained:
 
 @struct.dataclass
 class Choices:
-    """Every length that a tokenizer offers for b images, n of them, rising.
+    """Every length that a tokenizer offers for b images, n of them, from what should need the fewest tokens on.
 
     tokens: i32 [n, b] used; patches: f32 [n, b, p, c] decoded from these; index: i32 [n, b, r] the codes, -1 where a
     token is not kept; None where there are no codes.

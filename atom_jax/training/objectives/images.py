@@ -85,7 +85,7 @@ class Images(Objective):
         said["tokens"] = jnp.stack([jnp.mean(out.tokens[-1].astype(jnp.float32)) * len(x_bpc), len(x_bpc)])
         for i in (2**n - 1 for n in range((len(labels) - 1).bit_length())):
             error = jnp.sum(jnp.square(out.patches[i] - x_bpc))
-            said[f"error_{labels[i].replace(' ', '_')}"] = jnp.stack([error, x_bpc.size])
+            said[f"error_{labels[i].removeprefix('error ')}"] = jnp.stack([error, x_bpc.size])
         return sums(x_bpc, out.patches[-1], said)
 
     def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
