@@ -23,14 +23,14 @@ DATA = DataConfig(sources=("env:watch",), seq_len=14, batch_size=4)
 def test_rows_are_numbered_on_from_where_they_were():
     data = make_iterator(DATA, None)
     first, second = next(data), next(data)
-    assert first["number"].tolist() == [0, 1, 2, 3] and second["number"].tolist() == [4, 5, 6, 7]
+    assert first["number"].tolist() == [1, 2, 3, 4] and second["number"].tolist() == [5, 6, 7, 8]
     assert not first["loss_mask"][:, -1].any() and first["loss_mask"][:, :-1].all()
     state = data.get_state()
     third = next(data)
     data.set_state(state)
     assert next(data)["number"].tolist() == third["number"].tolist()
     halves = [next(make_iterator(DATA, None, i, 2))["number"].tolist() for i in (0, 1)]
-    assert halves == [[0, 1], [2, 3]]
+    assert halves == [[1, 2], [3, 4]]
     other = make_iterator(dataclasses.replace(DATA, sources=("env:watch:least=4",)), None)
     with pytest.raises(AtomError, match=r"data\.sources or their sizes have changed"):
         other.set_state(state)
