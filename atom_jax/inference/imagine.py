@@ -9,6 +9,7 @@ A state knows all frames; the latest of them is still to be read, with the actio
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -102,13 +103,15 @@ def imagine(lm: LM, state: WorldState, actions: Any, key: jax.Array | None = Non
 
     key: frames are drawn as the model has them; None: the likeliest class of each cell. frames: [b, n, h, *grid], to
     be taken for what comes after each action, in place of what is imagined.
-    Raises AtomError for actions that are not of the model's world.
+    Raises AtomError for actions and frames that are not of the model's world.
     """
     cfg = checked(lm, None, "imagine")
     actions = _check_actions(actions, cfg, len(state.obs))
+    if frames is not None:
+        _check_classes(frames, (*actions.shape, *cfg.port.grid), cfg, "frames")
+        frames = jnp.asarray(frames)
     state = state.replace(cache=memory.grow(state.cache, actions.shape[2]))
-    given = None if frames is None else jnp.asarray(frames)
-    return _imagine(lm.params, state, actions, key, given, cfg)
+    return _imagine(lm.params, state, actions, key, frames, cfg)
 
 
 def plan(lm: LM, state: WorldState, planner: str | Planner, key: jax.Array | None = None) -> Plan:
@@ -197,6 +200,8 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple
     _, cache, aux = world.hidden(p, frames, cfg=cfg, cache=state.cache)
     at = jnp.maximum(count - 1, 0).reshape(-1, *[1] * (episode.obs.ndim - 1))
     obs = jnp.take_along_axis(episode.obs, at, axis=1)[:, 0]
+    # Rows that end before these frames keep what they saw last.
+    obs = jnp.where((count > 0).reshape(-1, *[1] * (obs.ndim - 1)), obs, state.obs)
     units = state.units + jnp.sum(aux["boundaries"][0], axis=1, dtype=jnp.int32)
     return settled(WorldState(cache, obs, cache.length + 1, units)), aux["lost"]
 
@@ -230,6 +235,11 @@ def after(state: WorldState, actions: jax.Array, obs: jax.Array) -> Frames:
     action = jnp.concatenate([actions, actions[:, :1]], axis=1)
     index, nothing = jnp.tile(jnp.arange(h + 1, dtype=jnp.int32)[None], (b, 1)), jnp.zeros((b, h + 1))
     return Frames(obs, action, nothing, nothing > 0, index, jnp.ones_like(index))
+
+
+def roomy(cfg: WorldConfig) -> WorldConfig:
+    """The same model with room for a unit at every frame, for programs that cannot read anything again."""
+    return dataclasses.replace(cfg, chunking=tuple(dataclasses.replace(c, capacity=1.0) for c in cfg.chunking))
 
 
 def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
@@ -275,13 +285,21 @@ def _cost(units: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
 
 def _check_frames(episode: Frames, cfg: WorldConfig) -> tuple[int, int]:
     """Rows and frames."""
-    obs, port = np.asarray(episode.obs), cfg.port
-    if obs.ndim < 3 or obs.shape[2:] != port.grid or obs.shape[1] < 1:
-        raise AtomError(f"episode: expected frames [b, t, *{list(port.grid)}], got {list(obs.shape)}")
-    if obs.dtype != np.uint8 or obs.max() >= port.classes:
-        raise AtomError(f"episode: frames hold classes below {port.classes}, as uint8")
-    _check_numbers(episode.action, obs.shape[:2], cfg, "episode")
-    return obs.shape[:2]
+    b, t = (*np.shape(episode.obs), 0, 0)[:2]
+    _check_classes(episode.obs, (b, t, *cfg.port.grid), cfg, "episode")
+    _check_numbers(episode.action, (b, t), cfg, "episode")
+    if np.shape(episode.segments) != (b, t):
+        raise AtomError(f"episode: expected segments [{b}, {t}], got {list(np.shape(episode.segments))}")
+    return b, t
+
+
+def _check_classes(obs: Any, shape: tuple[int, ...], cfg: WorldConfig, what: str) -> None:
+    found = np.asarray(obs)
+    if found.shape != shape or 0 in shape:
+        grid = ", ".join(map(str, cfg.port.grid))
+        raise AtomError(f"{what}: expected frames [..., {grid}] of at least one row, got {list(found.shape)}")
+    if found.dtype != np.uint8 or found.max() >= cfg.port.classes:
+        raise AtomError(f"{what}: frames hold classes below {cfg.port.classes}, as uint8")
 
 
 def _check_actions(actions: Any, cfg: WorldConfig, b: int) -> jax.Array:
