@@ -244,6 +244,8 @@ def roomy(cfg: WorldConfig) -> WorldConfig:
 
 def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
     """The configuration of a model. Raises AtomError for one of texts, and of another world than `env`."""
+    if not isinstance(lm, LM):
+        raise AtomError(f"{what}: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
     if not isinstance(lm.config, WorldConfig):
         raise AtomError(f"{what}: it takes a world model, and this one is of the family {lm.family}")
     port = lm.config.port
@@ -285,6 +287,8 @@ def _cost(units: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
 
 def _check_frames(episode: Frames, cfg: WorldConfig) -> tuple[int, int]:
     """Rows and frames."""
+    if not isinstance(episode, Frames):
+        raise AtomError(f"episode: expected atom_jax.Frames, got {episode!r:.80}")
     b, t = (*np.shape(episode.obs), 0, 0)[:2]
     _check_classes(episode.obs, (b, t, *cfg.port.grid), cfg, "episode")
     _check_numbers(episode.action, (b, t), cfg, "episode")
@@ -303,7 +307,10 @@ def _check_classes(obs: Any, shape: tuple[int, ...], cfg: WorldConfig, what: str
 
 
 def _check_actions(actions: Any, cfg: WorldConfig, b: int) -> jax.Array:
-    found = np.asarray(actions)
+    try:
+        found = np.asarray(actions)
+    except ValueError:
+        raise AtomError("actions: expected futures of equal length") from None
     if found.ndim != 3 or found.shape[0] != b or 0 in found.shape:
         raise AtomError(f"actions: expected [{b}, futures, steps], got {list(found.shape)}")
     _check_numbers(found, found.shape, cfg, "actions")

@@ -57,9 +57,14 @@ def test_what_does_not_go_together(settings, words, tmp_path):
     exp = dataclasses.replace(config.override(world.tiny(), settings), first=None)
     with pytest.raises(AtomError, match=words):
         loop.fit(exp, tmp_path)
+
+
+def test_texts_and_worlds_do_not_mix(tmp_path):
     text = config.load_file("configs/units.py:tiny")
     with pytest.raises(AtomError, match="model must be a WorldConfig"):
-        loop.fit(dataclasses.replace(text, objective=exp.objective or world.FORESEE), tmp_path)
+        loop.fit(dataclasses.replace(text, objective=world.FORESEE), tmp_path)
+    with pytest.raises(AtomError, match="is a world, but next_token is about texts"):
+        loop.fit(config.override(text, ["data.sources=env:watch"]), tmp_path)
 
 
 def test_a_run_finds_its_threshold_and_is_loaded(tmp_path):
