@@ -168,7 +168,7 @@ def test_an_hnet_may_read_frames_too():
         examples()["fixed-gumbel"], port=ports.Cells(grid=(3, 3), classes=8, actions=4, hidden=8)
     )
     p = params.init(jax.random.key(0), hnet.spec(cfg))
-    out, _ = hnet.apply(p, jax.tree.map(jnp.asarray, frames()), cfg=cfg)
+    out, _ = jax.jit(lambda f: hnet.apply(p, f, cfg=cfg))(jax.tree.map(jnp.asarray, frames()))
     assert out.logits.shape == (B, T, 9, 8) and "bytes_per_unit_0" in out.aux["metrics"]
 
 

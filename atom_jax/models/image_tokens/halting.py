@@ -82,7 +82,7 @@ class Halting(Length):
         return {"encoder": {"bins": bins, "halt_norm": vit.norm_spec(d), "halt": halt}}
 
     def labels(self, cfg: Any) -> list[str]:
-        return [f"error {bin:g}" for bin in reversed(self.bins)]
+        return [f"bound {bin:g}" for bin in reversed(self.bins)]
 
     def passes(self, cfg: Any) -> tuple[float, float]:
         return 2.0, 2.0
