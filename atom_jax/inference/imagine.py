@@ -25,6 +25,7 @@ from atom_jax.inference.planners import Futures, Plan, Planner
 from atom_jax.kvcache import branch, memory
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Memory
+from atom_jax.kvcache.policy import Policy, policies_of
 from atom_jax.models import registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.world import WorldConfig
@@ -243,7 +244,8 @@ def roomy(cfg: WorldConfig) -> WorldConfig:
 
 
 def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
-    """The configuration of a model. Raises AtomError for one of texts, and of another world than `env`."""
+    """The configuration of a model. Raises AtomError for one of texts, of another world than `env`, and with a cache
+    policy that chooses once a prompt is read."""
     if not isinstance(lm, LM):
         raise AtomError(f"{what}: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
     if not isinstance(lm.config, WorldConfig):
@@ -252,6 +254,9 @@ def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
     if env is not None and (env.shape, env.classes, env.actions) != (port.grid, port.classes, port.actions):
         theirs = f"frames of {list(env.shape)}, {env.classes} classes and {env.actions} actions"
         raise AtomError(f"env {env.name}: it has {theirs}, and the model {ports.of(lm.config).describe(lm.config)}")
+    for policy in policies_of(registry.of(lm.config).memory(lm.config)):
+        if type(policy).settle is not Policy.settle:
+            raise AtomError(f"memory: {policy.name} chooses once a prompt is read, and an episode goes on and on")
     return lm.config
 
 

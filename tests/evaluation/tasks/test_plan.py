@@ -108,6 +108,7 @@ def test_the_commands(saved, tmp_path, capsys):
     for wrong, words in (
         (["plan", good, "--env=watch:size=7"], "env watch: it has frames of [7, 7]"),
         (["plan", good, "--length=1"], "a watch lasts at least 3 frames"),
+        (["plan", good, "--memory=kvcompose:budget=4"], "kvcompose chooses once a prompt is read"),
         (["imagine", good, "--actions=7"], "--actions: watch has actions 0 to 3"),
         (["imagine", good, "--actions=a"], "expected numbers of actions"),
         (["generate", good, "--prompt=x"], "reads frames and no text"),
