@@ -25,7 +25,10 @@ _CLASSES: dict[str, type] = {}
 
 
 def register(cls: type[T]) -> type[T]:
-    """Marks a dataclass whose JSON carries its own name, so that a field of a general type can be restored."""
+    """Marks a dataclass whose JSON carries its own name, so that a field of a general type can be restored. Raises
+    AtomError where another module has one of this name."""
+    if (known := _CLASSES.get(cls.__name__, cls)).__module__ != cls.__module__:
+        raise AtomError(f"{cls.__module__}: {known.__module__} has a configuration of the name {cls.__name__}, too")
     _CLASSES[cls.__name__] = cls
     return cls
 

@@ -91,7 +91,7 @@ def settings(length: int) -> PlanSettings:
 
 
 def measure(name: str, lm: LM, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What plans bring after watches of every length, measured where that has not been done."""
+    """What plans bring after watches of every length, measured where that has not been done under this name."""
     rows = []
     for length in map(int, LENGTHS.value):
         asked, file = settings(length), folder / f"plan-{name}-{length}.json"
@@ -144,7 +144,7 @@ def run(workdir: pathlib.Path) -> dict[str, Any]:
                 # As many as surprise units are held after the shortest watch, rounded up.
                 entries = int(np.ceil(np.mean([rows[0]["units"] for rows in units])))
                 for name, other in rivals(lm, entries).items():
-                    found["rows"].setdefault(name, []).append(measure(name, other, folder))
+                    found["rows"].setdefault(name, []).append(measure(f"{name}, {entries}", other, folder))
             if OUT.value:
                 cache.write_json(pathlib.Path(OUT.value), found)
             jax.clear_caches()

@@ -28,7 +28,7 @@ from typing import Any
 
 from atom_jax.data.config import DataConfig
 from atom_jax.models.cct import CCTConfig
-from atom_jax.models.image_tokens import FSQ, Fixed, Halting, ImageTokensConfig, Nested, Rounds, Told
+from atom_jax.models.image_tokens import FSQ, Halting, ImageTokensConfig, Nested, Rounds, Told, Whole
 from atom_jax.training.config import Experiment, OptimConfig, TrainConfig
 from atom_jax.training.objectives import Classify, Images
 
@@ -53,7 +53,7 @@ def flex() -> Experiment:
 
 
 def fixed() -> Experiment:
-    return tokenizer(length=Fixed())
+    return tokenizer(length=Whole())
 
 
 def elastic() -> Experiment:

@@ -10,7 +10,7 @@ become longer, with encoder and local prediction frozen, so that units stand sti
 watch          units start where the local prediction fails (surprise).
 watch_cosine   H-Net's router, trained end to end with its ratio loss; nothing is frozen.
 watch_every    every frame is a unit. watch_fixed: every ten frames are one. watch_change: wherever a frame differs.
-watch_local    no main network: nothing is remembered for longer than two frames.
+watch_local    no main network: nothing is remembered for longer than three frames.
 large          1.1 billion parameters, for an accelerator.
 tiny           seconds; for tests.
 """

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from atom_jax import config
+from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.rope import RopeScaling
 from atom_jax.typing import AtomError
@@ -77,3 +78,11 @@ def test_config_files_choose_a_variant(tmp_path):
         config.load_file(f"{file}:c")
     with pytest.raises(AtomError, match="there is no file"):
         config.load_file(str(tmp_path / "none.py"))
+
+
+def test_a_name_belongs_to_one_class():
+    for kind in registry.KINDS.values():
+        for cfg in kind.examples().values():
+            assert config.from_json(object, json.loads(json.dumps(config.to_json(cfg)))) == cfg
+    with pytest.raises(AtomError, match="has a configuration of the name Fixed, too"):
+        config.register(dataclasses.make_dataclass("Fixed", []))

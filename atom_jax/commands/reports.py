@@ -91,7 +91,7 @@ def transplants(argv: list[str]) -> None:
 def units(argv: list[str]) -> None:
     """Shows the units of a text or of an episode. argv: the command and its arguments. Raises AtomError for bad
     input."""
-    known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text with the units that the model makes of it.")
+    known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text, or an episode, with the units made of it.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "text", None, "the text")
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")

@@ -20,9 +20,9 @@ def imagine(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "env", "watch", "the world: NAME or NAME:FIELD=VALUE,...")
     known.add(flags.DEFINE_list, "actions", [], "what is done, by number; the first future")
     known.add(flags.DEFINE_integer, "futures", 4, "futures in all; the others do something else, by chance")
-    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: 40, or an episode of the world")
+    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: as many as usual, 40 of watch")
     known.add(flags.DEFINE_integer, "seed", 0, "of the episode and the other futures")
-    known.add(flags.DEFINE_float, "temperature", 0.0, "0: the likeliest frames; above: frames are drawn")
+    known.add(flags.DEFINE_bool, "draw", False, "draw frames as the model has them, not the likeliest")
     known.add(flags.DEFINE_string, "out", None, "a PNG (a strip) or a GIF")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
@@ -42,7 +42,7 @@ def imagine(argv: list[str]) -> None:
 
     if values.out is not None:
         picture.check_name(values.out, moves=True)
-    how = {"futures": values.futures, "length": values.length, "seed": values.seed, "draw": values.temperature > 0}
+    how = {"futures": values.futures, "length": values.length, "seed": values.seed, "draw": values.draw}
     found = worlds.imagined(atom_jax.load(values.checkpoint), values.env, actions, **how)
     if values.out is not None:
         future_picture.draw(found.said, values.out)
@@ -61,7 +61,7 @@ def plan(argv: list[str]) -> None:
         flags.DEFINE_string, "memory", None, "a cache policy for units, as streaming_llm:budget=6; else all are kept"
     )
     known.add(flags.DEFINE_integer, "episodes", 200, "how many, all planned at once")
-    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: 40, or an episode of the world")
+    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: as many as usual, 40 of watch")
     known.add(flags.DEFINE_integer, "seed", 0, "of the episodes and the planner")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
     values, _ = known.parse(argv, 0)
@@ -71,8 +71,10 @@ def plan(argv: list[str]) -> None:
     import atom_jax
     from atom_jax.evaluation import cache
     from atom_jax.evaluation.tasks.plan import PlanSettings, planned, text
+    from atom_jax.inference import planners
 
     settings = PlanSettings(values.env, values.planner, values.episodes, values.length, values.seed)
+    planners.parse(settings.planner)
     report = planned(atom_jax.load(values.checkpoint, memory=values.memory), settings)
     if values.out is not None:
         cache.write_json(pathlib.Path(values.out), report)

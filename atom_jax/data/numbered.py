@@ -1,4 +1,8 @@
-"""Rows that a program makes of their numbers: of episodes, which a training step makes itself (`data.envs`)."""
+"""Rows that a program makes of their numbers: of episodes, which a training step makes itself (`data.envs`).
+
+Numbers begin at 1: those that tests draw (`evaluation.tasks.plan`) come from number 0, so that nothing is trained on
+them, whatever the seeds.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ class NumberedRows:
 
     def __next__(self) -> Rows:
         rows = described(self._cfg, len(self._numbers))
-        rows["number"] += np.arange(self._numbers.start, self._numbers.stop, dtype=np.int32)
+        rows["number"] += np.arange(self._numbers.start, self._numbers.stop, dtype=np.int32) + 1
         # Past the end of what 32 bits count, rows come again.
         rows["number"] += np.int32(self._at * self._cfg.batch_size % 2**30)
         self._at += 1

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from atom_jax import config, sharding
 from atom_jax.data.config import DataConfig
+from atom_jax.data.numbered import PREFIX
 from atom_jax.evaluation import cache, loglik
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.metrics import Result, columns
@@ -27,6 +28,11 @@ from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, TEXTS, AtomError
 
 _LONGEST = 2048
+# Fields of tasks that the training data fill in, and the prefix of such data.
+_OF_DATA = {
+    "images": ("source", "image:"), "reduction": ("source", "labelled:"), "plan": ("env", PREFIX),
+    "frames": ("env", PREFIX),
+}  # fmt: skip
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -40,14 +46,14 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
     """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, those of `images` and
-    `reduction`, and max_length, from the experiment.json of a training directory (or of the one that holds this
-    step)."""
+    `reduction`, the worlds of `plan` and `frames`, and max_length, from the experiment.json of a training directory
+    (or of the one that holds this step)."""
     data = _training_data(checkpoint)
-    for name, prefix in (("images", "image:"), ("reduction", "labelled:")):
+    for name, (field, prefix) in _OF_DATA.items():
         task = getattr(cfg, name)
-        if not task.source and data and data.sources[0].startswith(prefix):
-            source = data.sources[0].removeprefix(prefix)
-            cfg = dataclasses.replace(cfg, **{name: dataclasses.replace(task, source=source)})
+        if not getattr(task, field) and data and data.sources[0].startswith(prefix):
+            source = {field: data.sources[0].removeprefix(prefix)}
+            cfg = dataclasses.replace(cfg, **{name: dataclasses.replace(task, **source)})
     if not cfg.bpb.sources:
         sources = data.sources if data and not data.chat else ("austen",)
         cfg = dataclasses.replace(cfg, bpb=dataclasses.replace(cfg.bpb, sources=sources))

@@ -9,6 +9,7 @@ A state knows all frames; the latest of them is still to be read, with the actio
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,7 @@ from atom_jax.inference.planners import Futures, Plan, Planner
 from atom_jax.kvcache import branch, memory
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Memory
+from atom_jax.kvcache.policy import Policy, policies_of
 from atom_jax.models import registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.world import WorldConfig
@@ -102,13 +104,15 @@ def imagine(lm: LM, state: WorldState, actions: Any, key: jax.Array | None = Non
 
     key: frames are drawn as the model has them; None: the likeliest class of each cell. frames: [b, n, h, *grid], to
     be taken for what comes after each action, in place of what is imagined.
-    Raises AtomError for actions that are not of the model's world.
+    Raises AtomError for actions and frames that are not of the model's world.
     """
     cfg = checked(lm, None, "imagine")
     actions = _check_actions(actions, cfg, len(state.obs))
+    if frames is not None:
+        _check_classes(frames, (*actions.shape, *cfg.port.grid), cfg, "frames")
+        frames = jnp.asarray(frames)
     state = state.replace(cache=memory.grow(state.cache, actions.shape[2]))
-    given = None if frames is None else jnp.asarray(frames)
-    return _imagine(lm.params, state, actions, key, given, cfg)
+    return _imagine(lm.params, state, actions, key, frames, cfg)
 
 
 def plan(lm: LM, state: WorldState, planner: str | Planner, key: jax.Array | None = None) -> Plan:
@@ -197,6 +201,8 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple
     _, cache, aux = world.hidden(p, frames, cfg=cfg, cache=state.cache)
     at = jnp.maximum(count - 1, 0).reshape(-1, *[1] * (episode.obs.ndim - 1))
     obs = jnp.take_along_axis(episode.obs, at, axis=1)[:, 0]
+    # Rows that end before these frames keep what they saw last.
+    obs = jnp.where((count > 0).reshape(-1, *[1] * (obs.ndim - 1)), obs, state.obs)
     units = state.units + jnp.sum(aux["boundaries"][0], axis=1, dtype=jnp.int32)
     return settled(WorldState(cache, obs, cache.length + 1, units)), aux["lost"]
 
@@ -232,14 +238,25 @@ def after(state: WorldState, actions: jax.Array, obs: jax.Array) -> Frames:
     return Frames(obs, action, nothing, nothing > 0, index, jnp.ones_like(index))
 
 
+def roomy(cfg: WorldConfig) -> WorldConfig:
+    """The same model with room for a unit at every frame, for programs that cannot read anything again."""
+    return dataclasses.replace(cfg, chunking=tuple(dataclasses.replace(c, capacity=1.0) for c in cfg.chunking))
+
+
 def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
-    """The configuration of a model. Raises AtomError for one of texts, and of another world than `env`."""
+    """The configuration of a model. Raises AtomError for one of texts, of another world than `env`, and with a cache
+    policy that chooses once a prompt is read."""
+    if not isinstance(lm, LM):
+        raise AtomError(f"{what}: expected a model, as atom_jax.load gives it, got {lm!r:.80}")
     if not isinstance(lm.config, WorldConfig):
         raise AtomError(f"{what}: it takes a world model, and this one is of the family {lm.family}")
     port = lm.config.port
     if env is not None and (env.shape, env.classes, env.actions) != (port.grid, port.classes, port.actions):
         theirs = f"frames of {list(env.shape)}, {env.classes} classes and {env.actions} actions"
         raise AtomError(f"env {env.name}: it has {theirs}, and the model {ports.of(lm.config).describe(lm.config)}")
+    for policy in policies_of(registry.of(lm.config).memory(lm.config)):
+        if type(policy).settle is not Policy.settle:
+            raise AtomError(f"memory: {policy.name} chooses once a prompt is read, and an episode goes on and on")
     return lm.config
 
 
@@ -275,17 +292,30 @@ def _cost(units: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
 
 def _check_frames(episode: Frames, cfg: WorldConfig) -> tuple[int, int]:
     """Rows and frames."""
-    obs, port = np.asarray(episode.obs), cfg.port
-    if obs.ndim < 3 or obs.shape[2:] != port.grid or obs.shape[1] < 1:
-        raise AtomError(f"episode: expected frames [b, t, *{list(port.grid)}], got {list(obs.shape)}")
-    if obs.dtype != np.uint8 or obs.max() >= port.classes:
-        raise AtomError(f"episode: frames hold classes below {port.classes}, as uint8")
-    _check_numbers(episode.action, obs.shape[:2], cfg, "episode")
-    return obs.shape[:2]
+    if not isinstance(episode, Frames):
+        raise AtomError(f"episode: expected atom_jax.Frames, got {episode!r:.80}")
+    b, t = (*np.shape(episode.obs), 0, 0)[:2]
+    _check_classes(episode.obs, (b, t, *cfg.port.grid), cfg, "episode")
+    _check_numbers(episode.action, (b, t), cfg, "episode")
+    if np.shape(episode.segments) != (b, t):
+        raise AtomError(f"episode: expected segments [{b}, {t}], got {list(np.shape(episode.segments))}")
+    return b, t
+
+
+def _check_classes(obs: Any, shape: tuple[int, ...], cfg: WorldConfig, what: str) -> None:
+    found = np.asarray(obs)
+    if found.shape != shape or 0 in shape:
+        grid = ", ".join(map(str, cfg.port.grid))
+        raise AtomError(f"{what}: expected frames [..., {grid}] of at least one row, got {list(found.shape)}")
+    if found.dtype != np.uint8 or found.max() >= cfg.port.classes:
+        raise AtomError(f"{what}: frames hold classes below {cfg.port.classes}, as uint8")
 
 
 def _check_actions(actions: Any, cfg: WorldConfig, b: int) -> jax.Array:
-    found = np.asarray(actions)
+    try:
+        found = np.asarray(actions)
+    except ValueError:
+        raise AtomError("actions: expected futures of equal length") from None
     if found.ndim != 3 or found.shape[0] != b or 0 in found.shape:
         raise AtomError(f"actions: expected [{b}, futures, steps], got {list(found.shape)}")
     _check_numbers(found, found.shape, cfg, "actions")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from atom_jax import params as params_lib
 from atom_jax import sharding
 from atom_jax.data.config import DataConfig
+from atom_jax.data.numbered import is_numbered
 from atom_jax.models import registry
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training import optim
@@ -24,7 +25,7 @@ from atom_jax.training.objectives import Setting
 from atom_jax.training.objectives.base import Rows
 from atom_jax.training.state import State
 from atom_jax.training.step import make_step
-from atom_jax.typing import AtomError
+from atom_jax.typing import FRAMES, AtomError
 
 
 class Program:
@@ -144,6 +145,8 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
     reads, learns = registry.kind(exp.model).reads, exp.objectives[-1].reads
     if reads != learns:
         raise AtomError(f"objective: {name} is about {learns}, but the model reads {reads}")
+    if is_numbered(exp.data) and reads != FRAMES:
+        raise AtomError(f"data.sources: {exp.data.sources[0]} is a world, but {name} is about {learns}")
     if exp.optim.z_loss and not exp.objectives[-1].z_loss:
         raise AtomError(f"optim.z_loss does not go with {name}")
     if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):

@@ -178,9 +178,10 @@ def refused(name: str, kind: type[Policy]) -> str:
 
 HEAD = """# What every kind of model does
 
-The small examples of every family (`Family.examples`) together take every path of it. `tests/contract` finds them and
-all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what it is
-alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
+The small examples of every family of texts (`Family.examples`) together take every path of it. `tests/contract` finds
+them and all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what
+it is alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
+Models of worlds and of images read no text; docs/world.md and docs/images.md say what they do.
 Cache policies run in every kind of model, in layers that see everything before them and have their positions in keys
 (letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens see the one at
 a unit's mark.

@@ -99,6 +99,12 @@ def test_rows_may_have_seen_less_than_others(lm, actions):
     assert state.length.tolist() == [7, T, T] and short.length.tolist() == [7]
     a, b = atom_jax.imagine(lm, state, actions), atom_jax.imagine(lm, short, actions[:1])
     close(b, jax.tree.map(lambda x: x[:1], a.replace(stats={})))
+    # Of the row that has ended nothing more comes.
+    later = frames(5)
+    on = atom_jax.observe(lm, later.replace(segments=segments * (np.arange(B) > 0)[:, None]), state)
+    assert on.length.tolist() == [7, 2 * T - 1, 2 * T - 1]
+    np.testing.assert_array_equal(on.obs[0], state.obs[0])
+    np.testing.assert_array_equal(on.obs[1:], later.obs[1:, -1])
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -141,13 +147,16 @@ def test_bad_input_is_one_sentence(lm):
         (lambda: atom_jax.observe(lm, episode.replace(action=episode.action + 1)), "from 0 to 3"),
         (lambda: atom_jax.imagine(lm, state, [[[4]]] * B), "from 0 to 3"),
         (lambda: atom_jax.imagine(lm, state, [[[1]]]), r"expected \[3, futures, steps\]"),
+        (lambda: atom_jax.imagine(lm, state, [[[1]]] * B, frames=episode.obs), "frames: expected frames"),
+        (lambda: atom_jax.imagine(lm, state, [[[1], [1, 2]]] * B), "equal length"),
+        (lambda: atom_jax.plan("runs/watch", state, "random"), "as atom_jax.load gives it"),
+        (lambda: atom_jax.observe(lm, episode.obs), r"expected atom_jax\.Frames"),
+        (lambda: atom_jax.observe(lm, jax.tree.map(lambda x: x[:0], episode)), "at least one row"),
+        (lambda: atom_jax.observe(lm, episode.replace(segments=episode.segments[:, :3])), "expected segments"),
         (lambda: atom_jax.plan(lm, state, "magic"), "planner 'magic'"),
         (lambda: atom_jax.generate(lm, [[1, 2]], 3), "kind world, which reads frames and no text"),
-        (lambda: dataclasses.replace(examples()["hnet"], chunking=lm.config.chunking, port=ports.Bytes()), None),
         (lambda: dataclasses.replace(lm.config, port=ports.Bytes()), "reads ids|is for frames"),
     ):
-        if words is None:
-            continue
         with pytest.raises(AtomError, match=words):
             run()
     with pytest.raises(AtomError, match="is for frames"):

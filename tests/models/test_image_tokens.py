@@ -13,12 +13,12 @@ from atom_jax.models import image_tokens, registry
 from atom_jax.models.image_tokens import (
     FSQ,
     VQ,
-    Fixed,
     Halting,
     ImageTokensConfig,
     Nested,
     Rounds,
     Told,
+    Whole,
     forward,
     lengths,
     rounds,
@@ -222,7 +222,7 @@ def test_bad_configurations_are_refused_in_a_sentence():
         ({"n_heads": 5}, "n_heads: 5 do not divide d_model 48"),
         ({"mask": "causal"}, "mask: expected full or causal_registers, got 'causal'"),
         ({"quantiser": "fsq"}, "quantiser: expected one of FSQ, VQ, Continuous"),
-        ({"length": 3}, "length: expected Fixed"),
+        ({"length": 3}, "length: expected Whole"),
         ({"channels": 2}, "channels: expected 1 .gray. or 3 .colours., got 2"),
         ({"length": Nested(least=17)}, "length.least: there are only 16 registers, got 17"),
         ({"length": Told(least=17)}, "length.least: there are only 16 registers, got 17"),
@@ -230,7 +230,7 @@ def test_bad_configurations_are_refused_in_a_sentence():
         ({"length": Rounds(4)}, "mask: registers that are added in rounds need full"),
         ({"length": Halting()}, "mask: registers that halt need full"),
         ({"length": Halting(step=17), "mask": "full"}, "length.step: there are only 16 registers"),
-        ({"length": Fixed(), "dtype": "float16"}, "dtype: expected float32 or bfloat16"),
+        ({"length": Whole(), "dtype": "float16"}, "dtype: expected float32 or bfloat16"),
     ):
         with pytest.raises(AtomError, match=words):
             ImageTokensConfig(**changes)

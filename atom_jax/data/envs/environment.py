@@ -49,6 +49,11 @@ class Environment:
         """Frames of an episode, where nobody says."""
         raise NotImplementedError
 
+    @property
+    def watched(self) -> int:
+        """Frames that are watched before one plans, where nobody says."""
+        return self.frames
+
     def reset(self, key: jax.Array) -> tuple[Any, jax.Array]:
         """(state, frame 0)."""
         raise NotImplementedError

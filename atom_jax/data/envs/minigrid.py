@@ -77,6 +77,11 @@ class Minigrid(Environment):
         """The tour, and nine actions."""
         return self.touring + 10 if self.tour else 64
 
+    @property
+    def watched(self) -> int:
+        """The tour, after which one has to decide."""
+        return self.touring or self.frames
+
     def reset(self, key: jax.Array) -> tuple[State, jax.Array]:
         """See `Environment.reset`."""
         env, params = _made(self.world, self.view)

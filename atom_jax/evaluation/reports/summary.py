@@ -26,7 +26,7 @@ from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
 from atom_jax.training.record import read
-from atom_jax.typing import AtomError
+from atom_jax.typing import TEXTS, AtomError
 
 # The baselines hold the text in memory several times over; beyond this many bytes they are left out.
 LARGEST = 64 * 2**20
@@ -63,7 +63,10 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
     when the directory holds no finished checkpoint.
     """
     folder = pathlib.Path(workdir)
-    data = _experiment(folder).data
+    exp = _experiment(folder)
+    data, reads = exp.data, registry.kind(exp.model).reads
+    if reads != TEXTS:
+        raise AtomError(f"{workdir}: summary is for runs on texts; this one was trained on {reads}")
     if data.chat:
         raise AtomError(f"{workdir}: summary is for runs on texts; this one was trained on conversations")
     lm = atom_jax.load(workdir)

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.chunking import rules
 from atom_jax.chunking.rules.surprise import Surprise
+from atom_jax.chunking.types import START
 from atom_jax.data import envs
 from atom_jax.evaluation.reports.frame_strip import Strip
 from atom_jax.evaluation.reports.future_picture import Imagination
@@ -29,18 +31,20 @@ def seen(lm: LM, env: str, length: int = 0, seed: int = 0) -> Strip:
     cfg, frames = imagine.checked(lm, made, "units"), max(made.frames, watched + 1)
     episode, _ = episodes(made, jax.random.key(seed), 1, frames)
     marks, nats = (np.asarray(x)[0] for x in _read(lm.params, episode, cfg))
-    pictures = np.stack([made.render(obs) for obs in np.asarray(episode.obs[0])])
     rule = cfg.chunking[0].rule
+    # A unit begins after the end of the one before.
+    begins = marks if rules.of(rule).KIND == START else np.concatenate([[True], marks[:-1]])
+    pictures = np.stack([made.render(obs) for obs in np.asarray(episode.obs[0])])
     tau = float(lm.params["stage0"]["rule"]["tau"]) if isinstance(rule, Surprise) else None
     # Nothing foretold the first frame.
     surprise = np.concatenate([[0.0], nats]) if tau is not None else None
-    return Strip(pictures, marks, surprise, tau)
+    return Strip(pictures, begins, surprise, tau)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(p: Any, episode: Frames, cfg: WorldConfig) -> tuple[jax.Array, jax.Array]:
     """Where units begin or end in episodes, bool [b, t], and the nats f32 [b, t - 1] of all frames but the first."""
-    aux = world.hidden(p, episode, cfg=cfg)[2]
+    aux = world.hidden(p, episode, cfg=imagine.roomy(cfg))[2]
     local = world.local(p, episode, cfg=cfg)
     return aux["boundaries"][0], ports.of(cfg).nll(local[:, :-1], episode.obs[:, 1:], cfg)
 
@@ -80,6 +84,6 @@ def imagined(
     for i, (row, value) in enumerate(zip(np.asarray(rows).tolist(), values)):
         units = int(out.units[0, i].sum())
         lines.append(f"{','.join(map(str, row))}: return {value:.2f}, {units} units{' (best)' if i == best else ''}")
-    right = float(np.mean(np.asarray(out.frames[0, 0] == real.obs[0]).all((-1, -2))))
+    right = float(np.mean(np.asarray(out.frames[0, 0] == real.obs[0]).reshape(len(actions), -1).all(1)))
     lines.append(f"really: reward {float(real.reward.sum()):g}; {right:.0%} of the first future's frames are so")
     return Report(said, "\n".join(lines))

@@ -26,7 +26,7 @@ from atom_jax.typing import FRAMES, LM
 class FrameSettings:
     """env, episodes, length, seed: as of `plan.PlanSettings`. horizon: steps that are imagined after the watch."""
 
-    env: str = "watch"
+    env: str = ""
     episodes: int = 100
     length: int = 0
     horizon: int = 6
@@ -70,7 +70,7 @@ def _right(found: np.ndarray, real: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(p: Any, episode: Any, cfg: WorldConfig) -> dict[str, jax.Array]:
     """Of every episode, f32 [b]: nats per frame, local ones, and frames per unit; and the likeliest next frames."""
-    out, _ = world.apply(p, episode, cfg=cfg)
+    out, _ = world.apply(p, episode, cfg=imagine.roomy(cfg))
     found, port = out.aux["foresight"], ports.of(cfg)
     nats, local = (jnp.mean(port.nll(x[:, :-1], episode.obs[:, 1:], cfg), axis=1) for x in (found.frame, found.local))
     units = jnp.sum(out.aux["boundaries"][0], axis=1)

@@ -35,10 +35,10 @@ class PlanSettings:
     env: as of `data.envs.parse`; "": that of the training run's last stage, or watch.
     planner: as of `inference.planners.parse`.
     episodes: how many are planned, all at once. seed: of the episodes and of the planner.
-    length: frames that are watched before the first plan (0: 40 of `watch`, else as many as its episodes have).
+    length: frames that are watched before the first plan (0: 40 of `watch`, else `Environment.watched`).
     """
 
-    env: str = "watch"
+    env: str = ""
     planner: str = "shooting:n=48,horizon=6"
     episodes: int = 200
     length: int = 0
@@ -66,13 +66,14 @@ class Planning:
 
 def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     """What planning came to. success, wrong (an end without a reward), ceiling (shares of episodes; of the last those
-    in which a reward can be reached within the horizon), simulator (success of the same planner that knows the
-    world), random; interval, of success, 95%.
+    in which a reward can be reached with as many steps as are played; in other worlds than `watch` it is that of the
+    simulator), simulator (success of the same planner that knows the world), random; interval, of success, 95%.
 
     Per episode: main_steps_watch, frames of the watch at which the main network ran; main_steps_decision, runs per
-    future at its first step, whose frame is real; main_steps_imagined, per future at all others; units held at the
-    decision; entries and bytes of the model's memory there. seconds: of the watch and of the decision, compiled
-    before. episodes_of, units_of: the same of each episode.
+    future at its first step, whose frame is real; main_steps_imagined, per future at all others (what `mpc` reads
+    between its plans is in none of them); units held at the decision, and read by a query there; bytes of the
+    model's memory. seconds_watch, seconds: of the watch, and of the decision with what is played, all episodes at
+    once, compiled before. episodes_of, units_of: the same of each episode.
     Raises AtomError for an unknown world or planner, and for one of another kind than the model's.
     """
     env, length = world_of(settings)
@@ -86,10 +87,10 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     arguments = lm.params, room, last, jax.random.fold_in(key, 1)
     took, (acted, ends) = _timed(lambda: _play(*arguments, env, planner, cfg))
     known, _ = _simulated(last, jax.random.fold_in(key, 1), env, planner, cfg.gamma)
-    chance, _ = _simulated(last, jax.random.fold_in(key, 1), env, planners.Random(planner.horizon), cfg.gamma)
+    chance, _ = _simulated(last, jax.random.fold_in(key, 1), env, planners.Random(turns), cfg.gamma)
     success, wrong, decision, imagined = ends
     futures = b * float(np.sum(acted["futures"]))
-    can = known if not isinstance(env, Watch) else _reachable(last, env, planner.horizon)
+    can = known if not isinstance(env, Watch) else _reachable(last, env, turns)
     units = np.asarray(state.units)
     return {
         "success": float(success.mean()), "interval": interval(float(success.mean()), b),
@@ -121,13 +122,13 @@ def text(report: dict[str, Any]) -> str:
 
 def world_of(settings: PlanSettings) -> tuple[Environment, int]:
     """The world and the frames that are watched before the first action. Raises AtomError for an unknown one."""
-    env = envs.parse(settings.env)
+    env = envs.parse(settings.env or Watch.name)
     if isinstance(env, Watch):
         length = settings.length or 40
         if length < 3:
             raise AtomError(f"length={length}: a watch lasts at least 3 frames")
         return env.lasting(length), length
-    return env, settings.length or env.frames
+    return env, settings.length or env.watched
 
 
 def interval(share: float, n: int, z: float = 1.96) -> list[float]:
@@ -156,13 +157,11 @@ def _play(
 ) -> tuple[dict[str, jax.Array], tuple]:
     """The sums of what all plans took; (success, wrong: bool [b]; main steps at first steps and at others)."""
 
-    roomy = dataclasses.replace(cfg, chunking=tuple(dataclasses.replace(c, capacity=1.0) for c in cfg.chunking))
-
     def think(mind: WorldState, real: Any, key: jax.Array) -> Futures:
         return imagine.futures(p, mind, planner.horizon, cfg)
 
     def notice(mind: WorldState, actions: jax.Array, led: Any) -> WorldState:
-        return imagine.read(p, mind, imagine.after(mind, actions, led.obs), roomy)[0]
+        return imagine.read(p, mind, imagine.after(mind, actions, led.obs), imagine.roomy(cfg))[0]
 
     done = play(env, planner, key, last, imagine.settled(state), think, notice)
     stats = done.plans.stats

@@ -3,7 +3,7 @@
 A transformer reads the patches of an image and some learned registers; what it makes of the registers is quantised,
 and a second transformer makes the image of the codes. `length` says how their number varies:
 
-    Fixed    all of them, always: the baseline
+    Whole    all of them, always: the baseline
     Nested   any first k of them, the encoder doesn't know which (FlexTok)
     Told     any first k of them, and the encoder knows (ElasticTok)
     Rounds   some more in every round, until the image is good enough (ALIT)
@@ -17,11 +17,11 @@ from atom_jax.models.image_tokens.config import ImageTokensConfig, spec
 from atom_jax.models.image_tokens.family import FAMILY
 from atom_jax.models.image_tokens.forward import decode, encode, quantise
 from atom_jax.models.image_tokens.halting import Halting
-from atom_jax.models.image_tokens.lengths import Choices, Fixed, Nested, Told, Trained
+from atom_jax.models.image_tokens.lengths import Choices, Nested, Told, Trained, Whole
 from atom_jax.models.image_tokens.quantise import FSQ, VQ, Continuous
 from atom_jax.models.image_tokens.rounds import Rounds
 
 __all__ = [
-    "FAMILY", "FSQ", "VQ", "Choices", "Continuous", "Fixed", "Halting", "ImageTokensConfig", "Nested", "Rounds",
-    "Told", "Trained", "decode", "encode", "quantise", "spec",
+    "FAMILY", "FSQ", "VQ", "Choices", "Continuous", "Halting", "ImageTokensConfig", "Nested", "Rounds", "Told",
+    "Trained", "Whole", "decode", "encode", "quantise", "spec",
 ]  # fmt: skip

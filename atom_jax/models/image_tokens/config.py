@@ -36,7 +36,7 @@ class ImageTokensConfig:
     mask: str = "causal_registers"
     # FSQ, VQ or Continuous.
     quantiser: Any = dataclasses.field(default_factory=FSQ)
-    # How the number of tokens varies: Fixed, Nested, Told, Rounds or Halting.
+    # How the number of tokens varies: Whole, Nested, Told, Rounds or Halting.
     length: Any = dataclasses.field(default_factory=Nested)
     norm_eps: float = 1e-5
     # Compute dtype; norms, softmax, quantisation and outputs are float32 in any case.
@@ -65,7 +65,7 @@ class ImageTokensConfig:
             known = ", ".join(cls.__name__ for cls in QUANTISERS)
             raise AtomError(f"quantiser: expected one of {known}, got {self.quantiser!r}")
         if not isinstance(self.length, Length):
-            raise AtomError(f"length: expected Fixed, Nested, Told, Rounds or Halting, got {self.length!r}")
+            raise AtomError(f"length: expected Whole, Nested, Told, Rounds or Halting, got {self.length!r}")
         self.length.check(self)
 
     @property

@@ -8,7 +8,7 @@ from atom_jax.models.family import Kind
 from atom_jax.models.flops import matrices
 from atom_jax.models.image_tokens.config import ImageTokensConfig, spec
 from atom_jax.models.image_tokens.halting import Halting
-from atom_jax.models.image_tokens.lengths import Fixed, Nested, Told
+from atom_jax.models.image_tokens.lengths import Nested, Told, Whole
 from atom_jax.models.image_tokens.quantise import FSQ, VQ, Continuous
 from atom_jax.models.image_tokens.rounds import Rounds
 from atom_jax.typing import IMAGES
@@ -48,7 +48,7 @@ def examples() -> dict[str, ImageTokensConfig]:
     return {
         "flex": small(),
         "vector": small(length=Nested("uniform_pow2", dropped="vector"), channels=3),
-        "fixed": small(length=Fixed(), quantiser=Continuous(6)),
+        "fixed": small(length=Whole(), quantiser=Continuous(6)),
         "elastic": small(length=Told(), mask="full", quantiser=FSQ((4, 5, 3), "elastic")),
         "alit": small(length=Rounds(2), mask="full", quantiser=VQ(16, 6)),
         "karl": small(length=Halting((0.02, 0.1, 0.3), hidden=8), mask="full", quantiser=VQ(16, 6)),

@@ -75,7 +75,7 @@ class Length:
 
 @config.register
 @dataclasses.dataclass(frozen=True)
-class Fixed(Length):
+class Whole(Length):
     """Every image is all of the registers."""
 
     def labels(self, cfg: Any) -> list[str]:

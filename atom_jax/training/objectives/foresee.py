@@ -84,7 +84,9 @@ class Foresee(Objective):
         rule = cfg.chunking[0].rule
         if params is None or self.only_local or not (isinstance(rule, Surprise) and rule.target):
             return params, []
-        batch = self.batch(next(data))
+        # The same episodes in every process, and none that training then skips.
+        found = setting.exp.data
+        batch = self.batch(next(numbered.NumberedRows(found, range(found.batch_size))))
         find = jax.jit(
             lambda p, batch: surprise.calibrated(_local_nats(p, _made(batch, setting)[0], cfg).ravel(), rule)
         )

@@ -53,7 +53,7 @@ def test_the_package_is_followed_until_the_end():
 @needs
 def test_it_stands_still_after_the_end_and_can_be_drawn():
     env = parse("minigrid:world=MiniGrid-MemoryS8,view=5,tour=false")
-    assert env.shape == (5, 5, 2) and env.actions == 3 and env.frames == 64 and env.touring == 0
+    assert env.shape == (5, 5, 2) and env.actions == 3 and env.frames == env.watched == 64 and env.touring == 0
     frames, state = jax.jit(lambda key: episodes(env, key, 30, 60))(jax.random.key(1))
     led = jax.jit(lambda s, a: follow(env, jax.random.key(2), s, a))(state, np.zeros((30, 2), np.int32))
     over = np.asarray(frames.done[:, :-1].any(1))
@@ -68,7 +68,7 @@ def test_it_stands_still_after_the_end_and_can_be_drawn():
 def test_the_tour_ends_where_one_has_to_decide():
     """Both objects were in sight, and a few steps lead to either end; of the right one a planner knows."""
     env, n = Minigrid(), 40
-    assert env.touring == 31 and env.frames == 41
+    assert env.touring == env.watched == 31 and env.frames == 41
     simulated = Shooting(48, 6)
 
     @jax.jit

@@ -1,16 +1,19 @@
 """Commands and tasks about worlds, with a small model of random parameters."""
 
+import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
-from atom_jax import params
+from atom_jax import config, params
 from atom_jax.__main__ import main
 from atom_jax.checkpoint import store
 from atom_jax.evaluation import run
-from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.evaluation.reports import worlds
+from atom_jax.evaluation.tasks import EvalConfig, plan
 from atom_jax.evaluation.tasks.frames import FrameSettings
 from atom_jax.evaluation.tasks.plan import PlanSettings, interval, planned
 from atom_jax.models import registry
@@ -43,8 +46,28 @@ def test_what_plans_come_to(lm):
     assert found["success"] + found["wrong"] <= 1 and found["success"] <= found["ceiling"] + 1e-6
     low, high = found["interval"]
     assert low <= found["success"] <= high
-    again = planned(lm, PlanSettings(planner="mpc:inner=shooting:n=3,horizon=2", episodes=6, **SMALL))
+    asked = PlanSettings(planner="mpc:every=2,inner=shooting:n=3,horizon=3", episodes=6, **SMALL)
+    again = planned(lm, asked)
     assert again["futures"] == 6 and again["main_steps_decision"] <= 1
+    # Four steps are played, more than one plan has.
+    env, frames = plan.world_of(asked)
+    last = plan.episodes(env, jax.random.fold_in(jax.random.key(asked.seed), 0), 6, frames + 1)[1]
+    ways = jax.jit(jax.vmap(lambda state: env.way(state, 4).steps))(last)
+    assert again["ceiling"] == pytest.approx(float((ways >= 0).mean()))
+
+
+def test_units_that_end_are_shown_from_where_they_begin():
+    cfg = dataclasses.replace(world.tiny().model, chunking=world.watch_fixed().model.chunking)
+    lm = LM(cfg, params.init(jax.random.key(2), registry.of(cfg).spec(cfg)), None)
+    found = worlds.seen(lm, "watch", 24)
+    assert np.flatnonzero(found.begins).tolist() == [0, 10, 20] and found.surprise is None
+
+
+def test_the_world_is_that_of_the_training_data(tmp_path):
+    (tmp_path / "experiment.json").write_text(json.dumps(config.to_json(world.tiny())))
+    found = run.resolve(EvalConfig(), str(tmp_path))
+    assert found.plan.env == found.frames.env == "watch:least=4,most=6,flash=0.25"
+    assert plan.world_of(PlanSettings())[0].name == "watch"
 
 
 def test_an_interval_holds_what_it_is_of():
@@ -63,7 +86,7 @@ def test_tasks_are_for_one_kind_of_model(lm):
     # An untrained head corrects little.
     assert metrics["nats"].value == pytest.approx(metrics["local_nats"].value, rel=0.2)
     assert metrics["frames_per_unit"].value == 1 and metrics["imagined"].value <= metrics["step"].value + 0.5
-    with pytest.raises(AtomError, match="bpb: this task is not for world models"):
+    with pytest.raises(AtomError, match="bpb: this task is for models of texts, and this one reads frames"):
         run.evaluate(lm, ["bpb"], EvalConfig())
 
 
@@ -85,10 +108,11 @@ def test_the_commands(saved, tmp_path, capsys):
     for wrong, words in (
         (["plan", good, "--env=watch:size=7"], "env watch: it has frames of [7, 7]"),
         (["plan", good, "--length=1"], "a watch lasts at least 3 frames"),
+        (["plan", good, "--memory=kvcompose:budget=4"], "kvcompose chooses once a prompt is read"),
         (["imagine", good, "--actions=7"], "--actions: watch has actions 0 to 3"),
         (["imagine", good, "--actions=a"], "expected numbers of actions"),
-        (["generate", good, "--prompt=x"], "world model"),
-        (["units", good, "--text=x"], "world model"),
+        (["generate", good, "--prompt=x"], "reads frames and no text"),
+        (["units", good, "--text=x"], "reads frames and no text"),
         (["units", good, "--episode=watch", "--text=x"], "leave out --text"),
         (["eval", good, "--tasks=plan", "--set=plan.episodes=0"], "episodes"),
     ):

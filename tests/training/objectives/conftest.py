@@ -14,7 +14,7 @@ from atom_jax.data.sampled import Sampling
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.models.bolmo import BolmoConfig
-from atom_jax.models.image_tokens import Fixed
+from atom_jax.models.image_tokens import Whole
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import interrupt
 from atom_jax.training.objectives import OBJECTIVES
@@ -63,7 +63,7 @@ def example(source, tmp_path_factory):
         if name == "images":
             own = image.tiny()
             # With all tokens nothing is drawn.
-            own = dataclasses.replace(own, model=dataclasses.replace(own.model, length=Fixed()), seed=3)
+            own = dataclasses.replace(own, model=dataclasses.replace(own.model, length=Whole()), seed=3)
             return config.override(own, [*settings, "optim.schedule=constant"])
         if name == "byteify":
             main = bolmo.tiny_byteify().model.main

@@ -23,14 +23,14 @@ DATA = DataConfig(sources=("env:watch",), seq_len=14, batch_size=4)
 def test_rows_are_numbered_on_from_where_they_were():
     data = make_iterator(DATA, None)
     first, second = next(data), next(data)
-    assert first["number"].tolist() == [0, 1, 2, 3] and second["number"].tolist() == [4, 5, 6, 7]
+    assert first["number"].tolist() == [1, 2, 3, 4] and second["number"].tolist() == [5, 6, 7, 8]
     assert not first["loss_mask"][:, -1].any() and first["loss_mask"][:, :-1].all()
     state = data.get_state()
     third = next(data)
     data.set_state(state)
     assert next(data)["number"].tolist() == third["number"].tolist()
     halves = [next(make_iterator(DATA, None, i, 2))["number"].tolist() for i in (0, 1)]
-    assert halves == [[0, 1], [2, 3]]
+    assert halves == [[1, 2], [3, 4]]
     other = make_iterator(dataclasses.replace(DATA, sources=("env:watch:least=4",)), None)
     with pytest.raises(AtomError, match=r"data\.sources or their sizes have changed"):
         other.set_state(state)
@@ -57,9 +57,14 @@ def test_what_does_not_go_together(settings, words, tmp_path):
     exp = dataclasses.replace(config.override(world.tiny(), settings), first=None)
     with pytest.raises(AtomError, match=words):
         loop.fit(exp, tmp_path)
+
+
+def test_texts_and_worlds_do_not_mix(tmp_path):
     text = config.load_file("configs/units.py:tiny")
     with pytest.raises(AtomError, match="model must be a WorldConfig"):
-        loop.fit(dataclasses.replace(text, objective=exp.objective or world.FORESEE), tmp_path)
+        loop.fit(dataclasses.replace(text, objective=world.FORESEE), tmp_path)
+    with pytest.raises(AtomError, match="is a world, but next_token is about texts"):
+        loop.fit(config.override(text, ["data.sources=env:watch"]), tmp_path)
 
 
 def test_a_run_finds_its_threshold_and_is_loaded(tmp_path):
