@@ -10,6 +10,7 @@ become longer, with encoder and local prediction frozen, so that units stand sti
 watch          units start where the local prediction fails (surprise).
 watch_cosine   H-Net's router, trained end to end with its ratio loss; nothing is frozen.
 watch_every    every frame is a unit. watch_fixed: every ten frames are one. watch_change: wherever a frame differs.
+minigrid       MemoryS16 of the package xminigrid (the extra `envs`), units by surprise.
 watch_local    no main network: nothing is remembered for longer than three frames.
 large          1.1 billion parameters, for an accelerator.
 tiny           seconds; for tests.
@@ -68,10 +69,10 @@ def model(rule: Any, pool: str = "first", capacity: float = 0.3, **changes: Any)
 
 def stage(
     before: Experiment | None, cfg: WorldConfig, lesson: Lesson, objective: Foresee = FORESEE, batch: int = 32,
-    groups: tuple[Group, ...] = (),
+    groups: tuple[Group, ...] = (), world: str = "",
 ) -> Experiment:  # fmt: skip
     """One stage, after the one before."""
-    world = f"env:watch:least={lesson.least},most={lesson.most},flash={lesson.flash}"
+    world = world or f"env:watch:least={lesson.least},most={lesson.most},flash={lesson.flash}"
     rate, steps = lesson.rate, lesson.steps
     return Experiment(
         model=cfg, objective=objective, first=before,
@@ -119,6 +120,15 @@ def watch_local() -> Experiment:
     return learned(model(Fixed(2**20), "mean", 0.1))
 
 
+def minigrid() -> Experiment:
+    """MemoryS16: what lay in the first room? A unit every five frames or so, wherever it is hardest to foretell."""
+    port = Cells(grid=(3, 3, 2), classes=13, actions=3)
+    cfg = dataclasses.replace(model(Surprise(target=5.0), capacity=0.6), port=port, secrets=2)
+    lesson = Lesson(0, 0, 41, 0.0, 400, 3e-3)
+    first = stage(None, cfg, lesson, Foresee(only_local=True), batch=64, world="env:minigrid")
+    return stage(first, cfg, lesson._replace(steps=1200), groups=FROZEN, world="env:minigrid")
+
+
 def large() -> Experiment:
     """For an accelerator; a size, not a recipe."""
     sizes = {"layout": ("T4", "T20", "T4"), "d_model": (1024, 2048), "d_intermediate": (2816, 5632)}
@@ -137,5 +147,6 @@ def tiny() -> Experiment:
 
 
 VARIANTS = {
-    f.__name__: f for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, large, tiny)
+    f.__name__: f
+    for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, minigrid, large, tiny)
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,16 +18,15 @@ from atom_jax.models.family import Family, Kind
 from atom_jax.models.published import Published
 from atom_jax.typing import LM, TEXTS, AtomError
 
-# All kinds, and of them those of texts.
-KINDS: dict[str, Kind] = {}
+# Kinds of models of texts, those of other things, and all.
 FAMILIES: dict[str, Family] = {}
+_OTHERS: dict[str, Kind] = {}
+KINDS: Mapping[str, Kind] = ChainMap(FAMILIES, _OTHERS)
 
 
 def register(kind: Kind) -> None:
     """Makes a kind of model known to everything that works with models."""
-    KINDS[kind.name] = kind
-    if kind.reads == TEXTS:
-        FAMILIES[kind.name] = kind
+    (FAMILIES if kind.reads == TEXTS else _OTHERS)[kind.name] = kind
 
 
 _FAMILIES = (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, world.FAMILY)

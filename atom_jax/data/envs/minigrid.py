@@ -15,6 +15,9 @@ from atom_jax import config
 from atom_jax.data.envs.environment import Environment
 from atom_jax.typing import AtomError
 
+# What the package calls a key.
+_KEY = 7
+
 
 @struct.dataclass
 class State:
@@ -104,6 +107,18 @@ class Minigrid(Environment):
         drawn = super().behave(others, frames)
         drawn = jnp.where(jax.random.uniform(ahead, (frames,)) < self.forward, 0, drawn)
         return jnp.concatenate([jnp.array(self._tour(), drawn.dtype), drawn])[:frames]
+
+    @property
+    def secrets(self) -> int:
+        """See `Environment.secrets`."""
+        return 2 if "Memory" in self.world else 0
+
+    def secret(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """Of Memory, whether the object in the first room is a key, and the frame at which the tour is there."""
+        if not self.secrets:
+            return super().secret(state)
+        at_left = self.touring // 2
+        return (state.inner.state.grid[2, 1, 0] == _KEY).astype(jnp.int32), jnp.int32(at_left)
 
     def _tour(self) -> list[int]:
         """Where the agent is does not matter: it goes until it meets a wall."""
