@@ -31,6 +31,7 @@ from atom_jax.checkpoint import checksums
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.checkpoint.steps import Newest, complete, steps
+from atom_jax.checkpoint.tensors import compare
 from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.params import Tree
@@ -167,7 +168,7 @@ class Store:
         """
         where = self.directory / str(step)
         for name, tree in trees.items():
-            _compare(tree, _metadata(where / name), f"{where}/{name}")
+            compare(tree, _metadata(where / name), f"{where}/{name}")
         with _sentence(f"{where} cannot be read", error=Damaged), ocp.StandardCheckpointer() as reader:
             return {name: reader.restore(where / name, tree) for name, tree in trees.items()}
 
@@ -251,7 +252,7 @@ def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str
         if not (step / name).is_dir():
             raise AtomError(f"{step} has no {name}")
         with checksums.verified(step, (name, "ema")):
-            _compare(params_lib.abstract(spec), _metadata(step / name), f"{step}/{name}")
+            compare(params_lib.abstract(spec), _metadata(step / name), f"{step}/{name}")
             wanted = params_lib.abstract(spec, shardings=params_lib.map_specs(lambda _: place, spec))
             leaves = _restore(step / name, params_lib.flatten(wanted))
             within = params_lib.flatten({name: wanted})
@@ -276,7 +277,7 @@ def _parameters(step: pathlib.Path, model: Any, dtype: Any, shardings: Any) -> T
     else:
         places = params_lib.map_specs(lambda _: shardings, spec)
     found = _metadata(step / "params")
-    _compare(params_lib.abstract(spec), found, f"{step}/params", check_dtype=False)
+    compare(params_lib.abstract(spec), found, f"{step}/params", check_dtype=False)
     kinds = params_lib.flatten(found)
     wanted = {
         k: jax.ShapeDtypeStruct(s.shape, dtype or kinds[k].dtype, sharding=s.sharding)
@@ -370,23 +371,6 @@ def _restore(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
     ):
         return params_lib.flatten(reader.restore(path, args=args))
-
-
-def _compare(wanted: Tree, found: Tree, where: str, check_dtype: bool = True) -> None:
-    """Raises AtomError for the first tensor that is missing, left over, or of another shape or dtype."""
-    a, b = _by_name(wanted), _by_name(found)
-    for name in sorted(set(a) ^ set(b)):
-        raise AtomError(f"{where}: {name} is {'missing' if name in a else 'not part of this model'}")
-    for name, leaf in a.items():
-        other = b[name]
-        if tuple(leaf.shape) != tuple(other.shape) or (check_dtype and leaf.dtype != other.dtype):
-            raise AtomError(
-                f"{where}: {name} is {other.dtype}{list(other.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
-            )
-
-
-def _by_name(tree: Tree) -> dict[str, Any]:
-    return params_lib.flatten(jax.tree.map(lambda x: x, tree))
 
 
 @contextlib.contextmanager
