@@ -121,9 +121,9 @@ def watch_local() -> Experiment:
 
 
 def minigrid() -> Experiment:
-    """MemoryS16: what lay in the first room? A unit every five frames or so, wherever it is hardest to foretell."""
+    """MemoryS16: what lay in the first room? One of two things, so that to see it costs log 2 = 0.69 nats."""
     port = Cells(grid=(3, 3, 2), classes=13, actions=3)
-    cfg = dataclasses.replace(model(Surprise(target=5.0), capacity=0.6), port=port, secrets=2)
+    cfg = dataclasses.replace(model(Surprise(tau=0.5), capacity=0.6), port=port, secrets=2)
     lesson = Lesson(0, 0, 41, 0.0, 400, 3e-3)
     first = stage(None, cfg, lesson, Foresee(only_local=True), batch=64, world="env:minigrid")
     return stage(first, cfg, lesson._replace(steps=1200), groups=FROZEN, world="env:minigrid")
