@@ -50,7 +50,8 @@ def test_what_a_run_writes_down(trained):
     lines = {(line["step"], line["kind"]): line for line in read(trained / "metrics.jsonl")}
     judged = lines[4, "validation"]
     assert judged["tokens"] == 4 and {"error_1", "error_2", "loss"} <= judged.keys()
-    assert "bits_per_byte" not in judged and "bytes_per_second" not in lines[4, "train"]
+    assert "bits_per_byte" not in judged and lines[4, "train"]["images_per_second"] > 0
+    assert not {"bytes_per_second", "tokens_per_second"} & lines[4, "train"].keys()
     assert {p.name for p in (trained / "plots").iterdir()} == {"loss.png", "optimizer.png", "throughput.png"}
 
 
