@@ -83,7 +83,10 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     seconds, state = _timed(lambda: imagine.observe(lm, episode))
     turns = -(-planner.horizon // planner.played) * planner.played
     held, read = (np.asarray(x) for x in memory.use(state.cache.parts.inside))
-    room = state.replace(cache=memory.grow(state.cache, turns + planner.horizon))
+    room = memory.fit(state.cache, turns + planner.horizon)
+    if planner.played < planner.horizon:  # frames are imagined one after another, and those that were played read at once
+        room = memory.grow(room, turns + 1)
+    room = state.replace(cache=room)
     arguments = lm.params, room, last, jax.random.fold_in(key, 1)
     took, (acted, ends) = _timed(lambda: _play(*arguments, env, planner, cfg))
     known, _ = _simulated(last, jax.random.fold_in(key, 1), env, planner, cfg.gamma)
@@ -161,6 +164,8 @@ def _play(
         return imagine.futures(p, mind, planner.horizon, cfg)
 
     def notice(mind: WorldState, actions: jax.Array, led: Any) -> WorldState:
+        if planner.played == planner.horizon:  # nothing is planned after the only turn
+            return mind
         return imagine.read(p, mind, imagine.after(mind, actions, led.obs), imagine.roomy(cfg))[0]
 
     done = play(env, planner, key, last, imagine.settled(state), think, notice)
