@@ -127,6 +127,8 @@ def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
     assert f"{best:.4g}" in run("tokens", checkpoint, image, "--error=1e-9")[2]
     code, _, err = run("generate", checkpoint, "--prompt=a")
     assert code == 1 and "the model is of the kind image_tokens, which reads images" in err
+    code, _, err = run("plan", checkpoint)
+    assert code == 1 and "plan: it takes a world model, and this one is of the family image_tokens" in err
     code, out, _ = run("info", trained)
     assert code == 0 and "8 x 8, gray, in 4 patches of 4 x 4" in out
 

@@ -123,6 +123,8 @@ def test_globalcom2_keeps_theirs(pruning, name, crops):
     np.testing.assert_allclose(scales(official, thumbnail)[0], n["scales"], atol=1e-6)
     np.testing.assert_allclose(scales(ours, thumbnail)[0], n["scales_t005"], atol=1e-6)
     score = np.asarray(scores(official, n["local"][None], thumbnail, grid)[0])
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(score, unit(n["local"]) + unit(n["global"]), atol=1e-5)
     expected = np.zeros(score.shape, bool)
     for i, one in enumerate(score):
         kept = n[f"kept{i}"]
