@@ -2,7 +2,7 @@
 find units over time.
 
     python train.py --config=configs/world.py:watch --workdir=runs/watch
-    python -m benchmarks.world            # trains all of them, plans with each, and prints a table
+    python -m benchmarks.world            # trains some of them, plans with each, and prints a table
 
 Runs have stages, each in a directory first/ of the next: the local prediction (LOCAL); then watches that
 become longer, with encoder and local prediction frozen, so that units stand still.
