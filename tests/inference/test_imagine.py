@@ -129,6 +129,15 @@ def test_nothing_is_compiled_again(lm, actions):
     assert found.actions.shape == (B, 3) and {"main_steps", "main_steps_imagined"} <= set(found.stats)
 
 
+def test_units_beyond_the_room_for_them_are_not_lost():
+    lm = model("surprise")
+    lm.params["stage0"]["rule"]["tau"] = jnp.float32(-1)  # every frame is more than that
+    tight = dataclasses.replace(lm.config, chunking=(dataclasses.replace(lm.config.chunking[0], capacity=0.5),))
+    assert lib.per_stage(12, tight.chunking)[1] < 11
+    state = atom_jax.observe(LM(tight, lm.params, None), frames(6, t=12))
+    assert state.units.tolist() == [11] * B and state.cache.parts.inside.length.tolist() == [11] * B
+
+
 def test_futures_copy_what_a_policy_holds(actions):
     lm = registry.with_memory(model("surprise"), policies.parse("tova:budget=3"))
     slots = lambda state: memory.layers(state.cache.parts.inside)[0].k.shape[-2]  # noqa: E731

@@ -133,12 +133,43 @@ def test_rounds_are_alits(alit):
         image = vit.unpatched(jnp.asarray(image).reshape(2, 32, -1), 4, 8, 64)
         image = np.asarray(image) + w["w.base_tokenizer.dec.bias"]
         np.testing.assert_allclose(image.transpose(0, 3, 1, 2), w[f"it{i}.reconstructed_imgs_{i}"], atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def alit_learns(p, x, draws_nbp, ids, codes, *, cfg):
+    """The official loss, its parts by name and round, and gradients: cross-entropy of the base's codes, of which a
+    tenth is spread over the others, weighted by rounds; the squared error of their mean; and the quantiser's."""
+
+    def loss(p):
+        _, logits, quantisation = alit_rounds(p, x, draws_nbp, ids, cfg=cfg)
+        logp = jax.nn.log_softmax(logits)
+        right = jnp.take_along_axis(logp, jnp.broadcast_to(ids, logp.shape[:3])[..., None], axis=-1)[..., 0]
+        others = jnp.sum(logp, axis=-1) - right
+        nll = -jnp.mean(0.9 * right + 0.1 / (logp.shape[-1] - 1) * others, axis=(1, 2))
+        code = jnp.mean(jnp.square(jnp.exp(logp) @ codes - codes[ids][None]), axis=(1, 2, 3))
+        total = jnp.sum(jnp.array(cfg.length.weights[:3]) * nll + code + quantisation)
+        return total, {"nll": nll, "code": code, "quantization": quantisation}
+
+    return jax.value_and_grad(loss, has_aux=True)(p)
+
+
+def test_rounds_learn_as_alits(alit):
+    w, cfg, p = alit
     draws = jnp.stack([w[f"train.drop{i}"] for i in range(3)])
-    _, logits, losses = alit_rounds(p, x, draws, ids, cfg=cfg)
-    for i in range(3):
-        error = jnp.mean(jnp.square(jax.nn.softmax(logits[i]) @ codes - codes[w["base.ids"]]))
-        np.testing.assert_allclose(error, w[f"train.code_loss_{i}"], atol=1e-5)
-        np.testing.assert_allclose(losses[i], w[f"train.quantization_loss_{i}"], atol=1e-5)
+    codes = jnp.asarray(w["w.base_tokenizer.emb.weight"])
+    (loss, parts), g = alit_learns(p, tiny_images.inputs(w), draws, jnp.asarray(w["base.ids"]), codes, cfg=cfg)
+    for name, found in parts.items():
+        np.testing.assert_allclose(found, [w[f"train.{name}_loss_{i}"] for i in range(3)], atol=1e-5)
+    np.testing.assert_allclose(loss, w["train.loss"], rtol=1e-6)
+    encoder, down = g["encoder"], g["decoder"]["down"]["w"]
+    theirs = {
+        "decoder.ffn.2.weight": down.T, "pre_quantizer_mlp.weight": encoder["outlet"]["w"].T,
+        "encoder.transformer.0.attn.in_proj_weight": encoder["blocks"]["qkv"][0].reshape(24, 72).T,
+        "latent_tokens": encoder["registers"], "timestep_embedding": encoder["rounds"],
+        "quantize.embedding.weight": g["quantiser"]["codebook"],
+    }  # fmt: skip
+    for name, found in theirs.items():
+        np.testing.assert_allclose(found, w[f"g.{name}"], atol=1e-5)
 
 
 @pytest.mark.parametrize("registers", [16, 48])
