@@ -137,15 +137,14 @@ def test_rounds_are_alits(alit):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def alit_learns(p, x, draws_nbp, ids, codes, *, cfg):
-    """The official loss, its parts by name and round, and gradients: cross-entropy of the base's codes, of which a
-    tenth is spread over the others, weighted by rounds; the squared error of their mean; and the quantiser's."""
+    """The official loss, its parts by name and round, and gradients: cross-entropy of the base's codes, weighted by
+    rounds; the squared error of their mean; and the quantiser's."""
 
     def loss(p):
         _, logits, quantisation = alit_rounds(p, x, draws_nbp, ids, cfg=cfg)
         logp = jax.nn.log_softmax(logits)
         right = jnp.take_along_axis(logp, jnp.broadcast_to(ids, logp.shape[:3])[..., None], axis=-1)[..., 0]
-        others = jnp.sum(logp, axis=-1) - right
-        nll = -jnp.mean(0.9 * right + 0.1 / (logp.shape[-1] - 1) * others, axis=(1, 2))
+        nll = -jnp.mean(right, axis=(1, 2))
         code = jnp.mean(jnp.square(jnp.exp(logp) @ codes - codes[ids][None]), axis=(1, 2, 3))
         total = jnp.sum(jnp.array(cfg.length.weights[:3]) * nll + code + quantisation)
         return total, {"nll": nll, "code": code, "quantization": quantisation}
