@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -266,6 +267,30 @@ def test_all_of_a_tokenizer_learns(name):
     grads = jax.jit(jax.grad(lambda p: cfg.length.train(p, x, jax.random.key(3), cfg).loss))(p)
     still = {k for k, g in params.flatten(grads).items() if not np.abs(g).max() > 0}
     assert still <= {"encoder/hidden"} and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_every_token_makes_images_better_on_average():
+    cfg, optimizer = EXAMPLES["flex"], optax.adam(3e-3)
+
+    def images(key):
+        corners = jax.random.uniform(key, (32, 2, 2, 1))
+        return vit.patches(jnp.repeat(jnp.repeat(corners, 4, axis=1), 4, axis=2), cfg.patch)
+
+    def step(state, key):
+        p, moments = state
+        grads = jax.grad(lambda p: cfg.length.train(p, images(key), key, cfg).loss)(p)
+        updates, moments = optimizer.update(grads, moments)
+        return (optax.apply_updates(p, updates), moments), None
+
+    @jax.jit
+    def errors(key):
+        p = params.init(key, image_tokens.spec(cfg))
+        (p, _), _ = jax.lax.scan(step, (p, optimizer.init(p)), jax.random.split(key, 400))
+        x = images(jax.random.key(9))
+        return jnp.mean(jnp.square(cfg.length.choices(p, x, cfg).patches - x), axis=(1, 2, 3))
+
+    found = errors(jax.random.key(0))
+    assert (found[1:] < found[:-1]).all() and found[-1] < found[0] / 2
 
 
 def test_bad_configurations_are_refused_in_a_sentence():
