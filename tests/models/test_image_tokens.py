@@ -287,7 +287,7 @@ def test_every_token_makes_images_better_on_average():
         p = params.init(key, image_tokens.spec(cfg))
         (p, _), _ = jax.lax.scan(step, (p, optimizer.init(p)), jax.random.split(key, 400))
         x = images(jax.random.key(9))
-        return jnp.mean(jnp.square(cfg.length.choices(p, x, cfg).patches - x), axis=(1, 2, 3))
+        return jnp.mean(jnp.square(cfg.length.choices(p, x, cfg).patches - x[None]), axis=(1, 2, 3))
 
     found = errors(jax.random.key(0))
     assert (found[1:] < found[:-1]).all() and found[-1] < found[0] / 2
