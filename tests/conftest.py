@@ -40,7 +40,7 @@ SLOW = (
     "lasting/test_lasting_reading.py", "models/test_bolmo.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py",
     "models/test_mixers.py", "models/test_units_properties.py", "nn/test_fast_weights.py", "nn/test_mlstm.py",
-    "nn/test_relative.py",
+    "nn/test_neural_memory.py", "nn/test_product_keys.py", "nn/test_relative.py",
     "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "serving",
     "reduction/test_official_reducers.py", "reduction/test_reducing_blocks.py",
     "session/test_drafts.py", "session/test_queue.py", "session/test_session.py", "test_eval_script.py",
