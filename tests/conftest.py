@@ -37,7 +37,7 @@ SLOW = (
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_hyper.py", "evaluation/tasks/test_kv.py",
     "evaluation/tasks/test_planning.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
-    "lasting/test_lasting_reading.py", "models/test_bolmo.py", "models/test_dynpool.py",
+    "lasting/test_lasting_reading.py", "lasting/test_paging.py", "models/test_bolmo.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py",
     "models/test_mixers.py", "models/test_units_properties.py", "nn/test_fast_weights.py", "nn/test_mlstm.py",
     "nn/test_neural_memory.py", "nn/test_product_keys.py", "nn/test_relative.py",
