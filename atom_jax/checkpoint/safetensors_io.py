@@ -69,6 +69,10 @@ class SafetensorsSource:
                     raise AtomError(f"{file}: tensor '{name}' is also in {self._places[name][0].name}")
                 self.infos[name], self._places[name] = info, (file, offset)
 
+    def offset(self, name: str) -> int:
+        """Where the tensor begins in its file, in bytes."""
+        return self._places[name][1]
+
     def read(self, name: str) -> np.ndarray:
         """The tensor as numpy (bfloat16 through ml_dtypes). Damaged where it is not what was written, AtomError where
         it holds NaN or infinity."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax.kvcache.lasting import levels
 from atom_jax.kvcache.lasting.score import Seen, best
-from atom_jax.lasting.codec import CODECS
+from atom_jax.lasting.codec import CODECS, INDEX, index
 from atom_jax.lasting.store import Manifest, Model, Segment, Store
 from atom_jax.typing import AtomError
 
@@ -145,7 +145,8 @@ class Blocks:
     def _made(self, level: int, start: int, end: int, entries: Entries) -> Block:
         """A block with its entries as its file will have them, whenever it is read again."""
         arrays = entries.arrays(self._settings.codec)
-        return Block(level, start, end, Entries.of(arrays, self._settings.codec, "a new block"), None, arrays)
+        entries = Entries.of(arrays, self._settings.codec, "a new block")
+        return Block(level, start, end, entries, None, arrays | index(entries.k, arrays))
 
     def _merge(self) -> None:
         while (at := levels.merge([b.level for b in self._blocks])) is not None:
@@ -158,7 +159,9 @@ class Blocks:
         """The entries of a block."""
         if block.entries is None:
             where = str(self._store.directory / block.segment.file)
-            found = Entries.of(self._store.read(block.segment.file), self._settings.codec, where)
+            arrays = self._store.read(block.segment.file)
+            arrays = {name: x for name, x in arrays.items() if name not in INDEX}
+            found = Entries.of(arrays, self._settings.codec, where)
             sizes, model = found.k.shape, self._model
             if sizes != (model.layers, model.heads, block.segment.entries, model.size):
                 raise AtomError(f"{where}: holds entries of shape {list(sizes)}, which the manifest does not name")

@@ -5,6 +5,7 @@ k, v: [l, h, n, k], keys before RoPE and values of n entries. A codec makes name
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,14 +17,23 @@ from atom_jax.typing import AtomError
 PAGE = 32
 _LARGEST = 65504.0
 Arrays = dict[str, np.ndarray]
+# Arrays that say of pages what they are: `index`.
+INDEX = frozenset({"mark", "page_crc"})
 
 
 class Codec(NamedTuple):
-    """encode(k, v) -> arrays; decode(arrays) -> (k, v) float16; names: of these arrays."""
+    """encode(k, v) -> arrays, "k" and "v" among them; decode(arrays) -> (k, v) float16; names: of these arrays;
+    by_page: those whose third axis is pages, and not entries."""
 
     encode: Callable[[np.ndarray, np.ndarray], Arrays]
     decode: Callable[[Arrays], tuple[np.ndarray, np.ndarray]]
     names: tuple[str, ...]
+    by_page: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> frozenset[str]:
+        """Names of arrays beside "k" and "v"."""
+        return frozenset(self.names) - {"k", "v"}
 
 
 def half(x: np.ndarray) -> np.ndarray:
@@ -67,5 +77,29 @@ def _rounded(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 CODECS = {
     "float16": Codec(lambda k, v: {"k": half(k), "v": half(v)}, lambda a: (a["k"], a["v"]), ("k", "v")),
     # The largest of a page's channel (keys) or of an entry (values) is 127.
-    "int8": Codec(_encode_int8, _decode_int8, ("k", "k_scale", "v", "v_scale")),
+    "int8": Codec(_encode_int8, _decode_int8, ("k", "k_scale", "v", "v_scale"), ("k_scale",)),
 }
+
+
+def index(k_lhnk: np.ndarray, arrays: Arrays) -> Arrays:
+    """What a file holds of its pages: their mean keys, float16 [l, h, p, k], and the bits of the CRC-32 of each one's
+    bytes in "k" and "v", i32 [l, h, p, 2]. k: keys, float16; arrays: as they are stored."""
+    return {"mark": marks(k_lhnk), "page_crc": np.stack([_crcs(arrays[name]) for name in "kv"], axis=-1)}
+
+
+def page_sizes(n: int) -> list[int]:
+    """Entries of the pages of n entries; the last one may be short."""
+    return [min(PAGE, n - first) for first in range(0, n, PAGE)]
+
+
+def marks(k_lhnk: np.ndarray) -> np.ndarray:
+    """Mean keys of pages, float16 [l, h, p, k]."""
+    parts = [k_lhnk[:, :, at : at + PAGE].mean(2, dtype=np.float32) for at in range(0, k_lhnk.shape[2], PAGE)]
+    return np.stack(parts, axis=2).astype(np.float16) if parts else k_lhnk.astype(np.float16)
+
+
+def _crcs(x_lhnk: np.ndarray) -> np.ndarray:
+    layers, heads, n, size = x_lhnk.shape
+    rows = np.ascontiguousarray(x_lhnk).view(np.uint8).reshape(layers * heads, n, size * x_lhnk.itemsize)
+    found = [zlib.crc32(row[at : at + PAGE]) for row in rows for at in range(0, n, PAGE)]
+    return np.array(found, np.uint32).view(np.int32).reshape(layers, heads, -1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache.dense import DenseLayer, bucket
-from atom_jax.kvcache.lasting.chosen import Choice, empty
+from atom_jax.kvcache.lasting.chosen import Choice, ChosenLayer, empty
 from atom_jax.kvcache.lasting.layer import LateWindow, PartLayer, turned
+from atom_jax.kvcache.lasting.paged import PagedLayer
 from atom_jax.kvcache.lasting.score import middle
 from atom_jax.kvcache.memory import Memory, is_state
 from atom_jax.lasting.blocks import Entries
+from atom_jax.lasting.pages import Pages
 from atom_jax.lasting.reader import full_layers, with_layers
 from atom_jax.lasting.store import Window
 from atom_jax.models import registry
@@ -87,22 +91,43 @@ def dense(lm: LM, front: Front) -> Memory:
 def chosen(lm: LM, front: Front, choice: Choice) -> Memory:
     """The model's memory in which pages of these entries are chosen by what is asked; sinks and window are attended
     to in any case, and a prompt begins behind the places that the pages take."""
-    n, kind = front.k.shape[2], lm.config.attentions[0]
-    old = slice(front.sinks, n - front.window)
-    start = front.sinks + choice.pages * choice.page
-    places = np.append(np.arange(front.sinks), np.arange(start, start + front.window))
-    room = bucket(len(places)) - len(places)
-    around = (np.pad(np.delete(x, old, axis=2), [(0, 0), (0, 0), (0, room), (0, 0)]) for x in (front.k, front.v))
-    pos = jnp.asarray(np.pad(places, (0, room), constant_values=-1), jnp.int32)
-    k, v = _placed(lm, full_layers(lm)[0], *around, jnp.maximum(pos, 0))
+    old = slice(front.sinks, front.k.shape[2] - front.window)
     count = old.stop - old.start
     size = -(-bucket(count, max(LEAST, choice.pages * choice.page)) // choice.page) * choice.page
     wide = [(0, 0), (0, 0), (0, 0), (0, size - count), (0, 0)]
     # In half precision, as they are stored.
     mem = (jnp.asarray(np.pad(x[:, None, :, old], wide), jnp.float16) for x in (front.k, front.v))
+    return _behind(lm, front, choice, (*mem, count), lambda layers: layers)
+
+
+def paged(lm: LM, front: Front, pages: Pages, choice: Choice) -> Memory:
+    """As `chosen`, among pages that stay on disk. front: sinks and window alone."""
+    count = len(pages.sizes)
+    room = bucket(count, max(LEAST, choice.pages)) - count
+    marks = jnp.asarray(np.pad(pages.marks()[:, None], [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]))
+    sizes = jnp.asarray(np.pad(pages.sizes, (0, room)))
+
+    def layers(plain: ChosenLayer) -> PagedLayer:
+        own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        of = jnp.arange(len(marks), dtype=jnp.int32)[:, None]
+        each = jnp.broadcast_to(sizes[None, None], (len(marks), 1, len(sizes)))
+        return PagedLayer(**own, sizes=each, number=jnp.full_like(of, pages.number), rank=of)
+
+    return _behind(lm, front, choice, (marks, marks[:, :, :, :0], pages.entries), layers)
+
+
+def _behind(lm: LM, front: Front, choice: Choice, mem: tuple, layers: Callable[[ChosenLayer], ChosenLayer]) -> Memory:
+    """The model's memory with what is near and, of the rest, `mem` as of `chosen.empty`; `layers` completes it."""
+    n, kind = front.k.shape[2], lm.config.attentions[0]
+    start = front.sinks + choice.pages * choice.page
     end = start + front.window
-    layers = empty((*mem, count), (k, v, pos), front.sinks, end, kind.n // kind.h, ROOM, choice)
-    return with_layers(lm, layers, end, _ring(lm, front, end))
+    places = np.append(np.arange(front.sinks), np.arange(start, end))
+    room, old = bucket(len(places)) - len(places), slice(front.sinks, n - front.window)
+    around = (np.pad(np.delete(x, old, axis=2), [(0, 0), (0, 0), (0, room), (0, 0)]) for x in (front.k, front.v))
+    pos = jnp.asarray(np.pad(places, (0, room), constant_values=-1), jnp.int32)
+    k, v = _placed(lm, full_layers(lm)[0], *around, jnp.maximum(pos, 0))
+    plain = empty(mem, (k, v, pos), front.sinks, end, kind.n // kind.h, ROOM, choice)
+    return with_layers(lm, layers(plain), end, _ring(lm, front, end))
 
 
 def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:

@@ -1,11 +1,14 @@
-"""Making an empty memory on disk."""
+"""Making an empty memory on disk, and comparing one that is there with what is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from atom_jax.kvcache.lasting.score import LEARNED
+import numpy as np
+
+from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
 from atom_jax.lasting import learned
 from atom_jax.lasting.reader import model_of
 from atom_jax.lasting.store import FORMAT, Manifest, Settings, Store
@@ -34,3 +37,24 @@ def make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
     with store.lock():
         if not store.exists:
             store.commit(manifest, files)
+
+
+def compare(
+    store: Store, manifest: Manifest, lm: LM | None, wanted: dict[str, Any], score: Any,
+    fitted: Callable[[], Linear | None],
+) -> None:  # fmt: skip
+    """Raises AtomError for a memory of other settings than are wanted, of another learned score (`fitted`) than that
+    in the file `score`, or of another model."""
+    directory = store.directory
+    for field, value in wanted.items():
+        if (there := getattr(manifest.settings, field)) != value:
+            raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
+    if score not in (None, LEARNED, *SCORES):
+        ours, asked = learned.arrays(fitted()), learned.arrays(learned.load(score))
+        if any(not np.array_equal(ours[name], asked[name]) for name in ours):
+            raise AtomError(f"{directory}: was made with another learned score than {score}")
+    if lm is not None and (own := model_of(lm)) != (of := manifest.model):
+        raise AtomError(
+            f"{directory}: belongs to the {of.family} model {of.fingerprint} in {of.dtype}, not to this one,"
+            f" {own.family} {own.fingerprint} in {own.dtype}"
+        )

@@ -19,9 +19,10 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
-from atom_jax.lasting import learned, making, reread
+from atom_jax.lasting import learned, loading, making, reread
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.pages import Pages
 from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.lasting.store import Missing, Model, Settings, Source, Store, Window
 from atom_jax.lasting.texts import Page, Reading
@@ -31,7 +32,6 @@ from atom_jax.typing import LM, AtomError
 
 # Tokens of a long source between two commits, to the next end of a part.
 COMMIT = 65536
-_WINDOW = "window."
 _T = TypeVar("_T")
 
 
@@ -44,6 +44,7 @@ class Memory:
     def __init__(self, store: Store, lm: LM | None, choice: Choice):
         """See `open`."""
         self._store, self._lm, self._front, self.choice = store, lm, None, choice
+        self._pages: list[Pages] = []
         self._manifest = store.manifest()
 
     @classmethod
@@ -78,18 +79,7 @@ class Memory:
                 wanted["score"] = LEARNED
             making.make(store, lm, dataclasses.replace(Settings(), **wanted), score)
         memory = cls(store, lm, choice or Choice())
-        for field, value in wanted.items():
-            if (there := getattr(memory.settings, field)) != value:
-                raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
-        if score not in (None, LEARNED, *SCORES):
-            ours, asked = learned.arrays(memory._learned()), learned.arrays(learned.load(score))
-            if any(not np.array_equal(ours[name], asked[name]) for name in ours):
-                raise AtomError(f"{directory}: was made with another learned score than {score}")
-        if lm is not None and (own := model_of(lm)) != (of := memory.model):
-            raise AtomError(
-                f"{directory}: belongs to the {of.family} model {of.fingerprint} in {of.dtype}, not to this one,"
-                f" {own.family} {own.fingerprint} in {own.dtype}"
-            )
+        making.compare(store, memory._manifest, lm, wanted, score, memory._learned)
         return memory
 
     @property
@@ -118,6 +108,18 @@ class Memory:
     def chooses(self) -> bool:
         """Whether prompts choose pages of what is held, and don't attend to all of it."""
         return self.length > self.choice.whole
+
+    @property
+    def paged(self) -> bool:
+        """Whether entries stay on disk while prompts lean on them, which needs the memory to stay open."""
+        of = self.model
+        return self.chooses and 4 * of.layers * of.heads * of.size * self.length > self.choice.resident
+
+    def check(self) -> None:
+        """Raises the AtomError of a page that could not be read for a row that leans on this memory."""
+        for pages in self._pages:
+            if pages.failed is not None:
+                raise pages.failed
 
     @property
     def ahead(self) -> int:
@@ -230,7 +232,7 @@ class Memory:
         """Commits all that has changed. number: of the next new file."""
         segments, new, number = blocks.files(number)
         waiting = len(blocks.waiting)
-        tail = {f"{_WINDOW}{name}": x for name, x in kept.items()}
+        tail = {f"{loading.WINDOW}{name}": x for name, x in kept.items()}
         tail |= blocks.waiting.arrays("float16") if waiting else {}
         name = f"tail-{number:08d}.safetensors" if tail else None
         manifest = dataclasses.replace(
@@ -268,14 +270,14 @@ class Memory:
         def look() -> int:
             for name in sorted(self._manifest.files):
                 self._store.read(name)
-            self._entries()
+            loading.entries(self._store, self._manifest)
             return self._store.size(self._manifest.files)
 
         return self._current(look)
 
     def entries(self) -> list[Entries]:
         """What is held of texts apart from the window: block by block, the oldest first, then what waits."""
-        return self._current(self._entries)
+        return self._current(lambda: loading.entries(self._store, self._manifest))
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
@@ -293,8 +295,7 @@ class Memory:
                 f" {lm.config.max_length} positions of the model"
             )
         if self._front is None:
-            front = self._current(self._all)
-            self._front = front_lib.chosen(lm, front, self.choice) if self.chooses else front_lib.dense(lm, front)
+            self._front = self._current(self._made)
         return memory_lib.rows(self._front, np.zeros(rows, np.int32))
 
     def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
@@ -325,8 +326,8 @@ class Memory:
         return same or model_of(registry.with_memory(lm, None)) == self.model
 
     def close(self) -> None:
-        """Lets go of what is held in memory."""
-        self._front = None
+        """Lets go of what is held in memory, and of files."""
+        self._front, self._pages = None, []
 
     def __enter__(self) -> Memory:
         return self
@@ -369,23 +370,20 @@ class Memory:
 
     def _tail(self) -> tuple[Entries | None, dict[str, np.ndarray]]:
         """What waits for its block, and the arrays of the window."""
-        if self._manifest.tail is None:
-            return None, {}
-        arrays = self._store.read(self._manifest.tail)
-        kept = {name.removeprefix(_WINDOW): x for name, x in arrays.items() if name.startswith(_WINDOW)}
-        rest = {name: x for name, x in arrays.items() if not name.startswith(_WINDOW)}
-        where = str(self._store.directory / self._manifest.tail)
-        waiting = Entries.of(rest, "float16", where) if rest or self._manifest.waiting else None
-        if (0 if waiting is None else len(waiting)) != self._manifest.waiting:
-            raise AtomError(f"{where}: holds {len(waiting)} entries, and the manifest names {self._manifest.waiting}")
-        return waiting, kept
-
-    def _entries(self) -> list[Entries]:
-        return Blocks(self._store, self._manifest, self._tail()[0]).all()
+        return loading.tail(self._store, self._manifest)
 
     def _all(self) -> front_lib.Front:
-        kept, m = self._tail()[1], self._manifest
-        return front_lib.front(self._lm, self._entries(), kept, m.window, m.settings.sinks)
+        return loading.front(self._store, self._manifest, self._lm)
+
+    def _made(self) -> memory_lib.Memory:
+        """What `front` gives to one row."""
+        if not self.chooses:
+            return front_lib.dense(self._lm, self._all())
+        if not self.paged:
+            return front_lib.chosen(self._lm, self._all(), self.choice)
+        made, pages = loading.paged(self._store, self._manifest, self._lm, self.choice, self._pages)
+        self._pages.append(pages)
+        return made
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
         waiting, kept = self._tail()

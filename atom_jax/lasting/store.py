@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.checkpoint.lock import locked
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.fields import read_json
+from atom_jax.files import open_regular
 from atom_jax.kvcache.lasting.levels import Law, levels
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES
 from atom_jax.lasting.codec import CODECS
@@ -183,15 +185,40 @@ class Store:
     def read(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of a file, compared with their checksums. Damaged (or AtomError) where it is not what was
         written."""
+        with self._there(name):
+            source = self._source(name)
+            return {tensor: source.read(tensor) for tensor in source.infos}
+
+    def opened(
+        self, name: str, apart: Iterable[str]
+    ) -> tuple[IO[bytes], dict[str, tuple[tuple[int, ...], np.dtype, int]], dict[str, np.ndarray]]:
+        """A file, open; shape, dtype and offset in bytes of those of its tensors that are to be read later; and the
+        other ones, as by `read`."""
+        with self._there(name):
+            file, source = open_regular(self.directory / name), self._source(name)
+            later = [tensor for tensor in apart if tensor in source.infos]
+            rest = {tensor: source.read(tensor) for tensor in source.infos if tensor not in later}
+            places = {x: (source.infos[x].shape, source.infos[x].dtype, source.offset(x)) for x in later}
+            return file, places, rest
+
+    def _source(self, name: str) -> SafetensorsSource:
+        source = SafetensorsSource(self.directory / name)
+        if source.infos.keys() - source.crcs.keys():
+            raise Damaged(f"{self.directory / name}: holds tensors without checksums")
+        return source
+
+    @contextlib.contextmanager
+    def _there(self, name: str) -> Iterator[None]:
+        """Missing where the file isn't there, or another process meanwhile replaces it."""
         self.size([name])
         try:
-            source = SafetensorsSource(self.directory / name)
-            if source.infos.keys() - source.crcs.keys():
-                raise Damaged(f"{self.directory / name}: holds tensors without checksums")
-            return {tensor: source.read(tensor) for tensor in source.infos}
+            yield
         except AtomError:
-            self.size([name])  # Missing, where another process has meanwhile replaced it
+            self.size([name])
             raise
+        except OSError as e:
+            self.size([name])
+            raise AtomError(f"{self.directory / name}: cannot be read ({e.strerror})") from None
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """A context in which this is the only one that writes. AtomError where another does."""

@@ -3,6 +3,8 @@
     m  Mamba-2                 M  Mamba-2, then SwiGLU
     t  causal attention        T  causal attention, then SwiGLU
     f  fast weights            F  fast weights, then SwiGLU
+    n  neural memory           N  neural memory, then SwiGLU
+    k  product keys, a table of values of which every position reads few (in the place of an MLP)
     x  the post-norm Transformer-XL layer of dynamic token pooling (attention with relative positions, then GELU MLP)
 
 All but x are pre-norm with a residual carried in float32. A new kind is a `Mixer` and one call of `register`.
@@ -21,7 +23,7 @@ from atom_jax.kvcache.policy import Policy
 from atom_jax.models import attention
 from atom_jax.models.attention import Attention, Context
 from atom_jax.models.flops import keys
-from atom_jax.nn import fast_weights, relative
+from atom_jax.nn import fast_weights, neural_memory, product_keys, relative
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
 from atom_jax.typing import AtomError
@@ -234,6 +236,68 @@ class FastWeights(Mixer):
         return f"{width.heads} fast weights of {width.head_dim} x {width.head_dim}"
 
 
+class NeuralMemory(Mixer):
+    """n and N."""
+
+    exact = True
+
+    def check(self, width: Width, where: str) -> None:
+        """Heads divide the width."""
+        heads_divide(width, where)
+
+    def spec(self, width: Width, out_scale: float) -> Tree:
+        """As of `neural_memory.layer_spec`, with networks of two matrices."""
+        return neural_memory.layer_spec(width.d, width.heads, width.std, out_scale)
+
+    def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> neural_memory.NeuralState:
+        """Weights of every row."""
+        return neural_memory.NeuralState.empty(b, width.d, width.heads)
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        """As of `neural_memory.layer`."""
+        y_btd, state = neural_memory.layer(p, y_btd, context.tokens, state)
+        return y_btd, state, {}
+
+    def operations(self, width: Width, positions: int) -> float:
+        """The networks for what is looked up, twice more, and for what is stored, with their gradients."""
+        return positions * width.d * 4 * neural_memory.WIDER * width.head_dim * 5
+
+    def describe(self, width: Width) -> str:
+        """Sizes of the networks."""
+        k = width.head_dim
+        return f"{width.heads} neural memories of {k} x {neural_memory.WIDER * k}"
+
+
+class ProductKeys(Mixer):
+    """k. keys: per half; the table has the square of that. heads: what looks something up; nearest: how much each."""
+
+    def __init__(
+        self, keys: int = product_keys.KEYS, heads: int = product_keys.HEADS, nearest: int = product_keys.NEAREST
+    ):
+        super().__init__()
+        self.keys, self.heads, self.nearest = keys, heads, nearest
+
+    def spec(self, width: Width, out_scale: float) -> Tree:
+        """As of `product_keys.layer_spec`."""
+        return product_keys.layer_spec(width.d, width.std, out_scale, self.keys, self.heads)
+
+    def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> jax.Array:
+        """Nothing: positions are read by themselves."""
+        return jnp.zeros((b, 0), dtype)
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        """As of `product_keys.layer`."""
+        return product_keys.layer(p, y_btd, self.nearest), state, {}
+
+    def operations(self, width: Width, positions: int) -> float:
+        """What is read of the table, in place of all of it, which counts among the matrices."""
+        return positions * 2 * width.d * (self.heads * self.nearest - self.keys**2)
+
+    def describe(self, width: Width) -> str:
+        """Size of the table."""
+        return f"a table of {self.keys**2:,} values, {self.heads * self.nearest} read by each position"
+
+
 def heads_divide(width: Width, where: str) -> None:
     """Raises AtomError where they do not divide the width."""
     if width.d % width.heads:
@@ -256,4 +320,7 @@ register("t", SelfAttention())
 register("T", SelfAttention(mlp=True))
 register("f", FastWeights())
 register("F", FastWeights(mlp=True))
+register("n", NeuralMemory())
+register("N", NeuralMemory(mlp=True))
+register("k", ProductKeys())
 register("x", Relative(mlp=True))

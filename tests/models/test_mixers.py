@@ -79,8 +79,16 @@ def test_a_new_mixer_is_one_entry(average):
     assert "means" in dict(registry.of(cfg).describe(cfg))["stage 0"]
 
 
-def test_fast_weights_read_and_write():
-    cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=("f1", "F1", "f1"))
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (("f1", "F1", "f1"), ["2 fast weights of 8 x 8"]),
+        (("n1", "N1k1", "t1"), ["2 neural memories of 8 x 16", "a table of 36 values, 6 read by each position"]),
+    ],
+)
+def test_layers_with_a_memory_read_and_write(layout, said, monkeypatch):
+    monkeypatch.setitem(MIXERS, "k", mixers.ProductKeys(keys=6, heads=2, nearest=3))
+    cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=layout)
     lm = LM(cfg, weights(cfg), None)
     one, other = stream(20), stream(17, 5)
     apply = jax.jit(lambda batch: hnet.apply(lm.params, batch, cfg=cfg)[0].logits)
@@ -92,10 +100,11 @@ def test_fast_weights_read_and_write():
     likely = np.asarray(atom_jax.apply(lm, *padded(written, 32)).logits).argmax(-1)
     for n, new, row in zip((7, 17), made, likely):
         np.testing.assert_array_equal(new, row[n - 1 :][:8])
-    assert "2 fast weights of 8 x 8" in dict(registry.of(cfg).describe(cfg))["stage 1"]
+    stage = dict(registry.of(cfg).describe(cfg))["stage 1"]
+    assert all(words in stage for words in said)
     assert registry.of(cfg).flops(cfg, 32) > 0
-    published = small({"rule": Cosine(target=2.0), "mix": "ema", "confidence": True}, layout=("f1", "F1", "f1"))
-    with pytest.raises(AtomError, match="fast weights or Transformer-XL layers"):
+    published = small({"rule": Cosine(target=2.0), "mix": "ema", "confidence": True}, layout=layout)
+    with pytest.raises(AtomError, match="fast weights, neural memories, product keys or Transformer-XL layers"):
         hnet.published.to_hf(published, "float32")
 
 

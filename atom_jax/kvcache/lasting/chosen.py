@@ -22,8 +22,6 @@ from atom_jax.nn.attention import NEGATIVE, Tokens
 
 # Queries whose weights on all entries exist at once.
 ROWS = 64
-# Arrays that all rows share.
-_SHARED = ("mem_k", "mem_v", "count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Choice(Policy):
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
     successors: a page is wanted as much as the one before it, where that is more.
+    resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`PagedLayer`).
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
@@ -45,9 +44,11 @@ class Choice(Policy):
     page: int = 32
     stride: int = 16
     successors: bool = True
+    resident: int = 2**30
 
     def __post_init__(self):
-        config.check(self, whole=(0, 2**30), pages=(1, 2**16), page=(1, 2**16), stride=(1, 2**16))
+        sizes = dict.fromkeys(("pages", "page", "stride"), (1, 2**16))
+        config.check(self, whole=(0, 2**30), resident=(0, 2**50), **sizes)
 
 
 @struct.dataclass
@@ -79,6 +80,8 @@ class ChosenLayer(Layer):
     policy: Choice = struct.field(pytree_node=False, default=None)
 
     free: ClassVar[dict[str, float]] = {"near_pos": -1, "page_pos": -1}
+    # Arrays that all rows share.
+    shared: ClassVar[tuple[str, ...]] = ("mem_k", "mem_v", "count")
 
     def extend(self, call: Call) -> tuple[jax.Array, ChosenLayer]:
         """Stores the new tokens, and attends to them, to what is near and to the pages."""
@@ -128,19 +131,15 @@ class ChosenLayer(Layer):
 
     def _choose(self, plain_bhgtk: jax.Array, real_bt: jax.Array, call: Call) -> ChosenLayer:
         """The layer with the pages that these queries want most."""
-        size, h = self.policy.page, self.mem_k.shape[1]
-        demand = self._demand(plain_bhgtk, real_bt)
+        size = self.policy.page
+        demand, sizes = self._demand(plain_bhgtk, real_bt), self._sizes()
         if self.policy.successors:
             before = jnp.concatenate([jnp.zeros_like(demand[..., :1]), demand[..., :-1]], axis=-1)
             demand = jnp.maximum(demand, before)
-        pages = demand.shape[-1]
-        there = jnp.arange(pages) * size < self.count[0]
-        demand = jnp.where(there[None, None], demand, -1.0)
+        demand = jnp.where((sizes > 0)[None, None], demand, -1.0)
         chosen = jnp.sort(jax.lax.top_k(demand, self.page_pos.shape[-1] // size)[1], axis=-1)
-        index = (chosen[..., None] * size + jnp.arange(size)[None, None, None]).reshape(*chosen.shape[:2], -1)
-        real = index < self.count[0]
-        heads = jnp.arange(h)[None, :, None]
-        k, v = (x[0][heads, index] for x in (self.mem_k, self.mem_v))
+        real = (jnp.arange(size)[None, None, None] < sizes[chosen][..., None]).reshape(*chosen.shape[:2], -1)
+        k, v = self._fetched(chosen)
         places = self.first[:, None, None] + jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
         folded = k.astype(self.k.dtype).reshape(-1, 1, *k.shape[2:])
         k = turned(folded, jnp.maximum(places, 0).reshape(-1, places.shape[-1]), call.rotary, call.rope)
@@ -148,11 +147,31 @@ class ChosenLayer(Layer):
             page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype), page_pos=jnp.where(real, places, -1)
         )
 
+    def _sizes(self) -> jax.Array:
+        """i32 [p], entries of every page."""
+        size = self.policy.page
+        return jnp.clip(self.count[0] - jnp.arange(self.mem_k.shape[2] // size) * size, 0, size)
+
+    def _fetched(self, chosen_bhp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys before RoPE and values of these pages, [b, h, p * page, k]."""
+        size, h = self.policy.page, self.mem_k.shape[1]
+        index = (chosen_bhp[..., None] * size + jnp.arange(size)[None, None, None]).reshape(*chosen_bhp.shape[:2], -1)
+        heads = jnp.arange(h)[None, :, None]
+        return self.mem_k[0][heads, index], self.mem_v[0][heads, index]
+
+    def _seen(self, scores_bhgts: jax.Array) -> jax.Array:
+        """Scores of queries and `mem_k`, of which a softmax is to be taken."""
+        there = jnp.arange(self.mem_k.shape[2]) < self.count[0]
+        return jnp.where(there[None, None, None, None], scores_bhgts, NEGATIVE)
+
+    def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
+        """Weights of pages [b, h, p] for those of `mem_k`."""
+        return weight_bhs.reshape(*weight_bhs.shape[:2], -1, self.policy.page).max(-1)
+
     def _demand(self, plain_bhgtk: jax.Array, real_bt: jax.Array) -> jax.Array:
         """f32 [b, h, pages], the largest weight that a real query has in each page."""
         b, h, _, t, k = plain_bhgtk.shape
-        blocks, entries = -(-t // ROWS), self.mem_k.shape[2]
-        there = jnp.arange(entries) < self.count[0]
+        blocks = -(-t // ROWS)
 
         def split(x: jax.Array, axis: int) -> jax.Array:
             x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
@@ -162,11 +181,11 @@ class ChosenLayer(Layer):
             q, real = block
             keys = self.mem_k[0].astype(q.dtype)
             scores = jnp.einsum("bhgtk,hsk->bhgts", q, keys, preferred_element_type=jnp.float32) * k**-0.5
-            weight = jax.nn.softmax(jnp.where(there[None, None, None, None], scores, NEGATIVE), axis=-1)
+            weight = jax.nn.softmax(self._seen(scores), axis=-1)
             weight = jnp.where(real[:, None, None, :, None], weight, 0.0).max((2, 3))
-            return jnp.maximum(demand, weight.reshape(b, h, -1, self.policy.page).max(-1)), None
+            return jnp.maximum(demand, self._by_page(weight)), None
 
-        none = jnp.zeros((b, h, entries // self.policy.page), jnp.float32)
+        none = jnp.zeros((b, h, len(self._sizes())), jnp.float32)
         if t <= ROWS:
             return some(none, (plain_bhgtk, real_bt))[0]
         return jax.lax.scan(some, none, (split(plain_bhgtk, 3), split(real_bt, 1)))[0]
@@ -186,16 +205,16 @@ class ChosenLayer(Layer):
     def rows(self, index_b: jax.Array, axis: int = 0) -> ChosenLayer:
         """As of `Layer`; all of them share one copy of the entries."""
         own = jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self._own())
-        return own.replace(**{name: jnp.copy(getattr(self, name)) for name in _SHARED})
+        return own.replace(**{name: jnp.copy(getattr(self, name)) for name in self.shared})
 
     def put(self, index_b: np.ndarray, other: ChosenLayer, axis: int = 0) -> ChosenLayer:
         """As of `Layer`, for rows that share the same entries."""
         own = put_rows(self._own(), other._own(), index_b, axis, self.free)
-        return own.replace(**{name: getattr(self, name) for name in _SHARED})
+        return own.replace(**{name: getattr(self, name) for name in self.shared})
 
     def _own(self) -> ChosenLayer:
         # Without what is shared.
-        return self.replace(**dict.fromkeys(_SHARED))
+        return self.replace(**dict.fromkeys(self.shared))
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """All entries, what is near, and the tokens since."""
@@ -207,7 +226,7 @@ class ChosenLayer(Layer):
         near = jnp.sum(self.near_pos >= 0, axis=1)
         pages = jnp.sum(self.page_pos >= 0, axis=2)
         # Keys are half of an entry.
-        chosen = self.count / (2 * self.policy.stride)
+        chosen = jnp.minimum(self.count, self.mem_k.shape[2]) / (2 * self.policy.stride)
         return pages + (near + length_b - self.start + chosen)[:, None].astype(jnp.float32)
 
 
