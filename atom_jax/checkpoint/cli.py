@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from atom_jax import checkpoint
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
-from atom_jax.models import registry
+from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
@@ -59,12 +60,28 @@ def merge(source: str, target: str, adapter: str | None) -> str:
 
 def adapter(source: str, target: str) -> str:
     """Writes what a run has trained beside its model, LoRA or learned evictors, and returns a sentence about it;
-    errors as of `merge`."""
+    errors as of `merge`, and AtomError where the run trained more than that."""
     _refuse_old(target)
     lm = checkpoint.load(source, merge=False)
+    with_lora = getattr(lm.config, "lora", None) is not None
+    _refuse_loss(source, lora.paths(lm.config) if with_lora else registry.learned(lm.config))
     checkpoint.save_adapter(lm, target)
-    what = "learned evictors" if getattr(lm.config, "lora", None) is None else "LoRA"
-    return f"{target}: {what} for a {lm.family}"
+    return f"{target}: {'LoRA' if with_lora else 'learned evictors'} for a {lm.family}"
+
+
+def _refuse_loss(source: str, kept: Collection[str]) -> None:
+    """Raises AtomError where a run trained parameters of its model that are not `kept`, the paths of an adapter."""
+    path = checkpoint.find(source)
+    if not kept or checkpoint.kind_of(path) != "orbax":
+        return
+    from atom_jax.checkpoint import store
+
+    if lost := sorted(store.trained(path) - set(kept)):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise AtomError(
+            f"{source}: the run trained {lost[0]}{more} too, which an adapter leaves out; "
+            "`python -m atom_jax merge` writes the whole model"
+        )
 
 
 def _refuse_old(target: str) -> None:

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -259,6 +260,26 @@ def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str
             averaged = _restore(step / "ema", {k: within[k] for k in within if k in _averaged(step)})
             leaves |= {k.removeprefix(f"{name}/"): x for k, x in averaged.items()}
             return found, params_lib.unflatten({k: leaves[k] for k in params_lib.flatten(wanted)})
+
+    return _of_newest(path, read)
+
+
+def trained(path: str | pathlib.Path) -> frozenset[str]:
+    """Paths of the parameters of a run's model that learned, by `optim.groups` (`training.config.Group`); none of a
+    model directory. Raises AtomError as `load_config` does, and where the run doesn't say its groups."""
+
+    def read(step: pathlib.Path) -> frozenset[str]:
+        if (step / MODEL_FILE).exists():
+            return frozenset()
+        model = _about(step)[0]
+        try:
+            groups = [
+                (re.compile(g["pattern"]), float(g["factor"])) for g in _note(step / "config")["optim"]["groups"]
+            ]
+        except (KeyError, TypeError, ValueError, re.error):
+            raise AtomError(f"{step}: no groups of parameters are named there") from None
+        paths = params_lib.flatten(registry.kind(model).spec(model))
+        return frozenset(p for p in paths if next((f for g, f in groups if g.fullmatch(p)), 1.0))
 
     return _of_newest(path, read)
 
