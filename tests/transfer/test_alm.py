@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atom_jax.nn import scoring
 from atom_jax.transfer import alm
 from atom_jax.transfer.alm import ALM, Chunked
 from atom_jax.typing import AtomError
@@ -65,6 +66,14 @@ def test_losses(row):
     assert value == pytest.approx(row.get("ours", row["loss"]), rel=2e-4)
     if merge is None or row["threshold"] == 0.1:
         assert np.linalg.norm(gradient) == pytest.approx(row["grad_norm"], rel=2e-3)
+
+
+def test_the_next_token():
+    fixture = numbers("alm_loss")
+    tokens, _, mask, _ = ids()[1]
+    logits, targets = jnp.asarray(array(fixture["student_logits"], np.float32)), np.roll(tokens, -1, axis=1)
+    nats = scoring.score(lambda x_btv: x_btv, logits, jnp.asarray(targets))["nats"]
+    assert float(np.mean(np.asarray(nats)[:, :-1], where=mask[:, 1:])) == pytest.approx(fixture["sft"], rel=1e-6)
 
 
 @pytest.mark.parametrize("row", range(4))
