@@ -103,7 +103,7 @@ def test_transformers_reads_what_was_saved(tmp_path, name, tied):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     kwargs = {"dtype": torch.float32, "output_loading_info": True}
     network, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs)
-    assert not any(loading.values()) and network.config.eos_token_id in (*made.config.eos_ids, [*made.config.eos_ids])
+    assert not any(loading.values())
     for text in ("The quick  brown fox; café, 2 × 1990\n", "a<|im_end|>b"):
         ids = made.tokenizer.encode(text).tolist()
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
