@@ -61,6 +61,8 @@ class Pairs:
 class Alm(Objective):
     """source: the teacher, any checkpoint that `atom_jax.load` reads with a tokenizer. The student is the run's
         model, mostly the same one with another tokenizer (`atom_jax transplant`). data.tokens: the teacher's per row.
+    words: chunks go on until a space follows on both sides; else they are the shortest that there are. One that has
+        no room in a row is left out.
     how: see `transfer.alm.ALM`. latent: weight of the difference of final states where chunks end (`alm.latent`), for
         models of one width.
     balance: both losses count by the inverse lengths of their gradients ("gradmag"), and latent is a factor on that.
@@ -74,6 +76,7 @@ class Alm(Objective):
     """
 
     source: str = ""
+    words: bool = False
     how: ALM = dataclasses.field(default_factory=ALM)
     latent: float = 0.0
     balance: bool = False
@@ -128,7 +131,7 @@ class Alm(Objective):
 
     def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
         """As the student's and the teacher's tokens (`data.pairs`)."""
-        kind = functools.partial(pairs.PairedRows, other=self._tokenizer())
+        kind = functools.partial(pairs.PairedRows, other=self._tokenizer(), words=self.words)
         return make_iterator(cfg, setting.tokenizer, index, count, kind)
 
     def described(self, setting: Setting) -> Rows:
