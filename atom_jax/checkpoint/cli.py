@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -64,24 +65,36 @@ def adapter(source: str, target: str) -> str:
     _refuse_old(target)
     lm = checkpoint.load(source, merge=False)
     with_lora = getattr(lm.config, "lora", None) is not None
-    _refuse_loss(source, lora.paths(lm.config) if with_lora else registry.learned(lm.config))
+    _refuse_loss(source, lm.config, lora.paths(lm.config) if with_lora else registry.learned(lm.config))
     checkpoint.save_adapter(lm, target)
     return f"{target}: {'LoRA' if with_lora else 'learned evictors'} for a {lm.family}"
 
 
-def _refuse_loss(source: str, kept: Collection[str]) -> None:
+def _refuse_loss(source: str, cfg: Any, kept: Collection[str]) -> None:
     """Raises AtomError where a run trained parameters of its model that are not `kept`, the paths of an adapter."""
     path = checkpoint.find(source)
     if not kept or checkpoint.kind_of(path) != "orbax":
         return
-    from atom_jax.checkpoint import store
-
-    if lost := sorted(store.trained(path) - set(kept)):
+    if lost := sorted(_trained(path, cfg) - set(kept)):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise AtomError(
             f"{source}: the run trained {lost[0]}{more} too, which an adapter leaves out; "
             "`python -m atom_jax merge` writes the whole model"
         )
+
+
+def _trained(path: Path, cfg: Any) -> set[str]:
+    """Paths of the parameters of a run's model that learned, by its `optim.groups`; none of a model directory."""
+    from atom_jax.checkpoint import store
+
+    if not (exp := store.settings(path)):
+        return set()
+    try:
+        groups = [(re.compile(group["pattern"]), float(group["factor"])) for group in exp["optim"]["groups"]]
+    except (KeyError, TypeError, ValueError, re.error):
+        raise AtomError(f"{path}: no groups of parameters are named there") from None
+    paths = params_lib.flatten(registry.kind(cfg).spec(cfg))
+    return {name for name in paths if next((factor for group, factor in groups if group.fullmatch(name)), 1.0)}
 
 
 def _refuse_old(target: str) -> None:

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -264,24 +263,9 @@ def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str
     return _of_newest(path, read)
 
 
-def trained(path: str | pathlib.Path) -> frozenset[str]:
-    """Paths of the parameters of a run's model that learned, by `optim.groups` (`training.config.Group`); none of a
-    model directory. Raises AtomError as `load_config` does, and where the run doesn't say its groups."""
-
-    def read(step: pathlib.Path) -> frozenset[str]:
-        if (step / MODEL_FILE).exists():
-            return frozenset()
-        model = _about(step)[0]
-        try:
-            groups = [
-                (re.compile(g["pattern"]), float(g["factor"])) for g in _note(step / "config")["optim"]["groups"]
-            ]
-        except (KeyError, TypeError, ValueError, re.error):
-            raise AtomError(f"{step}: no groups of parameters are named there") from None
-        paths = params_lib.flatten(registry.kind(model).spec(model))
-        return frozenset(p for p in paths if next((f for g, f in groups if g.fullmatch(p)), 1.0))
-
-    return _of_newest(path, read)
+def settings(path: str | pathlib.Path) -> dict[str, Any]:
+    """The experiment of a run as JSON, as its newest intact checkpoint has it; {} for a model directory."""
+    return _of_newest(path, lambda step: {} if (step / MODEL_FILE).exists() else _note(step / "config"))
 
 
 def verify(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -121,8 +121,6 @@ def test_what_a_run_gives(source, tuned, tmp_path):
 def test_an_adapter_is_all_that_a_run_trained_or_refused(tuned, tmp_path, capsys):
     _, workdir = tuned
     assert main(["atom_jax", "adapter", str(workdir), str(tmp_path / "lora")]) == 0
-    learned = store.trained(workdir)
-    assert learned and all(name.startswith("layers/lora/") for name in learned)
     # The same run, had it trained its table or the evictors too, and with no word about that.
     also = lambda name: {"groups": [{"pattern": f"(?!layers/lora/|{name}).*", "factor": 0.0}]}  # noqa: E731
     for i, (optim, words) in enumerate((
