@@ -8,8 +8,8 @@ EXTRAS ?= gguf,tfds,dev
 AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
-.PHONY: quickstart test soak wheel check lint install install-torch install-kvpress smollm2 evaldata parallel dna english heldout \
-  emoji chats reason bench bench-kv aot clean help
+.PHONY: quickstart test soak wheel check lint install install-torch install-kvpress install-mergekit smollm2 evaldata parallel dna english heldout \
+  emoji chats reason bench bench-kv bench-transplant aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,14 @@ install-torch: $(VENV)/.installed-core  ## PyTorch and transformers, for the liv
 
 install-kvpress: .venv-kvpress/.installed  ## kvpress and what it needs in an environment of its own, for bench-kv
 
+.venv-mergekit/.installed:
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+install-mergekit: .venv-mergekit/.installed  ## mergekit and what it needs in an environment of its own, for bench-transplant
+
 smollm2: $(VENV)/.installed-$(EXTRAS)  ## fetch SmolLM2-135M-Instruct (Q4_1, dequantized) to models/
 	$(BIN)/python -m atom_jax.data.fetch smollm2
 
@@ -102,6 +110,9 @@ bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one
 
 bench-kv: $(VENV)/.installed-$(EXTRAS) smollm2 heldout install-kvpress  ## cache policies next to kvpress's; decoding speed
 	$(BIN)/python -m benchmarks.kv
+
+bench-transplant: $(VENV)/.installed-$(EXTRAS) smollm2 install-mergekit  ## rows of a new vocabulary next to mergekit's; TOKENIZER=PATH
+	$(BIN)/python -m benchmarks.transplant --tokenizer=$(TOKENIZER)
 
 # One environment holds both compilers; where one of them cannot be had, the other still runs.
 $(AOT)/.installed: $(VENV)/.installed-core

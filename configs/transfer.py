@@ -22,6 +22,9 @@ training starts: the two compare with each other, not with bits per byte of a to
 alm       all weights.
 alm_lora  the table, and corrections of rank 64 beside every projection (LoRA); the teacher has the layers in common.
 alm_8b    Llama 3 8B onto Qwen3's tokenizer, by LoRA, on 64 chips; the text has to be supplied.
+          Compile-time figures (`--compile_only --topology=v5p:4x4x4`, libtpu 0.0.42.1), 64 rows of 512 tokens: per
+          chip parameters 0.951 GiB, optimiser state 0.964, temporaries 6.683, in all 8.608 of 95 (91% free); 1.58e15
+          operations per step, 2.09e15 with what is computed again, at least 0.07 s; 89.7 GiB sent.
 hypernet  one layer, for SmolLM2.
 tiny, tiny_hypernet  seconds; for tests, which name init_from and objective.source.
 """

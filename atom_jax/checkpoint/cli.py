@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from atom_jax import checkpoint
 from atom_jax import params as params_lib
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
-from atom_jax.models import registry
+from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
@@ -59,12 +61,40 @@ def merge(source: str, target: str, adapter: str | None) -> str:
 
 def adapter(source: str, target: str) -> str:
     """Writes what a run has trained beside its model, LoRA or learned evictors, and returns a sentence about it;
-    errors as of `merge`."""
+    errors as of `merge`, and AtomError where the run trained more than that."""
     _refuse_old(target)
     lm = checkpoint.load(source, merge=False)
+    with_lora = getattr(lm.config, "lora", None) is not None
+    _refuse_loss(source, lm.config, lora.paths(lm.config) if with_lora else registry.learned(lm.config))
     checkpoint.save_adapter(lm, target)
-    what = "learned evictors" if getattr(lm.config, "lora", None) is None else "LoRA"
-    return f"{target}: {what} for a {lm.family}"
+    return f"{target}: {'LoRA' if with_lora else 'learned evictors'} for a {lm.family}"
+
+
+def _refuse_loss(source: str, cfg: Any, kept: Collection[str]) -> None:
+    """Raises AtomError where a run trained parameters of its model that are not `kept`, the paths of an adapter."""
+    path = checkpoint.find(source)
+    if not kept or checkpoint.kind_of(path) != "orbax":
+        return
+    if lost := sorted(_trained(path, cfg) - set(kept)):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise AtomError(
+            f"{source}: the run trained {lost[0]}{more} too, which an adapter leaves out; "
+            "`python -m atom_jax merge` writes the whole model"
+        )
+
+
+def _trained(path: Path, cfg: Any) -> set[str]:
+    """Paths of the parameters of a run's model that learned, by its `optim.groups`; none of a model directory."""
+    from atom_jax.checkpoint import store
+
+    if not (exp := store.settings(path)):
+        return set()
+    try:
+        groups = [(re.compile(group["pattern"]), float(group["factor"])) for group in exp["optim"]["groups"]]
+    except (KeyError, TypeError, ValueError, re.error):
+        raise AtomError(f"{path}: no groups of parameters are named there") from None
+    paths = params_lib.flatten(registry.kind(cfg).spec(cfg))
+    return {name for name in paths if next((factor for group, factor in groups if group.fullmatch(name)), 1.0)}
 
 
 def _refuse_old(target: str) -> None:

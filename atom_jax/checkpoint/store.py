@@ -263,6 +263,11 @@ def load_extra(path: str | pathlib.Path, name: str, describe: Callable[[Any, str
     return _of_newest(path, read)
 
 
+def settings(path: str | pathlib.Path) -> dict[str, Any]:
+    """The experiment of a run as JSON, as its newest intact checkpoint has it; {} for a model directory."""
+    return _of_newest(path, lambda step: {} if (step / MODEL_FILE).exists() else _note(step / "config"))
+
+
 def verify(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """The directory that `load_params` would read, and the bytes of it that were compared with their checksums (0:
     it has none). Raises AtomError, which names the file, for damage of the newest step too."""

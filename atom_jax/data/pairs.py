@@ -23,12 +23,16 @@ class PairedRows(PackedRows):
     own tokenizer; "chunks" i32 [b, seq_len], the chunk of each, from 0, and -1 beyond the last; and of the other one
     "tokens" and "token_chunks", i32 [b, cfg.tokens]. What has no room on both sides begins the next row.
 
-    other: the other tokenizer. Raises AtomError where the tokens of either stand for no bytes.
+    other: the other tokenizer. words: chunks end only before spaces (`alignment.closes_at_spaces`). Raises AtomError
+    where the tokens of either stand for no bytes.
     """
 
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces], numbers: range, other: Any):
+    def __init__(
+        self, cfg: DataConfig, tokenizer: Tokenizer, found: Sequence[Pieces], numbers: range, other: Any,
+        words: bool = False,
+    ):  # fmt: skip
         sides = [(side, byte_view(side)) for side in (tokenizer, other)]
-        super().__init__(cfg, tokenizer, found, numbers, functools.partial(chunks, sides=sides))
+        super().__init__(cfg, tokenizer, found, numbers, functools.partial(chunks, sides=sides, words=words))
         self.sizes, self.other = (cfg.seq_len, cfg.tokens), other
 
     def __next__(self) -> Batch:
@@ -57,10 +61,13 @@ def described(cfg: DataConfig) -> Batch:
     return packing.described(cfg) | {name: np.broadcast_to(zero, shape) for name, shape in names.items()}
 
 
-def chunks(piece: dict, sides: Sequence[tuple[Any, Any]]) -> Tokens:
+def chunks(piece: dict, sides: Sequence[tuple[Any, Any]], words: bool = False) -> Tokens:
     """The chunks of {"text", "first", "last"}: `ids` is object [c], of each the tokens i32 that either side has for
-    it. What begins and ends documents are chunks of their own. sides: two tokenizers with their views."""
+    it. What begins and ends documents are chunks of their own. sides: two tokenizers with their views. words: see
+    `PairedRows`."""
     found, bounds = alignment.aligned([piece["text"]], sides), [packing.ends(piece, side) for side, _ in sides]
+    if words:
+        found = alignment.merged(found, alignment.closes_at_spaces(found, [view for _, view in sides]))
     parts = [
         np.split(side.ids, np.searchsorted(side.chunks, np.arange(1, 1 + side.chunks.max(initial=0))))
         for side in found

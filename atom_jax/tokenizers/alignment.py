@@ -107,4 +107,4 @@ def _at_space(side: Side, view: ByteView) -> np.ndarray:
     spaced = [i in view.special or view.pieces.get(i, b"")[:1] == b" " for i in side.ids.tolist()]
     special = [i in view.special for i in side.ids.tolist()]
     last = last_tokens(side)
-    return np.append(spaced, True)[last + 1] | np.array(special, bool)[last]
+    return np.append(np.array(spaced, bool), True)[last + 1] | np.array(special, bool)[last]

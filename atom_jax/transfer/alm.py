@@ -17,7 +17,6 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.chunking.segments import gather, segment_sum
-from atom_jax.params import Tree
 from atom_jax.transfer.byteify import log1mexp
 from atom_jax.typing import AtomError
 
@@ -162,9 +161,8 @@ def _last(chunks_bt: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(end - 1, 0).astype(jnp.int32), end > begin
 
 
-def balanced(gradients: list[Tree], weights: list[float] | None = None) -> Tree:
-    """The mean of gradients [n] of as many losses, each divided by its length, times weights: none counts more
-    because its loss is larger ("gradmag" with preserve_mag; there weights cancel out)."""
-    inverse = [1 / (jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(g))) + 1e-8) for g in gradients]
-    factors = [w * i / sum(inverse) for w, i in zip(weights or [1.0] * len(gradients), inverse, strict=True)]
-    return jax.tree.map(lambda *xs: sum(f * x for f, x in zip(factors, xs)), *gradients)
+def factors(lengths: jax.Array) -> jax.Array:
+    """What n losses count, f32 [n], whose gradients have these lengths, f32 [n], so that none counts more because it
+    is larger ("gradmag" with preserve_mag): inverse lengths that add up to 1; 0 for a loss without a gradient."""
+    inverse = jnp.where(lengths > 0, 1 / (lengths + 1e-8), 0.0)
+    return inverse / jnp.maximum(jnp.sum(inverse), 1e-30)

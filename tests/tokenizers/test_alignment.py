@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atom_jax.data import pairs
 from atom_jax.tokenizers import ByteTokenizer, alignment
 from atom_jax.tokenizers.alignment import Role
 from atom_jax.tokenizers.byte_view import byte_view
@@ -69,6 +70,16 @@ def test_merged_chunks():
             expected = fixture["space"][name][i]
             mine = [[k, np.flatnonzero(side.chunks == k).tolist()] for k in range(side.chunks.max() + 1)]
             assert mine == expected, (name, i)
+        # What ALM reads with words=true: "first" and "last" would add what begins and ends documents.
+        given = pairs.chunks({"text": text, "first": False, "last": False}, both, words=True).ids
+        for n, side in enumerate(spaced):
+            assert [chunk[n].tolist() for chunk in given] == [
+                side.ids[side.chunks == k].tolist() for k in range(side.chunks.max() + 1)
+            ]
+
+
+def test_text_without_a_token_has_no_words():
+    assert len(pairs.chunks({"text": "", "first": False, "last": False}, sides(PAIRS[1]), words=True).ids) == 0
 
 
 def test_pairs_that_may_end_a_chunk():

@@ -63,6 +63,13 @@ def test_texts_are_cut_into_the_same_bytes(name):
         assert [pieces[i] for i in ids] == [spelled(token) for token in tokens]
 
 
+def test_bytes_are_their_own_ids():
+    fixture = numbers("byteify")
+    for text, tokens in zip(fixture["texts"], fixture["tokens"]["byte"]):
+        ids = ByteTokenizer().encode(text).tolist()
+        assert ids == [fixture["byte_vocab"][token] for token in tokens] == list(text.encode())
+
+
 def test_longest_subword_that_ends_at_each_byte():
     expand, seen = numbers("byteify")["expand"], view("qwenlike")
     short = {i: piece for i, piece in seen.pieces.items() if len(piece) <= 16}

@@ -1,5 +1,6 @@
 """Exact laws of bytes against full enumeration on toy vocabularies, and what may follow what."""
 
+import functools
 import itertools
 import json
 
@@ -50,6 +51,52 @@ def test_laws_equal_full_enumeration():
         for tokens, weight in row["cover"]:
             assert names.pop(tuple(tokens)) == pytest.approx(weight, abs=2e-9)
         assert not names
+
+
+@st.composite
+def vocabularies(draw):
+    """Merges of a and b, as byte-level BPE."""
+    vocab, merges = ["a", "b"], []
+    for _ in range(draw(st.integers(0, 5))):
+        pair = tuple(vocab[draw(st.integers(0, len(vocab) - 1))] for _ in range(2))
+        if "".join(pair) not in vocab:
+            vocab.append("".join(pair))
+            merges.append(pair)
+    tk = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, merges))
+    tk.decoder = decoders.ByteLevel()
+    return Canonical(JsonTokenizer.from_files({"tokenizer.json": tk.to_str()}, "toy"))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(canonical=vocabularies(), seed=st.integers(0, 2**16))
+def test_masses_add_up_to_one_and_equal_brute_force(canonical, seed):
+    size, tk = canonical.view.size, canonical._tokenizer
+
+    @functools.cache
+    def law(ids):
+        return np.log(np.random.default_rng((seed, *ids)).dirichlet(np.ones(size)))
+
+    @functools.cache
+    def ways(ids):
+        """Tokens that keep a sequence canonical: (the longer sequence, its text, probability)."""
+        longer = [(*ids, t) for t in range(size)]
+        kept = [way for way in longer if tuple(tk.encode(canonical.text(way)).tolist()) == way]
+        p = np.exp(law(ids))[[way[-1] for way in kept]]
+        return list(zip(kept, map(canonical.text, kept), p / p.sum()))
+
+    def brute(text, ids=()):
+        """Probability of all canonical sequences that go on from these and whose last token holds the text's end."""
+        goes_on = [p * brute(text, way) for way, said, p in ways(ids) if text.startswith(said) and said != text]
+        return sum(goes_on) + sum(p for _, said, p in ways(ids) if said.startswith(text))
+
+    level = {b"": Covers(canonical)}
+    for _ in range(4):
+        masked = {text: covers.masked(law) for text, covers in level.items()}
+        level = {text + bytes([b]): level[text].push(b, masked[text]) for text in level for b in b"ab"}
+        masses = {text: np.exp(covers.log_total) for text, covers in level.items()}
+        assert sum(masses.values()) == pytest.approx(1, abs=1e-9)
+    for text in (b"abab", b"aabb"):
+        assert masses[text] == pytest.approx(brute(text), abs=1e-9)
 
 
 def listed(covers):

@@ -12,6 +12,7 @@ import pytest
 
 import atom_jax
 from atom_jax import checkpoint, config, params
+from atom_jax.__main__ import main
 from atom_jax.checkpoint import store
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.kvcache.dms import DMS
@@ -115,6 +116,22 @@ def test_what_a_run_gives(source, tuned, tmp_path):
     ids = [list(b"3 + 4 =")]
     found = atom_jax.generate(atom_jax.load(source / "model", adapter=both), ids, 4)
     assert found.ids == atom_jax.generate(checkpoint.load(workdir), ids, 4).ids
+
+
+def test_an_adapter_is_all_that_a_run_trained_or_refused(tuned, tmp_path, capsys):
+    _, workdir = tuned
+    assert main(["atom_jax", "adapter", str(workdir), str(tmp_path / "lora")]) == 0
+    # The same run, had it trained its table or the evictors too, and with no word about that.
+    also = lambda name: {"groups": [{"pattern": f"(?!layers/lora/|{name}).*", "factor": 0.0}]}  # noqa: E731
+    for i, (optim, words) in enumerate((
+        (also("embed"), "embed too, which an adapter leaves out"), (also("layers/attn/dms/"), "layers/attn/dms/"),
+        ({}, "no groups of parameters are named there"),
+    )):  # fmt: skip
+        shutil.copytree(workdir, other := tmp_path / str(i))
+        for note in other.glob("checkpoints/*/config/metadata"):
+            note.write_text(json.dumps(json.loads(note.read_text()) | {"optim": optim}))
+        assert main(["atom_jax", "adapter", str(other), str(tmp_path / "lost")]) == 1
+        assert words in capsys.readouterr().err and not (tmp_path / "lost").exists()
 
 
 def test_an_interrupted_run_goes_on_exactly(tuned, tmp_path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atom_jax.nn import scoring
 from atom_jax.transfer import alm
 from atom_jax.transfer.alm import ALM, Chunked
 from atom_jax.typing import AtomError
@@ -67,6 +68,14 @@ def test_losses(row):
         assert np.linalg.norm(gradient) == pytest.approx(row["grad_norm"], rel=2e-3)
 
 
+def test_the_next_token():
+    fixture = numbers("alm_loss")
+    tokens, _, mask, _ = ids()[1]
+    logits, targets = jnp.asarray(array(fixture["student_logits"], np.float32)), np.roll(tokens, -1, axis=1)
+    nats = scoring.score(lambda x_btv: x_btv, logits, jnp.asarray(targets))["nats"]
+    assert float(np.mean(np.asarray(nats)[:, :-1], where=mask[:, 1:])) == pytest.approx(fixture["sft"], rel=1e-6)
+
+
 @pytest.mark.parametrize("row", range(4))
 def test_states_where_chunks_end(row):
     fixture = numbers("alm_loss")
@@ -83,11 +92,12 @@ def test_gradients_that_are_balanced():
     gradients = [{k: array(v[i]) for k, v in fixture["grads"].items()} for i in range(3)]
     norms = [np.sqrt(sum(np.square(x).sum() for x in g.values())) for g in gradients]
     np.testing.assert_allclose(norms, fixture["norms"], rtol=1e-7)
-    found = alm.balanced(gradients)
+    factors = np.asarray(alm.factors(jnp.asarray(norms, jnp.float32)))
+    np.testing.assert_allclose(factors, np.array(fixture["inv"]) / sum(fixture["inv"]), rtol=1e-6)
     for name, expected in fixture["gradmag"].items():
-        np.testing.assert_allclose(found[name], array(expected).sum(0) / sum(fixture["inv"]), rtol=1e-5)
-    alone = alm.balanced(gradients[:1], [3.0])
-    np.testing.assert_allclose(alone["b"], 3 * gradients[0]["b"], rtol=1e-5)
+        found = sum(factor * gradient[name] for factor, gradient in zip(factors, gradients))
+        np.testing.assert_allclose(found, array(expected).sum(0) / sum(fixture["inv"]), rtol=1e-5)
+    assert alm.factors(jnp.array([0.0, 3.0])).tolist() == [0, 1] and alm.factors(jnp.zeros(2)).tolist() == [0, 0]
 
 
 def test_what_is_left_out_has_no_gradient():

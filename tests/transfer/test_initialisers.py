@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atom_jax import params
 from atom_jax.tokenizers import train
@@ -35,6 +37,10 @@ def test_fvt_equals_tokenkit(source, special):
     # Names of roles in Gemma's template ("model" for "assistant") are copied there; here they are words.
     names = [i for i in (290, 300) if source == "gemmalike"]
     others = np.delete(np.arange(1000), [*cut, *names])
+    copied = [
+        pair for pair in shared_rows(view(source), view("qwenlike"), len(table)).tolist() if pair[0] not in names
+    ]
+    assert len(copied) > 400 and all(fixture["original_to_new"][i] == j for i, j in copied)
     np.testing.assert_allclose(rows[others, 0], array(fixture["new_embeddings"])[others], atol=1e-7)
 
 
@@ -89,6 +95,30 @@ def test_omp_finds_what_was_planted_and_stops():
     index, weight = omp.pursue(points[[7, 3]] * 4, points.T, k=5, tolerance=1e-5)
     best = np.argmax(np.abs(np.asarray(weight)), axis=1)
     assert np.asarray(index)[[0, 1], best].tolist() == [7, 3] and (np.asarray(weight) != 0).sum() == 2
+
+
+def test_principal_directions_as_few_tokens():
+    """mergekit's sparse basis, which it gets by the same pursuit; the sign of a direction is arbitrary."""
+    fixture = numbers("interp")["sparse_basis"]
+    points = array(fixture["points"], np.float32)
+    points -= points.mean(0)
+    directions = landmarks.components(points, fixture["d"])
+    index, weight = omp.pursue(directions, points.T, k=fixture["k"], tolerance=1e-6)
+    np.testing.assert_array_equal(index, fixture["indices"])
+    expected = array(fixture["coeffs"])
+    sign = np.sign((np.asarray(weight) * expected).sum(1, keepdims=True))
+    np.testing.assert_allclose(sign * weight, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 10))
+def test_a_shared_token_is_itself(seed, scale):
+    """Of points as long as each other; inner products with longer ones may be greater."""
+    points = base.unit(np.random.default_rng(seed).normal(size=(12, 8))).astype(np.float32)
+    index, weight = omp.pursue(points * scale, points.T, k=4, tolerance=1e-5)
+    assert np.asarray(index)[:, 0].tolist() == list(range(12))
+    np.testing.assert_allclose(weight[:, 0], scale, rtol=1e-5)
+    assert not np.asarray(weight)[:, 1:].any()
 
 
 @pytest.mark.parametrize("row", range(6))

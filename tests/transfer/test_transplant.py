@@ -15,7 +15,7 @@ from atom_jax.models import registry, transformer
 from atom_jax.tokenizers import ByteTokenizer, train
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.transfer.lessons import add_tuning
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, AtomError, Batch
 from tests.transfer.numbers import tokenizer, view
 
 CFG = transformer.TransformerConfig(
@@ -92,6 +92,27 @@ def test_onto_bytes_and_saved(tmp_path):
     assert isinstance(again.tokenizer, ByteTokenizer)
     np.testing.assert_array_equal(again.params["embed"], made.params["embed"])
     assert again.config == made.config
+
+
+@pytest.mark.parametrize("name, tied", [("qwenlike", False), ("gemmalike", True)])
+def test_transformers_reads_what_was_saved(tmp_path, name, tied):
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    transformers = pytest.importorskip("transformers", reason="needs the torch extra")
+    made, _ = atom_jax.transplant(model(tie_embeddings=tied, vocab_size=704), tokenizer(name))
+    atom_jax.save_hf(made, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    kwargs = {"dtype": torch.float32, "output_loading_info": True}
+    network, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs)
+    assert not any(loading.values())
+    for text in ("The quick  brown fox; café, 2 × 1990\n", "a<|im_end|>b"):
+        ids = made.tokenizer.encode(text).tolist()
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == made.tokenizer.decode(ids)
+    at = np.arange(len(ids), dtype=np.int32)[None]
+    batch = Batch(np.array([ids], np.int32), at, np.ones_like(at), at, at > 0)
+    ours = transformer.apply(made.params, batch, cfg=made.config)[0].logits
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, network(torch.tensor([ids])).logits.numpy(), atol=2e-5)
 
 
 def test_donor_and_texts():

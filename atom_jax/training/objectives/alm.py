@@ -61,8 +61,13 @@ class Pairs:
 class Alm(Objective):
     """source: the teacher, any checkpoint that `atom_jax.load` reads with a tokenizer. The student is the run's
         model, mostly the same one with another tokenizer (`atom_jax transplant`). data.tokens: the teacher's per row.
+    words: chunks go on until a space follows on both sides; else they are the shortest that there are. One that has
+        no room in a row is left out.
     how: see `transfer.alm.ALM`. latent: weight of the difference of final states where chunks end (`alm.latent`), for
-        models of one width. Losses are not balanced by their gradients, as the published recipe does.
+        models of one width.
+    balance: both losses count by the inverse lengths of their gradients ("gradmag"), and latent is a factor on that.
+        The gradients are those of the final states, which cost a pass through the output embedding; the published
+        recipe takes those of the last layer's weights.
     teacher: the configuration of the source, where it can't be read and nothing is but compiled.
 
     The teacher lies beside the model as "source", which optim.groups must freeze. Where the student learns by LoRA
@@ -71,8 +76,10 @@ class Alm(Objective):
     """
 
     source: str = ""
+    words: bool = False
     how: ALM = dataclasses.field(default_factory=ALM)
     latent: float = 0.0
+    balance: bool = False
     teacher: Any = None
 
     name: ClassVar[str] = "alm"
@@ -81,6 +88,8 @@ class Alm(Objective):
 
     def __post_init__(self):
         config.check(self, latent=(0, 1e6))
+        if self.balance and not self.latent:
+            raise AtomError("alm.balance: there is one loss only; set objective.latent too")
         if self.teacher is not None and not isinstance(self.teacher, TransformerConfig):
             raise AtomError(f"alm.teacher: expected a TransformerConfig, got a {type(self.teacher).__name__}")
 
@@ -122,7 +131,7 @@ class Alm(Objective):
 
     def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> Any:
         """As the student's and the teacher's tokens (`data.pairs`)."""
-        kind = functools.partial(pairs.PairedRows, other=self._tokenizer())
+        kind = functools.partial(pairs.PairedRows, other=self._tokenizer(), words=self.words)
         return make_iterator(cfg, setting.tokenizer, index, count, kind)
 
     def described(self, setting: Setting) -> Rows:
@@ -150,15 +159,25 @@ class Alm(Objective):
         whole = own if counts is None else counts
         theirs, taught = self._teacher(params, cfg)
         ours, others = self._boundaries(setting)
-        sides = [(taught, batch.teacher, batch.teacher_chunks, theirs, others),
-                 (params, batch.student, batch.student_chunks, cfg, ours)]  # fmt: skip
-        (teacher, y_bkd, _), (student, x_btd, nats_bt) = (_side(*side) for side in sides)
-        total, number = alm.loss(teacher, student, self.how, batch.size)
-        learned = {"alm": jnp.stack([total, number])}
-        mean = total / jnp.maximum(number, 1.0)
-        if self.latent:
-            found = alm.latent(y_bkd, x_btd, (batch.teacher_chunks, batch.student_chunks), batch.size)
-            mean, learned["latent"] = mean + self.latent * found[0] / jnp.maximum(found[1], 1.0), jnp.stack(found)
+        y_bkd, x_btd = _states(taught, batch.teacher, theirs), _states(params, batch.student, cfg)
+        teacher, _ = _said(taught, y_bkd, batch.teacher, batch.teacher_chunks, theirs, others)
+
+        def of_chunks(params: Any, x_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
+            student, nats_bt = _said(params, x_btd, batch.student, batch.student_chunks, cfg, ours)
+            return jnp.stack(alm.loss(teacher, student, self.how, batch.size)), nats_bt
+
+        def of_states(x_btd: jax.Array) -> jax.Array:
+            return jnp.stack(alm.latent(y_bkd, x_btd, (batch.teacher_chunks, batch.student_chunks), batch.size))
+
+        found, nats_bt = of_chunks(params, x_btd)
+        learned = {"alm": found} | ({"latent": of_states(x_btd)} if self.latent else {})
+        weights = jnp.array([1.0, self.latent][: len(learned)])
+        if self.balance:
+            fixed, at = jax.lax.stop_gradient((params, x_btd))
+            losses = lambda x: _mean(of_chunks(fixed, x)[0]), lambda x: _mean(of_states(x))
+            lengths = [jnp.linalg.norm(jax.grad(loss)(at).astype(jnp.float32).ravel()) for loss in losses]
+            weights = weights * alm.factors(jnp.stack(lengths))
+        mean = sum(w * _mean(x) for w, x in zip(weights, learned.values()))
         share = own["chunks"] / jnp.maximum(whole["chunks"], 1.0)
         return Sums(
             objective=mean * share * whole["targets"],
@@ -239,12 +258,26 @@ def _body(tree: Tree) -> Tree:
     return {k: x for k, x in tree.items() if k not in _TABLES}
 
 
-def _side(
-    params: Tree, batch: Batch, chunks: jax.Array, cfg: TransformerConfig, boundaries: tuple[int, ...]
-) -> tuple[Chunked, jax.Array, jax.Array]:
-    """What a model says of its tokens, its final states [b, t, d], and nats f32 [b, t] of its targets."""
-    x_btd, _, _ = transformer.hidden(params, batch, cfg=cfg)
+def _mean(found: jax.Array) -> jax.Array:
+    """Of (sum, number) f32 [2]."""
+    return found[0] / jnp.maximum(found[1], 1.0)
+
+
+def _states(params: Tree, batch: Batch, cfg: TransformerConfig) -> jax.Array:
+    """Final states [b, t, d]."""
+    return transformer.hidden(params, batch, cfg=cfg)[0]
+
+
+def _said(
+    params: Tree,
+    x_btd: jax.Array,
+    batch: Batch,
+    chunks: jax.Array,
+    cfg: TransformerConfig,
+    boundaries: tuple[int, ...],
+) -> tuple[Chunked, jax.Array]:
+    """What a model with these final states says of its tokens, and nats f32 [b, t] of its targets."""
     head = functools.partial(transformer.logits, scoring.gathered(params), cfg=cfg)
     found = scoring.score(head, x_btd, batch.targets, ("nats", "among"), among=boundaries)
     logp_bt = jnp.pad(-found["nats"][:, :-1], ((0, 0), (1, 0)))
-    return Chunked(logp_bt, chunks, batch.segments > 0, found["among"]), x_btd, found["nats"]
+    return Chunked(logp_bt, chunks, batch.segments > 0, found["among"]), found["nats"]

@@ -33,7 +33,7 @@ def carry(x: np.ndarray, theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
     """Vectors x [m, e] of the space of `theirs` [s, e] in the space of `ours` [s, d], row by row the same tokens."""
     mean_a, mean_b = theirs.mean(0), ours.mean(0)
     width = min(theirs.shape[1], ours.shape[1], max(len(theirs) - 1, 1))
-    basis_a, basis_b = _components(theirs - mean_a, width), _components(ours - mean_b, width)
+    basis_a, basis_b = components(theirs - mean_a, width), components(ours - mean_b, width)
     a, b = (theirs - mean_a) @ basis_a.T, (ours - mean_b) @ basis_b.T
     return (x - mean_a) @ basis_a.T @ rotation(a, b) @ basis_b + mean_b
 
@@ -44,6 +44,6 @@ def rotation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return u @ v
 
 
-def _components(x: np.ndarray, width: int) -> np.ndarray:
+def components(x: np.ndarray, width: int) -> np.ndarray:
     """The first principal components [width, e] of centred vectors [s, e]."""
     return np.linalg.eigh(x.T @ x)[1].T[::-1][:width]

@@ -5,6 +5,7 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from atom_jax.training.objectives import Alm
 from atom_jax.training.objectives.base import Setting
 from atom_jax.training.program import Program
 from atom_jax.training.record import read
+from atom_jax.transfer.alm import ALM
 from atom_jax.typing import AtomError
 from configs import transfer
 from tests.training.tiny import mesh, sizes
@@ -116,7 +118,7 @@ def test_large_vocabularies_are_never_whole():
     cfg = TransformerConfig(
         vocab_size=128_000, d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, d_ff=16, remat=True
     )
-    exp = Experiment(model=cfg, objective=Alm(teacher=cfg, latent=1.0), optim=transfer.tiny().optim)
+    exp = Experiment(model=cfg, objective=Alm(teacher=cfg, latent=1.0, balance=True), optim=transfer.tiny().optim)
     exp = config.override(exp, ["data.batch_size=16", "data.seq_len=512", "data.tokens=512", "mesh.data=1"])
     with jax.set_mesh(mesh(exp.mesh)):
         program = Program(exp, mesh(exp.mesh), _Tokenizer(cfg.vocab_size))
@@ -127,6 +129,48 @@ def test_large_vocabularies_are_never_whole():
 
         found = jax.make_jaxpr(jax.grad(loss))(program.state.params, program.abstract_batch())
     assert max(sizes(found.jaxpr)) <= 2 * scoring.LIMIT < 16 * 512 * cfg.vocab_size / 8
+
+
+def test_losses_count_by_the_lengths_of_their_gradients():
+    cfg = TransformerConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, d_ff=16)
+    objective = Alm(teacher=cfg, how=ALM(tau=1.0, debias=False, merge=None))
+    exp = Experiment(model=cfg, objective=objective, optim=transfer.tiny().optim)
+    exp = config.override(exp, ["data.batch_size=2", "data.seq_len=16", "data.tokens=12", "mesh.data=1"])
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh(exp.mesh)):
+        setting = Setting(exp, mesh(exp.mesh), _Tokenizer(cfg.vocab_size))
+        rows = {name: np.array(x) for name, x in objective.described(setting).items()}
+        for name in ("ids", "tokens", "targets"):
+            rows[name] = rng.integers(0, 64, rows[name].shape, np.int32)
+        for name in ("chunks", "token_chunks"):
+            rows[name] += np.arange(rows[name].shape[1], dtype=np.int32) // 2
+        rows["segments"] += 1
+        rows["loss_mask"] = np.ones_like(rows["loss_mask"])
+        spec = transformer.spec(cfg) | objective.extra_spec(cfg)
+        p = params.init(
+            jax.random.key(0), params.map_specs(lambda s: dataclasses.replace(s, init=params.normal(0.3)), spec)
+        )
+
+        def gradient(p, **changes):
+            mine, batch = dataclasses.replace(objective, **changes), jax.tree.map(jnp.asarray, objective.batch(rows))
+            grads = jax.grad(lambda p: mine.loss(p, batch, None, None, setting=setting).objective)(p)
+            return jnp.concatenate(
+                [x.ravel() for x in jax.tree.leaves({k: x for k, x in grads.items() if k != "source"})]
+            )
+
+        every = ({}, {"latent": 1.0}, {"latent": 1.0, "balance": True}, {"latent": 3.0, "balance": True})
+        chunks, both, *found = map(np.asarray, jax.jit(lambda p: [gradient(p, **changes) for changes in every])(p))
+    parts = np.stack([chunks, both - chunks], axis=1)
+    (a, b), (c, d) = (np.linalg.lstsq(parts, x, rcond=None)[0] for x in found)
+    np.testing.assert_allclose(parts @ [a, b], found[0], atol=1e-4 * np.abs(found[0]).max())
+    assert (
+        a + b == pytest.approx(1, rel=1e-3)
+        and c == pytest.approx(a, rel=1e-3)
+        and d == pytest.approx(3 * b, rel=1e-3)
+    )
+    assert min(a, b) > 0 and abs(a - b) > 0.1
+    with pytest.raises(AtomError, match=r"alm\.balance: there is one loss only"):
+        Alm(balance=True)
 
 
 @pytest.mark.parametrize(
