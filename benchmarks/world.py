@@ -1,22 +1,25 @@
 """World models that find their units over time, next to others: what their plans bring over what they cost.
 
-    python -m benchmarks.world [--variants=watch,watch_every,...] [--seeds=3] [--episodes=200] [--lengths=40,160]
-                               [--workdir=runs/world] [--set train.steps=...] [--out=FILE.json] [--picture=plan.png]
+    python -m benchmarks.world [--variants=watch,watch_every,watch_fixed] [--seeds=3] [--episodes=200]
+                               [--lengths=40,160] [--planner=...] [--workdir=runs/world] [--set train.steps=...]
+                               [--out=FILE.json] [--picture=plan.png]
 
 Every variant of configs/world.py is trained with every seed (or found trained) in WORKDIR/VARIANT/SEED, and plans as
-many episodes after watches of each length; all meet the same episodes and candidates. `watch_every` also plays with
-caches that hold as many entries as `watch` has units, and with a window of as many frames. A benchmark that was
-interrupted goes on when the command is given again. The columns, means over the seeds:
+many episodes after watches of each length; all meet the same episodes and candidates. The first seed of `watch_every`
+also plays with caches that hold as many entries as `watch` has units, and with a window of as many frames. What was
+interrupted goes on when the command is given again. watch_cosine, watch_change and watch_local take part where
+--variants names them. The columns, means over the seeds:
 
 success   share of episodes that end at the treasure, and, in brackets, of each seed. wrong: that end at another pad.
 watch     steps of the main network while watching: frames at which it runs. first, future: per imagined future, at
           its first step, whose frame is real, and at all others together.
-entries   that a layer of the main network holds when the plan is made. Mflop: operations of a decision, the watch
-          included, per episode, counted from the sizes of products.
+entries   that a layer of the main network holds when the plan is made, and, in brackets, as a share of those of
+          `watch_every`. kB: of the model's whole memory then, and of one more imagined future. Mflop: operations of a
+          decision, the watch included, per episode, counted from the sizes of products.
 seconds   of a decision, all episodes at once. train: seconds of the training (measured where it was not interrupted).
 
 The ceiling is the share of episodes in which the treasure can be reached within the horizon, `simulator` plans with
-the world itself, `random` does not plan.
+the world itself, `random` does not plan. The end says what was aimed at (`world_targets`) and whether it was reached.
 """
 
 from __future__ import annotations
@@ -43,17 +46,17 @@ from atom_jax.fields import read_json
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.models.flops import matrices
-from atom_jax.training import loop
+from atom_jax.training import loop, record
 from atom_jax.training.config import Experiment
 from atom_jax.typing import LM, AtomError
-from benchmarks import machine
+from benchmarks import machine, world_targets
 
 KNOWN = ("watch", "watch_every", "watch_fixed", "watch_cosine", "watch_change", "watch_local")
-VARIANTS = flags.DEFINE_list("variants", list(KNOWN), "Variants of configs/world.py.")
+VARIANTS = flags.DEFINE_list("variants", list(KNOWN[:3]), f"Variants of configs/world.py: {', '.join(KNOWN)}.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each.", lower_bound=1)
 EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes per length.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", ["40", "160"], "Frames of a watch.")
-PLANNER = flags.DEFINE_string("planner", "shooting:n=48,horizon=6", "As of `python -m atom_jax plan`.")
+PLANNER = flags.DEFINE_string("planner", "shooting:n=256,horizon=6", "As of `python -m atom_jax plan`.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/world", "Where the runs are.")
 SET = flags.DEFINE_multi_string("set", [], "Changes to the last stage of every variant, as for train.py.")
 OUT = flags.DEFINE_string("out", None, "Also write all results to this JSON file.")
@@ -96,7 +99,7 @@ def measure(name: str, lm: LM, folder: pathlib.Path) -> list[dict[str, Any]]:
     for length in map(int, LENGTHS.value):
         asked, file = settings(length), folder / f"plan-{name}-{length}.json"
         kept = read_json(file) if file.exists() else {}
-        if kept.get("settings") != config.to_json(asked):
+        if kept.get("settings") != config.to_json(asked) or "bytes_future" not in kept:
             report = planned(lm, asked)
             kept = {"settings": config.to_json(asked), **report, "mflop": operations(lm, report) / 1e6}
             cache.write_json(file, kept)
@@ -129,24 +132,28 @@ def rivals(lm: LM, entries: int) -> dict[str, LM]:
 
 def run(workdir: pathlib.Path) -> dict[str, Any]:
     """All results: for every name, a list over seeds of lists over lengths."""
-    found: dict[str, Any] = {"machine": machine.describe(), "train_seconds": {}, "rows": {}}
+    found: dict[str, Any] = {"machine": machine.describe(), "lengths": list(map(int, LENGTHS.value))}
+    found |= {"episodes": EPISODES.value, "train_seconds": {}, "secret_right": {}, "rows": {}}
     total, number = len(VARIANTS.value) * SEEDS.value, 0
     for variant in VARIANTS.value:
         for seed in range(SEEDS.value):
             number += 1
             print(f"[{number}/{total}] {variant}, seed {seed}", file=sys.stderr, flush=True)
-            lm, seconds = trained(variant, seed, workdir)
             folder = workdir / variant / str(seed)
+            lm, seconds = trained(variant, seed, workdir)
             found["train_seconds"].setdefault(variant, []).append(seconds)
+            lines = record.read(folder / "metrics.jsonl")
+            known = [x["secret_right"] for x in lines if x["kind"] == "validation" and "secret_right" in x]
+            found["secret_right"].setdefault(variant, []).extend(known[-1:])
             found["rows"].setdefault(variant, []).append(measure(variant, lm, folder))
             units = found["rows"].get("watch")
-            if variant == "watch_every" and units is not None:
+            if variant == "watch_every" and seed == 0 and units is not None:
                 # As many as surprise units are held after the shortest watch, rounded up.
                 entries = int(np.ceil(np.mean([rows[0]["units"] for rows in units])))
                 for name, other in rivals(lm, entries).items():
                     found["rows"].setdefault(name, []).append(measure(f"{name}, {entries}", other, folder))
             if OUT.value:
-                cache.write_json(pathlib.Path(OUT.value), found)
+                cache.write_json(pathlib.Path(OUT.value), found | {"targets": world_targets.targets(found)})
             jax.clear_caches()
     return found
 
@@ -158,6 +165,7 @@ COLUMNS = {
     "first": lambda rows: f"{mean(rows, 'main_steps_decision'):.2f}",
     "future": lambda rows: f"{mean(rows, 'main_steps_imagined'):.2f}",
     "entries": lambda rows: f"{mean(rows, 'units'):.1f}",
+    "kB": lambda rows: f"{mean(rows, 'bytes') / 1e3:.0f} + {mean(rows, 'bytes_future') / 1e3:.1f}",
     "Mflop": lambda rows: f"{mean(rows, 'mflop'):.0f}",
     "seconds": lambda rows: f"{mean(rows, 'seconds'):.1f}",
 }
@@ -175,17 +183,20 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
 
 def table(found: dict[str, Any]) -> str:
     """The results in Markdown, a part for each length."""
-    parts = []
-    for i, length in enumerate(map(int, LENGTHS.value)):
+    parts, every = [], found["rows"].get("watch_every")
+    for i, length in enumerate(found["lengths"]):
         any_rows = [rows[i] for rows in next(iter(found["rows"].values()))]
         known = ", ".join(f"{name} {mean(any_rows, name):.2f}" for name in ("ceiling", "simulator", "random"))
         lines = [f"Watches of {length} frames; {known}:", "", f"| variant | {' | '.join(COLUMNS)} | train |"]
         lines.append("|---" * (len(COLUMNS) + 2) + "|")
         for name, seeds in found["rows"].items():
-            cells = [cell([rows[i] for rows in seeds]) for cell in COLUMNS.values()]
+            cells = {column: cell([rows[i] for rows in seeds]) for column, cell in COLUMNS.items()}
+            if every is not None:
+                share = mean([rows[i] for rows in seeds], "units") / mean([rows[i] for rows in every], "units")
+                cells["entries"] += f" ({share:.2f})"
             took = [s for s in found["train_seconds"].get(name, []) if s is not None]
-            cells.append(f"{np.mean(took):.0f}" if took else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells["train"] = f"{np.mean(took):.0f}" if took else ""
+            lines.append(f"| {name} | {' | '.join(cells.values())} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -193,11 +204,11 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: str) -> None:
     """Success over the main network's steps per decision: those of the watch, and of all imagined futures."""
     panels = {}
-    for i, length in enumerate(map(int, LENGTHS.value)):
+    for i, length in enumerate(found["lengths"]):
         points = []
         for name, seeds in found["rows"].items():
             rows = [row[i] for row in seeds]
-            success, n = mean(rows, "success"), EPISODES.value * len(rows)
+            success, n = mean(rows, "success"), found["episodes"] * len(rows)
             inside = mean(rows, "main_steps_decision") + mean(rows, "main_steps_imagined")
             steps = mean(rows, "main_steps_watch") + mean(rows, "futures") * inside
             points.append(Point(name.removeprefix("watch_"), steps, success, *interval(success, n)))
@@ -217,6 +228,7 @@ def main(argv: list[str]) -> None:
         workdir = pathlib.Path(WORKDIR.value)
         found = run(workdir)
         print(table(found))
+        print(f"\n{world_targets.table(world_targets.targets(found))}")
         if PICTURE.value:
             draw(found, PICTURE.value)
         print(json.dumps({"machine": found["machine"]}), file=sys.stderr)

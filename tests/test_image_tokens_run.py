@@ -50,7 +50,8 @@ def test_what_a_run_writes_down(trained):
     lines = {(line["step"], line["kind"]): line for line in read(trained / "metrics.jsonl")}
     judged = lines[4, "validation"]
     assert judged["tokens"] == 4 and {"error_1", "error_2", "loss"} <= judged.keys()
-    assert "bits_per_byte" not in judged and "bytes_per_second" not in lines[4, "train"]
+    assert "bits_per_byte" not in judged and lines[4, "train"]["images_per_second"] > 0
+    assert not {"bytes_per_second", "tokens_per_second"} & lines[4, "train"].keys()
     assert {p.name for p in (trained / "plots").iterdir()} == {"loss.png", "optimizer.png", "throughput.png"}
 
 
@@ -126,6 +127,8 @@ def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
     assert f"{best:.4g}" in run("tokens", checkpoint, image, "--error=1e-9")[2]
     code, _, err = run("generate", checkpoint, "--prompt=a")
     assert code == 1 and "the model is of the kind image_tokens, which reads images" in err
+    code, _, err = run("plan", checkpoint)
+    assert code == 1 and "plan: it takes a world model, and this one is of the family image_tokens" in err
     code, out, _ = run("info", trained)
     assert code == 0 and "8 x 8, gray, in 4 patches of 4 x 4" in out
 

@@ -40,6 +40,7 @@ class NumberedRows:
     whose last position has no target."""
 
     def __init__(self, cfg: DataConfig, numbers: range):
+        world_of(cfg)
         names = ("split", "seq_len", "batch_size", "seed")
         source = {"sources": list(cfg.sources), "pieces": [2**31]}
         self._identity = {name: getattr(cfg, name) for name in names} | source

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atom_jax.data import numbered
 from atom_jax.data.config import DataConfig
 from atom_jax.tokenizers.base import Tokenizer, beginning
 from atom_jax.tokenizers.bolmo import BolmoTokenizer
@@ -89,8 +88,6 @@ def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Ba
 
 def described(cfg: DataConfig) -> Batch:
     """Returns a batch of zeros as the iterator of a configuration has them, which takes no memory: for its shapes."""
-    if numbered.is_numbered(cfg):
-        return numbered.described(cfg, cfg.batch_size)
     shape = cfg.batch_size, cfg.seq_len
     one = {k: np.broadcast_to(x, shape) for k, x in empty_batch(1, 1, 0, marks=bool(cfg.marks)).items()}
     if not cfg.tokens:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grain
 import numpy as np
 
-from atom_jax.data import augment, numbered
+from atom_jax.data import augment
 from atom_jax.data.config import DataConfig
 from atom_jax.data.conversations import conversation_tokens
 from atom_jax.data.packing import Batch, Tokens, empty_batch, piece_tokens, place, subwords
@@ -46,10 +46,9 @@ def make_iterator(
     process_index: int = 0,
     process_count: int = 1,
     kind: Callable[..., grain.DatasetIterator] | None = None,
-) -> grain.DatasetIterator | numbered.NumberedRows:
+) -> grain.DatasetIterator:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
-    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns; of a world,
-    of what `NumberedRows` says.
+    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns.
 
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
@@ -58,19 +57,22 @@ def make_iterator(
     `PackedRows` with its arguments. Raises AtomError for bad sources and a batch_size that the processes cannot
     share.
     """
-    if not 0 <= process_index < process_count:
-        raise AtomError(f"process_index {process_index} is not below process_count {process_count}.")
-    if cfg.batch_size % process_count:
-        raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
-    rows = cfg.batch_size // process_count
-    numbers = range(process_index * rows, (process_index + 1) * rows)
-    if numbered.is_numbered(cfg):
-        return numbered.NumberedRows(cfg, numbers)
+    numbers = row_numbers(cfg, process_index, process_count)
     kind = kind or (_SpelledRows if cfg.tokens else PackedRows)
     packed = kind(cfg, tokenizer, open_pieces(cfg, tokenizer), numbers)
     iterator = _Ahead(packed, prefetch_buffer_size=_AHEAD)
     _open_iterators.add(iterator)
     return iterator
+
+
+def row_numbers(cfg: DataConfig, process_index: int = 0, process_count: int = 1) -> range:
+    """The rows of every batch that a process reads. Raises AtomError for a batch that the processes cannot share."""
+    if not 0 <= process_index < process_count:
+        raise AtomError(f"process_index {process_index} is not below process_count {process_count}.")
+    if cfg.batch_size % process_count:
+        raise AtomError(f"data.batch_size {cfg.batch_size} does not divide by the {process_count} processes.")
+    rows = cfg.batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)
 
 
 def reader(cfg: DataConfig, tokenizer: Tokenizer, units: Tokenizer | None = None) -> Callable[[dict], Tokens]:
@@ -91,7 +93,7 @@ def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
     """What is to be said of the text before training: that it is hardly any, and the share of documents that
     `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are."""
     notes, sizes = [], []
-    if numbered.is_numbered(cfg) or (pieces > _FEW and not cfg.whole):
+    if pieces > _FEW and not cfg.whole:
         return notes
     opened = open_pieces(cfg, tokenizer)
     known = [found.corpus.sizes for found in opened if found.corpus.sizes is not None]

@@ -85,17 +85,20 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
         cut = jax.tree.map(lambda x, begin=begin: x[:, begin : begin + part + 1], episode)
         if begin and cut.obs.shape[1] < 2:
             break
-        state = _whole(lm.params, state, cut, cfg)
+        state = _whole(lm.params, state, cut, cfg, t + 8)
     return state
 
 
-def _whole(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> WorldState:
+def _whole(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig, capacity: int) -> WorldState:
     """What is known after an episode, whose units are all there: where there were more than the model has room for,
-    they are read again with more room."""
-    room = state.replace(cache=memory.grow(state.cache, per_stage(episode.obs.shape[1], cfg.chunking)))
-    found, lost = _observe(p, room, episode, cfg)
+    they are read again with more room. capacity: frames that an empty memory is made for, which cache policies need
+    no slots for; they do in one that goes on."""
+    b, t = episode.obs.shape[:2]
+    begins = state.cache.fresh
+    cache = _empty(cfg, b, capacity) if begins else memory.grow(state.cache, per_stage(t, cfg.chunking))
+    found, lost = _observe(p, state.replace(cache=cache), episode, cfg)
     if (wider := registry.of(cfg).roomier(cfg)) is not None and np.any(lost):
-        return _whole(p, state, episode, wider)
+        return _whole(p, state, episode, wider, capacity)
     return found
 
 
@@ -111,7 +114,7 @@ def imagine(lm: LM, state: WorldState, actions: Any, key: jax.Array | None = Non
     if frames is not None:
         _check_classes(frames, (*actions.shape, *cfg.port.grid), cfg, "frames")
         frames = jnp.asarray(frames)
-    state = state.replace(cache=memory.grow(state.cache, actions.shape[2]))
+    state = state.replace(cache=memory.fit(state.cache, actions.shape[2]))
     return _imagine(lm.params, state, actions, key, frames, cfg)
 
 
@@ -122,7 +125,7 @@ def plan(lm: LM, state: WorldState, planner: str | Planner, key: jax.Array | Non
     Raises AtomError for a planner that is unknown.
     """
     cfg, planner = checked(lm, None, "plan"), planners.parse(planner)
-    state = state.replace(cache=memory.grow(state.cache, planner.horizon))
+    state = state.replace(cache=memory.fit(state.cache, planner.horizon))
     return _plan(lm.params, state, jax.random.key(0) if key is None else key, planner, cfg)
 
 
@@ -209,7 +212,7 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple
 
 def forked(state: WorldState, n: int, room: int) -> WorldState:
     """n futures of every row, one beside the other, with room for so many frames each. They share what full-attention
-    layers hold (`kvcache.branch`); everything else is small, and copied."""
+    layers hold (`kvcache.branch`); everything else is copied, and small in a state that fits (`memory.fit`)."""
 
     def one(layer: Any, length_b: jax.Array, axis: int) -> Any:
         return branch.of(layer, n, room, length_b, axis) if isinstance(layer, DenseLayer) else None

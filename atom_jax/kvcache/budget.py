@@ -324,18 +324,27 @@ class BudgetLayer(Layer):
 
     def grow_singly(self, length_b: np.ndarray, more: int) -> BudgetLayer:
         """Room for `more` single tokens, of which full heads need none."""
-        n, limit = np.asarray(self.n), np.asarray(self.limit)
-        need = int(np.where(n < limit, np.minimum(n.astype(np.int64) + more, limit), n).max())
-        return self._resized(need, max(int(limit.max()), int(n.max())))
+        return self._resized(*self._needed(more))
+
+    def fit(self, length_b: np.ndarray, more: int) -> BudgetLayer:
+        """Room for `more` single tokens, without the slots in which prompts and later turns are read."""
+        return self._resized(*self._needed(more), shrink=True)
 
     def trim(self) -> BudgetLayer:
         """Slots for what is held, where the policy shrinks."""
         return self.grow_singly(None, 1) if self.policy.shrinks else self
 
-    def _resized(self, need: int, most: int) -> BudgetLayer:
-        """The same entries in at least `need` slots, and more than `most` only where that many are needed."""
+    def _needed(self, more: int) -> tuple[int, int]:
+        """Slots for `more` single tokens, and for all that single tokens leave."""
+        n, limit = np.asarray(self.n), np.asarray(self.limit)
+        need = int(np.where(n < limit, np.minimum(n.astype(np.int64) + more, limit), n).max())
+        return need, max(int(limit.max()), int(n.max()))
+
+    def _resized(self, need: int, most: int, shrink: bool = False) -> BudgetLayer:
+        """The same entries in at least `need` slots, and more than `most` only where that many are needed. shrink: in
+        fewer than now where these suffice, as for policies that shrink."""
         slots = self.k.shape[-2]
-        if self.policy.shrinks:
+        if shrink or self.policy.shrinks:
             taken = np.asarray(self.pos) >= 0
             need = max(need, int(taken.any(tuple(range(taken.ndim - 1))).nonzero()[0].max(initial=-1)) + 1)
         elif need <= slots:

@@ -152,6 +152,10 @@ class Layer:
         """As `grow`, for tokens that are read one after another."""
         return self.grow(length_b, more)
 
+    def fit(self, length_b: np.ndarray, more: int) -> Layer:
+        """As `grow_singly`; smaller where that is enough, since every copy takes as much. Runs on the host."""
+        return self.grow_singly(length_b, more)
+
     def trim(self) -> Layer:
         """The same memory no larger than what is held and some tokens more, after a prompt. Runs on the host."""
         return self
@@ -251,6 +255,12 @@ def grow(memory: Memory, more: int | Sequence[int] = 1, singly: bool = False) ->
         return _with_layers(one, node)
 
     return each(larger, memory)
+
+
+def fit(memory: Memory, more: int) -> Memory:
+    """The memory with room for `more` further tokens per row, which are read one after another, and no more than that
+    where a policy evicts: before it is copied (`rows`, `fork`). Runs on the host."""
+    return each(lambda node: _with_layers(lambda x: x.fit(np.asarray(node.length), more), node), memory)
 
 
 def trim(memory: Memory) -> Memory:

@@ -65,21 +65,6 @@ def norm(p: Tree, x: jax.Array, eps: float) -> jax.Array:
     return layer_norm(x, p["weight"], p["bias"], eps)
 
 
-def embed_spec(inputs: int, tokens: int, d: int, class_token: bool = False) -> Tree:
-    """Parameters of `embed`: patches of `inputs` numbers; positions for `tokens` tokens, the class token included."""
-    spec = {"patch": affine_spec(inputs, d), "positions": ParamSpec((tokens, d), (None, "embed"), normal(0.02))}
-    return spec | ({"class": ParamSpec((d,), ("embed",), normal(0.02))} if class_token else {})
-
-
-def embed(p: Tree, x_bpc: jax.Array) -> jax.Array:
-    """Vectors [b, t, d] of patches, after that of the class token where there is one, with what their places add."""
-    x_btd = affine(p["patch"], x_bpc)
-    if "class" in p:
-        first = jnp.broadcast_to(p["class"].astype(x_btd.dtype), (x_btd.shape[0], 1, x_btd.shape[2]))
-        x_btd = jnp.concatenate([first, x_btd], axis=1)
-    return _shifted(x_btd, p["positions"])
-
-
 def block_spec(d: int, f: int, heads: int, out_scale: float = 1.0) -> Tree:
     """Parameters of `block` of width d with `heads` heads of size d / heads and f hidden units.
 

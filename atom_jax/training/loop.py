@@ -102,7 +102,8 @@ class _Run:
                     program.setting.tokenizer.save(staging)
                 (staging / "experiment.json").write_text(json.dumps(config.to_json(exp), indent=1) + "\n")
         cfg = exp.train
-        self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first)
+        unit = program.objective.unit(exp)
+        self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first, unit=unit)
         opened.callback(self._finish)
         self.watch = Watch(cfg.max_bad_steps)
         self.validation: dict[str, float] = {}

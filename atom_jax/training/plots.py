@@ -11,9 +11,8 @@ Pages = dict[str, dict[str, dict[str, str]]]
 _PAGES: Pages = {
     "loss": {"nats per token": {"loss": ""}, "bits per byte": {"bits_per_byte": ""}},
     "optimizer": {"learning rate": {"learning_rate": ""}, "gradient norm": {"grad_norm": ""}},
-    "throughput": {"bytes per second": {"bytes_per_second": ""}, "tokens per second": {"tokens_per_second": ""}},
 }
-_BITS = "_bits_per_byte"
+_BITS, _RATE = "_bits_per_byte", "_per_second"
 
 
 def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]:
@@ -43,7 +42,9 @@ def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]
             ax.legend()
 
     stages = sum(name.startswith("bytes_per_unit_") for name in train[-1])
-    pages = _PAGES | ({"units": _units_page(stages)} if stages else {}) | (more or {})
+    rates = dict.fromkeys(name for line in train for name in line if name.endswith(_RATE)) or ["tokens_per_second"]
+    speed = {f"{name.removesuffix(_RATE)} per second": {name: ""} for name in rates}
+    pages = _PAGES | {"throughput": speed} | ({"units": _units_page(stages)} if stages else {}) | (more or {})
     # Of the models that this one is compared with.
     others = {n: n.removesuffix(_BITS) for line in validation[-1:] for n in line if n.endswith(_BITS)}
     if "bits per byte" in pages["loss"]:

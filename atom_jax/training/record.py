@@ -20,16 +20,20 @@ from atom_jax.typing import AtomError
 class Recorder:
     """Writes the metrics of a run into `workdir`. All but process 0 pass enabled=False and write nothing.
 
-    A run that continues at `step` first removes the lines of later steps.
+    A run that continues at `step` first removes the lines of later steps. unit: what the targets ("tokens" of the
+    metrics) of a second are told in, and how many of them make one.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, steps: int, log_every: int, enabled: bool):
+    def __init__(
+        self, workdir: pathlib.Path, step: int, steps: int, log_every: int, enabled: bool,
+        unit: tuple[str, int] = ("tokens", 1),
+    ):  # fmt: skip
         self._every, self._steps, self._enabled = log_every, steps, enabled
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not enabled, dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
         # Rates start with the second step: the first one compiles.
         self._clock: float | None = None
-        self._tokens = self._bytes = 0
+        self._unit, self._tokens, self._bytes = unit, 0, 0
         self._file = workdir / "metrics.jsonl"
         if enabled:
             rewind(self._file, step)
@@ -52,7 +56,8 @@ class Recorder:
         if self._tokens:
             seconds = max(time.monotonic() - self._clock, 1e-9)
             counts = {"bytes": self._bytes} if text else {}
-            rates = {name: count / seconds for name, count in (counts | {"tokens": self._tokens}).items()}
+            counts[self._unit[0]] = self._tokens / self._unit[1]
+            rates = {name: count / seconds for name, count in counts.items()}
             line += "".join(f", {rate:,.0f} {name}/s" for name, rate in rates.items())
             values |= {f"{name}_per_second": rate for name, rate in rates.items()}
         self._bar.set_postfix_str(line, refresh=False)

@@ -68,8 +68,8 @@ def begin(program: Program, data: Any) -> tuple[Any, list[str]]:
     what the objectives do; None where all are drawn. data: the rows of the run."""
     exp, places = program.setting.exp, shardings(program.state).params
     params, notes = parameters(exp, places) if exp.init_from else (None, [])
-    pieces = sum(data.get_state()["config"]["pieces"])
-    notes += remarks(exp.data, program.setting.tokenizer, pieces)
+    if program.setting.tokenizer is not None:
+        notes += remarks(exp.data, program.setting.tokenizer, sum(data.get_state()["config"]["pieces"]))
     for objective in exp.objectives:
         params, more = objective.begin(program.setting, params, places, data)
         notes += more

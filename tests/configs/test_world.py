@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from atom_jax import config, params
-from atom_jax.data.packing import described
 from atom_jax.models import registry
 from atom_jax.sharding import make_mesh
 from atom_jax.training import optim
@@ -29,7 +28,8 @@ def test_variant_is_complete(name):
         stage.objective.check(stage)
         optim.make(stage.optim, spec, stage.train.steps)
         # All the ways to lose are traced.
-        batch, setting = stage.objective.batch(described(stage.data)), Setting(stage, make_mesh(), None)
+        setting = Setting(stage, make_mesh(), None)
+        batch = stage.objective.batch(stage.objective.described(setting))
         sums = jax.eval_shape(lambda p, b, s=setting: s.exp.objective.judge(p, b, setting=s), abstract, batch)
         assert sums.bytes is None and "local" in sums.learned
 

@@ -10,6 +10,7 @@ import pytest
 import atom_jax
 from atom_jax import params
 from atom_jax.inference import imagine as lib
+from atom_jax.kvcache import memory, policies
 from atom_jax.models import hnet, registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.examples import examples
@@ -126,6 +127,31 @@ def test_nothing_is_compiled_again(lm, actions):
     found = plan(7)
     assert [f._cache_size() for f in (lib._observe, lib._plan)] == sizes
     assert found.actions.shape == (B, 3) and {"main_steps", "main_steps_imagined"} <= set(found.stats)
+
+
+def test_units_beyond_the_room_for_them_are_not_lost():
+    lm = model("surprise")
+    lm.params["stage0"]["rule"]["tau"] = jnp.float32(-1)  # every frame is more than that
+    tight = dataclasses.replace(lm.config, chunking=(dataclasses.replace(lm.config.chunking[0], capacity=0.5),))
+    assert lib.per_stage(12, tight.chunking)[1] < 11
+    state = atom_jax.observe(LM(tight, lm.params, None), frames(6, t=12))
+    assert state.units.tolist() == [11] * B and state.cache.parts.inside.length.tolist() == [11] * B
+
+
+def test_futures_copy_what_a_policy_holds(actions):
+    lm = registry.with_memory(model("surprise"), policies.parse("tova:budget=3"))
+    slots = lambda state: memory.layers(state.cache.parts.inside)[0].k.shape[-2]  # noqa: E731
+    fitted = lambda state: state.replace(cache=memory.fit(state.cache, H))  # noqa: E731
+    state = atom_jax.observe(lm, frames(6, t=40))
+    assert int(state.units.min()) > 8 and slots(state) == slots(fitted(state)) == 3
+    on = atom_jax.observe(lm, frames(7, t=8), state)
+    held = int(memory.use(on.cache.parts.inside)[0].max())
+    room = on.replace(cache=memory.grow(on.cache, 160))
+    assert 3 < held <= slots(fitted(room)) < 12 < 160 < slots(room)
+    many, few = (jax.eval_shape(lambda s: lib.forked(s, 50, H), s) for s in (room, fitted(room)))
+    assert params.nbytes(many.cache.parts.inside) > 10 * params.nbytes(few.cache.parts.inside)
+    wide = lib._imagine(lm.params, room, jnp.asarray(actions), None, None, lm.config)
+    close(atom_jax.imagine(lm, on, actions), wide)
 
 
 def test_tree_search_goes_with_rows_that_are_gathered(lm):

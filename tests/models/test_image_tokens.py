@@ -24,7 +24,7 @@ from atom_jax.models.image_tokens import (
     rounds,
 )
 from atom_jax.nn import vit
-from atom_jax.nn.attention import mask
+from atom_jax.nn.attention import Tokens, mask
 from atom_jax.typing import AtomError
 from tests.models import tiny_images
 
@@ -74,11 +74,27 @@ def test_dropped_vectors_and_masks_are_flextoks(flextok):
         z, keep = jnp.asarray(flextok[f"drop.in{i}"]), lengths.first(jnp.full(2, int(k)), 8)
         out = forward.replaced(z, keep, jnp.asarray(flextok["drop.mask_token"]))
         np.testing.assert_array_equal(out, flextok[f"drop.out{i}"])
-    # Two images of one row there, with 5 and 3 registers.
-    for start, r in ((0, 5), (14, 3)):
-        place = forward.places(9, (1, r), None, causal=True)
-        theirs = flextok["mask.prefix"][start : start + 9 + r, start : start + 9 + r]
-        np.testing.assert_array_equal(mask(place, place, None)[0], theirs.astype(bool))
+    # Two images of one row there, with 5 and 3 registers, then padding, which none sees.
+    one, two = (forward.places(9, (1, r), None, causal=True).positions for r in (5, 3))
+    positions = jnp.concatenate([one, two, jnp.zeros((1, 6), jnp.int32)], axis=1)
+    place = Tokens(positions, jnp.asarray(flextok["mask.ids"])[None])
+    real = flextok["mask.ids"] >= 0
+    np.testing.assert_array_equal(mask(place, place, None)[0] & real[:, None], flextok["mask.prefix"].astype(bool))
+
+
+def test_the_first_tokens_have_the_first_places_as_in_flextok(flextok):
+    cfg = ImageTokensConfig(size=8, registers=16, d_model=6, d_ff=8, n_heads=2, decoder_layers=1)
+    p = params.init(jax.random.key(0), image_tokens.spec(cfg))["decoder"]
+    z, keep = jax.random.normal(jax.random.key(1), (1, 5, cfg.quantiser.width)), jnp.ones((1, 5), bool)
+
+    @jax.jit
+    def both(p, z):
+        tables = flextok["reg.table"], flextok["reg.nested5"][0], flextok["reg.table"][5:10]
+        return [image_tokens.decode({"decoder": p | {"registers": jnp.asarray(x)}}, z, keep, cfg) for x in tables]
+
+    whole, first, others = both(p, z)
+    np.testing.assert_array_equal(whole, first)
+    assert (whole != others).any()
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +133,42 @@ def test_rounds_are_alits(alit):
         image = vit.unpatched(jnp.asarray(image).reshape(2, 32, -1), 4, 8, 64)
         image = np.asarray(image) + w["w.base_tokenizer.dec.bias"]
         np.testing.assert_allclose(image.transpose(0, 3, 1, 2), w[f"it{i}.reconstructed_imgs_{i}"], atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def alit_learns(p, x, draws_nbp, ids, codes, *, cfg):
+    """The official loss, its parts by name and round, and gradients: cross-entropy of the base's codes, weighted by
+    rounds; the squared error of their mean; and the quantiser's."""
+
+    def loss(p):
+        _, logits, quantisation = alit_rounds(p, x, draws_nbp, ids, cfg=cfg)
+        logp = jax.nn.log_softmax(logits)
+        right = jnp.take_along_axis(logp, jnp.broadcast_to(ids, logp.shape[:3])[..., None], axis=-1)[..., 0]
+        nll = -jnp.mean(right, axis=(1, 2))
+        code = jnp.mean(jnp.square(jnp.exp(logp) @ codes - codes[ids][None]), axis=(1, 2, 3))
+        total = jnp.sum(jnp.array(cfg.length.weights[:3]) * nll + code + quantisation)
+        return total, {"nll": nll, "code": code, "quantization": quantisation}
+
+    return jax.value_and_grad(loss, has_aux=True)(p)
+
+
+def test_rounds_learn_as_alits(alit):
+    w, cfg, p = alit
     draws = jnp.stack([w[f"train.drop{i}"] for i in range(3)])
-    _, logits, losses = alit_rounds(p, x, draws, ids, cfg=cfg)
-    for i in range(3):
-        error = jnp.mean(jnp.square(jax.nn.softmax(logits[i]) @ codes - codes[w["base.ids"]]))
-        np.testing.assert_allclose(error, w[f"train.code_loss_{i}"], atol=1e-5)
-        np.testing.assert_allclose(losses[i], w[f"train.quantization_loss_{i}"], atol=1e-5)
+    codes = jnp.asarray(w["w.base_tokenizer.emb.weight"])
+    (loss, parts), g = alit_learns(p, tiny_images.inputs(w), draws, jnp.asarray(w["base.ids"]), codes, cfg=cfg)
+    for name, found in parts.items():
+        np.testing.assert_allclose(found, [w[f"train.{name}_loss_{i}"] for i in range(3)], atol=1e-5)
+    np.testing.assert_allclose(loss, w["train.loss"], rtol=1e-6)
+    encoder, down = g["encoder"], g["decoder"]["down"]["w"]
+    theirs = {
+        "decoder.ffn.2.weight": down.T, "pre_quantizer_mlp.weight": encoder["outlet"]["w"].T,
+        "encoder.transformer.0.attn.in_proj_weight": encoder["blocks"]["qkv"][0].reshape(24, 72).T,
+        "latent_tokens": encoder["registers"], "timestep_embedding": encoder["rounds"],
+        "quantize.embedding.weight": g["quantiser"]["codebook"],
+    }  # fmt: skip
+    for name, found in theirs.items():
+        np.testing.assert_allclose(found, w[f"g.{name}"], atol=1e-5)
 
 
 @pytest.mark.parametrize("registers", [16, 48])
@@ -132,12 +178,18 @@ def test_halting_is_karls_with_every_row_by_its_own_mask(golden, registers):
     cfg = ImageTokensConfig(size=64, registers=registers, d_model=24, n_heads=2, mask="full", quantiser=VQ(32, 6),
                             length=length)  # fmt: skip
     p, x = tiny_images.karl(w, registers), tiny_images.inputs(w)
-    once = jax.jit(lambda p, x, bins: length.once(p, x, bins, cfg))
+
+    @jax.jit
+    def once(p, x, bins):
+        x_brd = forward.states(p, x, cfg, None, p["encoder"]["bins"][bins])
+        return length.once(p, x, bins, cfg), forward.latents(p, x_brd, cfg)
+
     for error in ("0.03", "0.2"):
         theirs = {k.rpartition(".")[2]: v for k, v in w.items() if k.startswith(f"T{registers}_e{error}.")}
         bins = length.bin_of(jnp.full(2, float(error)))
         np.testing.assert_allclose(np.array(length.bins)[bins], theirs["bin"][:, 0, 0], atol=1e-6)
-        one = once(p, x, bins)
+        one, z = once(p, x, bins)
+        np.testing.assert_allclose(z, theirs["factorized"], atol=1e-5)
         np.testing.assert_allclose(jax.nn.sigmoid(one.halt), theirs["halt_prob"], atol=1e-5)
         np.testing.assert_array_equal(one.found.index, theirs["codes"])
         np.testing.assert_allclose(one.patches, theirs["logits_rows_alone"], atol=1e-5)

@@ -10,7 +10,7 @@ EPS = 1e-6
 
 
 def parameters(w):
-    """Parameters of `vit.embed` and of `vit.blocks`."""
+    """Parameters of `embed` and of `vit.blocks`."""
     patch = w["w.patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(-1, 24)
     embed = {
         "patch": {"w": patch, "b": w["w.patch_embed.proj.bias"]},
@@ -19,6 +19,13 @@ def parameters(w):
     }
     layers = jax.tree.map(lambda *x: jnp.stack(x), *(_layer(w, i) for i in range(4)))
     return jax.tree.map(jnp.asarray, embed), layers
+
+
+def embed(p, image):
+    """Patches of an image [b, 16, 16, 3] after the class token, in their places."""
+    x = vit.affine(p["patch"], vit.patches(image, 2))
+    x = jnp.concatenate([jnp.broadcast_to(p["class"], (len(x), 1, 24)), x], axis=1)
+    return x + jnp.broadcast_to(p["positions"], x.shape)
 
 
 def logits(w, x):

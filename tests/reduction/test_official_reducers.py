@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from atom_jax import reduction
-from atom_jax.nn import vit
 from atom_jax.reduction import globalcom2, tome
 from atom_jax.reduction.blocks import blocks
 from atom_jax.reduction.globalcom2 import GlobalCom2
@@ -95,7 +94,7 @@ def test_a_vision_transformer_with_merging_is_theirs(golden, merging, name, infl
 
     @jax.jit
     def run(embed, layers, image):
-        x = vit.embed(embed, vit.patches(image, 2))
+        x = timm_vit.embed(embed, image)
         return blocks(layers, x, reducers, timm_vit.EPS, protected=1, proportional=proportional)
 
     found = run(*timm_vit.parameters(w), jnp.asarray(w["image"]).transpose(0, 2, 3, 1))
@@ -124,6 +123,8 @@ def test_globalcom2_keeps_theirs(pruning, name, crops):
     np.testing.assert_allclose(scales(official, thumbnail)[0], n["scales"], atol=1e-6)
     np.testing.assert_allclose(scales(ours, thumbnail)[0], n["scales_t005"], atol=1e-6)
     score = np.asarray(scores(official, n["local"][None], thumbnail, grid)[0])
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(score, unit(n["local"]) + unit(n["global"]), atol=1e-5)
     expected = np.zeros(score.shape, bool)
     for i, one in enumerate(score):
         kept = n[f"kept{i}"]

@@ -1,9 +1,10 @@
 import json
 import math
+import types
 
 import pytest
 
-from atom_jax.training import plots
+from atom_jax.training import plots, record
 from atom_jax.training.record import Recorder, read, rewind
 from atom_jax.training.watch import WINDOW, Watch
 from atom_jax.typing import AtomError
@@ -30,6 +31,20 @@ def test_a_run_cut_off_and_continued_has_every_line_once(tmp_path):
     lines = read(tmp_path / "metrics.jsonl")
     assert [(x["step"], x["kind"]) for x in lines] == [(n, "train") for n in (2, 4, 6, 8, 10)] + [(10, "validation")]
     assert lines[1]["loss"] == 0.25 and "tokens_per_second" in lines[1]
+
+
+def test_speed_is_told_in_what_is_read(tmp_path, monkeypatch, capsys):
+    now = iter(range(100))
+    monkeypatch.setattr(record, "time", types.SimpleNamespace(monotonic=lambda: float(next(now))))
+    recorder = Recorder(tmp_path, 0, 2, 1, enabled=True, unit=("images", 16))
+    for step in (1, 2):
+        recorder.step(step, {"loss": 1.0, "tokens": 64})
+    recorder.close()
+    first, second = read(tmp_path / "metrics.jsonl")
+    assert second["images_per_second"] == 64 / 16 and not {"tokens_per_second", "images_per_second"} & first.keys()
+    assert "images/s" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert [f.name for f in plots.draw(tmp_path)] == ["loss.png", "optimizer.png", "throughput.png"]
 
 
 def test_nan_is_null(tmp_path):

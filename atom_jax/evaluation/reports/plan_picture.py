@@ -41,21 +41,40 @@ def draw(panels: dict[str, list[Point]], path: str | os.PathLike) -> None:
 
 
 def _panel(ax: Any, points: list[Point], color: dict[str, Any]) -> None:
-    most = 1.0
+    lines: dict[float, list[str]] = {}
     for point in points:
         if point.main_steps is None:
+            lines.setdefault(round(point.success, 2), []).append(point.name)
             ax.axhline(point.success, color="grey", linewidth=1, linestyle="--")
-            place = {"ha": "right", "va": "bottom", "transform": ax.get_yaxis_transform()}
-            ax.text(0.99, point.success, point.name, fontsize=8, color="grey", **place)
             continue
-        most = max(most, point.main_steps)
         error = [[max(0.0, point.success - point.low)], [max(0.0, point.high - point.success)]]
         ax.errorbar(point.main_steps, point.success, yerr=error, fmt="o", capsize=2, color=color[point.name])
-        ax.annotate(
-            point.name, (point.main_steps, point.success), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+    for success, names in lines.items():
+        place = {"ha": "left", "va": "bottom", "transform": ax.get_yaxis_transform()}
+        ax.text(0.01, success, ", ".join(names), fontsize=8, color="grey", **place)
+    found = [point for point in points if point.main_steps is not None]
+    for point, y in zip(found, _apart(found)):
+        # Beside the point: on the left of those that took many steps.
+        many = point.main_steps > 30
+        x = point.main_steps / 1.25 if many else point.main_steps * 1.2 + 0.08
+        place = {"ha": "right" if many else "left", "va": "center"}
+        ax.text(x, y, point.name, fontsize=8, color=color[point.name], **place)
     ax.set_xscale("symlog", linthresh=1)
     ax.xaxis.set_major_formatter("{x:g}")
-    # Room on the right for the names.
-    ax.set(xlabel="steps of the main network per decision", xlim=(-0.2, 5 * most), ylim=(0, 1.02))
+    most = max((point.main_steps for point in found), default=1.0)
+    ax.set(xlabel="steps of the main network per decision", xlim=(-0.2, 2 * max(most, 1.0)), ylim=(0, 1.02))
     ax.grid(alpha=0.25)
+
+
+def _apart(points: list[Point], gap: float = 0.035) -> list[float]:
+    """Heights of the names of points, so that those of points at nearly the same place don't cover each other."""
+    heights = [point.success for point in points]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i].main_steps):
+        near = groups and points[i].main_steps < 2 * points[groups[-1][-1]].main_steps + 0.5
+        groups[-1].append(i) if near else groups.append([i])
+    for group in groups:
+        top = 1.0 + gap
+        for i in sorted(group, key=lambda i: -points[i].success):
+            top = heights[i] = min(heights[i], top - gap)
+    return heights

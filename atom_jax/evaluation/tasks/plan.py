@@ -72,8 +72,9 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     Per episode: main_steps_watch, frames of the watch at which the main network ran; main_steps_decision, runs per
     future at its first step, whose frame is real; main_steps_imagined, per future at all others (what `mpc` reads
     between its plans is in none of them); units held at the decision, and read by a query there; bytes of the
-    model's memory. seconds_watch, seconds: of the watch, and of the decision with what is played, all episodes at
-    once, compiled before. episodes_of, units_of: the same of each episode.
+    model's memory, and bytes_future, of what one more future needs. seconds_watch, seconds: of the watch, and of the
+    decision with what is played, all episodes at once, compiled before. episodes_of, units_of: the same of each
+    episode.
     Raises AtomError for an unknown world or planner, and for one of another kind than the model's.
     """
     env, length = world_of(settings)
@@ -83,7 +84,10 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     seconds, state = _timed(lambda: imagine.observe(lm, episode))
     turns = -(-planner.horizon // planner.played) * planner.played
     held, read = (np.asarray(x) for x in memory.use(state.cache.parts.inside))
-    room = state.replace(cache=memory.grow(state.cache, turns + planner.horizon))
+    fitted = memory.fit(state.cache, turns + planner.horizon)
+    # Frames are imagined one after another; those that were played are read at once, where plans follow.
+    replans = planner.played < planner.horizon
+    room = state.replace(cache=memory.grow(fitted, turns + 1) if replans else fitted)
     arguments = lm.params, room, last, jax.random.fold_in(key, 1)
     took, (acted, ends) = _timed(lambda: _play(*arguments, env, planner, cfg))
     known, _ = _simulated(last, jax.random.fold_in(key, 1), env, planner, cfg.gamma)
@@ -92,6 +96,7 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     futures = b * float(np.sum(acted["futures"]))
     can = known if not isinstance(env, Watch) else _reachable(last, env, turns)
     units = np.asarray(state.units)
+    forks = [jax.eval_shape(lambda s, n=n: imagine.forked(s, n, planner.horizon).cache, room) for n in (1, 2)]
     return {
         "success": float(success.mean()), "interval": interval(float(success.mean()), b),
         "wrong": float(wrong.mean()), "ceiling": float(can.mean()), "simulator": float(known.mean()),
@@ -99,7 +104,8 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
         "main_steps_watch": float(units.mean()), "main_steps_decision": float(decision) / futures,
         "main_steps_imagined": float(imagined) / futures, "units": float(held.mean()),
         "frames": length, "futures": futures / b, "horizon": planner.horizon,
-        "bytes": nbytes(state.cache) / b, "read": float(read.mean()),
+        "bytes": nbytes(state.cache) / b, "bytes_future": (nbytes(forks[1]) - nbytes(forks[0])) / b,
+        "read": float(read.mean()),
         "seconds_watch": seconds, "seconds": took,
         "episodes_of": {"success": success.tolist(), "wrong": wrong.tolist(), "ceiling": can.tolist()},
         "units_of": units.tolist(),
@@ -161,6 +167,8 @@ def _play(
         return imagine.futures(p, mind, planner.horizon, cfg)
 
     def notice(mind: WorldState, actions: jax.Array, led: Any) -> WorldState:
+        if planner.played == planner.horizon:  # nothing is planned after the only turn
+            return mind
         return imagine.read(p, mind, imagine.after(mind, actions, led.obs), imagine.roomy(cfg))[0]
 
     done = play(env, planner, key, last, imagine.settled(state), think, notice)

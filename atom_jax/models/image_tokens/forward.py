@@ -29,7 +29,8 @@ def states(
       front_bd: one more vector that all see.
     """
     e = p["encoder"]
-    x_bpd = vit.embed(e, x_bpc.astype(cfg.dtype))
+    x_bpd = vit.affine(e["patch"], x_bpc.astype(cfg.dtype))
+    x_bpd = x_bpd + jnp.broadcast_to(e["positions"].astype(x_bpd.dtype), x_bpd.shape)
     b, r = x_bpd.shape[0], e["registers"].shape[0]
     registers = jnp.broadcast_to(e["registers"].astype(x_bpd.dtype), (b, *e["registers"].shape))
     if "told" in e:

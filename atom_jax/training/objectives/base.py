@@ -97,6 +97,10 @@ class Objective:
         names = (f.name for f in dataclasses.fields(Batch))
         return Batch(**{name: rows[name] for name in names if name in rows})
 
+    def unit(self, exp: Any) -> tuple[str, int]:
+        """What a run's speed is told in, and how many targets (`Sums.tokens`) make one of it."""
+        return "tokens" if self.reads == TEXTS else self.reads, 1
+
     def counts(self, batch: Any, setting: Setting) -> Any:
         """Whatever the means in the loss are divided by, as far as a batch alone says it."""
         return None

@@ -14,6 +14,8 @@ from atom_jax import config
 from atom_jax.chunking.rules import surprise
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import envs, numbered
+from atom_jax.data.config import DataConfig
+from atom_jax.data.pipeline import row_numbers
 from atom_jax.models import world
 from atom_jax.models.hnet import ports
 from atom_jax.models.world import WorldConfig
@@ -95,6 +97,14 @@ class Foresee(Objective):
         rule_p = stage["rule"] | {"tau": jax.device_put(tau, places["stage0"]["rule"]["tau"])}
         params = params | {"stage0": stage | {"rule": rule_p}}
         return params, [f"a unit starts above {float(tau):.3g} nats, for {rule.target:g} frames per unit"]
+
+    def rows(self, setting: Setting, cfg: DataConfig, index: int, count: int) -> numbered.NumberedRows:
+        """Numbers of episodes."""
+        return numbered.NumberedRows(cfg, row_numbers(cfg, index, count))
+
+    def described(self, setting: Setting) -> Rows:
+        """See Objective."""
+        return numbered.described(setting.exp.data, setting.exp.data.batch_size)
 
     def batch(self, rows: Rows) -> Numbers:
         """Which episodes."""

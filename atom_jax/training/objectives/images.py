@@ -67,6 +67,10 @@ class Images(Objective):
         """A row is an image."""
         return Pixels(rows["ids"], rows["segments"] > 0)
 
+    def unit(self, exp: Any) -> tuple[str, int]:
+        """Images, whose pixels are the targets."""
+        return self.reads, exp.model.max_length
+
     def loss(self, params: Any, batch: Pixels, key: Any, step: Any, *, setting: Setting, counts: Any = None) -> Sums:
         """See above. learned: tokens, a mean over the images."""
         cfg = setting.exp.model

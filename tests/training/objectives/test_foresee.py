@@ -12,16 +12,20 @@ from atom_jax.chunking.rules import surprise
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import numbered
 from atom_jax.data.config import DataConfig
-from atom_jax.data.pipeline import make_iterator
 from atom_jax.training import loop, start
+from atom_jax.training.record import read
 from atom_jax.typing import AtomError
 from configs import world
 
 DATA = DataConfig(sources=("env:watch",), seq_len=14, batch_size=4)
 
 
+def rows(cfg, index=0, count=1):
+    return world.FORESEE.rows(None, cfg, index, count)
+
+
 def test_rows_are_numbered_on_from_where_they_were():
-    data = make_iterator(DATA, None)
+    data = rows(DATA)
     first, second = next(data), next(data)
     assert first["number"].tolist() == [1, 2, 3, 4] and second["number"].tolist() == [5, 6, 7, 8]
     assert not first["loss_mask"][:, -1].any() and first["loss_mask"][:, :-1].all()
@@ -29,9 +33,9 @@ def test_rows_are_numbered_on_from_where_they_were():
     third = next(data)
     data.set_state(state)
     assert next(data)["number"].tolist() == third["number"].tolist()
-    halves = [next(make_iterator(DATA, None, i, 2))["number"].tolist() for i in (0, 1)]
+    halves = [next(rows(DATA, i, 2))["number"].tolist() for i in (0, 1)]
     assert halves == [[1, 2], [3, 4]]
-    other = make_iterator(dataclasses.replace(DATA, sources=("env:watch:least=4",)), None)
+    other = rows(dataclasses.replace(DATA, sources=("env:watch:least=4",)))
     with pytest.raises(AtomError, match=r"data\.sources or their sizes have changed"):
         other.set_state(state)
     assert numbered.stream(DATA) != numbered.stream(DATA.held_out("validation", 4))
@@ -76,6 +80,8 @@ def test_a_run_finds_its_threshold_and_is_loaded(tmp_path):
     exp = config.override(exp, [*steps, *(f"first.{s}" for s in steps)])
     result = loop.fit(exp, tmp_path / "run")
     assert 1.0 < result.validation["frames_per_unit_0"] < 14.0 and "bits_per_byte" not in result.validation
+    said = {line["kind"]: line for line in read(tmp_path / "run" / "metrics.jsonl")}["train"]
+    assert said["frames_per_second"] > 0 and "tokens_per_second" not in said
     lm = atom_jax.load(tmp_path / "run")
     assert lm.tokenizer is None and lm.config == exp.model and lm.family == "world"
     before, tau = atom_jax.load(tmp_path / "run" / "first"), lm.params["stage0"]["rule"]["tau"]
