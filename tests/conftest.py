@@ -84,6 +84,18 @@ def scanned():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs use the first device alone, which compiles in a fraction of the time. For tests of what doesn't depend on
+    how many there are."""
+    from atom_jax import sharding
+
+    whole = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda cfg: whole(cfg, jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def keys_used_once(request: pytest.FixtureRequest):
     """In KEYS, a random key that is used twice is an error."""

@@ -40,7 +40,7 @@ def experiment(source, *settings):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
+def whole(source, tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, loop.fit(experiment(source), workdir)
 
