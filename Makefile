@@ -12,7 +12,7 @@ TARGETS ?= v5e,v5p,v6e,h100
   emoji chats reason bench bench-kv bench-transplant aot clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.installed-core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -39,19 +39,18 @@ import atom_jax
 from atom_jax import config
 from atom_jax.checkpoint.store import has_begun
 from atom_jax.evaluation import cache
-from atom_jax.evaluation.reports import plan_picture
-from atom_jax.evaluation.reports.plan_picture import Point
-from atom_jax.evaluation.tasks.plan import PlanSettings, interval, planned
+from atom_jax.evaluation.tasks.plan import PlanSettings, planned
 from atom_jax.fields import read_json
+from atom_jax.inference import planners
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.models.flops import matrices
 from atom_jax.training import loop, record
 from atom_jax.training.config import Experiment
 from atom_jax.typing import LM, AtomError
-from benchmarks import machine, world_targets
+from benchmarks import machine, world_tables, world_targets
+from benchmarks.world_tables import KNOWN
 
-KNOWN = ("watch", "watch_every", "watch_fixed", "watch_cosine", "watch_change", "watch_local")
 VARIANTS = flags.DEFINE_list("variants", list(KNOWN[:3]), f"Variants of configs/world.py: {', '.join(KNOWN)}.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each.", lower_bound=1)
 EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes per length.", lower_bound=1)
@@ -96,7 +95,7 @@ def settings(length: int) -> PlanSettings:
 def measure(name: str, lm: LM, folder: pathlib.Path) -> list[dict[str, Any]]:
     """What plans bring after watches of every length, measured where that has not been done under this name."""
     rows = []
-    for length in map(int, LENGTHS.value):
+    for length in world_tables.lengths(LENGTHS.value):
         asked, file = settings(length), folder / f"plan-{name}-{length}.json"
         kept = read_json(file) if file.exists() else {}
         if kept.get("settings") != config.to_json(asked) or "bytes_future" not in kept:
@@ -132,10 +131,11 @@ def rivals(lm: LM, entries: int) -> dict[str, LM]:
 
 def run(workdir: pathlib.Path) -> dict[str, Any]:
     """All results: for every name, a list over seeds of lists over lengths."""
-    found: dict[str, Any] = {"machine": machine.describe(), "lengths": list(map(int, LENGTHS.value))}
+    found: dict[str, Any] = {"machine": machine.describe(), "lengths": world_tables.lengths(LENGTHS.value)}
     found |= {"episodes": EPISODES.value, "train_seconds": {}, "secret_right": {}, "rows": {}}
-    total, number = len(VARIANTS.value) * SEEDS.value, 0
-    for variant in VARIANTS.value:
+    variants, number = world_tables.variants(VARIANTS.value), 0
+    total = len(variants) * SEEDS.value
+    for variant in variants:
         for seed in range(SEEDS.value):
             number += 1
             print(f"[{number}/{total}] {variant}, seed {seed}", file=sys.stderr, flush=True)
@@ -158,79 +158,18 @@ def run(workdir: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-COLUMNS = {
-    "success": lambda rows: f"{mean(rows, 'success'):.2f} ({' '.join(each(rows, 'success'))})",
-    "wrong": lambda rows: f"{mean(rows, 'wrong'):.2f}",
-    "watch": lambda rows: f"{mean(rows, 'main_steps_watch'):.1f}",
-    "first": lambda rows: f"{mean(rows, 'main_steps_decision'):.2f}",
-    "future": lambda rows: f"{mean(rows, 'main_steps_imagined'):.2f}",
-    "entries": lambda rows: f"{mean(rows, 'units'):.1f}",
-    "kB": lambda rows: f"{mean(rows, 'bytes') / 1e3:.0f} + {mean(rows, 'bytes_future') / 1e3:.1f}",
-    "Mflop": lambda rows: f"{mean(rows, 'mflop'):.0f}",
-    "seconds": lambda rows: f"{mean(rows, 'seconds'):.1f}",
-}
-
-
-def each(rows: list[dict[str, Any]], name: str) -> list[str]:
-    """Of every seed."""
-    return [f"{row[name]:.2f}" for row in rows]
-
-
-def mean(rows: list[dict[str, Any]], name: str) -> float:
-    """Over seeds."""
-    return float(np.mean([row[name] for row in rows]))
-
-
-def table(found: dict[str, Any]) -> str:
-    """The results in Markdown, a part for each length."""
-    parts, every = [], found["rows"].get("watch_every")
-    for i, length in enumerate(found["lengths"]):
-        any_rows = [rows[i] for rows in next(iter(found["rows"].values()))]
-        known = ", ".join(f"{name} {mean(any_rows, name):.2f}" for name in ("ceiling", "simulator", "random"))
-        lines = [f"Watches of {length} frames; {known}:", "", f"| variant | {' | '.join(COLUMNS)} | train |"]
-        lines.append("|---" * (len(COLUMNS) + 2) + "|")
-        for name, seeds in found["rows"].items():
-            cells = {column: cell([rows[i] for rows in seeds]) for column, cell in COLUMNS.items()}
-            if every is not None:
-                share = mean([rows[i] for rows in seeds], "units") / mean([rows[i] for rows in every], "units")
-                cells["entries"] += f" ({share:.2f})"
-            took = [s for s in found["train_seconds"].get(name, []) if s is not None]
-            cells["train"] = f"{np.mean(took):.0f}" if took else ""
-            lines.append(f"| {name} | {' | '.join(cells.values())} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def draw(found: dict[str, Any], path: str) -> None:
-    """Success over the main network's steps per decision: those of the watch, and of all imagined futures."""
-    panels = {}
-    for i, length in enumerate(found["lengths"]):
-        points = []
-        for name, seeds in found["rows"].items():
-            rows = [row[i] for row in seeds]
-            success, n = mean(rows, "success"), found["episodes"] * len(rows)
-            inside = mean(rows, "main_steps_decision") + mean(rows, "main_steps_imagined")
-            steps = mean(rows, "main_steps_watch") + mean(rows, "futures") * inside
-            points.append(Point(name.removeprefix("watch_"), steps, success, *interval(success, n)))
-        first = [row[i] for row in next(iter(found["rows"].values()))]
-        points += [Point(name, None, mean(first, name), 0.0, 0.0) for name in ("ceiling", "simulator", "random")]
-        panels[f"watches of {length} frames"] = points
-    plan_picture.draw(panels, path)
-
-
 def main(argv: list[str]) -> None:
     """Prints bad input as one sentence, with exit code 1."""
     try:
         if len(argv) > 1:
             raise AtomError(f"unexpected argument {argv[1]!r}")
-        if unknown := [v for v in VARIANTS.value if v not in KNOWN]:
-            raise AtomError(f"--variants: {unknown[0]} is none of {', '.join(KNOWN)}")
+        planners.parse(PLANNER.value)  # before anything is trained
         workdir = pathlib.Path(WORKDIR.value)
         found = run(workdir)
-        print(table(found))
+        print(world_tables.table(found))
         print(f"\n{world_targets.table(world_targets.targets(found))}")
         if PICTURE.value:
-            draw(found, PICTURE.value)
+            world_tables.draw(found, PICTURE.value)
         print(json.dumps({"machine": found["machine"]}), file=sys.stderr)
     except AtomError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -55,7 +55,7 @@ def transplant(
     if target_vectors is None and texts is not None:
         target_vectors = vectors.from_text(tokenizer, texts)
     config.in_range("untrained", untrained, float, 0, 0.5)
-    table = None if donor is None else _donor(donor, tokenizer)
+    table = None if donor is None else donor_table(donor, tokenizer)
     if isinstance(method, FromHypernet) and method.path:
         hypernet = hypernets.load(method.path)
     aux = Aux(table, source_vectors, target_vectors, embed, hypernet)
@@ -73,8 +73,9 @@ def find_tokenizer(name: str | os.PathLike) -> Any:
     return found.with_special({f"{role}_token": view.special[i] for role, i in view.roles.items() if role != "eot"})
 
 
-def _donor(donor: Any, tokenizer: Any) -> np.ndarray:
-    """The table f32 [ids, n, e] of a model that has this tokenizer."""
+def donor_table(donor: Any, tokenizer: Any) -> np.ndarray:
+    """The table f32 [ids, n, e] of a model, or of what `atom_jax.load` takes. Raises AtomError for one without such a
+    table, or with another tokenizer than this."""
     donor = donor if isinstance(donor, LM) else checkpoint.load(donor)
     if "embed" not in donor.params:
         raise AtomError(f"donor: a {donor.family} has no table of subwords")

@@ -103,7 +103,7 @@ class Program:
         return jax.device_put(batch, self.rows)
 
     def read(self, cfg: DataConfig) -> Any:
-        """The endless rows of this process of some data, a `data.pipeline.PackedRows`."""
+        """The endless rows of this process of some data (`Objective.rows`)."""
         index, count = sharding.row_share(self.setting.mesh, jax.process_index())
         return self.objective.rows(self.setting, cfg, index, count)
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 from PIL import Image
 
-from benchmarks import world, world_targets
+from atom_jax.typing import AtomError
+from benchmarks import world_tables, world_targets
 
 ROW = {
     "success": 0.9, "interval": [0.85, 0.93], "wrong": 0.05, "ceiling": 0.95, "simulator": 0.94, "random": 0.2,
@@ -85,11 +86,25 @@ def test_what_was_not_measured_is_said():
 
 
 def test_table_and_picture(tmp_path):
-    lines = world.table(FOUND).splitlines()
-    assert lines[0] == "Watches of 40 frames; ceiling 0.95, simulator 0.94, random 0.20:"
+    lines = world_tables.table(FOUND).splitlines()
+    assert lines[0] == "Watches of 40 frames; ceiling 0.950, simulator 0.940, random 0.200:"
     assert any(
-        line.startswith("| watch | 0.90 (0.90 0.90) |") and "| 4.0 (0.10) | 30 + 1.0 |" in line for line in lines
+        line.startswith("| watch | 0.900 (0.900 0.900) |") and "| 4.0 (0.10) | 30 + 1.0 |" in line for line in lines
     )
     path = tmp_path / "plan.png"
-    world.draw(FOUND, str(path))
+    world_tables.draw(FOUND, str(path))
     assert Image.open(path).size[0] > 100
+
+
+@pytest.mark.parametrize("texts", [["40", "long"], [], ["2"], ["-40"]])
+def test_lengths_are_numbers_of_frames(texts):
+    assert world_tables.lengths(["160", "40"]) == [160, 40]
+    with pytest.raises(AtomError, match=f"--lengths={','.join(texts)}: expected frames of at least 3"):
+        world_tables.lengths(texts)
+
+
+@pytest.mark.parametrize("names", [[], ["watch", "every"]])
+def test_variants_take_part_once_and_watch_first(names):
+    assert world_tables.variants(["watch_every", "watch", "watch"]) == ["watch", "watch_every"]
+    with pytest.raises(AtomError, match=r"--variants: '(every)?' is none of watch,"):
+        world_tables.variants(names)

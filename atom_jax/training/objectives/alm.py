@@ -72,7 +72,7 @@ class Alm(Objective):
 
     The teacher lies beside the model as "source", which optim.groups must freeze. Where the student learns by LoRA
     alone, its layers without it are the teacher's, which has its own tables only. With `how.merge` or `latent`, the
-    parts of `optim.accumulate` have means of their own, which count by their chunks.
+    parts of `optim.accumulate` have means (and a balance) of their own, which count by their chunks.
     """
 
     source: str = ""
@@ -175,7 +175,8 @@ class Alm(Objective):
         if self.balance:
             fixed, at = jax.lax.stop_gradient((params, x_btd))
             losses = lambda x: _mean(of_chunks(fixed, x)[0]), lambda x: _mean(of_states(x))
-            lengths = [jnp.linalg.norm(jax.grad(loss)(at).astype(jnp.float32).ravel()) for loss in losses]
+            # Not flattened, which would gather what is spread over devices.
+            lengths = [jnp.sqrt(jnp.sum(jnp.square(jax.grad(loss)(at).astype(jnp.float32)))) for loss in losses]
             weights = weights * alm.factors(jnp.stack(lengths))
         mean = sum(w * _mean(x) for w, x in zip(weights, learned.values()))
         share = own["chunks"] / jnp.maximum(whole["chunks"], 1.0)
