@@ -7,7 +7,7 @@ import pytest
 
 import atom_jax
 from atom_jax.kvcache.lasting.chosen import Choice
-from atom_jax.kvcache.lasting.paged import FETCHES, PagedLayer
+from atom_jax.kvcache.lasting.paged import FETCHES, FetchedLayer
 from atom_jax.kvcache.memory import layers
 from atom_jax.lasting import codec
 from atom_jax.session.session import Session
@@ -52,7 +52,7 @@ def test_pages_on_disk_are_chosen_as_in_the_reference(tmp_path, scanned, monkeyp
     held, seen = session.use()
     # What is near, the pages, the tokens since; mean keys, half of an entry each, once in two tokens. Half of the
     # layers have their window of 11.
-    (layer,) = (x for x in layers(session.memory) if isinstance(x, PagedLayer))
+    (layer,) = (x for x in layers(session.memory) if isinstance(x, FetchedLayer))
     near = (layer.near_pos[0] >= 0).sum() + session.length[0] - layer.start[0, 0]
     read = near + (layer.page_pos >= 0).sum(-1).mean() + len(memory._pages.sizes) / 4
     assert memory.paged and abs(seen[0] - (read + 11) / 2) < 1e-4 and seen[0] < held[0]

@@ -32,7 +32,7 @@ class Choice(Policy):
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
     successors: a page is wanted as much as the one before it, where that is more.
-    resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`PagedLayer`).
+    resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """

@@ -31,7 +31,7 @@ FETCHES: weakref.WeakValueDictionary[int, Fetch] = weakref.WeakValueDictionary()
 
 
 @struct.dataclass
-class PagedLayer(ChosenLayer):
+class FetchedLayer(ChosenLayer):
     """As `ChosenLayer`, with the mean keys of pages [1, h, p, k] for `mem_k`, and nothing, [1, h, 0, k], for `mem_v`.
     A page's weight is that of its mean key in a softmax in which it counts as often as it has entries.
 
@@ -69,7 +69,7 @@ class PagedLayer(ChosenLayer):
 
 def fetches(memory: Memory) -> tuple[Fetch, ...]:
     """What fetches pages for these rows; they are there as long as this is kept. AtomError where it is gone."""
-    numbers = {int(np.asarray(x.number).flat[0]) for x in layers(memory) if isinstance(x, PagedLayer)}
+    numbers = {int(np.asarray(x.number).flat[0]) for x in layers(memory) if isinstance(x, FetchedLayer)}
     found = tuple(FETCHES.get(number) for number in numbers)
     if None in found:
         raise AtomError("the rows lean on a lasting memory on disk that was closed, or has changed since, before they"
