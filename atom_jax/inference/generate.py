@@ -131,8 +131,8 @@ def generate(
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
-    if memory is not None:
-        memory.check()
+    for run in runs:
+        run.slots.session.check()
     result = _result(lm, runs, began, started, busy, keep_memory)
     for row, ids in zip(said, result.ids if remember else []):
         memory.read(np.concatenate([row, np.array(ids, np.int32)]))

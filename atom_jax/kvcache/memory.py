@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax import params
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
@@ -325,15 +324,6 @@ def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
         nothing = jnp.zeros((1, *memory.length.shape), jnp.float32)
         out.append(jnp.concatenate(found or [nothing]).mean(0))
     return out[0], out[1]
-
-
-def unstack(memory: Memory) -> Memory:
-    """The same memory with a tuple of states in place of every Stack."""
-
-    def apart(x: Any) -> Any:
-        return params.unstack(x.states) if isinstance(x, Stack) else x
-
-    return each(lambda node: node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=is_state)), memory)
 
 
 def part(memory: Memory) -> int | None:

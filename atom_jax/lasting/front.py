@@ -14,7 +14,7 @@ import numpy as np
 from atom_jax.kvcache.dense import DenseLayer, bucket
 from atom_jax.kvcache.lasting.chosen import Choice, ChosenLayer, empty
 from atom_jax.kvcache.lasting.layer import LateWindow, PartLayer, turned
-from atom_jax.kvcache.lasting.paged import PagedLayer
+from atom_jax.kvcache.lasting.paged import FetchedLayer
 from atom_jax.kvcache.lasting.score import middle
 from atom_jax.kvcache.memory import Memory, is_state
 from atom_jax.lasting.blocks import Entries
@@ -107,11 +107,11 @@ def paged(lm: LM, front: Front, pages: Pages, choice: Choice) -> Memory:
     marks = jnp.asarray(np.pad(pages.marks()[:, None], [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]))
     sizes = jnp.asarray(np.pad(pages.sizes, (0, room)))
 
-    def layers(plain: ChosenLayer) -> PagedLayer:
+    def layers(plain: ChosenLayer) -> FetchedLayer:
         own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
         of = jnp.arange(len(marks), dtype=jnp.int32)[:, None]
         each = jnp.broadcast_to(sizes[None, None], (len(marks), 1, len(sizes)))
-        return PagedLayer(**own, sizes=each, number=jnp.full_like(of, pages.number), rank=of)
+        return FetchedLayer(**own, sizes=each, number=jnp.full_like(of, pages.number), rank=of)
 
     return _behind(lm, front, choice, (marks, marks[:, :, :, :0], pages.entries), layers)
 

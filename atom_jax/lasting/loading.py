@@ -42,7 +42,7 @@ def front(store: Store, manifest: Manifest, lm: LM) -> front_lib.Front:
 
 
 def paged(
-    store: Store, manifest: Manifest, lm: LM, choice: Choice, known: list[Pages]
+    store: Store, manifest: Manifest, lm: LM, choice: Choice, known: Pages | None
 ) -> tuple[memory_lib.Memory, Pages]:
     """The model's memory, one row, while entries stay on disk, and their pages. known: as of `Pages`."""
     if choice.page != codec.PAGE:

@@ -44,7 +44,7 @@ class Memory:
     def __init__(self, store: Store, lm: LM | None, choice: Choice):
         """See `open`."""
         self._store, self._lm, self._front, self.choice = store, lm, None, choice
-        self._pages: list[Pages] = []
+        self._pages: Pages | None = None
         self._manifest = store.manifest()
 
     @classmethod
@@ -98,11 +98,16 @@ class Memory:
         return self._manifest.sources
 
     @property
+    def held(self) -> int:
+        """Entries per head in blocks, and of those that wait for theirs."""
+        return sum(s.entries for s in self._manifest.segments) + self._manifest.waiting
+
+    @property
     def length(self) -> int:
         """Entries per head that a prompt sees: sinks, blocks, what waits for its block, the window."""
         m = self._manifest
         ahead = 0 if m.window.source < 0 else min(self.settings.sinks, m.window.first) + m.window.count
-        return sum(s.entries for s in m.segments) + m.waiting + ahead
+        return self.held + ahead
 
     @property
     def chooses(self) -> bool:
@@ -111,24 +116,16 @@ class Memory:
 
     @property
     def paged(self) -> bool:
-        """Whether entries stay on disk while prompts lean on them, which needs the memory to stay open."""
+        """Whether entries stay on disk while prompts lean on them."""
         of = self.model
-        return self.chooses and 4 * of.layers * of.heads * of.size * self.length > self.choice.resident
-
-    def check(self) -> None:
-        """Raises the AtomError of a page that could not be read for a row that leans on this memory."""
-        for pages in self._pages:
-            if pages.failed is not None:
-                raise pages.failed
+        return self.chooses and 4 * of.layers * of.heads * of.size * self.held > self.choice.resident
 
     @property
     def ahead(self) -> int:
         """Places in front of a prompt."""
         if not self.chooses:
             return self.length
-        m = self._manifest
-        near = self.length - sum(s.entries for s in m.segments) - m.waiting
-        return near + self.choice.pages * self.choice.page
+        return self.length - self.held + self.choice.pages * self.choice.page
 
     def stats(self) -> dict[str, Any]:
         """tokens; entries, per head, as `length`; held: of these in blocks and waiting, written: of how many tokens
@@ -139,7 +136,7 @@ class Memory:
         return {
             "tokens": sum(s.tokens for s in m.sources),
             "entries": self.length,
-            "held": sum(s.entries for s in m.segments) + m.waiting,
+            "held": self.held,
             "written": m.written,
             "law": law.held(m.written),
             "bytes": self._current(lambda: size(self._manifest.files)),
@@ -326,8 +323,8 @@ class Memory:
         return same or model_of(registry.with_memory(lm, None)) == self.model
 
     def close(self) -> None:
-        """Lets go of what is held in memory, and of files."""
-        self._front, self._pages = None, []
+        """Lets go of what is held in memory, and of files that no session leans on."""
+        self._front, self._pages = None, None
 
     def __enter__(self) -> Memory:
         return self
@@ -381,8 +378,7 @@ class Memory:
             return front_lib.dense(self._lm, self._all())
         if not self.paged:
             return front_lib.chosen(self._lm, self._all(), self.choice)
-        made, pages = loading.paged(self._store, self._manifest, self._lm, self.choice, self._pages)
-        self._pages.append(pages)
+        made, self._pages = loading.paged(self._store, self._manifest, self._lm, self.choice, self._pages)
         return made
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:

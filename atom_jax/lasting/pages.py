@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ class Pages:
     """All pages of a memory: those of its segments, then those of what waits. `entries` in all; sizes: i32 [p],
     entries of each. failed: why a page could not be read, once one could not."""
 
-    def __init__(self, store: Store, manifest: Manifest, waiting: Entries | None, known: Iterable[Pages] = ()):
-        """known: of earlier states, whose files stay open. AtomError for files that are damaged."""
-        files = {name: part for pages in known for name, part in pages.files.items()}
+    def __init__(self, store: Store, manifest: Manifest, waiting: Entries | None, known: Pages | None = None):
+        """known: of an earlier state, whose open files are taken over. AtomError for files that are damaged."""
+        files = {} if known is None else known.files
         wanted = [s for s in manifest.segments if s.entries]
         self.files = {s.file: files.get(s.file) or _Segment(store, s, manifest) for s in wanted}
         parts: list[Any] = list(self.files.values())
@@ -68,6 +68,7 @@ class _Segment:
         self._codec, self._count = codec, segment.entries
         self._path = Path(store.directory / segment.file)
         self._file, found, arrays = store.opened(segment.file, ("k", "v"))
+        weakref.finalize(self, self._file.close)
         m = manifest.model
         shape = (m.layers, m.heads, segment.entries, m.size)
         if any(found.get(name, (None,))[0] != shape for name in "kv") or codec.small - arrays.keys():

@@ -195,11 +195,11 @@ class Store:
         """A file, open; shape, dtype and offset in bytes of those of its tensors that are to be read later; and the
         other ones, as by `read`."""
         with self._there(name):
-            file, source = open_regular(self.directory / name), self._source(name)
+            source = self._source(name)
             later = [tensor for tensor in apart if tensor in source.infos]
             rest = {tensor: source.read(tensor) for tensor in source.infos if tensor not in later}
             places = {x: (source.infos[x].shape, source.infos[x].dtype, source.offset(x)) for x in later}
-            return file, places, rest
+            return open_regular(self.directory / name), places, rest
 
     def _source(self, name: str) -> SafetensorsSource:
         source = SafetensorsSource(self.directory / name)

@@ -43,7 +43,8 @@ def layer(p: dict[str, Any], x_btd: jax.Array, nearest: int = NEAREST) -> jax.Ar
     `look_up` finds, times a sigmoid of the position (which the official code has as an option).
 
     Differs from the official code in that every layer has a table of its own, learned at the rate of everything else
-    (there: one table for all layers, at 0.001).
+    (there: one table for all layers, at 0.001), and in how parameters begin (there: keys uniform, values of variance
+    1 / d).
     """
     f32 = lambda name: p[name].astype(jnp.float32)  # noqa: E731
     y = look_up(p, x_btd, nearest).astype(x_btd.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.lasting import paged
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
 from atom_jax.session import laid_out, programs, prompts, reading
@@ -36,6 +37,7 @@ class Session:
     open_b: bool [b], rows whose latest token was given without its form, in models that decide late on that
     (`Codec.pending`; None in others): x_bd is what comes before it then, and it is said once more, in its form, to
     `step` or `verify`.
+    leans: what fetches the pages of a lasting memory on disk on which rows lean, open as long as a session is there.
     """
 
     lm: LM
@@ -44,6 +46,10 @@ class Session:
     token: jax.Array
     x_bd: jax.Array | None = dataclasses.field(repr=False)
     open_b: jax.Array | None = dataclasses.field(default=None, repr=False)
+    leans: tuple[paged.Fetch, ...] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "leans", paged.fetches(self.memory))
 
     @classmethod
     def prefill(
@@ -184,7 +190,17 @@ class Session:
         [b, v]."""
         if self.x_bd is None:
             raise AtomError("logits: the latest tokens of this session were chosen and not read; step() reads them")
+        self.check()
         return programs.logits(self.params, self.x_bd, cfg=self.lm.config)
+
+    def check(self) -> None:
+        """Raises the AtomError of a page of a lasting memory on disk that could not be read. Waits for what is being
+        computed, where rows lean on one."""
+        if self.leans:
+            jax.block_until_ready((self.token, self.x_bd))
+        for fetch in self.leans:
+            if fetch.failed is not None:
+                raise fetch.failed
 
     @property
     def length(self) -> np.ndarray:

@@ -19,7 +19,7 @@ def three(monkeypatch):
     monkeypatch.setattr(codec, "PAGE", 3)
 
 
-def opened(path, known=()):
+def opened(path, known=None):
     memory = Memory.open(path)
     return Pages(memory._store, memory._manifest, loading.tail(memory._store, memory._manifest)[0], known)
 
@@ -73,10 +73,12 @@ def test_damage_is_said_when_a_page_is_read(tmp_path):
     segment.write_bytes(data)
     known = opened(path)
     segment.unlink()
-    later = opened(path, [known])
+    later = opened(path, known)
     for one in (known, later):
         np.testing.assert_array_equal(every(one, 1), whole)
-    number = known.number
+    number, shared = known.number, next(iter(known.files.values()))._file
     assert FETCHES[number] is known
     del known, one
-    assert number not in FETCHES and later.number in FETCHES
+    assert number not in FETCHES and later.number in FETCHES and not shared.closed
+    del later
+    assert shared.closed

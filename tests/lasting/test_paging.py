@@ -1,12 +1,14 @@
 """Rows that lean on entries which stay on disk: their pages, chosen by mean keys, are those of the reference."""
 
-import types
+import dataclasses
 
 import numpy as np
 import pytest
 
 import atom_jax
 from atom_jax.kvcache.lasting.chosen import Choice
+from atom_jax.kvcache.lasting.paged import FETCHES, FetchedLayer
+from atom_jax.kvcache.memory import layers
 from atom_jax.lasting import codec
 from atom_jax.session.session import Session
 from atom_jax.typing import AtomError
@@ -48,13 +50,42 @@ def test_pages_on_disk_are_chosen_as_in_the_reference(tmp_path, scanned, monkeyp
         found.append(session.logits[0])
     np.testing.assert_allclose(found, wanted, atol=5e-4, rtol=5e-4)
     held, seen = session.use()
-    assert memory.paged and seen[0] < held[0]
-    memory.check()
-    # What was said of a page while rows were read is said by whoever asked.
-    memory._pages.append(types.SimpleNamespace(failed=AtomError("seg: page 1 differs"), files={}))
-    with pytest.raises(AtomError, match="page 1 differs"):
-        atom_jax.generate(lm, [PROMPT[0].tolist()], 1, memory=memory)
+    # What is near, the pages, the tokens since; mean keys, half of an entry each, once in two tokens. Half of the
+    # layers have their window of 11.
+    (layer,) = (x for x in layers(session.memory) if isinstance(x, FetchedLayer))
+    near = (layer.near_pos[0] >= 0).sum() + session.length[0] - layer.start[0, 0]
+    read = near + (layer.page_pos >= 0).sum(-1).mean() + len(memory._pages.sizes) / 4
+    assert memory.paged and abs(seen[0] - (read + 11) / 2) < 1e-4 and seen[0] < held[0]
+    # What was said of a page while rows were read is said to whoever looks.
+    memory._pages.failed = AtomError("seg: page 1 differs")
+    for look in (lambda: session.logits, lambda: atom_jax.generate(lm, [PROMPT[0].tolist()], 1, memory=memory)):
+        with pytest.raises(AtomError, match="page 1 differs"):
+            look()
     memory.choice = Choice(whole=20, page=4, resident=0)
     memory.close()
     with pytest.raises(AtomError, match="are in pages of 3, not of 4"):
         memory.front()
+
+
+def test_rows_keep_open_what_they_lean_on(tmp_path, scanned, monkeypatch):
+    monkeypatch.setattr(codec, "PAGE", PAGE)
+    lm, prompt = lm_of("olmo3"), [PROMPT[0].tolist()]
+    memory = opened(tmp_path / "m", "olmo3", choice=dataclasses.replace(CHOICE, whole=0))
+    memory.read(TEXTS[4][:12])
+    # All of it is in the window.
+    assert memory.chooses and not memory.paged and memory.front()
+    memory.read(TEXTS[0])
+    first = atom_jax.generate(lm, prompt, 2, stop_ids=[], memory=memory, keep_memory=True)
+    late, number = memory.front(), memory._pages.number
+    stays = first.memory.fork()
+    memory.read(TEXTS[3])
+    memory.front()
+    assert number in FETCHES and number != memory._pages.number
+    memory.close()
+    # The same rows go on as if nothing had happened.
+    later = atom_jax.generate(lm, [[3]], 4, stop_ids=[], after=first).ids
+    assert np.isfinite(stays.extend([[3]]).logits).all() and len(later[0]) == 4
+    del first, stays
+    assert number not in FETCHES
+    with pytest.raises(AtomError, match="that was closed, or has changed since"):
+        Session.prefill(lm, prompt, memory=late)

@@ -32,7 +32,7 @@ class Choice(Policy):
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
     successors: a page is wanted as much as the one before it, where that is more.
-    resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`PagedLayer`).
+    resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
@@ -164,6 +164,10 @@ class ChosenLayer(Layer):
         there = jnp.arange(self.mem_k.shape[2]) < self.count[0]
         return jnp.where(there[None, None, None, None], scores_bhgts, NEGATIVE)
 
+    def _compared(self) -> jax.Array:
+        """i32 [1], keys that are compared with queries in a choice."""
+        return self.count
+
     def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
         """Weights of pages [b, h, p] for those of `mem_k`."""
         return weight_bhs.reshape(*weight_bhs.shape[:2], -1, self.policy.page).max(-1)
@@ -222,11 +226,11 @@ class ChosenLayer(Layer):
         return jnp.broadcast_to((self.count + near + length_b - self.start)[:, None], self.k.shape[:2])
 
     def read(self, length_b: jax.Array) -> jax.Array:
-        """What is near, the pages, the tokens since; and the keys of all entries once in a stride."""
+        """What is near, the pages, the tokens since; and the keys among which is chosen once in a stride."""
         near = jnp.sum(self.near_pos >= 0, axis=1)
         pages = jnp.sum(self.page_pos >= 0, axis=2)
         # Keys are half of an entry.
-        chosen = jnp.minimum(self.count, self.mem_k.shape[2]) / (2 * self.policy.stride)
+        chosen = self._compared() / (2 * self.policy.stride)
         return pages + (near + length_b - self.start + chosen)[:, None].astype(jnp.float32)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,27 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.lasting.chosen import ChosenLayer
+from atom_jax.kvcache.memory import Memory, layers
 from atom_jax.nn.attention import NEGATIVE
+from atom_jax.typing import AtomError
 
-# By number, what fetches pages: (layer, pages i32 [b, h, p]) -> keys before RoPE and values, float16
-# [b, h, p, page, k], zeros behind the entries of short ones. Whoever opened a memory keeps it.
-FETCHES: weakref.WeakValueDictionary[int, Callable[[int, np.ndarray], Any]] = weakref.WeakValueDictionary()
+
+class Fetch(Protocol):
+    """What fetches pages. failed: why one could not be read, once one could not."""
+
+    failed: AtomError | None
+
+    def __call__(self, layer: int, pages_bhp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys before RoPE and values of pages i32 [b, h, p], float16 [b, h, p, page, k], zeros behind the entries of
+        short ones; NaN where one can't be read."""
+
+
+# By number. The memory on disk keeps its latest one, and sessions those that their rows lean on.
+FETCHES: weakref.WeakValueDictionary[int, Fetch] = weakref.WeakValueDictionary()
 
 
 @struct.dataclass
-class PagedLayer(ChosenLayer):
+class FetchedLayer(ChosenLayer):
     """As `ChosenLayer`, with the mean keys of pages [1, h, p, k] for `mem_k`, and nothing, [1, h, 0, k], for `mem_v`.
     A page's weight is that of its mean key in a softmax in which it counts as often as it has entries.
 
@@ -49,8 +60,21 @@ class PagedLayer(ChosenLayer):
         there = self._sizes()[None, None, None, None]
         return jnp.where(there > 0, scores_bhgts + jnp.log(jnp.maximum(there, 1).astype(jnp.float32)), NEGATIVE)
 
+    def _compared(self) -> jax.Array:
+        return jnp.sum(self.sizes > 0, axis=-1, dtype=jnp.int32)
+
     def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
         return weight_bhs
+
+
+def fetches(memory: Memory) -> tuple[Fetch, ...]:
+    """What fetches pages for these rows; they are there as long as this is kept. AtomError where it is gone."""
+    numbers = {int(np.asarray(x.number).flat[0]) for x in layers(memory) if isinstance(x, FetchedLayer)}
+    found = tuple(FETCHES.get(number) for number in numbers)
+    if None in found:
+        raise AtomError("the rows lean on a lasting memory on disk that was closed, or has changed since, before they"
+                        " were read")  # fmt: skip
+    return found
 
 
 def _fetch(number: Any, rank: Any, pages_bhp: Any, shape: Any) -> tuple[np.ndarray, np.ndarray]:
