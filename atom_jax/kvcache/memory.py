@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax import params
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
@@ -290,7 +291,7 @@ def _map_rows(memory: Memory, array: Callable, layer: Callable[[Layer, jax.Array
 
     def of(node: Memory) -> Memory:
         deep = lambda x: x if _is_memory(x) else state(x, node.length)  # noqa: E731
-        parts = jax.tree.map(deep, node.parts, is_leaf=_is_part)
+        parts = jax.tree.map(deep, node.parts, is_leaf=lambda x: _is_memory(x) or is_state(x))
         layers = jax.tree.map(lambda x: state(x, node.length), node.layers, is_leaf=is_state)
         return node.replace(layers=layers, length=array(node.length, 0), parts=parts)
 
@@ -308,7 +309,7 @@ def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
 
     def of(node: Memory, new: Memory) -> Memory:
         keep = lambda x, y: x if _is_memory(x) else state(x, y)  # noqa: E731
-        parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=_is_part)
+        parts = jax.tree.map(keep, node.parts, new.parts, is_leaf=lambda x: _is_memory(x) or is_state(x))
         layers = jax.tree.map(state, node.layers, new.layers, is_leaf=is_state)
         return node.replace(layers=layers, length=put_rows(node.length, new.length, index_b, 0), parts=parts)
 
@@ -324,6 +325,12 @@ def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
         nothing = jnp.zeros((1, *memory.length.shape), jnp.float32)
         out.append(jnp.concatenate(found or [nothing]).mean(0))
     return out[0], out[1]
+
+
+def unstack(memory: Memory) -> Memory:
+    """The same memory with a tuple of states in place of every Stack."""
+    apart = lambda x: params.unstack(x.states) if isinstance(x, Stack) else x  # noqa: E731
+    return each(lambda node: node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=is_state)), memory)
 
 
 def part(memory: Memory) -> int | None:
@@ -348,10 +355,6 @@ def _is_memory(x: Any) -> bool:
 def is_state(x: Any) -> bool:
     """Whether a leaf of `Memory.layers` is a layer, or equal ones that are stacked."""
     return isinstance(x, Stack | Layer)
-
-
-def _is_part(x: Any) -> bool:
-    return _is_memory(x) or is_state(x)
 
 
 def _layer(x: Any) -> Layer | None:

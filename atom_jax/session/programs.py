@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
@@ -24,15 +23,8 @@ def logits(params: Any, x: jax.Array, *, cfg: Any) -> jax.Array:
 
 @jax.jit
 def unstack(memory: Memory) -> Memory:
-    """The same memory with a tuple of states in place of every Stack; in one call, for hundreds of small arrays."""
-
-    def apart(x: Any) -> Any:
-        return params_lib.unstack(x.states) if isinstance(x, memory_lib.Stack) else x
-
-    def of(node: Memory) -> Memory:
-        return node.replace(layers=jax.tree.map(apart, node.layers, is_leaf=memory_lib.is_state))
-
-    return memory_lib.each(of, memory)
+    """See `memory.unstack`; in one call, for hundreds of small arrays."""
+    return memory_lib.unstack(memory)
 
 
 @jax.jit
