@@ -11,6 +11,7 @@ watch          units start where the local prediction fails (surprise).
 watch_cosine   H-Net's router, trained end to end with its ratio loss; nothing is frozen.
 watch_every    every frame is a unit. watch_fixed: every ten frames are one. watch_change: wherever a frame differs.
 minigrid       MemoryS16 of the package xminigrid (the extra `envs`), units by surprise.
+video          sprites that fly and rest, in pixels; nobody acts.
 watch_local    no main network: nothing is remembered for longer than three frames.
 large          1.1 billion parameters, for an accelerator.
 tiny           seconds; for tests.
@@ -27,7 +28,7 @@ from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data.config import DataConfig
-from atom_jax.models.hnet.ports import Cells
+from atom_jax.models.hnet.ports import Cells, Pixels
 from atom_jax.models.world import WorldConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
 from atom_jax.training.objectives import Foresee
@@ -55,7 +56,7 @@ CURRICULUM = (
 )
 TINY = Lesson(4, 6, 14, 0.25, 10, 5e-3)
 FORESEE = Foresee()
-FROZEN = (Group(r"(cells|action|inlet|local)(/.*)?|stage0/(encoder|rule)/.*"),)
+FROZEN = (Group(r"(cells|pixels|action|inlet|local)(/.*)?|stage0/(encoder|rule)/.*"),)
 
 
 def model(rule: Any, pool: str = "first", capacity: float = 0.3, **changes: Any) -> WorldConfig:
@@ -129,6 +130,16 @@ def minigrid() -> Experiment:
     return stage(first, cfg, lesson._replace(steps=1200), groups=FROZEN, world="env:minigrid")
 
 
+def video() -> Experiment:
+    """Most of what comes next is what was there, or moves on as it moved: a unit every eight frames or so."""
+    cfg = dataclasses.replace(
+        model(Surprise(target=8.0), capacity=0.5), port=Pixels(actions=1), secrets=0, window=(4, -1)
+    )
+    lesson = Lesson(0, 0, 64, 0.0, 1000, 3e-3)
+    first = stage(None, cfg, lesson, Foresee(only_local=True), batch=16, world="env:video")
+    return stage(first, cfg, lesson._replace(steps=500), batch=16, groups=FROZEN, world="env:video")
+
+
 def large() -> Experiment:
     """For an accelerator; a size, not a recipe."""
     sizes = {"layout": ("T4", "T20", "T4"), "d_model": (1024, 2048), "d_intermediate": (2816, 5632)}
@@ -148,5 +159,5 @@ def tiny() -> Experiment:
 
 VARIANTS = {
     f.__name__: f
-    for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, minigrid, large, tiny)
+    for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, minigrid, video, large, tiny)
 }

@@ -310,7 +310,10 @@ def _check_classes(obs: Any, shape: tuple[int, ...], cfg: WorldConfig, what: str
     if found.shape != shape or 0 in shape:
         grid = ", ".join(map(str, cfg.port.grid))
         raise AtomError(f"{what}: expected frames [..., {grid}] of at least one row, got {list(found.shape)}")
-    if found.dtype != np.uint8 or found.max() >= cfg.port.classes:
+    if not cfg.port.classes:
+        if found.dtype != np.float32 or not (found.min() >= 0 and found.max() <= 1):
+            raise AtomError(f"{what}: frames hold numbers from 0 to 1, as float32")
+    elif found.dtype != np.uint8 or found.max() >= cfg.port.classes:
         raise AtomError(f"{what}: frames hold classes below {cfg.port.classes}, as uint8")
 
 

@@ -20,7 +20,9 @@ def test_variant_is_complete(name):
     exp = config.load_file(f"configs/world.py:{name}")
     assert config.from_json(object, config.to_json(exp)) == exp
     stages = exp.stages(pathlib.Path("run"))
-    assert len(stages) == {"tiny": 2, "minigrid": 2, "large": 1}.get(name, len(world.LOCAL) + len(world.CURRICULUM))
+    assert len(stages) == {"tiny": 2, "minigrid": 2, "video": 2, "large": 1}.get(
+        name, len(world.LOCAL) + len(world.CURRICULUM)
+    )
     spec = registry.of(exp.model).spec(exp.model)
     abstract = params.abstract(spec)
     for stage, _ in stages:

@@ -14,6 +14,7 @@ from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference.planners import PLANNERS
 from atom_jax.kvcache.policies import POLICIES, parse
 from atom_jax.models import registry
+from atom_jax.models.hnet.ports import PORTS
 from atom_jax.nn.rope import RopeScaling
 from atom_jax.reduction import REDUCERS
 from atom_jax.training.config import Experiment, Group
@@ -51,7 +52,7 @@ def everything():
     roots += [made() for made in (*PUZZLES.values(), *PICTURES.values(), *REDUCERS, *PLANNERS.values())]
     # xminigrid need not be installed.
     roots += [env() for name, env in ENVS.items() if name != "minigrid"]
-    roots += [Projector(1, 8), Zett(1, 8, width=16, heads=2)]
+    roots += [Projector(1, 8), Zett(1, 8, width=16, heads=2)] + [port() for port in PORTS]
     roots += [policy(name) for name in POLICIES] + [objective() for objective in OBJECTIVES.values()]
     return {type(cfg): cfg for root in roots for cfg in inside(root)}
 

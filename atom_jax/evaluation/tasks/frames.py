@@ -40,8 +40,9 @@ class FrameSettings:
 @dataclasses.dataclass(frozen=True)
 class Foretold:
     """frames: nats per frame, from all layers and from the encoder alone; the share of frames that are foretold as
-    they come, every cell, where each is imagined from the real one before (step) and from imagined ones alone
-    (imagined); frames per unit. All but nats and units are about what follows the watch, under random actions."""
+    they come (`right` of the port), where each is imagined from the real one before (step) and from imagined ones
+    alone (imagined); frames per unit. All but nats and units are about what follows the watch, under random
+    actions."""
 
     settings = FrameSettings()
     reads = FRAMES
@@ -56,15 +57,11 @@ class Foretold:
         state = imagine.observe(lm, jax.tree.map(lambda x: x[:, :watched], episode))
         free = imagine.imagine(lm, state, episode.action[:, None, watched - 1 : -1]).frames[:, 0]
         real = np.asarray(episode.obs)[:, watched:]
-        right = [_right(x, real) for x in (found["ahead"][:, watched - 1 : -1], np.asarray(free))]
+        same = lambda x: np.asarray(ports.of(cfg).right(x, real, cfg)).mean(1)  # noqa: E731
+        right = [same(x) for x in (found["ahead"][:, watched - 1 : -1], np.asarray(free))]
         metrics = {"nats": mean(found["nats"]), "local_nats": mean(found["local"])}
         metrics |= {"step": mean(right[0]), "imagined": mean(right[1]), "frames_per_unit": mean(found["per_unit"])}
         return Result(metrics, settings.episodes)
-
-
-def _right(found: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Of every episode, the share of frames [b, t, *grid] that are right in every cell."""
-    return (found == real).reshape(*real.shape[:2], -1).all(-1).mean(1)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

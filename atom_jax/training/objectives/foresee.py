@@ -75,7 +75,7 @@ class Foresee(Objective):
             raise AtomError(f"foresee: model must be a WorldConfig, not a {type(exp.model).__name__}")
         env, cfg = envs.parse(numbered.world_of(exp.data)), exp.model
         made, port = (env.shape, env.classes, env.actions), cfg.port
-        if isinstance(port, ports.Cells) and made != (port.grid, port.classes, port.actions):
+        if made != (port.grid, port.classes, port.actions):
             raise AtomError(f"model.port: {env.name} has a grid {made[0]}, {made[1]} classes and {made[2]} actions")
         if cfg.secrets not in (0, env.secrets):
             raise AtomError(f"model.secrets is {cfg.secrets}: {env.name} hides one of {env.secrets}")

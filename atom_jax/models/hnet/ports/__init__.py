@@ -14,22 +14,25 @@ that means nothing;
 FRAMES = True: batches are `typing.Frames`. Such a port also has
 `outlet_spec(cfg, d, std)` and `read(p, x_btd, cfg)`: an outlet for states of another width, with its own parameters;
 `nll(prediction, obs, cfg)`: nats f32 [b, t] of frames; `sample(prediction, key, cfg)`: frames, the likeliest ones
-without a key.
+without a key; `right(found, obs, cfg)`: bool [b, t], frames that count as the same; and its configuration has `grid`,
+`classes` (0: numbers in [0, 1]) and `actions`, as `data.envs.Environment` has them (shape, classes, actions).
+`vectors.py` has what such ports share.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from atom_jax.models.hnet.ports import cells, ids
+from atom_jax.models.hnet.ports import cells, ids, pixels
 from atom_jax.models.hnet.ports.cells import Cells
 from atom_jax.models.hnet.ports.ids import Bytes
+from atom_jax.models.hnet.ports.pixels import Pixels
 from atom_jax.typing import AtomError
 
-__all__ = ["PORTS", "Bytes", "Cells", "frames", "of", "register"]
+__all__ = ["PORTS", "Bytes", "Cells", "Pixels", "frames", "of", "register"]
 
 # From the class of a configuration to the port.
-PORTS: dict[type, Any] = {Bytes: ids, Cells: cells}
+PORTS: dict[type, Any] = {Bytes: ids, Cells: cells, Pixels: pixels}
 
 
 def register(cfg: type, port: Any) -> None:

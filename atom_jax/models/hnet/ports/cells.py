@@ -11,13 +11,17 @@ import jax.numpy as jnp
 
 from atom_jax import config
 from atom_jax.chunking.types import last_real, previous
+from atom_jax.models.hnet.ports import vectors
+from atom_jax.models.hnet.ports.vectors import metrics
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
-from atom_jax.nn.norm import rms_norm
-from atom_jax.params import ParamSpec, Tree, normal, ones
-from atom_jax.sharding import constrain
+from atom_jax.params import ParamSpec, Tree, normal
 from atom_jax.typing import AtomError, Frames
 
+__all__ = [
+    "FRAMES", "Cells", "describe", "empty", "inlet", "metrics", "nll", "operations", "outlet", "outlet_spec", "read",
+    "right", "sample", "spec",
+]  # fmt: skip
 FRAMES = True
 NONE = 255  # in place of the frame before the first one
 
@@ -52,18 +56,9 @@ def spec(cfg: Any) -> Tree:
     """cells, action, inlet, and unembed, the outlet."""
     port, d = cfg.port, cfg.d_model[0]
     shape, axes = (2, port.cells, port.classes, d), (None, None, "vocab", "embed")
-    tree: Tree = {
-        "cells": ParamSpec(shape, axes, normal((2 * port.cells) ** -0.5)),
-        "inlet": {
-            "norm": ParamSpec((d,), (None,), ones),
-            "up": ParamSpec((d, port.hidden), ("embed", "mlp"), normal(d**-0.5)),
-            "down": ParamSpec((port.hidden, d), ("mlp", "embed"), normal(port.hidden**-0.5)),
-        },
-        "unembed": outlet_spec(cfg, d, 0.02),
-    }
-    if port.actions:
-        tree["action"] = ParamSpec((port.actions, d), ("vocab", "embed"), normal(1.0))
-    return tree
+    cells = ParamSpec(shape, axes, normal((2 * port.cells) ** -0.5))
+    common = vectors.spec(d, port.hidden, port.actions)
+    return common | {"cells": cells, "unembed": outlet_spec(cfg, d, 0.02)}
 
 
 def outlet_spec(cfg: Any, d: int, std: float) -> Tree:
@@ -96,12 +91,9 @@ def inlet(
     # Of the frame before the first one all are zero.
     seen = jax.nn.one_hot(both, port.classes, dtype=cfg.dtype)
     x_btd = project(seen, p["cells"], inputs=3)
-    if port.actions:
-        x_btd = x_btd + jnp.take(p["action"], batch.action, axis=0).astype(x_btd.dtype)
-    y_btd = rms_norm(x_btd, p["inlet"]["norm"], cfg.norm_eps)
-    y_btd = y_btd + project(jax.nn.gelu(project(y_btd, p["inlet"]["up"])), p["inlet"]["down"])
+    y_btd = vectors.vectors(p, x_btd, batch, cfg)
     changed = jnp.mean(both[:, :, 0] != both[:, :, 1], axis=-1, dtype=jnp.float32)
-    return constrain(y_btd, "batch", None, None), None if before is None else last_real(obs, tokens, before), changed
+    return y_btd, None if before is None else last_real(obs, tokens, before), changed
 
 
 def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
@@ -128,14 +120,9 @@ def sample(prediction: jax.Array, key: jax.Array | None, cfg: Any) -> jax.Array:
     return found.reshape(*prediction.shape[:2], *cfg.port.grid).astype(jnp.uint8)
 
 
-def metrics(mark_bt: jax.Array, batch: Frames, kind: str) -> dict[str, jax.Array]:
-    """units_at_events: of the units, those at frames of which the data knows that something happens in them, and
-    events_at_units, of these those that are units, where the data says (`Frames.marks`)."""
-    if batch.marks is None:
-        return {}
-    event = batch.marks & (batch.segments > 0)
-    both, units, events = (jnp.sum(x, dtype=jnp.float32) for x in (mark_bt & event, mark_bt, event))
-    return {"units_at_events": jnp.stack([both, units]), "events_at_units": jnp.stack([both, events])}
+def right(found: jax.Array, obs: jax.Array, cfg: Any) -> jax.Array:
+    """bool [b, t]: frames that are others in no cell."""
+    return jnp.all(found == obs, axis=tuple(range(2, obs.ndim)))
 
 
 def operations(cfg: Any) -> float:
@@ -147,5 +134,5 @@ def operations(cfg: Any) -> float:
 def describe(cfg: Any) -> str:
     """The grid, its classes and the actions in words."""
     port = cfg.port
-    actions = f", {port.actions} actions" if port.actions else ""
-    return f"{port.classes} classes in each of {' x '.join(map(str, port.grid))} cells{actions}"
+    grid = " x ".join(map(str, port.grid))
+    return f"{port.classes} classes in each of {grid} cells{vectors.acting(port.actions)}"
