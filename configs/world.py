@@ -56,7 +56,7 @@ CURRICULUM = (
 )
 TINY = Lesson(4, 6, 14, 0.25, 10, 5e-3)
 FORESEE = Foresee()
-FROZEN = (Group(r"(cells|pixels|action|inlet|local)(/.*)?|stage0/(encoder|rule)/.*"),)
+FROZEN = (Group(r"(cells|action|inlet|local)(/.*)?|stage0/(encoder|rule)/.*"),)
 
 
 def model(rule: Any, pool: str = "first", capacity: float = 0.3, **changes: Any) -> WorldConfig:
@@ -137,7 +137,8 @@ def video() -> Experiment:
     )
     lesson = Lesson(0, 0, 64, 0.0, 1000, 3e-3)
     first = stage(None, cfg, lesson, Foresee(only_local=True), batch=16, world="env:video")
-    return stage(first, cfg, lesson._replace(steps=500), batch=16, groups=FROZEN, world="env:video")
+    groups = (*FROZEN, Group(r"pixels/.*"))
+    return stage(first, cfg, lesson._replace(steps=500), batch=16, groups=groups, world="env:video")
 
 
 def large() -> Experiment:

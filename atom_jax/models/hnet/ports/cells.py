@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.chunking.types import last_real, previous
 from atom_jax.models.hnet.ports import vectors
-from atom_jax.models.hnet.ports.vectors import metrics
+from atom_jax.models.hnet.ports.vectors import metrics, outlet, read
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, Tree, normal
@@ -94,16 +94,6 @@ def inlet(
     y_btd = vectors.vectors(p, x_btd, batch, cfg)
     changed = jnp.mean(both[:, :, 0] != both[:, :, 1], axis=-1, dtype=jnp.float32)
     return y_btd, None if before is None else last_real(obs, tokens, before), changed
-
-
-def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """Logits float32 [b, t, cells, classes] of the next frame."""
-    return read(p["unembed"], x_btd, cfg)
-
-
-def read(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """As `outlet`, with parameters of its own (`outlet_spec`)."""
-    return project(x_btd, p["w"]).astype(jnp.float32) + p["b"].astype(jnp.float32)[None, None]
 
 
 def nll(prediction: jax.Array, obs: jax.Array, cfg: Any) -> jax.Array:

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.chunking.types import last_real, previous
 from atom_jax.models.hnet.ports import vectors
-from atom_jax.models.hnet.ports.vectors import metrics
+from atom_jax.models.hnet.ports.vectors import metrics, outlet, read
 from atom_jax.nn import vit
 from atom_jax.nn.attention import Tokens
-from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, Tree, normal, stack
 from atom_jax.typing import AtomError, Frames
 
@@ -112,16 +111,6 @@ def inlet(
     y_btd = vectors.vectors(p, x.mean(1).reshape(b, t, -1), batch, cfg)
     changed = jnp.mean(jnp.abs(obs - old) > port.sigma, axis=(2, 3, 4), dtype=jnp.float32)
     return y_btd, None if before is None else last_real(obs, tokens, before), changed
-
-
-def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """Means float32 [b, t, *grid] of the next frame."""
-    return read(p["unembed"], x_btd, cfg)
-
-
-def read(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """As `outlet`, with parameters of its own (`outlet_spec`)."""
-    return project(x_btd, p["w"]).astype(jnp.float32) + p["b"].astype(jnp.float32)[None, None]
 
 
 def nll(prediction: jax.Array, obs: jax.Array, cfg: Any) -> jax.Array:

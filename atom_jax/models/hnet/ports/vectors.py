@@ -36,6 +36,16 @@ def vectors(p: Tree, x_btd: jax.Array, batch: Frames, cfg: Any) -> jax.Array:
     return constrain(y_btd, "batch", None, None)
 
 
+def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
+    """Predictions float32 of the next frame: logits [b, t, cells, classes] of cells, means [b, t, *grid] of pixels."""
+    return read(p["unembed"], x_btd, cfg)
+
+
+def read(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
+    """As `outlet`, with parameters of its own (`outlet_spec`)."""
+    return project(x_btd, p["w"]).astype(jnp.float32) + p["b"].astype(jnp.float32)[None, None]
+
+
 def metrics(mark_bt: jax.Array, batch: Frames, kind: str) -> dict[str, jax.Array]:
     """units_at_events: of the units, those at frames of which the data knows that something happens in them, and
     events_at_units, of these those that are units, where the data says (`Frames.marks`)."""
