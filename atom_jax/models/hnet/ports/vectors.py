@@ -37,7 +37,7 @@ def vectors(p: Tree, x_btd: jax.Array, batch: Frames, cfg: Any) -> jax.Array:
 
 
 def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """Predictions float32 of the next frame: logits [b, t, cells, classes] of cells, means [b, t, *grid] of pixels."""
+    """Predictions float32 of the next frame: logits [b, t, cells, classes], or means of pixels [b, t, *grid]."""
     return read(p["unembed"], x_btd, cfg)
 
 
