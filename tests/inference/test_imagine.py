@@ -16,6 +16,7 @@ from atom_jax.models import hnet, registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.examples import examples
 from atom_jax.typing import LM, AtomError, Frames
+from tests.models.tiny_images import lively
 
 B, T, N, H = 3, 11, 2, 4
 EXAMPLES = world.FAMILY.examples()
@@ -37,7 +38,7 @@ def frames(lm, seed=0, b=B, t=T):
 def read(lm, episode):
     """Frames as the model reads them."""
     made = jax.tree.map(jnp.asarray, episode)
-    return made.replace(obs=ports.of(lm.config).encode(lm.params, made.obs, lm.config))
+    return made.replace(obs=lib._encode(lm.params, made.obs, lm.config))
 
 
 def model(name):
@@ -46,10 +47,12 @@ def model(name):
     p = params.init(jax.random.key(1), registry.of(cfg).spec(cfg))
     p["local"]["w"] = (3 if isinstance(cfg.port, ports.Pixels) else 40) * p["local"]["w"]
     p |= {table: 3 * p[table] for table in ("cells", "codes") if table in p}
+    p |= {"tokenizer": lively(p["tokenizer"])} if "tokenizer" in p else {}
     lm = LM(cfg, p, None)
     if isinstance(cfg.chunking[0].rule, Surprise):
         made = read(lm, frames(lm))
-        nats = ports.of(cfg).nll(world.local(p, made, cfg=cfg)[:, :-1], made.obs[:, 1:], cfg)
+        local = jax.jit(lambda p: world.local(p, made, cfg=cfg))(p)
+        nats = ports.of(cfg).nll(local[:, :-1], made.obs[:, 1:], cfg)
         p["stage0"]["rule"]["tau"] = jnp.median(nats)
     return lm
 
@@ -86,7 +89,7 @@ def test_frames_may_be_seen_at_once_or_one_by_one(lm, actions):
     # Fed with what really came, frame by frame.
     begin = atom_jax.observe(lm, jax.tree.map(lambda x: x[:, :1], episode))
     fed = atom_jax.imagine(lm, begin, episode.action[:, None, :-1], frames=episode.obs[:, None, 1:])
-    marks = world.hidden(lm.params, read(lm, episode), cfg=lm.config)[2]["boundaries"][0]
+    marks = jax.jit(lambda f: world.hidden(lm.params, f, cfg=lm.config)[2]["boundaries"][0])(read(lm, episode))
     np.testing.assert_array_equal(fed.units[:, 0], marks[:, :-1])
     np.testing.assert_array_equal(whole.units, marks[:, :-1].sum(1))
     np.testing.assert_array_equal(parts.units, whole.units)
