@@ -44,7 +44,8 @@ class Codes:
     """
 
     tokenizer: ImageTokensConfig = dataclasses.field(default_factory=_small)
-    # A frame gets as few tokens as its mean squared error can have; where none are enough, those with the least.
+    # Mean squared error of a frame, which gets the fewest tokens that are within it; where none are, those with the
+    # smallest error.
     error: float = 0.003
     # Actions to choose one of; 0 = frames follow each other without any.
     actions: int = 0
