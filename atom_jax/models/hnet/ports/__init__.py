@@ -12,8 +12,8 @@ that means nothing;
 `operations(cfg)`, `describe(cfg)`: operations per position, and what goes in and out in words.
 
 FRAMES = True: batches are `typing.Frames`. Such a port also has
-`encode(p, obs, cfg)` and `decode(p, read, cfg)`: frames [b, t, ...] of the world as the model reads them, in batches and
-in all functions here but `right`, and back;
+`encode(p, obs, cfg)` and `decode(p, read, cfg)`: frames [b, t, ...] of the world as the model reads them, in batches
+and in all functions here but `right`, and back;
 `outlet_spec(cfg, d, std)` and `read(p, x_btd, cfg)`: an outlet for states of another width, with its own parameters;
 `nll(prediction, obs, cfg)`: nats f32 [b, t] of frames; `sample(prediction, key, cfg)`: frames, the likeliest ones
 without a key; `right(found, obs, cfg)`: bool [b, t], frames that count as the same; and its configuration has `grid`,
