@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import sys
 from collections.abc import Callable
 
 import atom_jax
 from atom_jax import terminal
-from atom_jax.commands import images, lasting, models, reports, running, serving, worlds, writing
+from atom_jax.commands import completion, images, lasting, models, reports, running, serving, worlds, writing
 from atom_jax.commands.flags import Done
 from atom_jax.typing import AtomError
 
@@ -39,6 +40,7 @@ USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
   info      PATH                              what is in a checkpoint, or in a memory
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
   fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
+  completion SHELL                            what makes bash, zsh or fish complete all this
 
 `python -m atom_jax COMMAND --help` lists the flags of a command. A checkpoint is a Hugging Face directory, an Orbax
 directory (converted, or the --workdir of a training run), a .gguf file or a Hugging Face model id."""
@@ -81,7 +83,7 @@ def entry() -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int | None]]:
-    return {
+    known: dict[str, Callable[[list[str]], int | None]] = {
         "train": running.train,
         "eval": running.evaluate,
         "generate": writing.generate,
@@ -107,6 +109,7 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "imagine": worlds.imagine,
         "plan": worlds.plan,
     }
+    return known | {"completion": functools.partial(completion.completion, known)}
 
 
 if __name__ == "__main__":
