@@ -48,6 +48,8 @@ directory (converted, or the --workdir of a training run), a .gguf file or a Hug
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
+    if argv[1:2] == ["help"] and len(argv) > 2:
+        argv = [argv[0], argv[2], "--help"]
 
     def command() -> int | None:
         if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):

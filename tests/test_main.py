@@ -136,6 +136,7 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--chekpoint=x"], "Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
         (["train"], "--config is missing"),
         (["train", "--config=configs/lm.py:tiny", "--workdir=x", "words"], "unexpected argument 'words'"),
+        (["train", "--config=configs/llm.py", "--workdir=x"], "come along: configs/bolmo.py, "),
         (["eval", "--checkpoint=CHECKPOINT"], "--tasks is missing: the tasks are bpb, lambada"),
         (["generate", "--prompt=x"], "--checkpoint is missing"),
         (["generate", "--checkpoint=CHECKPOINT"], "--prompt is missing"),
@@ -194,6 +195,7 @@ def test_help_names_what_there_is(run, args):
     assert "python -m atom_jax" in out
     assert run("--version") == (0, f"{atom_jax.__version__}\n", "")
     if args[0] == "generate":
+        assert run("help", "generate") == (0, out, "")
         assert all(f"--{name}" in out for name in ("checkpoint", "prompt", "max_new_tokens", "temperature", "stop"))
 
 
