@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import atom_jax
 from atom_jax import terminal
 from atom_jax.commands import completion, images, lasting, models, reports, running, serving, worlds, writing
 from atom_jax.commands.flags import Done
+from atom_jax.fields import meant
 from atom_jax.typing import AtomError
 
 USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
@@ -60,9 +60,7 @@ def main(argv: list[str]) -> int:
             return 0
         known = _commands()
         if argv[1] not in known:
-            close = difflib.get_close_matches(argv[1], known, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise AtomError(f"unknown command {argv[1]!r}{hint}; known: {', '.join(known)}")
+            raise AtomError(f"unknown command {argv[1]!r}{meant(argv[1], known)}; known: {', '.join(known)}")
         with contextlib.suppress(Done):
             return known[argv[1]](argv[1:])
 
