@@ -86,6 +86,16 @@ def scanned():
 
 
 @pytest.fixture(scope="module")
+def scanned_policies():
+    """`scanned`, for models that have cache policies; without one, layers stay apart as they are on a CPU."""
+    from atom_jax.session import laid_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: lm.config.memory is None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_device():
     """Runs use the first device alone, which compiles in a fraction of the time. For tests of what doesn't depend on
     how many there are."""
