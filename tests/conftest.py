@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight simulated devices, quick compiles and a persistent compilation cache."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -86,6 +87,16 @@ def scanned():
 
 
 @pytest.fixture(scope="module")
+def scanned_policies():
+    """`scanned`, for models that have cache policies; without one, layers stay apart as they are on a CPU."""
+    from atom_jax.session import laid_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: lm.config.memory is None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_device():
     """Runs use the first device alone, which compiles in a fraction of the time. For tests of what doesn't depend on
     how many there are."""
@@ -95,6 +106,24 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda cfg: whole(cfg, jax.devices()[:1]))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves():
+    """Runs draw no curves when they end, which takes longer than a few tiny steps, but within `with curves():`."""
+    from atom_jax.training import plots
+
+    draw = plots.draw
+
+    @contextlib.contextmanager
+    def drawn():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "draw", draw)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda *_: [])
+        yield drawn
 
 
 @pytest.fixture(scope="module", autouse=True)

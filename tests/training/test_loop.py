@@ -33,10 +33,11 @@ def losses_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, curves):
     """A run of twelve steps without any interruption."""
     workdir = tmp_path_factory.mktemp("whole")
-    result = loop.fit(experiment("train.steps=12"), workdir)
+    with curves():
+        result = loop.fit(experiment("train.steps=12"), workdir)
     assert result.step == 12 and result.signal == 0
     return workdir, result
 
@@ -112,8 +113,8 @@ def test_a_workdir_that_is_a_file(tmp_path):
         loop.fit(experiment(), tmp_path / "file")
 
 
-def test_gradients_that_stay_not_finite_end_the_run(tmp_path):
-    with pytest.raises(AtomError, match="4 steps in a row, from step 3 on"):
+def test_gradients_that_stay_not_finite_end_the_run(tmp_path, curves):
+    with pytest.raises(AtomError, match="4 steps in a row, from step 3 on"), curves():
         settings = ["train.steps=30", "train.checkpoint_every=2", "train.max_bad_steps=4", "train.eval_every=0"]
         # The first two steps make the parameters huge.
         loop.fit(experiment("optim.learning_rate=1e6", "optim.warmup_steps=0", *settings), tmp_path)
