@@ -143,7 +143,8 @@ class _Run:
             if save:
                 self._save()
                 agreement.saved()
-            if (judge or save) and time.monotonic() - self.drawn > plots.SECONDS:
+            goes_on = not last and wish != STOP
+            if goes_on and (judge or save) and time.monotonic() - self.drawn > plots.SECONDS:
                 self._draw()
                 self.recorder.restart_clock()
         self.store.wait()
