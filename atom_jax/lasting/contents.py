@@ -12,7 +12,7 @@ from atom_jax.lasting import loading
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Entries
-from atom_jax.lasting.store import KNN, LEVELS, Missing, Model, Settings, Source, Store
+from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store
 
 _T = TypeVar("_T")
 
@@ -58,7 +58,7 @@ class Contents:
     @property
     def states(self) -> int:
         """Final states with the token that followed each; 0 without knn."""
-        return sum(s.followed for s in self.sources) if KNN in self.settings.parts else 0
+        return sum(self._manifest.states.values())
 
     @property
     def chooses(self) -> bool:

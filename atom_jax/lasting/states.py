@@ -42,11 +42,11 @@ def arrays(parts_td: Sequence[Any], following_m: np.ndarray) -> dict[str, dict[s
 
 def load(store: Store, manifest: Manifest) -> States:
     """All states of a memory. AtomError for files that hold others than the manifest names."""
-    parts, source, place = [], [], []
+    parts, source, place, wanted = [], [], [], manifest.states
     for text in manifest.sources:
         found = [_read(store, name) for name in text.state]
-        if (held := sum(len(following) for _, following in found)) != text.followed:
-            raise AtomError(f"{store.directory}: holds {held} states of {text.name}, and not {text.followed}")
+        if (held := sum(len(following) for _, following in found)) != wanted[text.id]:
+            raise AtomError(f"{store.directory}: holds {held} states of {text.name}, and not {wanted[text.id]}")
         parts += found
         source.append(np.full(held, text.id, np.int32))
         place.append(np.arange(held, dtype=np.int32))

@@ -140,6 +140,11 @@ class Manifest:
     score: str | None = None
 
     @property
+    def states(self) -> dict[int, int]:
+        """How many states there are of every source, by its number."""
+        return {s.id: s.followed if KNN in self.settings.parts else 0 for s in self.sources}
+
+    @property
     def files(self) -> set[str]:
         """All files that it names."""
         named = {s.file for s in self.segments} | {f for s in self.sources for f in (*s.text, *s.state)}
