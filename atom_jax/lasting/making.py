@@ -48,6 +48,7 @@ def compare(
     directory = store.directory
     for field, value in wanted.items():
         if (there := getattr(manifest.settings, field)) != value:
+            there, value = (",".join(x) if isinstance(x, tuple) else x for x in (there, value))
             raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
     if score not in (None, LEARNED, *SCORES):
         ours, asked = learned.arrays(fitted()), learned.arrays(learned.load(score))

@@ -30,12 +30,14 @@ _KEPT = ("sink_k", "sink_v", "k", "v", "own_most", "own_total")
 @dataclasses.dataclass(frozen=True)
 class State:
     """Where the reading of a source stands. memory: of the model, one row. x_1d: final state of the latest token.
-    nll: f32 [w], nats of the latest part's tokens. window: where that part stands."""
+    nll: f32 [w], nats of the latest part's tokens. window: where that part stands. x_wd: their final states; None
+    where they were read in an earlier session."""
 
     memory: Memory
     x_1d: Any
     nll: np.ndarray
     window: Window
+    x_wd: Any = None
 
 
 class Reader:
@@ -60,13 +62,15 @@ class Reader:
         window = Window(old.source, old.first + old.count, len(ids))
         padded = np.zeros((1, self.part), np.int32)
         padded[0, : len(ids)] = ids
-        x_1d, memory, nll = _read(self.lm.params, padded, len(ids), state.memory, state.x_1d, cfg=self.lm.config)
+        x_1d, x_wd, memory, nll = _read(
+            self.lm.params, padded, len(ids), state.memory, state.x_1d, cfg=self.lm.config
+        )
         nll = np.array(nll)
         if window.first == 0:
             nll[0] = 0.0
         memory = memory.replace(length=jnp.full(1, self._place(window), jnp.int32))
         new = layers_of(self.lm, memory)
-        return State(memory, x_1d, nll, window), self._leaving(state, new.most, new.total, nll[0])
+        return State(memory, x_1d, nll, window, x_wd), self._leaving(state, new.most, new.total, nll[0])
 
     def end(self, state: State) -> Seen | None:
         """The latest part, which nothing follows: what is known of it is what its own part paid it."""
@@ -161,14 +165,15 @@ def _numbers(lm: LM) -> list[np.ndarray]:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(
     params: Any, ids_1t: jax.Array, count: jax.Array, memory: Memory, x_1d: jax.Array, *, cfg: Any
-) -> tuple[jax.Array, Memory, jax.Array]:
-    """The final state of the last of `count` tokens, the memory after them, and the nats of every token, f32 [t]."""
+) -> tuple[jax.Array, jax.Array, Memory, jax.Array]:
+    """The final state of the last of `count` tokens and those of all, the memory after them, and the nats of every
+    token, f32 [t]."""
     model, offsets = registry.of(cfg), jnp.arange(ids_1t.shape[1], dtype=jnp.int32)[None]
     batch = Batch(ids_1t, memory.length[:, None] + offsets, (offsets < count).astype(jnp.int32))
     x_1td, memory, _ = model.hidden(params, batch, cfg=cfg, cache=memory)
     before = jnp.concatenate([x_1d[:, None], x_1td[:, :-1]], axis=1)
     nll = scoring.score(functools.partial(model.logits, params, cfg=cfg), before, ids_1t)["nats"][0]
-    return jax.lax.dynamic_index_in_dim(x_1td, count - 1, axis=1, keepdims=False), memory, nll
+    return jax.lax.dynamic_index_in_dim(x_1td, count - 1, axis=1, keepdims=False), x_1td[0], memory, nll
 
 
 @jax.jit

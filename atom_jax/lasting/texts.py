@@ -75,6 +75,11 @@ def packed(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.ascontiguousarray(ids).astype(f"<u{width}").view(np.uint8).reshape(-1, width)
 
 
+def arrays(text: str, ids: np.ndarray, vocab_size: int) -> dict[str, dict[str, np.ndarray]]:
+    """What a file "text" holds of ids, by the setting `text`."""
+    return {"text": {"ids": packed(ids, vocab_size)}} if text == "ids" else {}
+
+
 def unpacked(bytes_nw: np.ndarray) -> np.ndarray:
     """Ids i32 [n] of what `packed` made."""
     return bytes_nw.view(f"<u{bytes_nw.shape[1]}")[:, 0].astype(np.int32)
