@@ -19,6 +19,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting import learned, loading, making, reread
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
@@ -30,7 +31,7 @@ from atom_jax.models import registry
 from atom_jax.session.prompts import token_rows
 from atom_jax.typing import LM, AtomError
 
-# Tokens of a long source between two commits, to the next end of a part.
+# Tokens of a long source between two commits, to the next end of a part, at least.
 COMMIT = 65536
 _T = TypeVar("_T")
 
@@ -60,8 +61,9 @@ class Memory:
           law: such as "sqrt" (the default), "log:entries=32" or "all" (`levels.Law.parse`).
           score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`).
             By default the one that ships for the model (`learned.shipped`), else "observed".
-          part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). codec:
-            "float16" or "int8". text: "ids": token ids are kept too, for `recall`; "none": they are not.
+          part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). Of a model
+            with units of its own both count these. codec: "float16" or "int8". text: "ids": token ids are kept too,
+            for `recall`; "none": they are not.
           choice: how prompts choose among more entries than they all attend to.
         But for the last, all of these are fixed when it is made. Raises AtomError for a memory of another model or
         with other settings, for what is damaged, and where something else is in the directory.
@@ -127,19 +129,34 @@ class Memory:
             return self.length
         return self.length - self.held + self.choice.pages * self.choice.page
 
+    @property
+    def taken(self) -> int:
+        """Of the model's positions of tokens, those that a prompt can't have because of what is in front of it. Where
+        places are those of units, a prompt is taken to have as many of them as tokens."""
+        config = self._model("answering").config
+        inside, window = inside_lib.of(config), self._manifest.window
+        read = sum(s.tokens for s in self.sources if s.id == window.source)
+        return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
+
     def stats(self) -> dict[str, Any]:
-        """tokens; entries, per head, as `length`; held: of these in blocks and waiting, written: of how many tokens
-        that have left the window, and law: what the law allows there; bytes on disk, and text_bytes, those of token
-        ids among them; horizon: to which age in tokens one stays of which a share of 0.05, 0.1 or 0.2 of its block
-        ranks higher."""
+        """tokens, and units that these have made (0 where the model has none, as in what follows); entries, per head,
+        as `length`; held: of these in blocks and waiting, written: of how many tokens (or units) that have left the
+        window, and law: what the law allows there; bytes on disk, and text_bytes, those of token ids among them;
+        per_byte: bytes on disk for each of the texts that were read to their end, None where there is one that was
+        given as ids; horizon: to which age in tokens (or units) one stays of which a share of 0.05, 0.1 or 0.2 of its
+        block ranks higher."""
         m, law, size = self._manifest, self.settings.law, self._store.size
+        read = [s.bytes for s in m.sources if s.finished]
+        total = self._current(lambda: size(self._manifest.files))
         return {
             "tokens": sum(s.tokens for s in m.sources),
+            "units": sum(s.units for s in m.sources),
             "entries": self.length,
             "held": self.held,
             "written": m.written,
             "law": law.held(m.written),
-            "bytes": self._current(lambda: size(self._manifest.files)),
+            "bytes": total,
+            "per_byte": total / sum(read) if read and all(read) else None,
             "text_bytes": self._current(lambda: size(f for s in self.sources for f in s.text)),
             "horizon": {rank: law.horizon(rank) for rank in (0.05, 0.1, 0.2)},
         }
@@ -198,25 +215,34 @@ class Memory:
             state = reader.begin(source.id)
         else:
             source = old
-        part, nats, saved, began = self.settings.part, 0.0, source.tokens, source.tokens
+        part, nats, saved, began, ends = self.settings.part, 0.0, source.tokens, source.tokens, []
         every = max(COMMIT // part, 1) * part
-        for at in range(began, len(ids), part):
-            state, seen = reader.read(state, ids[at : at + part])
+        while (at := state.tokens) < len(ids):
+            before = state.window
+            state, seen = reader.read(state, ids)
             keep(seen)
-            end = at + state.window.count
-            nats += float(state.nll[: state.window.count].sum(dtype=np.float64))
-            if end == len(ids) or end % every == 0:
-                source = dataclasses.replace(source, tokens=end, finished=end == len(ids))
-                source = self._commit(reader, blocks, state, source, ids[saved:end])
-                saved = end
-            say(state.window.count)
+            nats, end = nats + state.nats, state.tokens
+            if state.window is not before:
+                ends.append(state.ends[1 : state.window.count + 1])
+            if end == len(ids) or end - saved >= every:
+                units = state.window.first + state.window.count if reader.inside.units else 0
+                source = dataclasses.replace(source, tokens=end, finished=end == len(ids), units=units)
+                source = self._commit(reader, blocks, state, source, ids[saved:end], ends)
+                saved, ends = end, []
+            say(end - at)
         return nats, len(ids) - began
 
-    def _commit(self, reader: Reader, blocks: Blocks, state: State, source: Source, ids: np.ndarray) -> Source:
-        """Writes what was read of a source; the source as it is known then. ids: of it, that are new."""
+    def _commit(
+        self, reader: Reader, blocks: Blocks, state: State, source: Source, ids: np.ndarray, ends: list[np.ndarray]
+    ) -> Source:
+        """Writes what was read of a source; the source as it is known then. ids: of it, that are new; ends: as of
+        `reader.State`, of its new units."""
         number, files = self._manifest.next, {}
         if self.settings.text == "ids":
-            files[f"text-{number:08d}.safetensors"] = {"ids": texts_lib.packed(ids, self._lm.config.vocab_size)}
+            text = {"ids": texts_lib.packed(ids, self._lm.config.vocab_size)}
+            if reader.inside.units:
+                text["ends"] = np.concatenate([np.zeros(0, np.int32), *ends])
+            files[f"text-{number:08d}.safetensors"] = text
             source, number = dataclasses.replace(source, text=(*source.text, *files)), number + 1
         sources = (*(s for s in self.sources if s.id != source.id), source)
         self._write(blocks, sources, state.window, reader.arrays(state), number, files)
@@ -278,31 +304,40 @@ class Memory:
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
-        source = next(s for s in self.sources if s.name == name)
-        parts = [texts_lib.unpacked(self._store.read(file)["ids"]) for file in source.text]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
+        return self._text(name)[0]
+
+    def ends(self, name: str) -> np.ndarray:
+        """The token behind each unit of a source, i32 [u]; none where ids are not kept, or the model has no units."""
+        return self._text(name)[1]
+
+    def _text(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        source, none = next(s for s in self.sources if s.name == name), np.zeros(0, np.int32)
+        files = [self._store.read(file) for file in source.text]
+        ids = [texts_lib.unpacked(file["ids"]) for file in files]
+        return np.concatenate([none, *ids]), np.concatenate([none, *(file.get("ends", none) for file in files)])
 
     def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
         places from 0 on, or a choice among it. AtomError where that exceeds the model's positions."""
         lm = self._model("answering")
-        if self.ahead >= lm.config.max_length:
+        if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
                 f"{self._store.directory}: the {self.ahead} entries that a prompt attends to leave no room in the"
-                f" {lm.config.max_length} positions of the model"
+                f" {limit} positions of the model"
             )
         if self._front is None:
             self._front = self._current(self._made)
         return memory_lib.rows(self._front, np.zeros(rows, np.int32))
 
     def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
-        """For every prompt (as of `generate`) the k pages of 32 tokens whose entries its tokens attend to most."""
+        """For every prompt (as of `generate`) the k pages of 32 tokens (or units) whose entries its tokens (or units)
+        attend to most."""
         lm = self._model("recall")
         rows = token_rows(lm, prompts, first=False)
         if not self.length:
             return [[] for _ in rows]
-        if (longest := max(map(len, rows)) + self.length) > lm.config.max_length:
-            raise AtomError(f"prompts: with the memory one takes {longest} of {lm.config.max_length} positions")
+        if (longest := max(map(len, rows)) + self.length) > (limit := inside_lib.of(lm.config).limit):
+            raise AtomError(f"prompts: with the memory one takes {longest} of {limit} positions")
         front = self._current(self._all)
         received = (front_lib.received(lm, front, row) for row in rows)
         return [[self._page(*page) for page in front_lib.pages(one, front, k)] for one in received]
@@ -336,9 +371,14 @@ class Memory:
         found = next((s for s in self.sources if s.id == source), None)
         if found is None:
             raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
+        if found.units and not found.text:
+            return Page(found.name, first, min(last, found.units - 1), weight, None, "units")
+        ids, ends = self._text(found.name)
+        if found.units:
+            first, last = int(np.append(0, ends)[first]), int(ends[min(last, found.units - 1)]) - 1
         last, text = min(last, found.tokens - 1), None
         if found.text and self._lm.tokenizer is not None:
-            text = self._lm.tokenizer.decode(self.ids(found.name)[first : last + 1].tolist())
+            text = self._lm.tokenizer.decode(ids[first : last + 1].tolist())
         return Page(found.name, first, last, weight, text)
 
     def _model(self, what: str) -> LM:
@@ -387,7 +427,9 @@ class Memory:
         if self._manifest.window.source < 0:
             return blocks, None
         where = str(self._store.directory / self._manifest.tail)
-        return blocks, reader.state(kept, self._manifest.window, where)
+        window = self._manifest.window
+        tokens = sum(s.tokens for s in self.sources if s.id == window.source)
+        return blocks, reader.state(kept, window, tokens, where)
 
     def _learned(self) -> Linear | None:
         name = self._manifest.score

@@ -29,13 +29,15 @@ class Reading(NamedTuple):
 
 class Page(NamedTuple):
     """Part of a text that a prompt looks at. source: its name; first, last: tokens of it; weight: their share of the
-    attention that all entries receive; text: what they say, where ids are kept."""
+    attention that all entries receive; text: what they say, where ids are kept. of: what first and last count: of a
+    model with units of its own "units" where ids aren't kept."""
 
     source: str
     first: int
     last: int
     weight: float
     text: str | None
+    of: str = "tokens"
 
 
 class Content(NamedTuple):

@@ -14,7 +14,7 @@ from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
 from atom_jax.models.hnet import family as hnet
 from atom_jax.models.hnet.config import roomier
-from atom_jax.models.hnet.memory import decode_params, init_cache
+from atom_jax.models.hnet.memory import decode_params, init_cache, nodes
 from atom_jax.models.hnet.ports import Cells
 from atom_jax.models.world.config import WorldConfig, spec
 from atom_jax.models.world.forward import apply, hidden, logits
@@ -60,6 +60,6 @@ def _small(rule: object, pool: str, reward: str = "classes", secrets: int = 0, *
 
 FAMILY = Family(
     name="world", config=WorldConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
-    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
-    reads=FRAMES,
+    nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
+    examples=examples, reads=FRAMES,
 )  # fmt: skip
