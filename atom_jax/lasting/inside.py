@@ -201,9 +201,9 @@ def of(cfg: Any) -> Inside:
                 kinds |= {int(n): kind for n in numbers if isinstance(kind, Attention)}
     if not fits or all(kind.window is not None for kind in kinds.values()):
         raise AtomError(
-            "a lasting memory is for models with layers that see everything before them, and have positions in their"
-            " keys, in the innermost network, and nowhere else, besides sliding and recurrent ones; this"
-            f" {cfg.family} model has layers of other kinds"
+            "a lasting memory is for innermost layers that see everything before them and have positions in their"
+            " keys, beside sliding and recurrent layers alone; this"
+            f" {cfg.family} model has layers of other kinds, or none of these"
         )
     order = {n: i for i, n in enumerate(sorted(kinds))}
     ranks = tuple(None if at is None else np.array([order[int(n)] for n in at]) for at in places)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import os
 import pathlib
 import sys
@@ -123,12 +122,12 @@ def read(lm: LM, ids: np.ndarray, part: int, name: str) -> Iterator[tuple[State,
 
 
 def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
-    """Of all tokens that have left the window."""
-    rows, wanted = [], []
+    """Of all tokens (or units with any of those that are wanted) that have left the window."""
+    rows, wanted, before = [], [], np.append(0, np.cumsum(stream.wanted))
     for _, seen in read(lm, stream.ids, part, name):
         if seen is not None:
             rows.append(features(seen.most, seen.total, seen.nll, seen.following))
-            wanted.append([stream.wanted[a:b].any() for a, b in itertools.pairwise(seen.ends)])
+            wanted.append(np.diff(before[seen.ends]) > 0)
     if not rows:
         raise AtomError(f"{name}: {len(stream.ids)} tokens are one part, which nothing follows")
     return Moments.of(np.concatenate(rows, axis=1), np.concatenate(wanted))

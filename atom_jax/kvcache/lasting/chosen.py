@@ -31,6 +31,7 @@ class Choice(Policy):
 
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
+    Where nothing has been chosen yet (tokens of a prompt may have made no unit) the first one chooses at once.
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
 
