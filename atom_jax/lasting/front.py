@@ -65,8 +65,7 @@ def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: W
         rest = _plain(*(kept[x][full, 0, :, cut] for x in "kv"), window.first + skip, window.source)
         ring = tuple(kept[x][sliding, 0, :, : window.count].astype(np.float32) for x in "kv")
         parts, sinks, latest = [ahead, *entries, rest], first, len(rest)
-        if inside.units:
-            around = inside.nearer(inside.restored(kept, "the window"))
+        around = inside.nearer(inside.restored(kept, "the window"))
     else:
         sinks = 0
     wide = max((e.place for e in parts), key=np.ndim).shape[:-1]

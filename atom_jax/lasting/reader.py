@@ -158,25 +158,22 @@ class Reader:
         """What a file holds of a state, apart from its window and its number of tokens."""
         layers = self.inside.layers_of(state.memory, self._every)
         kept = {name: np.asarray(getattr(layers, name)) for name in _KEPT}
-        kept |= {"nll": state.nll, "x": np.asarray(state.x_1d)}
-        if not self.inside.units:
-            return kept
-        return kept | {"ends": state.ends, "late": state.late} | self.inside.rest(state.memory)
+        kept |= {"nll": state.nll, "x": np.asarray(state.x_1d)} | self.inside.rest(state.memory)
+        return kept | {"ends": state.ends, "late": state.late} if self.inside.units else kept
 
     def state(self, arrays: dict[str, np.ndarray], window: Window, tokens: int, where: str) -> State:
         """The state of `arrays`. AtomError, which begins with `where`, for what is none of this model's."""
         empty, first = self.inside.layers_of(self._empty, self._every), self.begin(0)
         like = {name: getattr(empty, name) for name in _KEPT} | {"nll": first.nll, "x": first.x_1d}
-        around, ends, late = self._empty, window.first + np.arange(self.part + 1, dtype=np.int32), first.late
+        ends, late = window.first + np.arange(self.part + 1, dtype=np.int32), first.late
         if self.inside.units:
             like |= {"ends": first.ends, "late": np.zeros(self.inside.late, np.float32)}
-            around = self.inside.restored(arrays, where)
         inside_lib.check(arrays, like, where)
         if self.inside.units:
             ends, late = arrays["ends"], arrays["late"]
         count = jnp.full_like(empty.count, window.count)
         layers = empty.replace(count=count, **{name: jnp.asarray(arrays[name]) for name in _KEPT})
-        memory = self.inside.with_layers(around, layers, 0)
+        memory = self.inside.with_layers(self.inside.restored(arrays, where), layers, 0)
         return State(memory, jnp.asarray(arrays["x"]), arrays["nll"], ends, late, window, tokens)
 
 
