@@ -13,7 +13,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import inside
 from atom_jax.lasting import memory as memory_module
 from atom_jax.lasting.memory import Memory
-from atom_jax.models import attention
+from atom_jax.models import attention, registry
 from atom_jax.session.session import Session
 from atom_jax.typing import AtomError
 from tests.contract import cells
@@ -21,27 +21,34 @@ from tests.lasting.test_lasting_reading import files
 
 # Units that start (of units), units that end (and one that holds nothing), ends that are seen a byte late.
 CASES = ("hnet-hnet-2", "hnet-words", "bolmo-olmo3-sliding")
-PART = 16
+LONG, PROMPT = 150, 25
 
 
 @functools.cache
-def text(name, *lengths):
-    return tuple(cells.texts(cells.example(name), *lengths))
+def text(name, n):
+    """The first n bytes of one text."""
+    (ids,) = cells.texts(cells.example(name), n)
+    return ids
+
+
+@functools.cache
+def at_once(name):
+    """A long text with a prompt behind it, read at once: nats f32 [t - 1] of all but the first, the bytes at which
+    units begin or end, i64 [u], and logits f32 [t, v]."""
+    lm, ids = cells.example(name), text(name, LONG) + text(name, PROMPT)
+    out, codec = atom_jax.apply(lm, [ids]), registry.of(lm.config).codec(lm.config)
+    said = jax.nn.log_softmax(codec.merge(out.logits[0]))
+    nats = -np.take_along_axis(np.asarray(said[:-1]), codec.plain(np.array(ids[1:]))[:, None], axis=1)[:, 0]
+    return nats, np.flatnonzero(out.aux["boundaries"][-1][0]), np.asarray(out.logits[0])
+
+
+def part(name):
+    """Units of a part, of which the long text has one and a half."""
+    return max(2 * int((at_once(name)[1] < LONG).sum()) // 3, 8)
 
 
 def opened(path, name, **more):
-    return Memory.open(path, cells.example(name), **({"part": PART, "law": "all:block=8", "sinks": 2} | more))
-
-
-def marks(name, ids):
-    """Where the innermost units of a text begin or end, which is read at once."""
-    return np.flatnonzero(atom_jax.apply(cells.example(name), [ids]).aux["boundaries"][-1][0])
-
-
-def length(name):
-    """Bytes of a text of one and a half parts."""
-    (ids,) = text(name, 200)
-    return int(marks(name, ids)[3 * PART // 2])
+    return Memory.open(path, cells.example(name), **({"part": part(name), "law": "all:block=8", "sinks": 2} | more))
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +58,13 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(home, scanned):
-    """A memory of a text of one and a half parts, and of a short one before it, by name."""
+    """A memory of a short text and the long one, by name."""
 
     @functools.cache
     def of(name):
         with opened(home / name, name) as memory:
-            memory.read(text(name, 30)[0], "short")
-            memory.read(text(name, length(name))[0], "long")
+            memory.read(text(name, 30), "short")
+            memory.read(text(name, LONG), "long")
         return opened(home / name, name)
 
     return of
@@ -65,27 +72,25 @@ def read(home, scanned):
 
 @pytest.mark.parametrize("name", CASES)
 def test_reading_in_parts_is_reading_at_once(tmp_path, scanned, name):
-    lm, ids = cells.example(name), text(name, length(name))[0]
-    memory, prompt = opened(tmp_path / "m", name), text(name, 25)[0]
-    done = memory.read(ids, "a")
+    lm, ids = cells.example(name), text(name, LONG)
+    memory, about = opened(tmp_path / "m", name), inside.of(lm.config)
+    done, (nats, at, logits) = memory.read(ids, "a"), at_once(name)
     stats, (source,) = memory.stats(), memory.sources
-    assert source.units > PART and stats["units"] == source.units == stats["entries"] and done.tokens == len(ids)
-    # Entries are of half precision.
-    found = Session.prefill(lm, [prompt], memory=memory.front()).logits
-    whole = Session.prefill(lm, [ids + prompt]).logits
-    np.testing.assert_allclose(found, whole, atol=5e-3, rtol=5e-3)
-    assert abs(done.nll * len(ids) + float(score.logprobs(lm, [ids], marginal=True).sum())) < 2e-2
-    # Every unit knows its bytes.
-    about, ends = inside.of(lm.config), memory.ends("a")
-    at = marks(name, ids)
-    wanted = np.append(at[1:], len(ids)) if about.starts else at + 1
+    assert source.units > part(name) and stats["units"] == source.units == stats["entries"]
+    assert abs(done.nll * LONG - nats[: LONG - 1].sum()) < 1e-2
+    # Entries are of half precision. A Bolmo says of a prompt's last byte first whether it ends a patch.
+    found = Session.prefill(lm, [text(name, PROMPT)], memory=memory.front()).logits[0]
+    np.testing.assert_allclose(found, logits[-1 - about.late], atol=5e-3, rtol=5e-3)
+    # Every unit knows its bytes, and of those at the end no more is said than was read.
+    at, ends = at[at + about.late < LONG], memory.ends("a")
+    wanted = np.append(at[1:], LONG) if about.starts else at + 1
     assert ends[len(ends) - len(wanted) :].tolist() == wanted.tolist() and not ends[: len(ends) - len(wanted)].any()
 
 
 @pytest.mark.parametrize("name", CASES[1:])
 def test_rows_lean_on_units_each_by_itself(read, name):
     lm, memory = cells.example(name), read(name)
-    prompts = [text(name, 25)[0], text(name, 3)[0], [105]]
+    prompts = [text(name, PROMPT), text(name, 3), [105]]
     made = atom_jax.generate(lm, prompts, 6, stop_ids=[], memory=memory)
     alone = [atom_jax.generate(lm, [p], 6, stop_ids=[], memory=memory).ids[0] for p in prompts[1:]]
     assert made.ids[1:] == alone
@@ -94,21 +99,21 @@ def test_rows_lean_on_units_each_by_itself(read, name):
 def test_every_part_sees_the_part_before(tmp_path, monkeypatch):
     """As a text read at once sees it whose attention ends there, over so many bytes that places are given anew."""
     name, real = "hnet-words", attention.self_attend
-    lm, ids = cells.example(name), text("hnet-words", 400)[0]
+    lm, ids = cells.example(name), text("hnet-words", 400)
 
     def banded(q, k, v, tokens, *, window, **others):
         if window is not None:
             return real(q, k, v, tokens, window=window, **others)
-        part = tokens.positions[0] // PART
+        part = tokens.positions[0] // 8
         seen = (part[:, None] - part[None] <= 1) & (tokens.positions[0][:, None] >= tokens.positions[0][None])
         seen &= (tokens.segments[0] > 0)[None]
         scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k) * q.shape[-1] ** -0.5
         scores = jnp.where(jnp.broadcast_to(seen[None, None, None], scores.shape), scores, -1e30)
         return jnp.einsum("bhgts,bhsk->bhgtk", jax.nn.softmax(scores), v)
 
-    memory = opened(tmp_path / "m", name, sinks=0)
+    memory = opened(tmp_path / "m", name, sinks=0, part=8)
     about, found = inside.of(lm.config), memory.read(ids).nll
-    assert len(ids) > about.near + 64 > memory.taken and memory.sources[0].units > 5 * PART
+    assert len(ids) > about.near + 64 > memory.taken and memory.sources[0].units > 5 * 8
     monkeypatch.setattr(attention, "self_attend", banded)
     # Traced anew.
     jax.clear_caches()
@@ -119,7 +124,7 @@ def test_every_part_sees_the_part_before(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES[1:])
 def test_sessions_do_not_matter(tmp_path, scanned, monkeypatch, name):
-    ids = text(name, 180)[0]
+    ids = text(name, 400)
     law = "sqrt:entries=4,block=8"
     with opened(tmp_path / "one", name, law=law) as memory:
         memory.read(ids, "a")
@@ -146,8 +151,8 @@ def test_sessions_do_not_matter(tmp_path, scanned, monkeypatch, name):
 
 @pytest.mark.parametrize("name", CASES[1:])
 def test_recall_shows_the_bytes_of_units(read, name):
-    memory, ids = read(name), text(name, length(name))[0]
-    (found,) = memory.recall([text(name, 25)[0]], k=3)
+    memory, ids = read(name), text(name, LONG)
+    (found,) = memory.recall([text(name, PROMPT)], k=3)
     ends = memory.ends("long")
     assert found[0].weight > 0 and sum(page.weight for page in found) <= 1 + 1e-6
     for page in found:
@@ -162,7 +167,7 @@ def test_units_choose_pages(read, home, scanned):
     name = "hnet-words"
     lm, choice = cells.example(name), Choice(whole=8, pages=2, page=4, stride=2)
     read(name)
-    memory, prompts = opened(home / name, name, choice=choice), [text(name, 25)[0], [105], text(name, 9)[0]]
+    memory, prompts = opened(home / name, name, choice=choice), [text(name, PROMPT), [105], text(name, 9)]
     made = atom_jax.generate(lm, prompts, 12, stop_ids=[], memory=memory).ids
     assert [atom_jax.generate(lm, [p], 12, stop_ids=[], memory=memory).ids[0] for p in prompts[:2]] == made[:2]
     assert made != atom_jax.generate(lm, prompts, 12, stop_ids=[], memory=read(name)).ids
@@ -170,9 +175,9 @@ def test_units_choose_pages(read, home, scanned):
 
 def test_a_prompt_behind_what_is_left_begins_a_text(read, scanned, tmp_path):
     name = "hnet-words"
-    lm, prompt, memory = cells.example(name), text(name, 25)[0], opened(tmp_path / "m", name)
-    memory.read(text(name, 30)[0], "a")
-    memory.read(text(name, 40)[0], "b")
+    lm, prompt, memory = cells.example(name), text(name, PROMPT), opened(tmp_path / "m", name)
+    memory.read(text(name, 30), "a")
+    memory.read(text(name, 40), "b")
     memory.forget("b")
     assert memory.taken == memory.length == memory.stats()["held"]
     session = Session.prefill(lm, [prompt], memory=memory.front())
