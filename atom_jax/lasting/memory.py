@@ -146,8 +146,7 @@ class Memory:
         given as ids; horizon: to which age in tokens (or units) one stays of which a share of 0.05, 0.1 or 0.2 of its
         block ranks higher."""
         m, law, size = self._manifest, self.settings.law, self._store.size
-        read = [s.bytes for s in m.sources if s.finished]
-        total = self._current(lambda: size(self._manifest.files))
+        total, read = self._current(lambda: size(self._manifest.files)), [s.bytes for s in m.sources if s.finished]
         return {
             "tokens": sum(s.tokens for s in m.sources),
             "units": sum(s.units for s in m.sources),
@@ -371,15 +370,7 @@ class Memory:
         found = next((s for s in self.sources if s.id == source), None)
         if found is None:
             raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
-        if found.units and not found.text:
-            return Page(found.name, first, min(last, found.units - 1), weight, None, "units")
-        ids, ends = self._text(found.name)
-        if found.units:
-            first, last = int(np.append(0, ends)[first]), int(ends[min(last, found.units - 1)]) - 1
-        last, text = min(last, found.tokens - 1), None
-        if found.text and self._lm.tokenizer is not None:
-            text = self._lm.tokenizer.decode(ids[first : last + 1].tolist())
-        return Page(found.name, first, last, weight, text)
+        return texts_lib.page(found, *self._text(found.name), first, last, weight, self._lm.tokenizer)
 
     def _model(self, what: str) -> LM:
         if self._lm is None:

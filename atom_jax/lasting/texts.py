@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atom_jax.files import read_regular
+from atom_jax.lasting.store import Source
 from atom_jax.typing import AtomError
 
 _LONGEST = 4096  # characters of a path
@@ -38,6 +39,21 @@ class Page(NamedTuple):
     weight: float
     text: str | None
     of: str = "tokens"
+
+
+def page(
+    source: Source, ids: np.ndarray, ends: np.ndarray, first: int, last: int, weight: float, tokenizer: Any
+) -> Page:  # fmt: skip
+    """The page of a source from one token (or unit) to another, which may be behind its end. ids, ends: as the memory
+    has them. tokenizer: None: there is none."""
+    if source.units and not source.text:
+        return Page(source.name, first, min(last, source.units - 1), weight, None, "units")
+    if source.units:
+        first, last = int(np.append(0, ends)[first]), int(ends[min(last, source.units - 1)]) - 1
+    last, text = min(last, source.tokens - 1), None
+    if source.text and tokenizer is not None:
+        text = tokenizer.decode(ids[first : last + 1].tolist())
+    return Page(source.name, first, last, weight, text)
 
 
 class Content(NamedTuple):

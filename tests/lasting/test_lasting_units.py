@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax import params
+from atom_jax.chunking import bytemodel
+from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.inference import score
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import inside
 from atom_jax.lasting import memory as memory_module
 from atom_jax.lasting.memory import Memory
 from atom_jax.models import attention, registry
+from atom_jax.nn.attention import Tokens
 from atom_jax.session.session import Session
 from atom_jax.typing import AtomError
 from tests.contract import cells
@@ -120,6 +124,20 @@ def test_every_part_sees_the_part_before(tmp_path, monkeypatch):
     wanted = -np.asarray(score.logprobs(lm, [ids])).sum() / len(ids)
     jax.clear_caches()
     assert abs(found - wanted) < 1e-4
+
+
+def test_lower_positions_change_nothing_for_an_entropy_model():
+    cfg = ByteModel(d_model=16, n_layers=1, n_heads=2, d_ff=16, window=4)
+    p, run = params.init(jax.random.key(0), bytemodel.spec(cfg)), jax.jit(bytemodel.apply, static_argnames="cfg")
+
+    def read(state, first):
+        tokens = Tokens(jnp.arange(first, first + 6)[None], jnp.ones((1, 6), jnp.int32))
+        return run(p, jnp.arange(40 + first % 4, 46 + first % 4)[None], tokens, state, cfg=cfg)
+
+    _, state = read(bytemodel.init_state(cfg, 1), 0)
+    wanted, _ = read(state, 6)
+    found, _ = read(bytemodel.nearer(state, jnp.array([4]), cfg=cfg), 2)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES[1:])
