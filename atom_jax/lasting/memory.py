@@ -20,7 +20,7 @@ from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import inside as inside_lib
-from atom_jax.lasting import learned, loading, making, reread
+from atom_jax.lasting import counts, learned, loading, making, reread
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.pages import Pages
@@ -139,26 +139,8 @@ class Memory:
         return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
     def stats(self) -> dict[str, Any]:
-        """tokens, and units that these have made (0 where the model has none, as in what follows); entries, per head,
-        as `length`; held: of these in blocks and waiting, written: of how many tokens (or units) that have left the
-        window, and law: what the law allows there; bytes on disk, and text_bytes, those of token ids among them;
-        per_byte: bytes on disk for each of the texts that were read to their end, None where there is one that was
-        given as ids; horizon: to which age in tokens (or units) one stays of which a share of 0.05, 0.1 or 0.2 of its
-        block ranks higher."""
-        m, law, size = self._manifest, self.settings.law, self._store.size
-        total, read = self._current(lambda: size(self._manifest.files)), [s.bytes for s in m.sources if s.finished]
-        return {
-            "tokens": sum(s.tokens for s in m.sources),
-            "units": sum(s.units for s in m.sources),
-            "entries": self.length,
-            "held": self.held,
-            "written": m.written,
-            "law": law.held(m.written),
-            "bytes": total,
-            "per_byte": total / sum(read) if read and all(read) else None,
-            "text_bytes": self._current(lambda: size(f for s in self.sources for f in s.text)),
-            "horizon": {rank: law.horizon(rank) for rank in (0.05, 0.1, 0.2)},
-        }
+        """What there is in numbers, as `counts.stats` has it."""
+        return self._current(lambda: counts.stats(self._store, self._manifest, self.length, self.held))
 
     def refresh(self) -> None:
         """Looks at what others have committed since."""
