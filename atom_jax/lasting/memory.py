@@ -18,9 +18,9 @@ from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
+from atom_jax.lasting import counts, learned, loading, making, reread
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import inside as inside_lib
-from atom_jax.lasting import counts, learned, loading, making, reread
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.pages import Pages
@@ -257,7 +257,7 @@ class Memory:
             if source is None:
                 known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
                 raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
-            waiting, kept = self._tail()
+            waiting, kept = loading.tail(self._store, self._manifest)
             window = self._manifest.window
             if window.source == source.id:
                 window, kept = Window(), {}
@@ -285,17 +285,11 @@ class Memory:
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
-        return self._text(name)[0]
+        return loading.text(self._store, next(s for s in self.sources if s.name == name))[0]
 
     def ends(self, name: str) -> np.ndarray:
         """The token behind each unit of a source, i32 [u]; none where ids are not kept, or the model has no units."""
-        return self._text(name)[1]
-
-    def _text(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        source, none = next(s for s in self.sources if s.name == name), np.zeros(0, np.int32)
-        files = [self._store.read(file) for file in source.text]
-        ids = [texts_lib.unpacked(file["ids"]) for file in files]
-        return np.concatenate([none, *ids]), np.concatenate([none, *(file.get("ends", none) for file in files)])
+        return loading.text(self._store, next(s for s in self.sources if s.name == name))[1]
 
     def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
@@ -352,7 +346,7 @@ class Memory:
         found = next((s for s in self.sources if s.id == source), None)
         if found is None:
             raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
-        return texts_lib.page(found, *self._text(found.name), first, last, weight, self._lm.tokenizer)
+        return texts_lib.page(found, *loading.text(self._store, found), first, last, weight, self._lm.tokenizer)
 
     def _model(self, what: str) -> LM:
         if self._lm is None:
@@ -378,10 +372,6 @@ class Memory:
                 if self._manifest == before:
                     raise
 
-    def _tail(self) -> tuple[Entries | None, dict[str, np.ndarray]]:
-        """What waits for its block, and the arrays of the window."""
-        return loading.tail(self._store, self._manifest)
-
     def _all(self) -> front_lib.Front:
         return loading.front(self._store, self._manifest, self._lm)
 
@@ -395,7 +385,7 @@ class Memory:
         return made
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
-        waiting, kept = self._tail()
+        waiting, kept = loading.tail(self._store, self._manifest)
         blocks = Blocks(self._store, self._manifest, waiting)
         if self._manifest.window.source < 0:
             return blocks, None
