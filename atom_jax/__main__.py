@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+import functools
 import sys
 from collections.abc import Callable
 
 import atom_jax
 from atom_jax import terminal
-from atom_jax.commands import images, lasting, models, reports, running, serving, worlds, writing
+from atom_jax.commands import completion, images, lasting, models, reports, running, serving, worlds, writing
 from atom_jax.commands.flags import Done
+from atom_jax.fields import meant
 from atom_jax.typing import AtomError
 
 USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
@@ -39,6 +40,7 @@ USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
   info      PATH                              what is in a checkpoint, or in a memory
   summary   WORKDIR                           a training run next to baselines, with a sample and a picture
   fairness  --checkpoint=PATH                 languages next to each other, on parallel texts
+  completion SHELL                            what makes bash, zsh or fish complete all this
 
 `python -m atom_jax COMMAND --help` lists the flags of a command. A checkpoint is a Hugging Face directory, an Orbax
 directory (converted, or the --workdir of a training run), a .gguf file or a Hugging Face model id."""
@@ -46,6 +48,8 @@ directory (converted, or the --workdir of a training run), a .gguf file or a Hug
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit code: 0, 1 after bad input (one sentence on stderr), 130 after Ctrl-C."""
+    if argv[1:2] == ["help"] and len(argv) > 2:
+        argv = [argv[0], argv[2], "--help"]
 
     def command() -> int | None:
         if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
@@ -56,9 +60,7 @@ def main(argv: list[str]) -> int:
             return 0
         known = _commands()
         if argv[1] not in known:
-            close = difflib.get_close_matches(argv[1], known, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise AtomError(f"unknown command {argv[1]!r}{hint}; known: {', '.join(known)}")
+            raise AtomError(f"unknown command {argv[1]!r}{meant(argv[1], known)}; known: {', '.join(known)}")
         with contextlib.suppress(Done):
             return known[argv[1]](argv[1:])
 
@@ -81,7 +83,7 @@ def entry() -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int | None]]:
-    return {
+    known: dict[str, Callable[[list[str]], int | None]] = {
         "train": running.train,
         "eval": running.evaluate,
         "generate": writing.generate,
@@ -107,6 +109,7 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "imagine": worlds.imagine,
         "plan": worlds.plan,
     }
+    return known | {"completion": functools.partial(completion.completion, known)}
 
 
 if __name__ == "__main__":

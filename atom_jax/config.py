@@ -112,7 +112,8 @@ def load_file(reference: str) -> Any:
     file, _, variant = reference.partition(":")
     path = _found(file)
     if path is None:
-        raise AtomError(f"--config={reference}: there is no file {file}")
+        own = sorted({f"configs/{found.name}" for place in _places() for found in place.glob("[!_]*.py")})
+        raise AtomError(f"--config={reference}: there is no file {file}; those that come along: {', '.join(own)}")
     if path.suffix != ".py":
         raise AtomError(f"--config={reference}: {file} is not a .py file")
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
@@ -137,9 +138,14 @@ def _found(file: str) -> pathlib.Path | None:
     path = pathlib.Path(file)
     if path.is_file():
         return path
-    package = pathlib.Path(__file__).parent
-    places = (package / "configs", package.parent / "configs") if path.parent == pathlib.Path("configs") else ()
+    places = _places() if path.parent == pathlib.Path("configs") else ()
     return next((found for place in places if (found := place / path.name).is_file()), None)
+
+
+def _places() -> tuple[pathlib.Path, pathlib.Path]:
+    """Where the configurations that come with the package may be: in it, or in the clone around it."""
+    package = pathlib.Path(__file__).parent
+    return package / "configs", package.parent / "configs"
 
 
 def diff(old: Any, new: Any, where: str = "") -> list[str]:

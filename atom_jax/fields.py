@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AtomError(f"{path}: not a JSON object")
     return value
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What follows a name that is unknown: " (did you mean ...?)", or "" where none that is known is like it."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class Fields:

@@ -72,7 +72,8 @@ class Frames:
     """A batch of streams of frames. Position t carries frame o_t and action a_t, which leads to o_{t+1}; the targets
     of a model of the world are o_{t+1}, and the reward and the end of the step between them.
 
-    obs:       u8 [b, t, *grid] classes, or f32 [b, t, height, width, channels] in [0, 1].
+    obs:       u8 [b, t, *grid] classes, or f32 [b, t, height, width, channels] in [0, 1]; inside of a model what its
+               port reads of them (`models.hnet.ports`).
     action:    i32 [b, t], or f32 [b, t, a].
     reward:    f32 [b, t] of the step that begins at the position.
     done:      bool [b, t] True where that step ends the episode; the frames after it stand still.

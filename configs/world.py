@@ -12,6 +12,7 @@ watch_cosine   H-Net's router, trained end to end with its ratio loss; nothing i
 watch_every    every frame is a unit. watch_fixed: every ten frames are one. watch_change: wherever a frame differs.
 minigrid       MemoryS16 of the package xminigrid (the extra `envs`), units by surprise.
 video          sprites that fly and rest, in pixels; nobody acts.
+codes          the same, read as codes of a tokenizer of images, which is trained first.
 watch_local    no main network: nothing is remembered for longer than three frames.
 large          1.1 billion parameters, for an accelerator.
 tiny           seconds; for tests.
@@ -28,10 +29,10 @@ from atom_jax.chunking.rules.cosine import Cosine
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data.config import DataConfig
-from atom_jax.models.hnet.ports import Cells, Pixels
+from atom_jax.models.hnet.ports import Cells, Codes, Pixels
 from atom_jax.models.world import WorldConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
-from atom_jax.training.objectives import Foresee
+from atom_jax.training.objectives import Foresee, Images
 
 
 class Lesson(NamedTuple):
@@ -141,6 +142,24 @@ def video() -> Experiment:
     return stage(first, cfg, lesson._replace(steps=500), batch=16, groups=groups, world="env:video")
 
 
+def codes() -> Experiment:
+    """A frame is at most 8 of 200 codes. A sprite that moves on changes many of them, and one that rests none."""
+    cfg = dataclasses.replace(
+        model(Surprise(target=8.0), capacity=0.5), port=Codes(actions=1), secrets=0, window=(4, -1)
+    )
+    size, seen = cfg.port.tokenizer.max_length, ("image:sprites",)
+    tokenizer = Experiment(
+        model=cfg.port.tokenizer, tokenizer="pixels", objective=Images(),
+        data=DataConfig(sources=seen, seq_len=size, batch_size=48, whole=True),
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=100, final_fraction=0.02, weight_decay=0.01),
+        train=TrainConfig(steps=3000, log_every=20, eval_every=600, eval_batches=8),
+    )  # fmt: skip
+    lesson, frozen = Lesson(0, 0, 64, 0.0, 1000, 3e-3), (Group(r"tokenizer/.*"),)
+    first = stage(tokenizer, cfg, lesson, Foresee(only_local=True), batch=16, groups=frozen, world="env:video")
+    groups = (*frozen, *FROZEN, Group("codes"))
+    return stage(first, cfg, lesson._replace(steps=500), batch=16, groups=groups, world="env:video")
+
+
 def large() -> Experiment:
     """For an accelerator; a size, not a recipe."""
     sizes = {"layout": ("T4", "T20", "T4"), "d_model": (1024, 2048), "d_intermediate": (2816, 5632)}
@@ -158,7 +177,5 @@ def tiny() -> Experiment:
     return stage(first, cfg, TINY, batch=8, groups=FROZEN)
 
 
-VARIANTS = {
-    f.__name__: f
-    for f in (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, minigrid, video, large, tiny)
-}
+_ALL = (watch, watch_cosine, watch_every, watch_fixed, watch_change, watch_local, minigrid, video, codes, large, tiny)
+VARIANTS = {f.__name__: f for f in _ALL}

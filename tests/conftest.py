@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight simulated devices, quick compiles and a persistent compilation cache."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -37,13 +38,14 @@ SLOW = (
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_hyper.py", "evaluation/tasks/test_kv.py",
     "evaluation/tasks/test_planning.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
-    "lasting/test_lasting_reading.py", "lasting/test_lasting_units.py", "lasting/test_paging.py",
-    "models/test_bolmo.py", "models/test_dynpool.py", "models/test_hnet.py", "models/test_image_tokens.py",
-    "models/test_memory_everywhere.py",
-    "models/test_mixers.py", "models/test_units_properties.py", "nn/test_fast_weights.py", "nn/test_mlstm.py",
-    "nn/test_neural_memory.py", "nn/test_product_keys.py", "nn/test_relative.py",
-    "nn/test_self_attention.py", "nn/test_ssd.py", "pallas_kernels", "reliability", "serving",
-    "reduction/test_official_reducers.py", "reduction/test_reducing_blocks.py",
+    "lasting/test_lasting_reading.py", "lasting/test_lasting_states.py", "lasting/test_lasting_units.py",
+    "lasting/test_paging.py", "models/test_bolmo.py", "models/test_codes.py", "models/test_dynpool.py",
+    "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
+    "models/test_pixels.py", "models/test_units_properties.py",
+    "nn/test_fast_weights.py", "nn/test_landmark.py", "nn/test_mlstm.py", "nn/test_neighbours.py",
+    "nn/test_neural_memory.py", "nn/test_product_keys.py", "nn/test_relative.py", "nn/test_self_attention.py",
+    "nn/test_ssd.py", "pallas_kernels", "reliability", "serving", "reduction/test_official_reducers.py",
+    "reduction/test_reducing_blocks.py",
     "session/test_drafts.py", "session/test_queue.py", "session/test_session.py", "test_eval_script.py",
     "test_flax_bridge.py", "test_image_tokens_run.py", "test_kernels.py", "test_main.py",
     "test_notebooks.py", "test_train_script.py",
@@ -86,6 +88,16 @@ def scanned():
 
 
 @pytest.fixture(scope="module")
+def scanned_policies():
+    """`scanned`, for models that have cache policies; without one, layers stay apart as they are on a CPU."""
+    from atom_jax.session import laid_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laid_out, "unrolls", lambda lm: lm.config.memory is None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_device():
     """Runs use the first device alone, which compiles in a fraction of the time. For tests of what doesn't depend on
     how many there are."""
@@ -95,6 +107,24 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda cfg: whole(cfg, jax.devices()[:1]))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves():
+    """Runs draw no curves when they end, which takes longer than a few tiny steps, but within `with curves():`."""
+    from atom_jax.training import plots
+
+    draw = plots.draw
+
+    @contextlib.contextmanager
+    def drawn():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "draw", draw)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda *_: [])
+        yield drawn
 
 
 @pytest.fixture(scope="module", autouse=True)

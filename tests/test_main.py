@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import jax
@@ -135,6 +136,7 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--chekpoint=x"], "Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
         (["train"], "--config is missing"),
         (["train", "--config=configs/lm.py:tiny", "--workdir=x", "words"], "unexpected argument 'words'"),
+        (["train", "--config=configs/llm.py", "--workdir=x"], "come along: configs/bolmo.py, "),
         (["eval", "--checkpoint=CHECKPOINT"], "--tasks is missing: the tasks are bpb, lambada"),
         (["generate", "--prompt=x"], "--checkpoint is missing"),
         (["generate", "--checkpoint=CHECKPOINT"], "--prompt is missing"),
@@ -172,6 +174,7 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["convert", "CHECKPOINT", "CHECKPOINT"], "already exists"),
         (["info"], "PATH"),
         (["info", "nowhere"], "nowhere"),
+        (["completion", "csh"], "no shell 'csh'; known: bash, "),
         (["fairness"], "--checkpoint is missing"),
         (["fairness", "--checkpoint=CHECKPOINT", "--source=nowhere"], "no directory there has a test split"),
         (["fairness", "--checkpoint=CHECKPOINT", "--limit=-1"], "--limit=-1"),
@@ -192,7 +195,31 @@ def test_help_names_what_there_is(run, args):
     assert "python -m atom_jax" in out
     assert run("--version") == (0, f"{atom_jax.__version__}\n", "")
     if args[0] == "generate":
+        assert run("help", "generate") == (0, out, "")
         assert all(f"--{name}" in out for name in ("checkpoint", "prompt", "max_new_tokens", "temperature", "stop"))
+
+
+def test_help_is_as_wide_as_the_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    _, out, _ = run("generate", "--help")
+    assert max(map(len, out.splitlines())) <= 70
+    assert "--temperature     0 always takes the most likely token (default 0.0)\n" in out
+
+
+def test_bash_completes_commands_flags_and_files(run, tmp_path):
+    code, script, err = run("completion", "bash")
+    assert code == 0 and err == ""
+    (tmp_path / "models").mkdir()
+    body = """of() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_atom_jax 2>/dev/null; echo ${COMPREPLY[@]}; }
+        of atom-jax gener
+        of atom-jax chat --check
+        of atom-jax chat --checkpoint = mod
+        of atom-jax merge mod"""
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{body}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == ["generate", "--checkpoint", "models", "models", ""]
+    assert all(run("completion", shell)[0] == 0 for shell in ("zsh", "fish"))
 
 
 def test_no_command_shows_the_usage(run):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import functools
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -14,28 +17,38 @@ from atom_jax.typing import AtomError
 
 
 class Flags:
-    """The flags of one command."""
+    """The flags of one command. purpose: what the command does. values: all flags, before `parse` with defaults."""
 
     def __init__(self, usage: str, purpose: str):
-        self._usage, self._values = usage, flags.FlagValues()
-        self._help = [f"python -m atom_jax {usage} [flags]", "", purpose, ""]
+        self.purpose, self.values = purpose, flags.FlagValues()
+        self._usage, self._lines = usage, {}
 
     def add(self, define: Callable[..., Any], name: str, default: Any, text: str) -> None:
         """Defines a flag with one of absl's DEFINE functions."""
-        define(name, default, text, flag_values=self._values)
-        known = "" if default in (None, False, [], "") else f" (default {default})"
-        self._help.append(f"  --{name:<16} {text}{known}")
+        define(name, default, text, flag_values=self.values)
+        said = default is not None and default is not False and default not in ("", [])
+        self._lines[name] = f"{text} (default {default})" if said else text
 
     def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
         """Returns the flags and the arguments left over, of which there must be `positional` (None: any number)."""
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
-            print("\n".join(self._help))
-            raise Done
-        rest = self._values(argv)[1:]
+            print(self._help())
+            raise Done(self)
+        rest = self.values(argv)[1:]
         if positional is not None and len(rest) != positional:
             given = " ".join(rest) or "nothing"
             raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
-        return self._values, rest
+        return self.values, rest
+
+    def _help(self) -> str:
+        """What --help prints, as wide as the terminal."""
+        width, names = min(shutil.get_terminal_size().columns, 118), max(map(len, self._lines), default=0)
+        text = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        lines = [text(f"python -m atom_jax {self._usage} [flags]"), "", text(self.purpose), ""]
+        for name, meaning in self._lines.items():
+            start = f"  --{name:<{names}}  "
+            lines.append(text(meaning, initial_indent=start, subsequent_indent=" " * len(start)))
+        return "\n".join(lines)
 
 
 class Progress:
@@ -64,7 +77,11 @@ class Progress:
 
 
 class Done(Exception):
-    """The command has nothing left to do."""
+    """The command has nothing left to do: its flags were explained."""
+
+    def __init__(self, known: Flags):
+        super().__init__()
+        self.known = known
 
 
 def text_of(text: str | None, file: str | None) -> str | bytes:

@@ -27,6 +27,8 @@ def remember(argv: list[str]) -> None:
               "once, and of the exact window: 512")  # fmt: skip
     known.add(flags.DEFINE_string, "codec", None, "how entries are stored: float16 (by default) or int8")
     known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
+    known.add(flags.DEFINE_list, "parts", None, "levels (by default): entries that stand before prompts; knn: states "
+              "that are mixed into what the model says; or levels,knn")  # fmt: skip
     values, files = known.parse(argv, None)
     _needed(values, "checkpoint", "memory_dir")
     if not files:
@@ -49,7 +51,7 @@ def remember(argv: list[str]) -> None:
         except OSError as e:
             raise AtomError(f"{file}: cannot be read ({e.strerror})") from None
     lm = load(values.checkpoint, dtype=values.dtype)
-    options = {name: values[name].value for name in ("law", "score", "part", "codec", "text")}
+    options = {name: values[name].value for name in ("law", "score", "part", "codec", "text", "parts")}
     with Memory.open(values.memory_dir, lm, **options) as memory:
         for file in files:
             slow = None if sys.stderr.isatty() else 30
@@ -61,7 +63,7 @@ def remember(argv: list[str]) -> None:
             print(
                 f"{done.name}: {done.tokens:,} tokens, {done.tokens / done.seconds:.0f} tokens/s, {done.nll:.3f} nats"
                 f" each; the memory holds {done.entries_after:,} entries per head ({done.entries_before:,} before),"
-                f" {done.bytes:,} bytes"
+                f" {memory.states:,} states, {done.bytes:,} bytes"
             )
 
 
@@ -69,7 +71,7 @@ def recall(argv: list[str]) -> None:
     """Says what prompts look at. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags(
         "recall --checkpoint=PATH --memory_dir=DIR --prompt=TEXT",
-        "Says which pages of what was read a prompt looks at, each with its share of attention.",
+        "Says which pages of what was read a prompt looks at, each with its share of attention, or of knn's states.",
     )
     _model_and_memory(known)
     known.add(flags.DEFINE_multi_string, "prompt", None, "text that leans on the memory; may be repeated")
@@ -145,6 +147,7 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
     from atom_jax.evaluation import picture
     from atom_jax.evaluation.reports import memory_growth
     from atom_jax.lasting.memory import Memory
+    from atom_jax.lasting.store import KNN
 
     if out is not None:
         picture.check_name(out)
@@ -160,7 +163,12 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
         ("law", f"{settings.law}, score {settings.score}, parts of {settings.part}, {settings.sinks} sinks"),
         ("tokens", f"{stats['tokens']:,} of {len(memory.sources)} sources{units}"),
         ("entries", f"{stats['entries']:,} per head; {stats['held']:,} without the window, by law {stats['law']:,}"),
-        ("bytes", f"{stats['bytes']:,}, {stats['text_bytes']:,} of them token ids; entries as {settings.codec}"),
+        ("states", f"{stats['states']:,} of knn" if KNN in settings.parts else "none"),
+        (
+            "bytes",
+            f"{stats['bytes']:,}, {stats['text_bytes']:,} of them token ids, {stats['state_bytes']:,} states; entries"
+            f" as {settings.codec}",
+        ),
         *((("per byte", f"{stats['per_byte']:,.1f} bytes of memory for each of text"),) if stats["per_byte"] else ()),
         ("horizon", f"{horizon} {'units' if stats['units'] else 'tokens'}"),
         *((("verified", f"{memory.verify():,} bytes are what was written"),) if verify else ()),

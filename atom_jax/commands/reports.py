@@ -13,7 +13,7 @@ from atom_jax.typing import AtomError
 
 def summary(argv: list[str]) -> None:
     """Judges a training run. argv: the command and its arguments. Raises AtomError for bad input."""
-    known = Flags("summary WORKDIR [flags]", "Judges a training run on its whole validation text; draws a picture.")
+    known = Flags("summary WORKDIR", "Judges a training run on its whole validation text; draws a picture.")
     known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)

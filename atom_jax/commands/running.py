@@ -17,7 +17,7 @@ def train(argv: list[str]) -> int:
         "train --config=FILE.py:variant --workdir=DIR",
         "Trains a model; the same command continues a run that was interrupted.",
     )
-    known.add(flags.DEFINE_string, "config", None, "FILE.py or FILE.py:variant, see configs/")
+    known.add(flags.DEFINE_string, "config", None, "FILE.py or FILE.py:variant; a wrong name prints the list")
     known.add(flags.DEFINE_string, "workdir", None, "directory for everything that the run writes")
     known.add(flags.DEFINE_multi_string, "set", [], "changes fields of the configuration: NAME=VALUE, one or several")
     known.add(flags.DEFINE_string, "init_from", None, "the model to start from, as --set init_from=PATH")

@@ -41,6 +41,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference.generate import generate as write
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
+    from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
 
     seed = config.in_range("--seed", values.seed, int)
@@ -49,7 +50,8 @@ def generate(argv: list[str]) -> int | None:
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     choice = config.build(Choice, values.choice, "--choice:")
-    read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice)
+    near = config.build(Neighbours, values.neighbours, "--neighbours:")
+    read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
     options = {
         "max_new_tokens": values.max_new_tokens, "temperature": values.temperature, "key": jax.random.key(seed),
         "top_k": values.top_k, "top_p": values.top_p, "min_p": values.min_p, "stop": values.stop, "draft": draft,
@@ -96,6 +98,8 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
     known.add(flags.DEFINE_list, "choice", [], "with --memory_dir: how prompts choose in a large one, by default "
               "whole=2048,pages=16,page=32,stride=16")  # fmt: skip
+    known.add(flags.DEFINE_list, "neighbours", [], "with --memory_dir: how states (knn) are mixed in, by default "
+              "nearest=1024,temperature=0,weight=0.05")  # fmt: skip
     known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
     known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")

@@ -28,8 +28,9 @@ class DataConfig:
             its field "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, in UTF-8
         "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
                       "reason:subset:letters=6:high=20" sets how hard they are
-        "image:shapes", "image:glyphs", "image:digits", "image:FILE.npz"  images, each of which is a document of the
-                      bytes of its pixels (data/images), for tokenizers of images; "image:shapes:size=32:most=9"
+        "image:shapes", "image:sprites", "image:glyphs", "image:digits", "image:FILE.npz"  images, each of which is a
+                      document of the bytes of its pixels (data/images), for tokenizers of images;
+                      "image:shapes:size=32:most=9"
         "labelled:digits", "labelled:numerals"  images with their classes (data/images/labelled.py)
         "env:watch"   episodes of a world (data/envs), made as they are needed; "env:watch:least=4,most=6" changes it;
                       seq_len is in frames

@@ -14,8 +14,9 @@ import numpy as np
 from atom_jax import config
 from atom_jax.inference.stream import TextStream
 from atom_jax.lasting.memory import Memory
+from atom_jax.lasting.store import LEVELS
 from atom_jax.models import registry
-from atom_jax.session import reading, sampling
+from atom_jax.session import laid_out, reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
 from atom_jax.session.drafts import drafters
 from atom_jax.session.drafts.drafter import Drafter
@@ -95,7 +96,8 @@ def generate(
         cost more than they gain, and in models that read one token at a time (with units of their own), there are
         none. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
-        stand before the prompts, which then get no front. It stays as it is; remember: afterwards it also reads every
+        stand before the prompts, which then get no front; its states are mixed into what the model says of every next
+        token. It stays as it is; remember: afterwards it also reads every
         prompt with its answer, as one source. reread: so many passages of 64 tokens that share most words with a
         prompt are read again in front of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
@@ -120,7 +122,7 @@ def generate(
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
         own = memory.front(len(mine)) if ahead else None
-        session = _read(lm, mine, before, own, min(max_new_tokens, ROOM), int(lengths.max()))
+        session = _read(lm, mine, before, own, memory, min(max_new_tokens, ROOM), int(lengths.max()))
         choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
         if drafter is None or registry.of(lm.config).commit is None:
@@ -173,12 +175,15 @@ def _check_length(lm: LM, longest: int, most: int) -> None:
 
 
 def _read(
-    lm: LM, rows: list[np.ndarray], before: Session | None, front: Any, room: int, longest: int
+    lm: LM, rows: list[np.ndarray], before: Session | None, front: Any, memory: Memory | None, room: int, longest: int
 ) -> Session:  # fmt: skip
-    """Where rows stand once these prompts are read, after `before` or after what a lasting memory puts in front."""
+    """Where rows stand once these prompts are read, after `before` or after what a lasting memory puts in front; and
+    what that mixes in goes with them."""
     if before is not None:
         return before.extend(rows)
-    return Session.prefill(lm, rows, room=room, longest=longest, memory=front)
+    params = laid_out.of(lm)
+    params = params if memory is None else memory.mixing(params)
+    return Session.prefill(lm, rows, room=room, longest=longest, params=params, memory=front)
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:
@@ -225,7 +230,7 @@ def _ahead(lm: LM, memory: Memory, after: Generation | None) -> int:
     """Positions that what a lasting memory puts in front of prompts takes, checked; 0: it holds nothing."""
     if after is not None:
         raise AtomError("memory: stands before a first turn, and this one goes on after another")
-    if registry.of(lm.config).memory(lm.config) is not None:
+    if LEVELS in memory.settings.parts and registry.of(lm.config).memory(lm.config) is not None:
         raise AtomError("memory: is read whole, which this model's cache policy would not do; choose the dense cache")
     if not memory.belongs(lm):
         raise AtomError("memory: belongs to another model")

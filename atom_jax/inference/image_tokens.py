@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.models import image_tokens
-from atom_jax.models.image_tokens import Choices, ImageTokensConfig
+from atom_jax.models.image_tokens import Choices, ImageTokensConfig, lengths
 from atom_jax.nn import vit
 from atom_jax.typing import LM, AtomError
 
@@ -66,7 +66,7 @@ def _choices(p: Any, images_nhwc: jax.Array, *, cfg: ImageTokensConfig) -> Choic
     """Choices with images f32 [k, n, size, size, channels] in place of patches."""
     x = vit.patches(images_nhwc.astype(jnp.float32) / 255, cfg.patch)
     found = cfg.length.choices(p, x, cfg)
-    return found.replace(patches=jax.vmap(functools.partial(_image, cfg=cfg))(found.patches))
+    return found.replace(patches=jax.vmap(functools.partial(image_tokens.pictured, cfg=cfg))(found.patches))
 
 
 def decoded(lm: LM, codes: np.ndarray) -> np.ndarray:
@@ -85,12 +85,7 @@ def decoded(lm: LM, codes: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _decoded(p: Any, codes_nr: jax.Array, *, cfg: ImageTokensConfig) -> jax.Array:
-    z = cfg.quantiser.vectors(p.get("quantiser", {}), jnp.maximum(codes_nr, 0))
-    return _image(image_tokens.decode(p, z, codes_nr >= 0, cfg), cfg)
-
-
-def _image(x_npc: jax.Array, cfg: ImageTokensConfig) -> jax.Array:
-    return jnp.clip(vit.unpatched(x_npc, cfg.patch, cfg.size, cfg.size), 0.0, 1.0)
+    return image_tokens.image(p, codes_nr, cfg)
 
 
 def save(path: str | os.PathLike, codes: np.ndarray, names: Sequence[str]) -> None:
@@ -102,25 +97,17 @@ def save(path: str | os.PathLike, codes: np.ndarray, names: Sequence[str]) -> No
 
 
 def within(found: Offers, error: float) -> np.ndarray:
-    """i64 [n]: of each image the offer with the fewest tokens whose error is at most `error`, of several the one with
-    the smallest error; where none is, that of all."""
-    passes = found.errors <= error
-    tokens = np.where(passes, found.tokens, np.iinfo(np.int32).max)
-    return np.where(passes.any(axis=0), _best(found, tokens), found.errors.argmin(axis=0))
+    """i32 [n], as `lengths.within`: of each image the offer with the fewest tokens within this error."""
+    return np.array(lengths.within(found.tokens, found.errors, error))
 
 
 def at_most(found: Offers, tokens: int) -> np.ndarray:
-    """i64 [n]: of each image the offer with the most tokens, up to so many, of several the one with the smallest
+    """i32 [n]: of each image the offer with the most tokens, up to so many, of several the one with the smallest
     error. Raises AtomError where there is none."""
     fits = found.tokens <= tokens
     if not fits.any(axis=0).all():
         raise AtomError(f"tokens is {tokens}: this tokenizer offers {found.tokens.min()} to {found.tokens.max()}")
-    return _best(found, np.where(fits, -found.tokens, np.iinfo(np.int32).max))
-
-
-def _best(found: Offers, cost_kn: np.ndarray) -> np.ndarray:
-    """i64 [n]: of each image the offer with the smallest error among those of the smallest cost."""
-    return np.where(cost_kn == cost_kn.min(axis=0), found.errors, np.inf).argmin(axis=0)
+    return np.array(lengths.cheapest(np.where(fits, -found.tokens, np.iinfo(np.int32).max), found.errors))
 
 
 def threshold(found: Offers, mean: float) -> float:
@@ -135,10 +122,10 @@ def threshold(found: Offers, mean: float) -> float:
 
 
 def by_gain(found: Offers, mean: float) -> np.ndarray:
-    """i64 [n]: offers of at most `mean` tokens on average. All images begin with their smallest offer, and the next
+    """i32 [n]: offers of at most `mean` tokens on average. All images begin with their smallest offer, and the next
     tokens go again and again to where they lower the error most, each. Raises AtomError where these offers are too
     many already."""
-    at = _best(found, found.tokens)
+    at = np.array(lengths.cheapest(found.tokens, found.errors))
     left = mean * len(at) - tokens_of(found, at).sum()
     if left < 0:
         least = tokens_of(found, at).mean()

@@ -37,7 +37,8 @@ from atom_jax.typing import LM, AtomError, Frames
 class WorldState:
     """What is known of b episodes.
 
-    cache: the model's memory of all frames but the latest, with their actions. obs: the latest frames [b, *grid].
+    cache: the model's memory of all frames but the latest, with their actions. obs: the latest frames [b, ...] as the
+    model reads them (`encode` of its port: mostly [b, *grid] as they are).
     length: i32 [b], frames seen, the latest among them. units: i32 [b], units of the frames that were read: as often
     the main network has run.
     """
@@ -73,13 +74,14 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
     """
     cfg = checked(lm, None, "observe")
     b, t = _check_frames(episode, cfg)
+    episode = jax.tree.map(jnp.asarray, episode)
+    episode = episode.replace(obs=_encode(lm.params, episode.obs, cfg))
     if state is None:
         nothing = jnp.zeros(b, jnp.int32)
-        state = WorldState(_empty(cfg, b, t + 8), jnp.asarray(episode.obs)[:, 0], nothing, nothing)
+        state = WorldState(_empty(cfg, b, t + 8), episode.obs[:, 0], nothing, nothing)
     elif len(state.obs) != b:
         raise AtomError(f"episode: it has {b} rows, and the state {len(state.obs)}")
     part = memory.part(state.cache) or t
-    episode = jax.tree.map(jnp.asarray, episode)
     for begin in range(0, t, part):
         # Parts have a frame in common, which is read in the second of them.
         cut = jax.tree.map(lambda x, begin=begin: x[:, begin : begin + part + 1], episode)
@@ -90,9 +92,9 @@ def observe(lm: LM, episode: Frames, state: WorldState | None = None) -> WorldSt
 
 
 def _whole(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig, capacity: int) -> WorldState:
-    """What is known after an episode, whose units are all there: where there were more than the model has room for,
-    they are read again with more room. capacity: frames that an empty memory is made for, which cache policies need
-    no slots for; they do in one that goes on."""
+    """What is known after an episode, as the model reads it, whose units are all there: where there were more than
+    the model has room for, they are read again with more room. capacity: frames that an empty memory is made for,
+    which cache policies need no slots for; they do in one that goes on."""
     b, t = episode.obs.shape[:2]
     begins = state.cache.fresh
     cache = _empty(cfg, b, capacity) if begins else memory.grow(state.cache, per_stage(t, cfg.chunking))
@@ -155,9 +157,10 @@ def rollout(
     p: Tree, state: WorldState, actions_bnh: jax.Array, key: jax.Array | None, frames: Any, cfg: WorldConfig
 ) -> Imagined:
     """As `imagine`, of a state with room for the steps; for compiled programs."""
-    b, n, h = actions_bnh.shape
-    state = forked(state, n, h)
-    given = None if frames is None else jnp.moveaxis(frames.reshape(b * n, h, *frames.shape[3:]), 1, 0)
+    (b, n, h), port = actions_bnh.shape, ports.of(cfg)
+    state, given = forked(state, n, h), None
+    if frames is not None:
+        given = jnp.moveaxis(port.encode(p, frames.reshape(b * n, h, *frames.shape[3:]), cfg), 1, 0)
 
     def step(state: WorldState, now: Any) -> Any:
         at, action, seen = now
@@ -167,7 +170,9 @@ def rollout(
     acts = jnp.moveaxis(actions_bnh.reshape(b * n, h), 1, 0)
     _, made = jax.lax.scan(step, state, (jnp.arange(h), acts, given))
     ran = jnp.sum(jnp.any(made["units"], axis=1), dtype=jnp.int32)
-    made = {name: jnp.moveaxis(x, 0, 1).reshape(b, n, h, *x.shape[2:]) for name, x in made.items()}
+    made = {name: jnp.moveaxis(x, 0, 1) for name, x in made.items()}
+    made |= {"obs": port.decode(p, made["obs"], cfg)}
+    made = {name: x.reshape(b, n, h, *x.shape[2:]) for name, x in made.items()}
     stats = {"main_steps": jnp.sum(made["units"], dtype=jnp.int32), "main_calls": ran}
     return Imagined(made["obs"], made["reward"], made["done"], made["units"], stats)
 
@@ -176,7 +181,7 @@ def advance(
     p: Tree, state: WorldState, action_b: jax.Array, key: jax.Array | None, cfg: WorldConfig, seen: Any = None
 ) -> tuple[WorldState, dict[str, jax.Array]]:
     """The state after an action at the latest frame of every row, whose next frame is imagined, or, where it is
-    given, `seen` [b, *grid]; and the reward, done and units [b] of the step (`Imagined`). The main network runs where
+    given, `seen` [b, ...]; and the reward, done and units [b] of the step (`Imagined`). The main network runs where
     any row has a unit."""
     b = len(action_b)
     nothing = jnp.zeros((b, 1))
@@ -194,8 +199,8 @@ def advance(
 
 
 def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple[WorldState, jax.Array]:
-    """As `observe`, of a state with room for the frames, for compiled programs; and how many units there was no room
-    for, i32 []."""
+    """As `observe`, of a state with room for the frames, as the model reads them, for compiled programs; and how
+    many units there was no room for, i32 []."""
     t = episode.obs.shape[1]
     count = jnp.sum(episode.segments > 0, axis=1, dtype=jnp.int32)
     index = jnp.arange(t, dtype=jnp.int32)[None]
@@ -232,9 +237,10 @@ def settled(state: WorldState) -> WorldState:
     return state.replace(cache=memory.each(lambda node: node.replace(fresh=False), state.cache))
 
 
-def after(state: WorldState, actions: jax.Array, obs: jax.Array) -> Frames:
-    """The episode that goes on from a state with actions [b, h], and the frames [b, h, *grid] that these led to."""
-    b, h = actions.shape[:2]
+def after(p: Tree, state: WorldState, actions: jax.Array, obs: jax.Array, cfg: WorldConfig) -> Frames:
+    """The episode, for `read`, that goes on from a state with actions [b, h], and the frames [b, h, *grid] that these
+    led to."""
+    (b, h), obs = actions.shape[:2], ports.of(cfg).encode(p, obs, cfg)
     obs = jnp.concatenate([state.obs[:, None], obs.astype(state.obs.dtype)], axis=1)
     action = jnp.concatenate([actions, actions[:, :1]], axis=1)
     index, nothing = jnp.tile(jnp.arange(h + 1, dtype=jnp.int32)[None], (b, 1)), jnp.zeros((b, h + 1))
@@ -266,6 +272,11 @@ def checked(lm: LM, env: Environment | None, what: str) -> WorldConfig:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty(cfg: WorldConfig, b: int, frames: int) -> Memory:
     return registry.of(cfg).init_cache(cfg, b, frames)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _encode(p: Tree, obs: jax.Array, cfg: WorldConfig) -> jax.Array:
+    return ports.of(cfg).encode(p, obs, cfg)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -30,8 +30,8 @@ def apply(lm: LM, ids: Any, mask: Any = None, *, memory: lasting.Memory | None =
     Raises AtomError for wrong shapes, ids out of range, rows longer than the model's positions, or a row whose real
     positions are not contiguous.
     """
-    batch, cache = _after(lm, to_batch(lm, ids, mask), memory)
-    return exactly(lambda cfg: _apply(lm.params, batch, cache, cfg=cfg), lm.config)
+    batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
+    return exactly(lambda cfg: _apply(params, batch, cache, cfg=cfg), lm.config)
 
 
 def logprobs(
@@ -46,19 +46,23 @@ def logprobs(
     0 where either of the two positions is padding. Arguments and errors as for `apply`; the logits of all positions
     never exist together.
     """
-    batch, cache = _after(lm, to_batch(lm, ids, mask), memory)
+    batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    return exactly(lambda cfg: _logprobs(lm.params, batch, cache, cfg=cfg, marginal=marginal), lm.config)
+    return exactly(lambda cfg: _logprobs(params, batch, cache, cfg=cfg, marginal=marginal), lm.config)
 
 
-def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, Memory | None]:
-    """The batch behind what a lasting memory holds, and the cache that this makes; None without one."""
-    if memory is None or not memory.length:
-        return batch, None
+def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, Memory | None, Any]:
+    """The batch behind what a lasting memory holds, the cache that this makes (None where nothing is to be in front),
+    and the model's parameters, with the states that are mixed in."""
+    if memory is None or not (memory.length or memory.states):
+        return batch, None, lm.params
     family = registry.of(lm.config)
-    if family.memory(lm.config) is not None or not memory.belongs(lm):
+    if (memory.length and family.memory(lm.config) is not None) or not memory.belongs(lm):
         raise AtomError("memory: belongs to another model, or this one has a cache policy; it is for the dense cache")
+    params = memory.mixing(lm.params)
+    if not memory.length:
+        return batch, None, params
     if memory.chooses:
         raise AtomError(f"memory: prompts choose among its {memory.length} entries; whole rows have no logits then")
     if family.codec(lm.config).pending:
@@ -70,7 +74,7 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
         raise AtomError(f"ids: with the memory a row takes {longest} of {lm.config.max_length} positions")
     front = memory.front(b)
     cache = memory_lib.grow(front, per_stage(t, getattr(lm.config, "chunking", ())))
-    return batch.replace(positions=batch.positions + front.length[:, None]), cache
+    return batch.replace(positions=batch.positions + front.length[:, None]), cache, params
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:

@@ -36,10 +36,10 @@ class Codec(NamedTuple):
         return frozenset(self.names) - {"k", "v"}
 
 
-def half(x: np.ndarray) -> np.ndarray:
-    """The array as float16. AtomError where a number is too large for that."""
+def half(x: np.ndarray, what: str = "key or value") -> np.ndarray:
+    """The array as float16. AtomError where a number, of a `what`, is too large for that."""
     if x.size and not np.abs(x.astype(np.float32)).max() <= _LARGEST:
-        raise AtomError("a key or value of this model is beyond float16, in which entries of a memory are kept")
+        raise AtomError(f"a {what} of this model is beyond float16, in which a memory keeps it")
     return x.astype(np.float16)
 
 

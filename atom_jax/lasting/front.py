@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +134,12 @@ def _behind(lm: LM, front: Front, choice: Choice, mem: tuple, layers: Callable[[
     return inside.with_layers(front.around, layers(plain), end, _ring(lm, front, end))
 
 
+def looked_at(lm: LM, front: Front, rows: Sequence[np.ndarray], k: int) -> list[list[tuple[int, int, int, float]]]:
+    """Of every prompt, i32 [t], the `pages` that it attends to most, sinks apart."""
+    source, place = (x[..., front.sinks :] for x in (front.source, front.place))
+    return [pages(received(lm, front, row)[..., front.sinks :], source, place, k) for row in rows]
+
+
 def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:
     """f32 [l, h, n]: attention that the entries receive from the tokens of a prompt, i32 [t], which reads them."""
     n, t, inside = front.k.shape[2], len(ids), inside_lib.of(lm.config)
@@ -151,13 +157,14 @@ def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:
     return np.asarray(reading.exactly(run, lm.config))[:, 0, :, size - n :]
 
 
-def pages(received_lhn: np.ndarray, front: Front, k: int) -> list[tuple[int, int, int, float]]:
+def pages(
+    received_lhn: np.ndarray, source: np.ndarray, place: np.ndarray, k: int
+) -> list[tuple[int, int, int, float]]:  # fmt: skip
     """The k pages of text (source, first token, last token) that receive most in the middle layers, each with its
-    share of what all entries but sinks receive."""
-    weights = received_lhn[middle(len(received_lhn))][..., front.sinks :]
+    share of what all of them receive. source, place: as in `Front`."""
+    weights = received_lhn[middle(len(received_lhn))]
     where = [
-        np.broadcast_to(x, received_lhn.shape)[middle(len(received_lhn))][..., front.sinks :].ravel()
-        for x in (front.source, front.place // PAGE)
+        np.broadcast_to(x, received_lhn.shape)[middle(len(received_lhn))].ravel() for x in (source, place // PAGE)
     ]
     known, index = np.unique(np.stack(where), axis=1, return_inverse=True)
     total = np.bincount(index.ravel(), weights.ravel().astype(np.float64), known.shape[1])

@@ -11,7 +11,7 @@ import numpy as np
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
 from atom_jax.lasting import inside, learned
 from atom_jax.lasting.reader import model_of
-from atom_jax.lasting.store import FORMAT, Manifest, Settings, Store
+from atom_jax.lasting.store import FORMAT, KNN, Manifest, Settings, Store
 from atom_jax.typing import LM, AtomError
 
 
@@ -19,6 +19,8 @@ def make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
     """Writes the manifest of an empty memory."""
     manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
     inside.check_part(lm.config, settings.part, settings.sinks)
+    if KNN in settings.parts and inside.of(lm.config).units:
+        raise AtomError(f"parts: knn is for models without units of their own; this is a {lm.family} model")
     if settings.score == LEARNED:
         if score == LEARNED:
             raise AtomError("score: name the file of the learned one")
@@ -46,6 +48,7 @@ def compare(
     directory = store.directory
     for field, value in wanted.items():
         if (there := getattr(manifest.settings, field)) != value:
+            there, value = (",".join(x) if isinstance(x, tuple) else x for x in (there, value))
             raise AtomError(f"{directory}: its {field} is {there}, and was asked to be {value}")
     if score not in (None, LEARNED, *SCORES):
         ours, asked = learned.arrays(fitted()), learned.arrays(learned.load(score))

@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,41 +18,46 @@ from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
-from atom_jax.lasting import counts, learned, loading, making, reread
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import inside as inside_lib
+from atom_jax.lasting import learned, loading, making, reread
+from atom_jax.lasting import states as states_lib
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.contents import Contents
 from atom_jax.lasting.pages import Pages
 from atom_jax.lasting.reader import Reader, State, model_of
-from atom_jax.lasting.store import Missing, Model, Settings, Source, Store, Window
+from atom_jax.lasting.store import KNN, LEVELS, Settings, Source, Store, Window
 from atom_jax.lasting.texts import Page, Reading
 from atom_jax.models import registry
-from atom_jax.session.prompts import token_rows
+from atom_jax.nn import neighbours as neighbours_lib
+from atom_jax.nn.neighbours import Datastore, Neighbours
+from atom_jax.session.prompts import listed, token_rows
 from atom_jax.typing import LM, AtomError
 
 # Tokens of a long source between two commits, to the next end of a part, at least.
 COMMIT = 65536
-_T = TypeVar("_T")
 
 
-class Memory:
+class Memory(Contents):
     """A memory on disk: `open` it, `read` texts into it, generate with it. Any number may look while one reads.
 
     What it is, is what MEMORY.json says; others see what was committed when they look anew (`refresh`).
     """
 
-    def __init__(self, store: Store, lm: LM | None, choice: Choice):
+    def __init__(self, store: Store, lm: LM | None, choice: Choice, neighbours: Neighbours):
         """See `open`."""
-        self._store, self._lm, self._front, self.choice = store, lm, None, choice
+        super().__init__(store, choice)
+        self._lm, self._front, self.neighbours = lm, None, neighbours
         self._pages: Pages | None = None
-        self._manifest = store.manifest()
+        self._datastore: Datastore | None = None
 
     @classmethod
     def open(
         cls, directory: str | os.PathLike, lm: LM | None = None, *, law: str | None = None,
         score: str | os.PathLike | None = None, part: int | None = None, sinks: int | None = None,
-        codec: str | None = None, text: str | None = None, choice: Choice | None = None,
+        codec: str | None = None, text: str | None = None, parts: Sequence[str] | None = None,
+        choice: Choice | None = None, neighbours: Neighbours | None = None,
     ) -> Memory:  # fmt: skip
         """The memory in a directory, which is made where there is none.
 
@@ -64,15 +69,18 @@ class Memory:
           part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). Of a model
             with units of its own both count these. codec: "float16" or "int8". text: "ids": token ids are kept too,
             for `recall`; "none": they are not.
-          choice: how prompts choose among more entries than they all attend to.
-        But for the last, all of these are fixed when it is made. Raises AtomError for a memory of another model or
-        with other settings, for what is damaged, and where something else is in the directory.
+          parts: what it is made of: "levels" of entries, which stand before prompts (by default), "knn", final states
+            with the tokens that followed, which are mixed into what the model says (kNN-LM), or both.
+          choice: how prompts choose among more entries than they all attend to. neighbours: how states are mixed in.
+        But for the last two, all of these are fixed when it is made. Raises AtomError for a memory of another model
+        or with other settings, for what is damaged, and where something else is in the directory.
         """
         store = Store(directory)
         name = score if score in (None, LEARNED, *SCORES) else LEARNED
         wanted = {"score": name, "part": part, "sinks": sinks, "codec": codec, "text": text}
         wanted = {field: value for field, value in wanted.items() if value is not None}
         wanted |= {} if law is None else {"law": Law.parse(law)}
+        wanted |= {} if parts is None else {"parts": tuple(listed("parts", parts))}
         lm = None if lm is None else registry.with_memory(lm, None)
         if not store.exists:
             if lm is None:
@@ -80,73 +88,16 @@ class Memory:
             if score is None and (score := learned.shipped(model_of(lm).fingerprint)) is not None:
                 wanted["score"] = LEARNED
             making.make(store, lm, dataclasses.replace(Settings(), **wanted), score)
-        memory = cls(store, lm, choice or Choice())
+        memory = cls(store, lm, choice or Choice(), neighbours or Neighbours())
         making.compare(store, memory._manifest, lm, wanted, score, memory._learned)
         return memory
 
-    @property
-    def settings(self) -> Settings:
-        """What was fixed when it was made."""
-        return self._manifest.settings
-
-    @property
-    def model(self) -> Model:
-        """The model that it belongs to."""
-        return self._manifest.model
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The texts that it has read."""
-        return self._manifest.sources
-
-    @property
-    def held(self) -> int:
-        """Entries per head in blocks, and of those that wait for theirs."""
-        return sum(s.entries for s in self._manifest.segments) + self._manifest.waiting
-
-    @property
-    def length(self) -> int:
-        """Entries per head that a prompt sees: sinks, blocks, what waits for its block, the window."""
-        m = self._manifest
-        ahead = 0 if m.window.source < 0 else min(self.settings.sinks, m.window.first) + m.window.count
-        return self.held + ahead
-
-    @property
-    def chooses(self) -> bool:
-        """Whether prompts choose pages of what is held, and don't attend to all of it."""
-        return self.length > self.choice.whole
-
-    @property
-    def paged(self) -> bool:
-        """Whether entries stay on disk while prompts lean on them."""
-        of = self.model
-        return self.chooses and 4 * of.layers * of.heads * of.size * self.held > self.choice.resident
-
-    @property
-    def ahead(self) -> int:
-        """Places in front of a prompt."""
-        if not self.chooses:
-            return self.length
-        return self.length - self.held + self.choice.pages * self.choice.page
-
-    @property
-    def taken(self) -> int:
-        """Of the model's positions of tokens, those that a prompt can't have because of what is in front of it. Where
-        places are those of units, a prompt is taken to have as many of them as tokens."""
-        config = self._model("answering").config
-        inside, window = inside_lib.of(config), self._manifest.window
-        read = sum(s.tokens for s in self.sources if s.id == window.source)
-        return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
-
-    def stats(self) -> dict[str, Any]:
-        """What there is in numbers, as `counts.stats` has it."""
-        return self._current(lambda: counts.stats(self._store, self._manifest, self.length, self.held))
-
     def refresh(self) -> None:
         """Looks at what others have committed since."""
-        manifest = self._store.manifest()
-        if manifest != self._manifest:
-            self._manifest, self._front = manifest, None
+        before = self._manifest
+        super().refresh()
+        if self._manifest != before:
+            self._front, self._datastore = None, None
 
     def read(self, text: Any, name: str | None = None, *, say: Callable[[int], None] | None = None) -> Reading:
         """Reads a text to its end, and keeps of it what the law allows.
@@ -186,7 +137,7 @@ class Memory:
         blocks, state = self._resumed(reader)
 
         def keep(seen: Seen | None) -> None:
-            if seen is not None:
+            if seen is not None and LEVELS in self.settings.parts:
                 blocks.add(Entries.scored(seen, scores.score(self.settings.score, seen, learned)))
 
         if old is source:
@@ -196,35 +147,36 @@ class Memory:
             state = reader.begin(source.id)
         else:
             source = old
-        part, nats, saved, began, ends = self.settings.part, 0.0, source.tokens, source.tokens, []
+        part, nats, saved, began, said, ends = self.settings.part, 0.0, source.tokens, source.tokens, [], []
         every = max(COMMIT // part, 1) * part
         while (at := state.tokens) < len(ids):
             before = state.window
             state, seen = reader.read(state, ids)
             keep(seen)
             nats, end = nats + state.nats, state.tokens
-            if state.window is not before:
-                ends.append(state.ends[1 : state.window.count + 1])
+            said += [state.x_td[: end - at]] if KNN in self.settings.parts else []
+            ends += [state.ends[1 : state.window.count + 1]] if state.window is not before else []
             if end == len(ids) or end - saved >= every:
                 units = state.window.first + state.window.count if reader.inside.units else 0
                 source = dataclasses.replace(source, tokens=end, finished=end == len(ids), units=units)
-                source = self._commit(reader, blocks, state, source, ids[saved:end], ends)
-                saved, ends = end, []
+                known = ends if reader.inside.units else None
+                new = texts_lib.arrays(self.settings.text, ids[saved:end], known, self._lm.config.vocab_size)
+                new |= states_lib.arrays(said, ids[saved + 1 : end + 1])
+                source = self._commit(reader, blocks, state, source, new)
+                saved, said, ends = end, [], []
             say(end - at)
         return nats, len(ids) - began
 
     def _commit(
-        self, reader: Reader, blocks: Blocks, state: State, source: Source, ids: np.ndarray, ends: list[np.ndarray]
-    ) -> Source:
-        """Writes what was read of a source; the source as it is known then. ids: of it, that are new; ends: as of
-        `reader.State`, of its new units."""
+        self, reader: Reader, blocks: Blocks, state: State, source: Source, new: dict[str, dict[str, np.ndarray]]
+    ) -> Source:  # fmt: skip
+        """Writes what was read of a source; the source as it is known then. new: what files of their own hold of it,
+        by the fields of `Source` that name them."""
         number, files = self._manifest.next, {}
-        if self.settings.text == "ids":
-            text = {"ids": texts_lib.packed(ids, self._lm.config.vocab_size)}
-            if reader.inside.units:
-                text["ends"] = np.concatenate([np.zeros(0, np.int32), *ends])
-            files[f"text-{number:08d}.safetensors"] = text
-            source, number = dataclasses.replace(source, text=(*source.text, *files)), number + 1
+        for field, arrays in new.items():
+            name = f"{field}-{number:08d}.safetensors"
+            source = dataclasses.replace(source, **{field: (*getattr(source, field), name)})
+            files[name], number = arrays, number + 1
         sources = (*(s for s in self.sources if s.id != source.id), source)
         self._write(blocks, sources, state.window, reader.arrays(state), number, files)
         return source
@@ -247,7 +199,7 @@ class Memory:
         self.refresh()
 
     def forget(self, name: str) -> int:
-        """Takes a source out: its entries, its window, its ids. Returns how many tokens it had.
+        """Takes a source out: its entries, its window, its ids and states. Returns how many tokens it had.
 
         Nothing of it is in other sources: none is read with another in view. What lost its place to it does not come
         back.
@@ -257,7 +209,7 @@ class Memory:
             if source is None:
                 known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
                 raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
-            waiting, kept = loading.tail(self._store, self._manifest)
+            waiting, kept = self._tail()
             window = self._manifest.window
             if window.source == source.id:
                 window, kept = Window(), {}
@@ -267,29 +219,14 @@ class Memory:
             self._write(blocks, others, window, kept, self._manifest.next, {})
         return source.tokens
 
-    def verify(self) -> int:
-        """Reads everything, and compares it with its checksums; returns the bytes of all files. Raises AtomError,
-        which names the first file that is damaged or missing."""
-
-        def look() -> int:
-            for name in sorted(self._manifest.files):
-                self._store.read(name)
-            loading.entries(self._store, self._manifest)
-            return self._store.size(self._manifest.files)
-
-        return self._current(look)
-
-    def entries(self) -> list[Entries]:
-        """What is held of texts apart from the window: block by block, the oldest first, then what waits."""
-        return self._current(lambda: loading.entries(self._store, self._manifest))
-
-    def ids(self, name: str) -> np.ndarray:
-        """Token ids of a source, i32 [n]; none where they are not kept."""
-        return loading.text(self._store, next(s for s in self.sources if s.name == name))[0]
-
-    def ends(self, name: str) -> np.ndarray:
-        """The token behind each unit of a source, i32 [u]; none where ids are not kept, or the model has no units."""
-        return loading.text(self._store, next(s for s in self.sources if s.name == name))[1]
+    @property
+    def taken(self) -> int:
+        """Of the model's positions of tokens, those that a prompt can't have because of what is in front of it. Where
+        places are those of units, a prompt is taken to have as many of them as tokens."""
+        config = self._model("answering").config
+        inside, window = inside_lib.of(config), self._manifest.window
+        read = sum(s.tokens for s in self.sources if s.id == window.source)
+        return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
     def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
@@ -304,18 +241,32 @@ class Memory:
             self._front = self._current(self._made)
         return memory_lib.rows(self._front, np.zeros(rows, np.int32))
 
+    def mixing(self, params: Any) -> Any:
+        """The model's parameters, as it has them or laid out, and beside them the states of this memory, where it has
+        any: logits are those of the mixture then."""
+        if KNN not in self.settings.parts or not self.neighbours.weight:
+            return params
+        if self._datastore is None:
+            self._datastore = states_lib.datastore(
+                self._current(self._states), self._model("answering"), self.neighbours
+            )
+        return params if self._datastore is None else neighbours_lib.beside(params, self._datastore)
+
     def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
         """For every prompt (as of `generate`) the k pages of 32 tokens (or units) whose entries its tokens (or units)
-        attend to most."""
-        lm = self._model("recall")
-        rows = token_rows(lm, prompts, first=False)
-        if not self.length:
+        attend to most; without levels, those with the nearest states, by their shares in what is mixed in after its
+        tokens."""
+        lm, levels = self._model("recall"), LEVELS in self.settings.parts
+        rows = token_rows(lm, prompts, first=not levels)
+        if not (self.length if levels else self.states):
             return [[] for _ in rows]
         if (longest := max(map(len, rows)) + self.length) > (limit := inside_lib.of(lm.config).limit):
             raise AtomError(f"prompts: with the memory one takes {longest} of {limit} positions")
-        front = self._current(self._all)
-        received = (front_lib.received(lm, front, row) for row in rows)
-        return [[self._page(*page) for page in front_lib.pages(one, front, k)] for one in received]
+        if levels:
+            found = front_lib.looked_at(lm, self._current(self._all), rows, k)
+        else:
+            found = states_lib.looked_at(lm, self._current(self._states), self.neighbours, rows, k)
+        return [[self._page(*page) for page in pages] for pages in found]
 
     def passages(self, ids: np.ndarray, n: int) -> np.ndarray:
         """Ids of the n passages of what was read that share most words with a prompt, i32 [t], the best one last.
@@ -334,7 +285,7 @@ class Memory:
 
     def close(self) -> None:
         """Lets go of what is held in memory, and of files that no session leans on."""
-        self._front, self._pages = None, None
+        self._front, self._pages, self._datastore = None, None, None
 
     def __enter__(self) -> Memory:
         return self
@@ -361,17 +312,6 @@ class Memory:
             self._store.clean(self._manifest)
             yield
 
-    def _current(self, look: Callable[[], _T]) -> _T:
-        """What `look` finds, again where another process has meanwhile replaced the files."""
-        while True:
-            try:
-                return look()
-            except Missing:
-                before = self._manifest
-                self.refresh()
-                if self._manifest == before:
-                    raise
-
     def _all(self) -> front_lib.Front:
         return loading.front(self._store, self._manifest, self._lm)
 
@@ -385,7 +325,7 @@ class Memory:
         return made
 
     def _resumed(self, reader: Reader) -> tuple[Blocks, State | None]:
-        waiting, kept = loading.tail(self._store, self._manifest)
+        waiting, kept = self._tail()
         blocks = Blocks(self._store, self._manifest, waiting)
         if self._manifest.window.source < 0:
             return blocks, None

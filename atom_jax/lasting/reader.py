@@ -36,7 +36,8 @@ class State:
     memory: of the model, one row. x_1d: final state of the latest token. nll: f32 [w], nats of the latest part's
     positions, of units those of their tokens together. ends: i32 [w + 1], the token behind each of them, after the
     first one's. late: f32 [n], nats of tokens behind these that were read. window: where the latest part stands.
-    tokens: of the source that were read. nats: of the tokens of the latest call of `Reader.read`.
+    tokens: of the source that were read. nats, x_td: of the tokens of the latest call of `Reader.read`, and their
+    final states (where the form of tokens is decided late, those before them); None before that.
     """
 
     memory: Memory
@@ -47,6 +48,7 @@ class State:
     window: Window
     tokens: int = 0
     nats: float = 0.0
+    x_td: Any = None
 
 
 class Reader:
@@ -74,7 +76,7 @@ class Reader:
         before. Units that aren't finished wait for the part in which they end."""
         start, most = self.inside.starts, self.part
         memory, x_1d, tokens = self._next(state), state.x_1d, state.tokens
-        marks, nats, full = np.zeros(0, np.int32), [state.late], False
+        marks, nats, full, states = np.zeros(0, np.int32), [state.late], False, []
         while tokens < len(ids) and not full:
             given = ids[tokens : tokens + self._size]
             found, left = self._marks(memory, given, tokens), most - len(marks)
@@ -82,13 +84,15 @@ class Reader:
             if full:
                 given = given[: found[left] - tokens if start else found[left - 1] + 1 + self.inside.late - tokens]
             if len(given):
-                x_1d, memory, nll = self._call(memory, x_1d, given, tokens)
+                x_1d, x_td, memory, nll = self._call(memory, x_1d, given, tokens)
                 nats.append(nll)
+                states.append(x_td)
             marks, tokens = np.append(marks, found[:left]), tokens + len(given)
         nats, old, n = np.concatenate(nats), state.window, len(marks)
         read = float(nats[len(state.late) :].sum(dtype=np.float64))
+        x_td = np.concatenate(states)
         if not n:
-            same = dataclasses.replace(state, memory=memory, x_1d=x_1d, tokens=tokens, nats=read)
+            same = dataclasses.replace(state, memory=memory, x_1d=x_1d, tokens=tokens, nats=read, x_td=x_td)
             return same, None
         first, behind = state.ends[old.count], np.append(marks[1:], tokens) if start else marks + 1
         ends = np.append(first, np.append(behind, np.repeat(behind[-1:], most - n))).astype(np.int32)
@@ -96,7 +100,7 @@ class Reader:
         nll = np.diff(total[ends - first]).astype(np.float32)
         late = nats[ends[n] - first :][: self.inside.late]
         window = Window(old.source, old.first + old.count, n)
-        new = State(memory, x_1d, nll, ends, late, window, tokens, read)
+        new = State(memory, x_1d, nll, ends, late, window, tokens, read, x_td)
         layers = self.inside.layers_of(memory, self._every)
         return new, self._leaving(state, layers.most, layers.total, nll[0])
 
@@ -126,15 +130,16 @@ class Reader:
         nothing = np.full(units - len(found), 0 if self.inside.starts else -1)
         return np.append(nothing, found).astype(np.int32)
 
-    def _call(self, memory: Memory, x_1d: Any, given: np.ndarray, tokens: int) -> tuple[Any, Memory, np.ndarray]:
+    def _call(self, memory: Memory, x_1d: Any, given: np.ndarray, tokens: int) -> tuple[Any, Any, Memory, np.ndarray]:
         """As of `_read`, with the nats of these tokens alone; 0 for a text's first, which nothing foretells."""
         ids, n = self._padded(given), len(given)
         run = lambda cfg: _read(self._params, ids, n, memory, x_1d, cfg=cfg)  # noqa: E731
-        x_1d, memory, nll = reading.exactly(run, self._cfg)
+        x_1d, x_td, memory, nll = reading.exactly(run, self._cfg)
         nll = np.array(nll[:n])
         if not tokens:
             nll[0] = 0.0
-        return x_1d, memory, nll
+        # Cut on the host: a slice on the device is compiled for every length.
+        return x_1d, np.asarray(x_td)[:n], memory, nll
 
     def _padded(self, given: np.ndarray) -> np.ndarray:
         ids = np.zeros((1, self._size + ROOM * self.inside.units), np.int32)
@@ -197,9 +202,9 @@ def _state(params: Any, memory: Memory, *, cfg: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(
     params: Any, ids_1t: jax.Array, count: jax.Array, memory: Memory, x_1d: jax.Array, *, cfg: Any
-) -> tuple[tuple[jax.Array, Memory, jax.Array], Any]:
-    """The final state of the last of `count` tokens, the memory after them, and the nats of every token, f32 [t]; and
-    how many units were lost."""
+) -> tuple[tuple[jax.Array, jax.Array, Memory, jax.Array], Any]:
+    """The final state of the last of `count` tokens and those of all, the memory after them, and the nats of every
+    token, f32 [t]; and how many units were lost."""
     model, codec = registry.of(cfg), registry.of(cfg).codec(cfg)
     x_1td, memory, aux = model.hidden(params, _batch(ids_1t, count, memory), cfg=cfg, cache=memory)
     # Where the form of tokens is decided late, states are those before the tokens.
@@ -207,7 +212,7 @@ def _read(
     head = lambda x_btd: codec.merge(model.logits(params, x_btd, cfg=cfg))  # noqa: E731
     nll = scoring.score(head, before, codec.plain(ids_1t))["nats"][0]
     x_1d = jax.lax.dynamic_index_in_dim(x_1td, count - 1, axis=1, keepdims=False)
-    return (x_1d, memory, nll), aux.get("lost")
+    return (x_1d, x_1td[0], memory, nll), aux.get("lost")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

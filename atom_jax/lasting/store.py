@@ -2,7 +2,8 @@
 
 DIR/MEMORY.json            the manifest; what it doesn't name does not exist
 DIR/seg-%08d.safetensors   a block's entries      DIR/tail-%08d.safetensors  what waits for a block, and the window
-DIR/text-%08d.safetensors  ids of a source        DIR/score-%08d.safetensors a learned score
+DIR/text-%08d.safetensors  ids of a source        DIR/state-%08d.safetensors its final states, and what followed each
+DIR/score-%08d.safetensors a learned score
 DIR/.lock                  held by the one that writes
 """
 
@@ -33,7 +34,10 @@ from atom_jax.typing import AtomError
 
 MANIFEST, FORMAT = "MEMORY.json", 1
 NEW = ".new-"
-_FILE = re.compile(r"(seg|tail|text|score)-\d{8,}\.safetensors")
+# What a memory may be made of: entries in levels, which stand before prompts; states, which say what comes next.
+LEVELS, KNN = "levels", "knn"
+PARTS = (LEVELS, KNN)
+_FILE = re.compile(r"(seg|tail|text|state|score)-\d{8,}\.safetensors")
 # What an interrupted commit leaves.
 _LEFT = re.compile(rf"\.new-({_FILE.pattern}|MEMORY\.json)")
 Arrays = Mapping[str, np.ndarray]
@@ -53,7 +57,8 @@ class Segment:
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A text: its number, name, sha256, tokens (those read so far), bytes (0 where ids were given), whether it was
-    read to its end, the files with its ids, and the units that these tokens have made (0 where models have none)."""
+    read to its end, the files with its ids and with its states, and the units that its tokens have made (0 where
+    models have none)."""
 
     id: int
     name: str
@@ -62,7 +67,13 @@ class Source:
     bytes: int
     finished: bool
     text: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     units: int = 0
+
+    @property
+    def followed(self) -> int:
+        """Tokens of which the next one is known."""
+        return max(self.tokens - self.finished, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Settings:
     """What is fixed when a memory is made. law: what is kept. score: how tokens are compared. part: tokens that are
     read at once, and of the window. sinks: first tokens of a source that stay in view. codec: of stored entries.
     text: "ids": token ids are kept too, "none": they are not. Of a model with units of its own, these count as tokens
-    in all but the last."""
+    in all but the last. parts: which of PARTS it has."""
 
     law: Law = dataclasses.field(default_factory=Law)
     score: str = "observed"
@@ -103,12 +114,15 @@ class Settings:
     sinks: int = 4
     codec: str = "float16"
     text: str = "ids"
+    parts: tuple[str, ...] = (LEVELS,)
 
     def __post_init__(self):
         config.check(self, part=(1, 2**20), sinks=(0, self.part if type(self.part) is int else 0))
         for name, known in (("score", (*SCORES, LEARNED)), ("codec", tuple(CODECS)), ("text", ("ids", "none"))):
             if getattr(self, name) not in known:
                 raise AtomError(f"{name}: expected {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.parts or self.parts != tuple(part for part in PARTS if part in self.parts):
+            raise AtomError(f"parts: expected {' or '.join(PARTS)}, or both in this order, got {self.parts}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +143,14 @@ class Manifest:
     score: str | None = None
 
     @property
+    def states(self) -> dict[int, int]:
+        """How many states there are of every source, by its number."""
+        return {s.id: s.followed if KNN in self.settings.parts else 0 for s in self.sources}
+
+    @property
     def files(self) -> set[str]:
         """All files that it names."""
-        named = {s.file for s in self.segments} | {f for s in self.sources for f in s.text}
+        named = {s.file for s in self.segments} | {f for s in self.sources for f in (*s.text, *s.state)}
         return named | {f for f in (self.tail, self.score) if f is not None}
 
 

@@ -93,6 +93,15 @@ def packed(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.ascontiguousarray(ids).astype(f"<u{width}").view(np.uint8).reshape(-1, width)
 
 
+def arrays(
+    text: str, ids: np.ndarray, ends: list[np.ndarray] | None, vocab_size: int
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+    """What a file "text" holds of ids, and of the token behind each unit (None: there are none), by the setting
+    `text`."""
+    units = {} if ends is None else {"ends": np.concatenate([np.zeros(0, np.int32), *ends])}
+    return {"text": {"ids": packed(ids, vocab_size)} | units} if text == "ids" else {}
+
+
 def unpacked(bytes_nw: np.ndarray) -> np.ndarray:
     """Ids i32 [n] of what `packed` made."""
     return bytes_nw.view(f"<u{bytes_nw.shape[1]}")[:, 0].astype(np.int32)

@@ -2,6 +2,7 @@
 
     m  Mamba-2                 M  Mamba-2, then SwiGLU
     t  causal attention        T  causal attention, then SwiGLU
+    l  landmark attention      L  landmark attention, then SwiGLU
     f  fast weights            F  fast weights, then SwiGLU
     n  neural memory           N  neural memory, then SwiGLU
     k  product keys, a table of values of which every position reads few (in the place of an MLP)
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax.kvcache.dense import DenseLayer
+from atom_jax.kvcache.landmark import LandmarkLayer
 from atom_jax.kvcache.policy import Policy
 from atom_jax.models import attention
 from atom_jax.models.attention import Attention, Context
 from atom_jax.models.flops import keys
-from atom_jax.nn import fast_weights, neural_memory, product_keys, relative
+from atom_jax.nn import fast_weights, landmark, neural_memory, product_keys, relative
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import ParamSpec, Tree, normal, ones
 from atom_jax.typing import AtomError
@@ -175,6 +177,51 @@ class SelfAttention(Mixer):
         return f"{width.heads} heads" + (f" with a window of {width.window + 1}" if width.window >= 0 else "")
 
 
+class Landmark(SelfAttention):
+    """l and L. every: positions of a block; nearest: blocks that are read besides the own one, 0: all."""
+
+    def __init__(self, mlp: bool = False, every: int = landmark.EVERY, nearest: int = 0):
+        super().__init__(mlp)
+        self.every, self.nearest = every, nearest
+
+    def check(self, width: Width, where: str) -> None:
+        """As of attention, without a window."""
+        super().check(width, where)
+        if width.window >= 0:
+            raise AtomError(f"window: landmark attention in {where} has none, got {width.window}")
+
+    def spec(self, width: Width, out_scale: float) -> Tree:
+        """With a projection to the keys of landmarks."""
+        d, n, k = width.d, width.heads, width.head_dim
+        mark = ParamSpec((d, n, k), ("embed", "heads", None), normal(width.std))
+        return super().spec(width, out_scale) | {"mark": mark}
+
+    def kind(self, width: Width, policy: Policy | None) -> None:
+        """All layers are alike, and have no cache policy."""
+        return None
+
+    def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> LandmarkLayer:
+        """Keys and values of all before, and landmarks."""
+        return LandmarkLayer.empty(b, width.heads, capacity, width.head_dim, self.every, self.nearest, dtype)
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        """As of `landmark.layer`."""
+        y_btd, state = landmark.layer(
+            p, y_btd, context.tokens, state, context.length, rotary=width.rotary, eps=width.eps, every=self.every,
+            nearest=self.nearest,
+        )  # fmt: skip
+        return y_btd, state, {}
+
+    def operations(self, width: Width, positions: int) -> float:
+        """Those of attention, and scores of landmarks."""
+        return super().operations(width, positions) * (1 + 0.5 / self.every)
+
+    def describe(self, width: Width) -> str:
+        """Heads, and what they read."""
+        read = f", of which {self.nearest} are read" if self.nearest else ""
+        return f"{width.heads} heads with landmarks of blocks of {self.every}{read}"
+
+
 class Relative(Mixer):
     """x."""
 
@@ -318,6 +365,8 @@ register("m", Mamba2())
 register("M", Mamba2(mlp=True))
 register("t", SelfAttention())
 register("T", SelfAttention(mlp=True))
+register("l", Landmark())
+register("L", Landmark(mlp=True))
 register("f", FastWeights())
 register("F", FastWeights(mlp=True))
 register("n", NeuralMemory())

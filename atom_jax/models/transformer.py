@@ -17,7 +17,7 @@ from atom_jax.models import attention, layers, lora
 from atom_jax.models.attention import Attention, Context, Probe
 from atom_jax.models.lora import LoRA
 from atom_jax.models.transformer_variants import FAMILIES
-from atom_jax.nn import rope
+from atom_jax.nn import neighbours, rope
 from atom_jax.nn.attention import Tokens, attention_spec
 from atom_jax.nn.embedding import SMALL_VOCAB, lookup
 from atom_jax.nn.mlp import swiglu, swiglu_spec
@@ -211,10 +211,12 @@ def step(
 
 
 def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.Array:
-    """Logits float32 [b, t, v] of final states; the product runs in the compute dtype and adds up in float32."""
+    """Logits float32 [b, t, v] of final states; the product runs in the compute dtype and adds up in float32. With
+    remembered states beside the parameters they are log-probabilities of the mixture with these (`nn.neighbours`)."""
     table = p["unembed"] if "unembed" in p else p["embed"].T
     out = jnp.einsum("btd,dv->btv", x_btd, table.astype(x_btd.dtype), preferred_element_type=jnp.float32)
-    return constrain(out, "batch", "length", "vocab")
+    out = constrain(out, "batch", "length", "vocab")
+    return neighbours.mixed(out, x_btd, p[neighbours.NAME]) if neighbours.NAME in p else out
 
 
 def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> params.Tree:

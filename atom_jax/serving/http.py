@@ -203,7 +203,9 @@ async def _refusals(
     except web.HTTPException as e:
         if e.status < 400:
             raise
-        refusal = Refusal(e.status, f"{request.method} {request.path}: {e.reason}"[:200])
+        served = ", ".join(sorted({resource.canonical for resource in request.app.router.resources()}))
+        more = f"; served are {served}" if e.status == 404 else ""
+        refusal = Refusal(e.status, f"{request.method} {request.path[:100]}: {e.reason}{more}")
     headers = {"Retry-After": "1"} if refusal.status in (429, 503) else {}
     return web.json_response(refusal.body, status=refusal.status, headers=headers)
 

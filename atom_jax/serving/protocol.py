@@ -8,6 +8,7 @@ import math
 import secrets
 from typing import Any
 
+from atom_jax.fields import meant
 from atom_jax.session.decode import NAMED
 
 # Choices of one request.
@@ -131,9 +132,10 @@ class _Given:
     """The fields of a request that have not been read yet; null counts as absent."""
 
     def __init__(self, fields: dict[str, Any]):
-        self._fields = fields
+        self._fields, self._known = fields, [*NEUTRAL]
 
     def take(self, name: str, kind: Any, *default: Any) -> Any:
+        self._known.append(name)
         if name not in self._fields:
             if default:
                 return default[0]
@@ -164,7 +166,8 @@ class _Given:
             if name in IGNORED:
                 continue
             if name not in NEUTRAL:
-                raise Refusal(400, f"unknown field {name!r:.80}", name[:80], "unknown_parameter")
+                hint = meant(name[:80], self._known)
+                raise Refusal(400, f"unknown field {name!r:.80}{hint}", name[:80], "unknown_parameter")
             if value not in NEUTRAL[name]:
                 raise Refusal(400, f"{name}: this server does not do that", name, "unsupported_parameter")
 

@@ -9,6 +9,8 @@ import itertools
 import json
 import pathlib
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,6 +106,7 @@ class _Run:
         cfg = exp.train
         unit = program.objective.unit(exp)
         self.recorder = Recorder(workdir, self.at, cfg.steps, cfg.log_every, enabled=first, unit=unit)
+        self.drawn = time.monotonic()
         opened.callback(self._finish)
         self.watch = Watch(cfg.max_bad_steps)
         self.validation: dict[str, float] = {}
@@ -140,6 +143,10 @@ class _Run:
             if save:
                 self._save()
                 agreement.saved()
+            goes_on = not last and wish != STOP
+            if goes_on and (judge or save) and time.monotonic() - self.drawn > plots.SECONDS:
+                self._draw()
+                self.recorder.restart_clock()
         self.store.wait()
         if wish == STOP:
             self.recorder.say(f"stopped after step {self.at}; the same command continues from there")
@@ -201,13 +208,19 @@ class _Run:
         self.recorder.restart_clock()
 
     def _finish(self) -> None:
-        """Closes the records and draws them, whatever ended the run; that error must not be hidden by one here."""
+        """Closes the records and draws them, whatever ended the run."""
+        self._draw(self.recorder.close)
+
+    def _draw(self, before: Callable[[], None] | None = None) -> None:
+        """Draws the curves, after `before`. What ended the run must not be hidden by an error here."""
         try:
-            self.recorder.close()
+            if before is not None:
+                before()
             if jax.process_index() == 0:
                 plots.draw(self.workdir, self.program.pages)
         except OSError as e:
             print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
+        self.drawn = time.monotonic()
 
     def _judged(self) -> Any:
         """The batches of a validation."""

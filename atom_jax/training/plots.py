@@ -13,6 +13,8 @@ _PAGES: Pages = {
     "optimizer": {"learning rate": {"learning_rate": ""}, "gradient norm": {"grad_norm": ""}},
 }
 _BITS, _RATE = "_bits_per_byte", "_per_second"
+# While a run goes on, its curves are drawn after validations and checkpoints, at least so far apart.
+SECONDS = 60.0
 
 
 def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]:

@@ -17,7 +17,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
 from atom_jax.training.state import shardings
-from atom_jax.typing import FRAMES, AtomError
+from atom_jax.typing import FRAMES, LM, AtomError
 
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
@@ -79,11 +79,16 @@ def begin(program: Program, data: Any) -> tuple[Any, list[str]]:
 def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """Parameters of `init_from`, float32, read straight to where they belong, and what is to be said of them.
 
-    What cache policies learn, and LoRA, takes the initial values of the experiment's seed where it is absent there.
+    What cache policies learn, and LoRA, takes the initial values of the experiment's seed where it is absent there,
+    and so does all else where the model there is a part of the experiment's (`Kind.parts`).
     Raises AtomError when another tensor is absent, or differs in shape from the experiment's model.
     """
     there, _ = _given(exp, "model")
     spec = registry.kind(exp.model).spec(exp.model)
+    for name, part in registry.kind(exp.model).parts(exp.model).items():
+        if type(there) is type(part):
+            lm = _part(exp, name, config.diff(there, part), shardings)
+            return _completed({name: lm.params}, spec, exp.seed, shardings), [f"init_from: {name} alone"]
     ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.kind(there).spec(there)))
     learned = registry.learned(exp.model) | lora.paths(exp.model)
     new = [name for name in ours if name in learned and name not in theirs]
@@ -98,6 +103,13 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
         said = dict.fromkeys("layers/lora" if name in lora.paths(exp.model) else name for name in new)
         notes.append(f"init_from: {', '.join(said)} absent there, so with initial values")
     return _completed(lm.params, spec, exp.seed, shardings), notes
+
+
+def _part(exp: Experiment, name: str, differences: Sequence[str], shardings: Any) -> LM:
+    """The model of `init_from`, the part `name` of the experiment's. Raises AtomError where the two differ."""
+    if differences:
+        raise AtomError(f"init_from {exp.init_from}: the model's {name} is another one ({'; '.join(differences)})")
+    return checkpoint.load(exp.init_from, exp.adapter, "float32", None if shardings is None else shardings[name])
 
 
 def _completed(params: Any, spec: Any, seed: int, shardings: Any) -> Any:

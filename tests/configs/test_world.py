@@ -20,20 +20,22 @@ def test_variant_is_complete(name):
     exp = config.load_file(f"configs/world.py:{name}")
     assert config.from_json(object, config.to_json(exp)) == exp
     stages = exp.stages(pathlib.Path("run"))
-    assert len(stages) == {"tiny": 2, "minigrid": 2, "video": 2, "large": 1}.get(
+    assert len(stages) == {"tiny": 2, "minigrid": 2, "video": 2, "codes": 3, "large": 1}.get(
         name, len(world.LOCAL) + len(world.CURRICULUM)
     )
-    spec = registry.of(exp.model).spec(exp.model)
-    abstract = params.abstract(spec)
+    parts = registry.kind(exp.model).parts(exp.model).values()
     for stage, _ in stages:
-        assert stage.model == exp.model
+        assert stage.model == exp.model or stage.model in parts
+        spec = registry.kind(stage.model).spec(stage.model)
         stage.objective.check(stage)
         optim.make(stage.optim, spec, stage.train.steps)
         # All the ways to lose are traced.
         setting = Setting(stage, make_mesh(), None)
         batch = stage.objective.batch(stage.objective.described(setting))
-        sums = jax.eval_shape(lambda p, b, s=setting: s.exp.objective.judge(p, b, setting=s), abstract, batch)
-        assert sums.bytes is None and "local" in sums.learned
+        sums = jax.eval_shape(
+            lambda p, b, s=setting: s.exp.objective.judge(p, b, setting=s), params.abstract(spec), batch
+        )
+        assert sums.bytes is None and ("tokens" if stage.model in parts else "local") in sums.learned
 
 
 def test_frozen_parts_are_those_of_the_encoder():

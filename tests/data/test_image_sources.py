@@ -10,8 +10,9 @@ from PIL import Image
 
 from atom_jax.data import images
 from atom_jax.data.config import DataConfig
+from atom_jax.data.envs import video
 from atom_jax.data.fetch import emoji
-from atom_jax.data.images import Drawn, Shapes
+from atom_jax.data.images import Drawn, Shapes, Sprites
 from atom_jax.data.pipeline import make_iterator
 from atom_jax.data.sources import open_source
 from atom_jax.tokenizers import PixelTokenizer, from_name
@@ -28,6 +29,19 @@ def test_shapes_are_the_same_wherever_they_are_read_and_differ_between_splits():
     assert counts.min() > 20 and len(counts) == 7
     assert all(image.shape == (16, 16, 1) and len(np.unique(image)) <= count + 1 for image, count in drawn)
     assert a.crc != Drawn(Shapes(most=5), "train").crc
+
+
+def test_sprites_are_frames_of_the_video():
+    sprites = np.rint(video.sprites("17") * 255)
+    for i in range(20):
+        image, count = Drawn(Sprites(12, most=1, glyphs="17"), "train").drawn(i)
+        rows, columns = (np.arange(5)[:, None] + np.arange(8) for _ in range(2))
+        parts = image[rows[:, None, :, None], columns[None, :, None, :], 0].reshape(-1, 1, 8, 8)
+        whole = parts.sum((1, 2, 3)) == image.sum()
+        assert count == 1 and (parts[whole] == sprites).all((2, 3)).any()
+    assert {Drawn(Sprites(), "train").drawn(i)[1] for i in range(30)} == {1, 2, 3}
+    with pytest.raises(AtomError, match="size"):
+        Sprites(4)
 
 
 def test_rows_of_the_pipeline_are_images():

@@ -16,6 +16,8 @@ from atom_jax.typing import LM, AtomError
 from tests.reliability import rows as examples
 from tests.tokenizers.test_chat_template import CHATML
 
+pytestmark = pytest.mark.usefixtures("scanned_policies")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

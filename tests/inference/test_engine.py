@@ -22,6 +22,7 @@ from tests.reliability import rows as examples
 
 # Ways to keep rows: slots for all, in parts; a budget, prompts whole; pages, in parts, with an adapter's decisions.
 MODELS = {"dense": ("llama", None), "budget": ("llama", "tova"), "dms": ("qwen3", "dms")}
+pytestmark = pytest.mark.usefixtures("scanned_policies")
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: COMPILED.append(name) if name.endswith("backend_compile_duration") else None

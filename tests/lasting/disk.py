@@ -7,7 +7,6 @@ import sys
 import numpy as np
 
 from atom_jax.kvcache.lasting.levels import Law
-from atom_jax.lasting import loading
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import FORMAT, Manifest, Model, Settings, Source, Store
@@ -38,7 +37,7 @@ def add(path, source, n, heads=False):
     memory = Memory.open(path)
     with memory._writing():
         m = memory._manifest
-        blocks = Blocks(memory._store, m, loading.tail(memory._store, m)[0])
+        blocks = Blocks(memory._store, m, memory._tail()[0])
         blocks.add(random_entries(0, n, source, heads))
         name = f"text-{m.next:08d}.safetensors"
         text = {name: {"ids": np.full((n, 2), source, np.uint8)}}

@@ -21,6 +21,7 @@ from atom_jax.lasting import learned
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reread import passages
 from atom_jax.models import registry, transformer
+from atom_jax.nn.neighbours import Neighbours
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 
@@ -83,6 +84,25 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
     assert code == 0 and out.startswith(f"forgot a.txt, {len(TEXT) + 1} tokens")
 
 
+def test_a_memory_of_states(run, home, tmp_path):
+    model, where = f"--checkpoint={home}/model", f"--memory_dir={tmp_path}/m"
+    code, out, _ = run("remember", model, where, "--parts=knn", "--part=32", home / "a.txt", home / "b.txt")
+    states = len(TEXT) + 12
+    assert code == 0 and f"0 entries per head (0 before), {states} states" in out
+    code, out, _ = run("info", f"{tmp_path}/m", "--verify")
+    assert code == 0 and f"{states} of knn" in out
+    prompt = "--prompt=The captain kept a brass"
+    more = [prompt, "--max_new_tokens=6", "--json", "--neighbours=nearest=8,weight=0.9"]
+    code, out, _ = run("generate", model, where, *more)
+    lm = atom_jax.load(home / "model")
+    with Memory.open(tmp_path / "m", lm, neighbours=Neighbours(nearest=8, weight=0.9)) as memory:
+        made = atom_jax.generate(lm, [prompt[9:]], 6, memory=memory)
+    # The text goes on as it was read.
+    assert code == 0 and json.loads(out)["text"] == made.text == [" compa"]
+    code, out, _ = run("recall", model, where, prompt, "--pages=2")
+    assert code == 0 and out.splitlines()[1].split(",")[0].endswith("a.txt")
+
+
 @pytest.mark.parametrize("args, message", [
     (["remember", "--memory_dir=m", "a"], "--checkpoint is missing"),
     (["remember", "--checkpoint=model", "--memory_dir=m"], "usage: remember"),
@@ -90,11 +110,13 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
     (["remember", "--checkpoint=model", "--memory_dir=m", "nowhere.txt"], "nowhere.txt: cannot be read"),
     (["remember", "--checkpoint=model", "--memory_dir=m", "--law=cube", "a.txt"], "law 'cube'"),
     (["remember", "--checkpoint=model", "--memory_dir=m", "--score=nowhere", "a.txt"], "score 'nowhere': is no file"),
+    (["remember", "--checkpoint=model", "--memory_dir=m", "--parts=cards", "a.txt"], "parts: expected levels or knn"),
     (["remember", "--checkpoint=model", "--memory_dir=model", "a.txt"], "and no memory"),
     (["generate", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["generate", "--checkpoint=model", "--remember", "--prompt=x"], "remember, reread: there is no memory"),
     (["generate", "--checkpoint=model", "--memory_dir=model", "--prompt=x"], "there is no memory"),
     (["generate", "--checkpoint=model", "--choice=colour=3", "--prompt=x"], "--choice: no field 'colour'"),
+    (["generate", "--checkpoint=model", "--neighbours=weight=2", "--prompt=x"], "weight: expected a number from 0"),
     (["recall", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=nowhere", "--source=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=m"], "--source is missing"),
@@ -159,16 +181,17 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(evaluation.jax, "devices", lambda: jax.local_devices()[:1])
     settings = [f"streams={text}", "tokens=700", "facts=4", "kinds=number,pet", "part=64", "batch=2",
-                "laws=none,sqrt:entries=8,block=16,all:block=16,reread", f"scores=observed,{order.out}"]  # fmt: skip
-    settings += ["choice.whole=400", "choice.pages=3"]
+                "laws=none,sqrt:entries=8,block=16,all:block=16,reread,knn"]  # fmt: skip
+    settings += [f"scores=observed,{order.out}", "choice.whole=400", "choice.pages=3"]
     cfg = config.override(EvalConfig(), [f"lasting.{s}" for s in settings])
     results = evaluation.evaluate(lm, ["lasting"], cfg, tmp_path / "out.json")
     rows = results["lasting"].notes["rows"]
-    assert len(rows) == 5 * 3
+    assert len(rows) == 6 * 3
     by = {(r["law"], r["score"], r["kind"]): r for r in rows}
     # 700 tokens, of which 60 are in the window and four are sinks.
     assert by["none", "", ""]["entries"] == 0 and by["none", "", ""]["front"] == 64
     assert by["all:block=16", "observed", ""]["entries"] == 636
+    assert by["knn", "", ""]["front"] == 64 and by["knn", "", ""]["nats"] != by["none", "", ""]["nats"]
     for score in ("observed", "s.safetensors"):
         assert by["sqrt:entries=8,block=16", score, ""]["entries"] < 200
     assert by["reread", "", "pet"]["facts"] == 2 and "reread" in evaluation.table(results)

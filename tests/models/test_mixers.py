@@ -83,11 +83,14 @@ def test_a_new_mixer_is_one_entry(average):
     ("layout", "said"),
     [
         (("f1", "F1", "f1"), ["2 fast weights of 8 x 8"]),
+        (("t1", "l1L1", "t1"), ["2 heads with landmarks of blocks of 2,", "of blocks of 2, of which 1 are read"]),
         (("n1", "N1k1", "t1"), ["2 neural memories of 8 x 16", "a table of 36 values, 6 read by each position"]),
     ],
 )
 def test_layers_with_a_memory_read_and_write(layout, said, monkeypatch):
     monkeypatch.setitem(MIXERS, "k", mixers.ProductKeys(keys=6, heads=2, nearest=3))
+    monkeypatch.setitem(MIXERS, "l", mixers.Landmark(every=2))
+    monkeypatch.setitem(MIXERS, "L", mixers.Landmark(True, every=2, nearest=1))
     cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=layout)
     lm = LM(cfg, weights(cfg), None)
     one, other = stream(20), stream(17, 5)
@@ -120,6 +123,7 @@ def test_letters_are_taken_once():
     ("change", "words"),
     [
         ({"layout": ("t1", "T1", "t1"), "n_heads": (3, 2)}, "n_heads: 3 heads do not divide the width 16 of stage 0"),
+        ({"layout": ("l1", "T1", "t1")}, "window: landmark attention in stage 0 has none, got 5"),
         ({"rotary_dim": (4, 10)}, "rotary_dim: expected an even number up to 8 in stage 1, got 10"),
         ({"d_intermediate": (24, 0)}, "d_intermediate: stage 1 has layers with an MLP"),
     ],

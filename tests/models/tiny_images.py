@@ -103,3 +103,11 @@ def karl(numbers, registers):
         "registers": w["decoder_latent_tokens_timestep_embed"][:registers],
     }  # fmt: skip
     return jax.tree.map(jnp.asarray, p)
+
+
+def lively(p):
+    """Random parameters of a tokenizer with which codes, and how many are enough, differ between images."""
+    for part in ("encoder", "decoder"):
+        p[part]["blocks"] |= {"o": 8 * p[part]["blocks"]["o"]}
+    p["encoder"]["patch"]["w"] = 30 * p["encoder"]["patch"]["w"]
+    return p

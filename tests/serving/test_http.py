@@ -143,6 +143,14 @@ def test_what_is_wrong_is_said_in_json(lm):
                 assert answer.status == 405 and (await answer.json())["error"]["message"]
             async with session.get(f"{address}/v1/models/other") as answer:
                 assert answer.status == 404
+            async with session.get(f"{address}/v1/chat") as answer:
+                assert (
+                    "served are /healthz, /metrics, /v1/chat/completions, "
+                    in (await answer.json())["error"]["message"]
+                )
+            async with session.post(f"{address}/v1/completions", json={"prompt": "a", "temprature": 0}) as answer:
+                wanted = "unknown field 'temprature' (did you mean temperature?)"
+                assert (await answer.json())["error"]["message"] == wanted
             neutral = {"prompt": [40, 41], "echo": False, "frequency_penalty": 0.0, "user": "me", "stop": None}
             parts = {
                 "messages": [{"role": "developer", "content": [{"type": "text", "text": "hi"}]}],

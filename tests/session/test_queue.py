@@ -17,6 +17,8 @@ MODELS = {
     "dms": ("qwen3", "plain", "dms"), "dmc": ("qwen3", "plain", "dmc"), "units": ("hnet", "hnet", None),
 }  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("scanned_policies")
+
 
 @pytest.fixture(autouse=True)
 def look(monkeypatch):

@@ -16,7 +16,7 @@ from atom_jax.evaluation.run import make_encoder
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.models import transformer
 from atom_jax.sharding import MeshConfig
-from atom_jax.training import interrupt, loop, losses, start
+from atom_jax.training import interrupt, loop, losses, plots, start
 from atom_jax.training.record import read
 from atom_jax.typing import AtomError
 
@@ -33,10 +33,11 @@ def losses_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, curves):
     """A run of twelve steps without any interruption."""
     workdir = tmp_path_factory.mktemp("whole")
-    result = loop.fit(experiment("train.steps=12"), workdir)
+    with curves():
+        result = loop.fit(experiment("train.steps=12"), workdir)
     assert result.step == 12 and result.signal == 0
     return workdir, result
 
@@ -112,8 +113,8 @@ def test_a_workdir_that_is_a_file(tmp_path):
         loop.fit(experiment(), tmp_path / "file")
 
 
-def test_gradients_that_stay_not_finite_end_the_run(tmp_path):
-    with pytest.raises(AtomError, match="4 steps in a row, from step 3 on"):
+def test_gradients_that_stay_not_finite_end_the_run(tmp_path, curves):
+    with pytest.raises(AtomError, match="4 steps in a row, from step 3 on"), curves():
         settings = ["train.steps=30", "train.checkpoint_every=2", "train.max_bad_steps=4", "train.eval_every=0"]
         # The first two steps make the parameters huge.
         loop.fit(experiment("optim.learning_rate=1e6", "optim.warmup_steps=0", *settings), tmp_path)
@@ -140,9 +141,20 @@ def test_a_signal_saves_and_a_later_run_goes_on(tmp_path, monkeypatch):
     assert loop.fit(experiment("train.steps=5"), tmp_path).step == 5
 
 
-def test_checkpoints_by_the_clock(tmp_path):
+def test_checkpoints_and_curves_by_the_clock(tmp_path, monkeypatch):
     settings = ["train.steps=5", "train.checkpoint_every=0", "train.keep=9", "train.eval_every=0"]
-    loop.fit(experiment(*settings, "train.checkpoint_minutes=1e-9"), tmp_path / "often")
+    drawn = []
+
+    def draw(workdir, pages):
+        drawn.append(read(workdir / "metrics.jsonl")[-1]["step"])
+        if len(drawn) == 2:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(plots, "draw", draw)
+        m.setattr(plots, "SECONDS", 0.0)
+        loop.fit(experiment(*settings, "train.checkpoint_minutes=1e-9"), tmp_path / "often")
+    assert drawn == [1, 2, 3, 4, 5]  # the last one when all is closed
     assert sorted(p.name for p in (tmp_path / "often" / "checkpoints").iterdir()) == ["1", "2", "3", "4", "5"]
     loop.fit(experiment(*settings), tmp_path / "once")
     assert sorted(p.name for p in (tmp_path / "once" / "checkpoints").iterdir()) == ["5"]

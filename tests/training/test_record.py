@@ -5,6 +5,7 @@ import types
 import pytest
 
 from atom_jax.training import plots, record
+from atom_jax.training.plots import draw
 from atom_jax.training.record import Recorder, read, rewind
 from atom_jax.training.watch import WINDOW, Watch
 from atom_jax.typing import AtomError
@@ -44,7 +45,7 @@ def test_speed_is_told_in_what_is_read(tmp_path, monkeypatch, capsys):
     assert second["images_per_second"] == 64 / 16 and not {"tokens_per_second", "images_per_second"} & first.keys()
     assert "images/s" in capsys.readouterr().err
     monkeypatch.undo()
-    assert [f.name for f in plots.draw(tmp_path)] == ["loss.png", "optimizer.png", "throughput.png"]
+    assert [f.name for f in draw(tmp_path)] == ["loss.png", "optimizer.png", "throughput.png"]
 
 
 def test_nan_is_null(tmp_path):
@@ -98,9 +99,9 @@ def test_a_directory_that_vanished_is_named(tmp_path):
 
 
 def test_plots(tmp_path):
-    assert plots.draw(tmp_path) == []
+    assert draw(tmp_path) == []
     write(tmp_path, 0, 6)
-    files = plots.draw(tmp_path)
+    files = draw(tmp_path)
     assert [f.name for f in files] == ["loss.png", "optimizer.png", "throughput.png"]
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
 
@@ -112,7 +113,7 @@ def test_plots_of_learned_units(tmp_path):
     for step in (1, 2, 3, 4):
         recorder.step(step, metrics(**learned))
     recorder.close()
-    files = plots.draw(tmp_path)
+    files = draw(tmp_path)
     assert [f.name for f in files] == ["loss.png", "optimizer.png", "throughput.png", "units.png"]
     assert files[-1].read_bytes().startswith(b"\x89PNG")
     assert plots._units_page(2)["bytes per unit"] == {"bytes_per_unit_0": "stage 0", "bytes_per_unit_1": "stage 1"}
@@ -121,7 +122,7 @@ def test_plots_of_learned_units(tmp_path):
 def test_plots_of_a_run_without_rates(tmp_path):
     line = {"step": 1, "kind": "train", "loss": None, "bits_per_byte": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert len(plots.draw(tmp_path)) == 3
+    assert len(draw(tmp_path)) == 3
 
 
 def test_skipped_steps_are_named_and_end_the_run():

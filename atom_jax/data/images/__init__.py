@@ -14,13 +14,14 @@ from atom_jax.data.images.files import File
 from atom_jax.data.images.glyphs import Glyphs
 from atom_jax.data.images.picture import Drawn, Pictures, png_bytes, read
 from atom_jax.data.images.shapes import Shapes
+from atom_jax.data.images.sprites import Sprites
 from atom_jax.data.splits import BLOCK, take_split
 from atom_jax.typing import AtomError
 
-__all__ = ["PICTURES", "Digits", "Drawn", "File", "Glyphs", "Pictures", "Shapes", "arrays", "corpus", "parse",
-           "png_bytes", "read"]  # fmt: skip
+__all__ = ["PICTURES", "Digits", "Drawn", "File", "Glyphs", "Pictures", "Shapes", "Sprites", "arrays", "corpus",
+           "parse", "png_bytes", "read"]  # fmt: skip
 
-PICTURES: dict[str, type[Pictures]] = {kind.name: kind for kind in (Shapes, Glyphs, Digits)}
+PICTURES: dict[str, type[Pictures]] = {kind.name: kind for kind in (Shapes, Sprites, Glyphs, Digits)}
 
 
 def parse(text: str) -> Pictures:

@@ -179,10 +179,13 @@ def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
     for kind, style in (("train", "-"), ("validation", "o-")):
         points = [(r["step"], r["bits_per_byte"]) for r in _lines(folder, kind) if r.get("bits_per_byte")]
         if points:
-            ax.plot(*zip(*points), style, label=kind, linewidth=1, markersize=4)
+            ax.plot(*zip(*points), style, label=f"{kind}, each row by itself", linewidth=1, markersize=4)
     for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
         ax.axhline(value, linestyle=style, color="black", linewidth=1, label=f"{name}: {value:.2f}")
     ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
+    ax.set_title(
+        "Level lines: the whole validation text; the model sees half a row or more before each token", fontsize=9
+    )
     ax.grid(alpha=0.3)
     ax.legend(loc="upper right")
     path = folder / "plots" / "summary.png"

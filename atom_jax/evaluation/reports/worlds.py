@@ -44,9 +44,11 @@ def seen(lm: LM, env: str, length: int = 0, seed: int = 0) -> Strip:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(p: Any, episode: Frames, cfg: WorldConfig) -> tuple[jax.Array, jax.Array]:
     """Where units begin or end in episodes, bool [b, t], and the nats f32 [b, t - 1] of all frames but the first."""
+    port = ports.of(cfg)
+    episode = episode.replace(obs=port.encode(p, episode.obs, cfg))
     aux = world.hidden(p, episode, cfg=imagine.roomy(cfg))[2]
     local = world.local(p, episode, cfg=cfg)
-    return aux["boundaries"][0], ports.of(cfg).nll(local[:, :-1], episode.obs[:, 1:], cfg)
+    return aux["boundaries"][0], port.nll(local[:, :-1], episode.obs[:, 1:], cfg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,6 @@ def imagined(
     for i, (row, value) in enumerate(zip(np.asarray(rows).tolist(), values)):
         units = int(out.units[0, i].sum())
         lines.append(f"{','.join(map(str, row))}: return {value:.2f}, {units} units{' (best)' if i == best else ''}")
-    right = float(np.mean(np.asarray(out.frames[0, 0] == real.obs[0]).reshape(len(actions), -1).all(1)))
+    right = float(np.mean(ports.of(cfg).right(out.frames[:, 0], real.obs, cfg)))
     lines.append(f"really: reward {float(real.reward.sum()):g}; {right:.0%} of the first future's frames are so")
     return Report(said, "\n".join(lines))

@@ -67,10 +67,12 @@ class Foretold:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(p: Any, episode: Any, cfg: WorldConfig) -> dict[str, jax.Array]:
     """Of every episode, f32 [b]: nats per frame, local ones, and frames per unit; and the likeliest next frames."""
+    port = ports.of(cfg)
+    episode = episode.replace(obs=port.encode(p, episode.obs, cfg))
     out, _ = world.apply(p, episode, cfg=imagine.roomy(cfg))
-    found, port = out.aux["foresight"], ports.of(cfg)
+    found = out.aux["foresight"]
     nats, local = (jnp.mean(port.nll(x[:, :-1], episode.obs[:, 1:], cfg), axis=1) for x in (found.frame, found.local))
     units = jnp.sum(out.aux["boundaries"][0], axis=1)
     per_unit = episode.obs.shape[1] / jnp.maximum(units, 1)
-    ahead = port.sample(found.frame, None, cfg)
+    ahead = port.decode(p, port.sample(found.frame, None, cfg), cfg)
     return {"nats": nats, "local": local, "per_unit": per_unit, "ahead": ahead}

@@ -35,10 +35,12 @@ from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import learned, reread
 from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.codec import half
 from atom_jax.lasting.reader import Reader, State, model_of
-from atom_jax.lasting.store import FORMAT, Manifest, Model, Settings
+from atom_jax.lasting.store import FORMAT, KNN, Manifest, Model, Settings
 from atom_jax.models import registry
-from atom_jax.nn import scoring
+from atom_jax.nn import neighbours, scoring
+from atom_jax.nn.neighbours import Neighbours
 from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
@@ -47,7 +49,7 @@ from atom_jax.typing import LM, AtomError, Batch
 # Ids of a question and of its answer; of the answer's tokens, which are the likeliest, and their nats.
 Asked = tuple[np.ndarray, np.ndarray]
 Said = tuple[np.ndarray, np.ndarray]
-# The laws that are none: of nothing, and of passages that are read again.
+# The laws that are none (and KNN): of nothing, and of passages that are read again.
 NONE, REREAD = "none", "reread"
 
 
@@ -57,8 +59,9 @@ class LastingSettings:
 
     streams: novels (`data.builtin.novels`) or files. tokens: of each, facts included. facts: planted in each, of
         these kinds (`planted.KINDS`; (): of all).
-    laws: as of `Law.parse`; "none" keeps only the window, and "reread" puts `passages` of the text in front of the
-        question. scores: names, or files that fit_memory wrote; laws that choose run with each of them.
+    laws: as of `Law.parse`; "none" keeps only the window, "reread" puts `passages` of the text in front of the
+        question, and "knn" mixes in `neighbours` among the states of what was read. scores: names, or files that
+        fit_memory wrote; laws that choose run with each of them.
     part: tokens that are read at once. choice: of pages, where more is held than `choice.whole`. batch: questions
         that are answered at once. seed: of facts.
     """
@@ -72,6 +75,7 @@ class LastingSettings:
     passages: int = 2
     part: int = 512
     choice: Choice = dataclasses.field(default_factory=Choice)
+    neighbours: Neighbours = dataclasses.field(default_factory=Neighbours)
     batch: int = 4
     seed: int = 0
 
@@ -83,7 +87,7 @@ class LastingSettings:
 
 
 class Method(NamedTuple):
-    """A law with a score. law: None for NONE and REREAD. learned: of a score that is none of SCORES."""
+    """A law with a score. law: None for NONE, REREAD and KNN. learned: of a score that is none of SCORES."""
 
     name: str
     score: str
@@ -92,12 +96,14 @@ class Method(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A stream that was read: what left the window in turn, and where reading stands."""
+    """A stream that was read: what left the window in turn, where reading stands, and the final states of its tokens,
+    [n, d]."""
 
     stream: planted.Stream
     seen: list[Seen]
     state: State
     rate: float
+    states: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +137,7 @@ def methods(settings: LastingSettings) -> list[Method]:
     """All that are compared. AtomError for unknown laws and scores."""
     out = []
     for text in kv.joined(settings.laws):
-        if text in (NONE, REREAD):
+        if text in (NONE, REREAD, KNN):
             out.append(Method(text, "", None, None))
             continue
         law = Law.parse(text)
@@ -154,10 +160,11 @@ def stream_of(settings: LastingSettings, encoder: Encoder, number: int) -> plant
 
 def read(lm: LM, stream: planted.Stream, part: int, name: str) -> Held:
     """Reads a stream."""
-    began, seen, state = time.monotonic(), [], None
-    for state, left in lasting_fit.read(lm, stream.ids, part, name):  # noqa: B007 (the last one is used)
+    began, seen, state, x = time.monotonic(), [], None, []
+    for state, left in lasting_fit.read(lm, stream.ids, part, name):
         seen += [] if left is None else [left]
-    return Held(stream, seen, state, len(stream.ids) / (time.monotonic() - began))
+        x.append(np.asarray(state.x_td, np.float32))
+    return Held(stream, seen, state, len(stream.ids) / (time.monotonic() - began), np.concatenate(x))
 
 
 def measure(
@@ -171,6 +178,8 @@ def measure(
     asked = [planted.asked(fact, encoder) for fact in stream.facts]
     if method.name == REREAD:
         asked = [(_with_passages(stream.ids, q, settings.passages), a) for q, a in asked]
+    if method.name == KNN:
+        lm = _mixing(lm, held, settings.neighbours)
     found = ask(lm, front, asked, settings.batch, settings.choice)
     ages = len(stream.ids) - stream.at
     rows = []
@@ -197,6 +206,13 @@ def _kept(model: Model, held: Held, method: Method) -> list[Entries]:
     for seen in held.seen:
         blocks.add(Entries.scored(seen, scores.score(name, seen, method.learned)))
     return blocks.all()
+
+
+def _mixing(lm: LM, held: Held, how: Neighbours) -> LM:
+    """The model, which mixes in what the states of a stream say."""
+    following = held.stream.ids[1:]
+    store = neighbours.Datastore.of(half(held.states[:-1], "state"), following, how, len(following))
+    return dataclasses.replace(lm, params=neighbours.beside(lm.params, store))
 
 
 def _with_passages(ids: np.ndarray, question: np.ndarray, n: int) -> np.ndarray:
@@ -284,6 +300,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _key(model: Model, settings: LastingSettings, stream: planted.Stream, method: Method) -> str:
     fit = None if method.learned is None else method.learned.weight.tobytes().hex()
+    how = [config.to_json(settings.neighbours)] if method.name == KNN else []
     what = [
         config.to_json(model),
         method.name,
@@ -293,5 +310,6 @@ def _key(model: Model, settings: LastingSettings, stream: planted.Stream, method
         settings.passages,
         stream.facts,
         config.to_json(settings.choice),
+        *how,
     ]
     return hashlib.sha256(json.dumps(what).encode() + stream.ids.tobytes()).hexdigest()[:16]

@@ -169,7 +169,7 @@ def _play(
     def notice(mind: WorldState, actions: jax.Array, led: Any) -> WorldState:
         if planner.played == planner.horizon:  # nothing is planned after the only turn
             return mind
-        return imagine.read(p, mind, imagine.after(mind, actions, led.obs), imagine.roomy(cfg))[0]
+        return imagine.read(p, mind, imagine.after(p, mind, actions, led.obs, cfg), imagine.roomy(cfg))[0]
 
     done = play(env, planner, key, last, imagine.settled(state), think, notice)
     stats = done.plans.stats

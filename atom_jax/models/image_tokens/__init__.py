@@ -14,8 +14,8 @@ decoder are not built.
 """
 
 from atom_jax.models.image_tokens.config import ImageTokensConfig, spec
-from atom_jax.models.image_tokens.family import FAMILY
-from atom_jax.models.image_tokens.forward import decode, encode, quantise
+from atom_jax.models.image_tokens.family import FAMILY, operations
+from atom_jax.models.image_tokens.forward import decode, encode, image, pictured, quantise
 from atom_jax.models.image_tokens.halting import Halting
 from atom_jax.models.image_tokens.lengths import Choices, Nested, Told, Trained, Whole
 from atom_jax.models.image_tokens.quantise import FSQ, VQ, Continuous
@@ -23,5 +23,5 @@ from atom_jax.models.image_tokens.rounds import Rounds
 
 __all__ = [
     "FAMILY", "FSQ", "VQ", "Choices", "Continuous", "Halting", "ImageTokensConfig", "Nested", "Rounds", "Told",
-    "Trained", "Whole", "decode", "encode", "quantise", "spec",
+    "Trained", "Whole", "decode", "encode", "image", "operations", "pictured", "quantise", "spec",
 ]  # fmt: skip

@@ -16,14 +16,17 @@ from atom_jax.typing import IMAGES
 
 def flops(cfg: ImageTokensConfig, length: int) -> float:
     """See `Kind`; tokens are bytes of pixels here, an image has `cfg.max_length`, and training's passes count."""
+    return operations(cfg, cfg.length.passes(cfg)) / cfg.max_length
+
+
+def operations(cfg: ImageTokensConfig, passes: tuple[float, float]) -> float:
+    """Of an image that goes through encoder and decoder so many times, counted as `Kind.flops` does."""
     tree, tokens = spec(cfg), cfg.patches + cfg.registers
     total = 0.0
-    for name, layers, passes in zip(
-        ("encoder", "decoder"), (cfg.encoder_layers, cfg.decoder_layers), cfg.length.passes(cfg)
-    ):
+    for name, layers, count in zip(("encoder", "decoder"), (cfg.encoder_layers, cfg.decoder_layers), passes):
         products = tokens * matrices({"blocks": tree[name]["blocks"]}) + 2 * layers * cfg.d_model * tokens**2
-        total += 2.0 * passes * products
-    return total / cfg.max_length
+        total += 2.0 * count * products
+    return total
 
 
 def describe(cfg: ImageTokensConfig) -> list[tuple[str, str]]:

@@ -76,6 +76,17 @@ def decode(p: Tree, z_brz: jax.Array, keep_br: jax.Array, cfg: Any) -> jax.Array
     return vit.affine(d["down"], jnp.tanh(vit.affine(d["up"], x_bpd))).astype(jnp.float32)
 
 
+def image(p: Tree, index_br: jax.Array, cfg: Any) -> jax.Array:
+    """Images f32 [b, size, size, channels] of codes i32 [b, r], -1 for tokens that are not kept."""
+    z_brz = cfg.quantiser.vectors(p.get("quantiser", {}), jnp.maximum(index_br, 0))
+    return pictured(decode(p, z_brz, index_br >= 0, cfg), cfg)
+
+
+def pictured(x_bpc: jax.Array, cfg: Any) -> jax.Array:
+    """Images [b, size, size, channels] in [0, 1] of patches."""
+    return jnp.clip(vit.unpatched(x_bpc, cfg.patch, cfg.size, cfg.size), 0.0, 1.0)
+
+
 def replaced(z_brz: jax.Array, keep_br: jax.Array, instead_z: jax.Array) -> jax.Array:
     """Vectors, with another one in place of those that are not kept."""
     kept = jnp.broadcast_to(keep_br[..., None], z_brz.shape)

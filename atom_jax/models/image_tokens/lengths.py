@@ -64,6 +64,10 @@ class Length:
         """Passes through encoder and decoder that the forward pass of a training step makes."""
         return 1.0, 1.0
 
+    def tries(self, cfg: Any) -> tuple[float, float]:
+        """Passes through encoder and decoder that `choices` makes."""
+        return float(len(self.labels(cfg))), float(len(self.labels(cfg)))
+
     def train(self, p: Tree, x_bpc: jax.Array, key: jax.Array, cfg: Any) -> Trained:
         """One pass with what is drawn by `key`."""
         raise NotImplementedError
@@ -80,6 +84,9 @@ class Whole(Length):
 
     def labels(self, cfg: Any) -> list[str]:
         return [str(cfg.registers)]
+
+    def tries(self, cfg: Any) -> tuple[float, float]:
+        return 1.0, float(len(self.labels(cfg)))
 
     def train(self, p: Tree, x_bpc: jax.Array, key: jax.Array, cfg: Any) -> Trained:
         return cut(p, x_bpc, jnp.full(len(x_bpc), cfg.registers), cfg)
@@ -122,6 +129,9 @@ class Nested(Length):
 
     def labels(self, cfg: Any) -> list[str]:
         return [str(k) for k in tried(self.least, cfg.registers)]
+
+    def tries(self, cfg: Any) -> tuple[float, float]:
+        return 1.0, float(len(self.labels(cfg)))
 
     def train(self, p: Tree, x_bpc: jax.Array, key: jax.Array, cfg: Any) -> Trained:
         return cut(p, x_bpc, drawn(key, len(x_bpc), self.rule, self.least, cfg.registers), cfg)
@@ -183,6 +193,20 @@ def tried(least: int, r: int) -> list[int]:
     if r - least < MOST_TRIED:
         return list(range(least, r + 1))
     return sorted({round(k) for k in np.geomspace(least, r, MOST_TRIED)})
+
+
+def within(tokens_nb: jax.Array, errors_nb: jax.Array, error: float) -> jax.Array:
+    """i32 [b]: of each image the offer with the fewest tokens whose error is at most `error`, of several the one with
+    the smallest error; where none is, that of all."""
+    passes = errors_nb <= error
+    found = cheapest(jnp.where(passes, tokens_nb, jnp.iinfo(jnp.int32).max), errors_nb)
+    return jnp.where(passes.any(axis=0), found, errors_nb.argmin(axis=0)).astype(jnp.int32)
+
+
+def cheapest(cost_nb: jax.Array, errors_nb: jax.Array) -> jax.Array:
+    """i32 [b]: of each image the offer with the smallest error among those of the smallest cost."""
+    least = cost_nb == cost_nb.min(axis=0, keepdims=True)
+    return jnp.where(least, errors_nb, jnp.inf).argmin(axis=0).astype(jnp.int32)
 
 
 def first(k: jax.Array, r: int) -> jax.Array:

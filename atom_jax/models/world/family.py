@@ -13,9 +13,11 @@ from atom_jax.kvcache.memory import Memory
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
 from atom_jax.models.hnet import family as hnet
+from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import roomier
 from atom_jax.models.hnet.memory import decode_params, init_cache, nodes
-from atom_jax.models.hnet.ports import Cells
+from atom_jax.models.hnet.ports import Cells, Codes, Pixels
+from atom_jax.models.image_tokens import FSQ, ImageTokensConfig
 from atom_jax.models.world.config import WorldConfig, spec
 from atom_jax.models.world.forward import apply, hidden, logits
 from atom_jax.params import Tree
@@ -46,20 +48,31 @@ def examples() -> dict[str, WorldConfig]:
         "change": _small(Change(), "first", reward="scalar"),
         "cosine": _small(Cosine(target=2.0), "first", mix="ema", confidence=True, residual="linear"),
         "fixed": _small(Fixed(3), "mean", secrets=4),
+        "pixels": _small(Surprise(), "first", Pixels((4, 4, 1), patch=2, actions=4, hidden=24)),
+        "codes": _small(Surprise(), "first", Codes(_tokenizer(), actions=4, hidden=24)),
     }
 
 
-def _small(rule: object, pool: str, reward: str = "classes", secrets: int = 0, **changes: object) -> WorldConfig:
+def _tokenizer() -> ImageTokensConfig:
+    return ImageTokensConfig(
+        size=4, patch=2, registers=3, d_model=8, d_ff=8, n_heads=2, encoder_layers=1, decoder_layers=1,
+        quantiser=FSQ((4, 3)),
+    )  # fmt: skip
+
+
+def _small(
+    rule: object, pool: str, port: object = None, reward: str = "classes", secrets: int = 0, **changes: object
+) -> WorldConfig:
     units = Chunking(**{"rule": rule, "pool": pool, "residual": "identity", "capacity": 1.0} | changes)
     return WorldConfig(
-        port=Cells(grid=(3, 3), classes=8, actions=4, hidden=24), layout=("T1", "T1", "T1"), d_model=(16, 16),
-        d_intermediate=(24, 24), n_heads=(2, 2), rotary_dim=(4, 4), window=(1, -1), chunking=(units,), init_std=0.3,
-        hidden=24, reward=reward, secrets=secrets, max_length=512,
+        port=port or Cells(grid=(3, 3), classes=8, actions=4, hidden=24), layout=("T1", "T1", "T1"),
+        d_model=(16, 16), d_intermediate=(24, 24), n_heads=(2, 2), rotary_dim=(4, 4), window=(1, -1),
+        chunking=(units,), init_std=0.3, hidden=24, reward=reward, secrets=secrets, max_length=512,
     )  # fmt: skip
 
 
 FAMILY = Family(
     name="world", config=WorldConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
     nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
-    examples=examples, reads=FRAMES,
+    examples=examples, reads=FRAMES, parts=ports.parts,
 )  # fmt: skip

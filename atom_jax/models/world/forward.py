@@ -25,9 +25,9 @@ from atom_jax.units import Place, Stage
 class Foresight:
     """What is foretold at every position of what its action leads to.
 
-    frame: the port's prediction of the next frame, logits f32 [b, t, cells, classes] of cells. local: the same from
-    the encoder's states alone. outcome: f32 [b, t, 3], logits of `config.NOTHING`, REWARD and END, or [b, t, 2], the
-    reward and the logit of an end. secret: logits f32 [b, t, secrets] of what the world hides, or None.
+    frame: the port's prediction of the next frame, as logits f32 [b, t, cells, classes] of cells. local: the same
+    from the encoder's states alone. outcome: f32 [b, t, 3], logits of `config.NOTHING`, REWARD and END, or [b, t, 2],
+    the reward and the logit of an end. secret: logits f32 [b, t, secrets] of what the world hides, or None.
     """
 
     frame: jax.Array
@@ -38,7 +38,7 @@ class Foresight:
 
 def apply(p: Tree, batch: Frames, *, cfg: WorldConfig, cache: Memory | None = None) -> tuple[Output, Memory | None]:
     """Predictions of the next frames (`Foresight.frame`), with all that is foretold and what was learned in `aux`
-    ("foresight"; the others as of `hidden`), and the cache."""
+    ("foresight"; the others as of `hidden`), and the cache. batch: frames as the port reads them (its `encode`)."""
     x_bte, cache, aux = hidden(p, batch, cfg=cfg, cache=cache)
     found = outputs(p, x_bte, cfg=cfg)
     return Output(logits=found.frame, aux=aux | {"foresight": found}), cache

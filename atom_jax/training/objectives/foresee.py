@@ -16,13 +16,13 @@ from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import envs, numbered
 from atom_jax.data.config import DataConfig
 from atom_jax.data.pipeline import row_numbers
-from atom_jax.models import world
+from atom_jax.models import registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.world import WorldConfig
 from atom_jax.models.world.config import END, NOTHING, REWARD
-from atom_jax.params import Tree
+from atom_jax.params import Tree, flatten
 from atom_jax.training.losses import Sums
-from atom_jax.training.objectives.base import Objective, Rows, Setting, register
+from atom_jax.training.objectives.base import Objective, Rows, Setting, check_frozen, register
 from atom_jax.training.plots import Pages
 from atom_jax.typing import FRAMES, AtomError, Frames
 
@@ -70,7 +70,7 @@ class Foresee(Objective):
         config.check(self, local=factor, outcome=factor, rarest=(1, 1e6), secret=factor)
 
     def check(self, exp: Any) -> None:
-        """The model must be one of the world that the data are of."""
+        """The model must be one of the world that the data are of, and its parts must be there, and stay so."""
         if not isinstance(exp.model, WorldConfig):
             raise AtomError(f"foresee: model must be a WorldConfig, not a {type(exp.model).__name__}")
         env, cfg = envs.parse(numbered.world_of(exp.data)), exp.model
@@ -79,6 +79,10 @@ class Foresee(Objective):
             raise AtomError(f"model.port: {env.name} has a grid {made[0]}, {made[1]} classes and {made[2]} actions")
         if cfg.secrets not in (0, env.secrets):
             raise AtomError(f"model.secrets is {cfg.secrets}: {env.name} hides one of {env.secrets}")
+        for name in registry.kind(cfg).parts(cfg):
+            if not exp.init_from and exp.first is None:
+                raise AtomError(f"foresee: the model's {name} is trained before it: init_from should be a run of it")
+            check_frozen(exp, self.name, (f"{name}/{path}" for path in flatten(world.spec(cfg)[name])))
 
     def begin(self, setting: Setting, params: Any, places: Tree, data: Iterator[Rows]) -> tuple[Any, list[str]]:
         """Sets the threshold of a surprise rule with a `target`, once the local prediction is there."""
@@ -90,7 +94,7 @@ class Foresee(Objective):
         found = setting.exp.data
         batch = self.batch(next(numbered.NumberedRows(found, range(found.batch_size))))
         find = jax.jit(
-            lambda p, batch: surprise.calibrated(_local_nats(p, _made(batch, setting)[0], cfg).ravel(), rule)
+            lambda p, batch: surprise.calibrated(_local_nats(p, _read(p, batch, setting)[0], cfg).ravel(), rule)
         )
         tau = find(params, batch)
         stage = params["stage0"]
@@ -119,8 +123,8 @@ class Foresee(Objective):
     ) -> Sums:
         """learned: frame and local (nats per frame), outcome_right (of rewards and ends), secret_right, and what the
         model says about its units."""
-        made, cfg = _made(batch, setting), setting.exp.model
-        (frames, secret, since), mask = made, batch.loss_mask.astype(jnp.float32)
+        cfg, mask = setting.exp.model, batch.loss_mask.astype(jnp.float32)
+        frames, secret, since = _read(params, batch, setting)
         targets, ahead = jnp.sum(mask), mask[:, :-1]
         pair = lambda x: jnp.stack([x, targets])  # noqa: E731
         if self.only_local:
@@ -162,6 +166,13 @@ def _made(batch: Numbers, setting: Setting) -> tuple[Frames, jax.Array, jax.Arra
         return found, jnp.maximum(secret, 0), since
 
     return jax.vmap(one)(batch.stream, batch.number)
+
+
+def _read(params: Any, batch: Numbers, setting: Setting) -> tuple[Frames, jax.Array, jax.Array]:
+    """The same with frames as the model reads them."""
+    frames, secret, since = _made(batch, setting)
+    cfg = setting.exp.model
+    return frames.replace(obs=ports.of(cfg).encode(params, frames.obs, cfg)), secret, since
 
 
 def _local_nats(params: Any, frames: Frames, cfg: WorldConfig) -> jax.Array:

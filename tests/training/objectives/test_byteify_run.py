@@ -40,9 +40,10 @@ def experiment(source, *settings):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory, one_device):
+def whole(source, tmp_path_factory, curves, one_device):
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, loop.fit(experiment(source), workdir)
+    with curves():
+        return workdir, loop.fit(experiment(source), workdir)
 
 
 def lines(workdir, kind):

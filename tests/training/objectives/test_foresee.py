@@ -71,11 +71,11 @@ def test_texts_and_worlds_do_not_mix(tmp_path):
         loop.fit(config.override(text, ["data.sources=env:watch"]), tmp_path)
 
 
-def test_a_run_finds_its_threshold_and_is_loaded(tmp_path):
+def test_a_run_finds_its_threshold_and_is_loaded(tmp_path, one_device):
     exp = world.tiny()
     rule = Surprise(target=5.0)
     cfg = dataclasses.replace(exp.model, chunking=(dataclasses.replace(exp.model.chunking[0], rule=rule),))
-    steps = ["train.steps=2", "train.eval_every=2", "train.eval_batches=1", "mesh.data=8"]
+    steps = ["train.steps=2", "train.eval_every=2", "train.eval_batches=1"]
     exp = dataclasses.replace(exp, model=cfg, first=dataclasses.replace(exp.first, model=cfg))
     exp = config.override(exp, [*steps, *(f"first.{s}" for s in steps)])
     result = loop.fit(exp, tmp_path / "run")

@@ -83,9 +83,10 @@ def experiment(*settings, **fields):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, curves):
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, loop.fit(experiment(), workdir)
+    with curves():
+        return workdir, loop.fit(experiment(), workdir)
 
 
 def test_a_run(whole):

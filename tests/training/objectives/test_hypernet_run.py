@@ -20,7 +20,7 @@ from atom_jax.typing import AtomError
 
 
 def experiment(source, *settings):
-    return start.configure("configs/transfer.py:tiny_hypernet", [f"init_from={source}", "mesh.data=8", *settings])
+    return start.configure("configs/transfer.py:tiny_hypernet", [f"init_from={source}", *settings])
 
 
 def test_pieces_are_the_commonest_and_noise_changes_them():
@@ -56,7 +56,7 @@ def test_rows_in_drawn_tokens(source):
     assert [len(spelled[i]) for i in targets[whole]] == sizes[whole].tolist() and max(sizes) > 2
 
 
-def test_it_gets_better_than_it_began_and_is_used(source, tmp_path):
+def test_it_gets_better_than_it_began_and_is_used(source, tmp_path, one_device):
     result = loop.fit(experiment(source, "optim.ema=0.3"), tmp_path)
     before, after = [x for x in read(tmp_path / "metrics.jsonl") if x["kind"] == "validation"]
     # Before training it is FVT.

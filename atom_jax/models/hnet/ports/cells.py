@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.chunking.types import last_real, previous
 from atom_jax.models.hnet.ports import vectors
-from atom_jax.models.hnet.ports.vectors import metrics, outlet, read
+from atom_jax.models.hnet.ports.vectors import decode, encode, metrics, outlet, read
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, Tree, normal
 from atom_jax.typing import AtomError, Frames
 
 __all__ = [
-    "FRAMES", "Cells", "describe", "empty", "inlet", "metrics", "nll", "operations", "outlet", "outlet_spec", "read",
-    "right", "sample", "spec",
+    "FRAMES", "Cells", "decode", "describe", "empty", "encode", "inlet", "metrics", "nll", "operations", "outlet",
+    "outlet_spec", "read", "right", "sample", "spec",
 ]  # fmt: skip
 FRAMES = True
 NONE = 255  # in place of the frame before the first one
@@ -97,7 +97,7 @@ def inlet(
 
 
 def nll(prediction: jax.Array, obs: jax.Array, cfg: Any) -> jax.Array:
-    """Nats f32 [b, t] of frames u8 [b, t, *grid], all cells together."""
+    """Nats f32 [b, t] of frames [b, t, *grid], all cells together."""
     b, t, n, _ = prediction.shape
     log = jax.nn.log_softmax(prediction, axis=-1)
     found = jnp.take_along_axis(log, obs.reshape(b, t, n, 1).astype(jnp.int32), axis=-1)

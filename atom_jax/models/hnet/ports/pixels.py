@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.chunking.types import last_real, previous
 from atom_jax.models.hnet.ports import vectors
-from atom_jax.models.hnet.ports.vectors import metrics, outlet, read
+from atom_jax.models.hnet.ports.vectors import decode, encode, metrics, outlet, read
 from atom_jax.nn import vit
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import ParamSpec, Tree, normal, stack
 from atom_jax.typing import AtomError, Frames
 
 __all__ = [
-    "FRAMES", "Pixels", "describe", "empty", "inlet", "metrics", "nll", "operations", "outlet", "outlet_spec", "read",
-    "right", "sample", "spec",
+    "FRAMES", "Pixels", "decode", "describe", "empty", "encode", "inlet", "metrics", "nll", "operations", "outlet",
+    "outlet_spec", "read", "right", "sample", "spec",
 ]  # fmt: skip
 FRAMES = True
 

@@ -36,8 +36,19 @@ def vectors(p: Tree, x_btd: jax.Array, batch: Frames, cfg: Any) -> jax.Array:
     return constrain(y_btd, "batch", None, None)
 
 
+def encode(p: Tree, obs: jax.Array, cfg: Any) -> jax.Array:
+    """Frames as the model reads them: as they are."""
+    return obs
+
+
+def decode(p: Tree, read: jax.Array, cfg: Any) -> jax.Array:
+    """The inverse of `encode`."""
+    return read
+
+
 def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
-    """Predictions float32 of the next frame: logits [b, t, cells, classes], or means of pixels [b, t, *grid]."""
+    """Predictions float32 of the next frame: logits [b, t, cells, classes] (or
+    registers, codes), or means of pixels [b, t, *grid]."""
     return read(p["unembed"], x_btd, cfg)
 
 
