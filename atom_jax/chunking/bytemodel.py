@@ -80,6 +80,13 @@ def init_state(cfg: ByteModel, b: int) -> Window:
     return Window(*(Stack(jnp.zeros(shape)) for _ in range(2)), jnp.zeros((b, w), jnp.int32), jnp.zeros((b, w), bool))
 
 
+def nearer(state: Window, by_b: jax.Array, *, cfg: ByteModel) -> Window:
+    """The same bytes at positions `by_b`, i32 [b], lower."""
+    cos, sin = rope.tables(-by_b[:, None], cfg.d_model // cfg.n_heads, 10000.0)
+    keys = jax.vmap(lambda k_bhwk: rope.rotate(k_bhwk, cos, sin))(state.keys.states)
+    return state.replace(keys=Stack(keys), positions=state.positions - by_b[:, None])
+
+
 def apply(
     p: params.Tree, ids_bt: jax.Array, tokens: Tokens, state: Window, *, cfg: ByteModel
 ) -> tuple[jax.Array, Window]:

@@ -23,7 +23,8 @@ def remember(argv: list[str]) -> None:
               "options as in sqrt:entries=64,block=128")  # fmt: skip
     known.add(flags.DEFINE_string, "score", None, "how tokens are compared: observed (by default), observed_head, "
               "surprise, knorm, random, recent, or a file that fit_memory wrote")  # fmt: skip
-    known.add(flags.DEFINE_integer, "part", None, "tokens that are read at once, and of the exact window: 512")
+    known.add(flags.DEFINE_integer, "part", None, "tokens (or units, of a model that has its own) that are read at "
+              "once, and of the exact window: 512")  # fmt: skip
     known.add(flags.DEFINE_string, "codec", None, "how entries are stored: float16 (by default) or int8")
     known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
     known.add(flags.DEFINE_list, "parts", None, "levels (by default): entries that stand before prompts; knn: states "
@@ -89,7 +90,7 @@ def recall(argv: list[str]) -> None:
             print(f"--- {prompt}")
             for page in found:
                 said = "" if page.text is None else f"  {' '.join(page.text.split())}"
-                print(f"{page.weight:6.1%}  {page.source}, tokens {page.first:,} to {page.last:,}{said}")
+                print(f"{page.weight:6.1%}  {page.source}, {page.of} {page.first:,} to {page.last:,}{said}")
 
 
 def forget(argv: list[str]) -> None:
@@ -153,12 +154,14 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
     memory = Memory.open(path)
     stats, settings, model = memory.stats(), memory.settings, memory.model
     horizon = ", ".join(f"{age:,.0f} (rank {rank:g})" for rank, age in stats["horizon"].items())
+    each = stats["tokens"] / max(stats["units"], 1)
+    units = f"; {stats['units']:,} units, {each:.2f} tokens each" if stats["units"] else ""
     lines = [
         ("path", path),
         ("format", "memory on disk"),
         ("model", f"{model.family} {model.fingerprint} in {model.dtype}, {model.layers} layers, {model.heads} heads"),
         ("law", f"{settings.law}, score {settings.score}, parts of {settings.part}, {settings.sinks} sinks"),
-        ("tokens", f"{stats['tokens']:,} of {len(memory.sources)} sources"),
+        ("tokens", f"{stats['tokens']:,} of {len(memory.sources)} sources{units}"),
         ("entries", f"{stats['entries']:,} per head; {stats['held']:,} without the window, by law {stats['law']:,}"),
         ("states", f"{stats['states']:,} of knn" if KNN in settings.parts else "none"),
         (
@@ -166,7 +169,8 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
             f"{stats['bytes']:,}, {stats['text_bytes']:,} of them token ids, {stats['state_bytes']:,} states; entries"
             f" as {settings.codec}",
         ),
-        ("horizon", f"{horizon} tokens"),
+        *((("per byte", f"{stats['per_byte']:,.1f} bytes of memory for each of text"),) if stats["per_byte"] else ()),
+        ("horizon", f"{horizon} {'units' if stats['units'] else 'tokens'}"),
         *((("verified", f"{memory.verify():,} bytes are what was written"),) if verify else ()),
     ]
     said = [f"{name:<12}{text}" for name, text in lines]

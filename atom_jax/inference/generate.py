@@ -227,14 +227,14 @@ def _memory(after: Generation, rows: int) -> Session:
 
 
 def _ahead(lm: LM, memory: Memory, after: Generation | None) -> int:
-    """How many entries of a lasting memory stand before prompts, checked."""
+    """Positions that what a lasting memory puts in front of prompts takes, checked; 0: it holds nothing."""
     if after is not None:
         raise AtomError("memory: stands before a first turn, and this one goes on after another")
-    if LEVELS in memory.settings.parts and lm.config.memory is not None:
+    if LEVELS in memory.settings.parts and registry.of(lm.config).memory(lm.config) is not None:
         raise AtomError("memory: is read whole, which this model's cache policy would not do; choose the dense cache")
     if not memory.belongs(lm):
         raise AtomError("memory: belongs to another model")
-    return memory.ahead if memory.length else 0
+    return memory.taken if memory.length else 0
 
 
 def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:

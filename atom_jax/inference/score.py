@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.chunking.config import per_stage
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import memory as lasting
@@ -56,20 +57,24 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
     and the model's parameters, with the states that are mixed in."""
     if memory is None or not (memory.length or memory.states):
         return batch, None, lm.params
-    if (memory.length and lm.config.memory is not None) or not memory.belongs(lm):
+    family = registry.of(lm.config)
+    if (memory.length and family.memory(lm.config) is not None) or not memory.belongs(lm):
         raise AtomError("memory: belongs to another model, or this one has a cache policy; it is for the dense cache")
     params = memory.mixing(lm.params)
     if not memory.length:
         return batch, None, params
     if memory.chooses:
         raise AtomError(f"memory: prompts choose among its {memory.length} entries; whole rows have no logits then")
+    if family.codec(lm.config).pending:
+        raise AtomError("memory: this model sees a byte ahead where units end; rows have no logits behind a memory")
     b, t = batch.ids.shape
     if not bool(jnp.all(batch.segments[:, 0] > 0)):
         raise AtomError("mask: with a memory, padding may only be on the right of a row")
-    if (longest := memory.length + t) > lm.config.max_length:
+    if (longest := memory.taken + t) > lm.config.max_length:
         raise AtomError(f"ids: with the memory a row takes {longest} of {lm.config.max_length} positions")
-    batch = batch.replace(positions=batch.positions + memory.length)
-    return batch, memory_lib.grow(memory.front(b), t), params
+    front = memory.front(b)
+    cache = memory_lib.grow(front, per_stage(t, getattr(lm.config, "chunking", ())))
+    return batch.replace(positions=batch.positions + front.length[:, None]), cache, params
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:

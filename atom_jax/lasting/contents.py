@@ -10,7 +10,6 @@ import numpy as np
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import loading
 from atom_jax.lasting import states as states_lib
-from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Entries
 from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store
 
@@ -79,19 +78,25 @@ class Contents:
         return self.length - self.held + self.choice.pages * self.choice.page
 
     def stats(self) -> dict[str, Any]:
-        """tokens; entries, per head, as `length`; held: of these in blocks and waiting, written: of how many tokens
+        """tokens, and units that these have made (0 where the model has none; else they count as tokens in what
+        follows); entries, per head, as `length`; held: of these in blocks and waiting, written: of how many tokens
         that have left the window, and law: what the law allows there; states: as there; bytes on disk, and
-        text_bytes and state_bytes, those of token ids and states among them; horizon: to which age in tokens one
-        stays of which a share of 0.05, 0.1 or 0.2 of its block ranks higher."""
+        text_bytes and state_bytes, those of token ids and states among them, and per_byte: bytes on disk for each of
+        the texts that were read to their end, None where there is none or one was given as ids; horizon: to which age
+        in tokens one stays of which a share of 0.05, 0.1 or 0.2 of its block ranks higher."""
         m, law, size = self._manifest, self.settings.law, self._store.size
+        read = [s.bytes for s in m.sources if s.finished]
+        total = self._current(lambda: size(self._manifest.files))
         return {
             "tokens": sum(s.tokens for s in m.sources),
+            "units": sum(s.units for s in m.sources),
             "entries": self.length,
             "held": self.held,
             "written": m.written,
             "law": law.held(m.written),
             "states": self.states,
-            "bytes": self._current(lambda: size(self._manifest.files)),
+            "bytes": total,
+            "per_byte": total / sum(read) if read and all(read) else None,
             "text_bytes": self._current(lambda: size(f for s in self.sources for f in s.text)),
             "state_bytes": self._current(lambda: size(f for s in self.sources for f in s.state)),
             "horizon": {rank: law.horizon(rank) for rank in (0.05, 0.1, 0.2)},
@@ -120,9 +125,11 @@ class Contents:
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
-        source = next(s for s in self.sources if s.name == name)
-        parts = [texts_lib.unpacked(self._store.read(file)["ids"]) for file in source.text]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
+        return loading.text(self._store, next(s for s in self.sources if s.name == name))[0]
+
+    def ends(self, name: str) -> np.ndarray:
+        """The token behind each unit of a source, i32 [u]; none where ids are not kept, or the model has no units."""
+        return loading.text(self._store, next(s for s in self.sources if s.name == name))[1]
 
     def _current(self, look: Callable[[], _T]) -> _T:
         """What `look` finds, again where another process has meanwhile replaced the files."""

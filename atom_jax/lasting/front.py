@@ -16,17 +16,18 @@ from atom_jax.kvcache.lasting.chosen import Choice, ChosenLayer, empty
 from atom_jax.kvcache.lasting.layer import LateWindow, PartLayer, turned
 from atom_jax.kvcache.lasting.paged import FetchedLayer
 from atom_jax.kvcache.lasting.score import middle
-from atom_jax.kvcache.memory import Memory, is_state
+from atom_jax.kvcache.memory import Memory
+from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting.blocks import Entries
 from atom_jax.lasting.pages import Pages
-from atom_jax.lasting.reader import full_layers, with_layers
 from atom_jax.lasting.store import Window
 from atom_jax.models import registry
+from atom_jax.session import laid_out, reading
 from atom_jax.typing import LM, Batch
 
 # Room for a prompt that the memory begins with, and its least size.
 ROOM, LEAST = 128, 256
-# Neighbouring tokens of a text that are named together.
+# Neighbouring tokens, or units, of a text that are named together.
 PAGE = 32
 
 
@@ -34,7 +35,7 @@ class Front(NamedTuple):
     """k, v: [l, h, n, k], keys before RoPE and values, in the order in which they stand, of the layers that see
     everything. place, source: i32 [n], or [l, h, n] where heads differ, as in `Entries`. sinks: how many of them the
     first ones are; window: how many of the last ones are what was read last. ring_k, ring_v: [s, h, m, k], of all
-    that was read last, in the sliding layers."""
+    that was read last, in the sliding layers. around: the model's memory with all else that is kept of that."""
 
     k: np.ndarray
     v: np.ndarray
@@ -44,6 +45,7 @@ class Front(NamedTuple):
     window: int
     ring_k: np.ndarray
     ring_v: np.ndarray
+    around: Memory
 
 
 def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: Window, sinks: int) -> Front:
@@ -51,9 +53,9 @@ def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: W
 
     kept: arrays of `Reader.arrays`; empty where there is no window. sinks: of the settings.
     """
-    full, kind = full_layers(lm), lm.config.attentions[0]
-    sliding = np.setdiff1d(np.arange(lm.config.n_layers), full)
-    parts, latest = entries, 0
+    inside = inside_lib.of(lm.config)
+    full, sliding, kind = inside.full, inside.sliding, inside.kind
+    parts, latest, around = entries, 0, inside.empty()
     ring = (np.zeros((len(sliding), kind.h, 0, kind.k), np.float32),) * 2
     if window.source >= 0:
         skip = min(max(sinks - window.first, 0), window.count)
@@ -63,6 +65,7 @@ def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: W
         rest = _plain(*(kept[x][full, 0, :, cut] for x in "kv"), window.first + skip, window.source)
         ring = tuple(kept[x][sliding, 0, :, : window.count].astype(np.float32) for x in "kv")
         parts, sinks, latest = [ahead, *entries, rest], first, len(rest)
+        around = inside.nearer(inside.restored(kept, "the window"))
     else:
         sinks = 0
     wide = max((e.place for e in parts), key=np.ndim).shape[:-1]
@@ -71,7 +74,7 @@ def front(lm: LM, entries: list[Entries], kept: dict[str, np.ndarray], window: W
         for name in ("place", "source")
     )
     k, v = (np.concatenate([getattr(e, name).astype(np.float32) for e in parts], axis=2) for name in ("k", "v"))
-    return Front(k, v, place, source, sinks, latest, *ring)
+    return Front(k, v, place, source, sinks, latest, *ring, around)
 
 
 def _plain(k: np.ndarray, v: np.ndarray, first: int, source: int) -> Entries:
@@ -84,8 +87,9 @@ def dense(lm: LM, front: Front) -> Memory:
     n = front.k.shape[2]
     wide = [(0, 0), (0, 0), (0, bucket(n + ROOM, LEAST) - n), (0, 0)]
     places = jnp.arange(n + wide[2][1], dtype=jnp.int32)
-    k, v = _placed(lm, full_layers(lm)[0], *(np.pad(x, wide) for x in (front.k, front.v)), places)
-    return with_layers(lm, DenseLayer(k, v), n, _ring(lm, front, n))
+    inside = inside_lib.of(lm.config)
+    k, v = _placed(lm, inside.full[0], *(np.pad(x, wide) for x in (front.k, front.v)), places)
+    return inside.with_layers(front.around, DenseLayer(k, v), n, _ring(lm, front, n))
 
 
 def chosen(lm: LM, front: Front, choice: Choice) -> Memory:
@@ -118,16 +122,16 @@ def paged(lm: LM, front: Front, pages: Pages, choice: Choice) -> Memory:
 
 def _behind(lm: LM, front: Front, choice: Choice, mem: tuple, layers: Callable[[ChosenLayer], ChosenLayer]) -> Memory:
     """The model's memory with what is near and, of the rest, `mem` as of `chosen.empty`; `layers` completes it."""
-    n, kind = front.k.shape[2], lm.config.attentions[0]
+    n, inside = front.k.shape[2], inside_lib.of(lm.config)
     start = front.sinks + choice.pages * choice.page
     end = start + front.window
     places = np.append(np.arange(front.sinks), np.arange(start, end))
     room, old = bucket(len(places)) - len(places), slice(front.sinks, n - front.window)
     around = (np.pad(np.delete(x, old, axis=2), [(0, 0), (0, 0), (0, room), (0, 0)]) for x in (front.k, front.v))
     pos = jnp.asarray(np.pad(places, (0, room), constant_values=-1), jnp.int32)
-    k, v = _placed(lm, full_layers(lm)[0], *around, jnp.maximum(pos, 0))
-    plain = empty(mem, (k, v, pos), front.sinks, end, kind.n // kind.h, ROOM, choice)
-    return with_layers(lm, layers(plain), end, _ring(lm, front, end))
+    k, v = _placed(lm, inside.full[0], *around, jnp.maximum(pos, 0))
+    plain = empty(mem, (k, v, pos), front.sinks, end, inside.kind.n // inside.kind.h, ROOM, choice)
+    return inside.with_layers(front.around, layers(plain), end, _ring(lm, front, end))
 
 
 def looked_at(lm: LM, front: Front, rows: Sequence[np.ndarray], k: int) -> list[list[tuple[int, int, int, float]]]:
@@ -138,16 +142,19 @@ def looked_at(lm: LM, front: Front, rows: Sequence[np.ndarray], k: int) -> list[
 
 def received(lm: LM, front: Front, ids: np.ndarray) -> np.ndarray:
     """f32 [l, h, n]: attention that the entries receive from the tokens of a prompt, i32 [t], which reads them."""
-    n, t = front.k.shape[2], len(ids)
-    size, dtype = bucket(n, LEAST), jnp.dtype(lm.config.dtype)
+    n, t, inside = front.k.shape[2], len(ids), inside_lib.of(lm.config)
+    # Room for the units that a text begins with, too.
+    size, dtype = bucket(max(n, t + 8), LEAST), jnp.dtype(lm.config.dtype)
     wide = [(0, 0), (0, 0), (size - n, 0), (0, 0)]
     layers, h, _, k = front.k.shape
-    nothing = PartLayer.empty(layers, h, 0, size, k, dtype)
-    filled = nothing.replace(**{x: jnp.asarray(np.pad(getattr(front, x), wide), dtype) for x in ("k", "v")})
-    state = with_layers(lm, jax.tree.map(lambda x: x[:, None], filled), n, _ring(lm, front, n))
+    nothing = jax.tree.map(lambda x: jnp.stack([x] * layers), PartLayer.empty(1, h, 0, size, k, dtype))
+    known = {x: jnp.asarray(np.pad(getattr(front, x), wide), dtype)[:, None] for x in ("k", "v")}
+    filled = nothing.replace(count=jnp.full_like(nothing.count, size), **known)
+    state = inside.with_layers(front.around, filled, n, _ring(lm, front, n))
     padded = np.zeros((1, bucket(t)), np.int32)
     padded[0, :t] = ids
-    return np.asarray(_look(lm.params, padded, t, state, cfg=lm.config))[:, 0, :, size - n :]
+    run = lambda cfg: _look(laid_out.scanned(lm), padded, t, state, cfg=cfg)  # noqa: E731
+    return np.asarray(reading.exactly(run, lm.config))[:, 0, :, size - n :]
 
 
 def pages(
@@ -172,8 +179,9 @@ def _ring(lm: LM, front: Front, end: int) -> LateWindow | None:
     s, h, m, size = front.ring_k.shape
     if not s:
         return None
-    number = next(i for i, kind in enumerate(lm.config.attentions) if kind.window is not None)
-    window = lm.config.attentions[number].window
+    inside = inside_lib.of(lm.config)
+    number = inside.sliding[0]
+    window = inside.kinds[number].window
     places = np.arange(max(end - m, end - window), end)
     slots = min(bucket(end + ROOM, LEAST), window)
     first = jnp.full((s, 1), end - m, jnp.int32)
@@ -187,7 +195,7 @@ def _placed(
     lm: LM, number: int, k_lhsk: np.ndarray, v_lhsk: np.ndarray, places_s: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Keys at these places as layer `number` turns them, and values, [l, 1, h, s, k]."""
-    kind = lm.config.attentions[number]
+    kind = inside_lib.of(lm.config).kinds[number]
     return _turn(k_lhsk, v_lhsk, places_s, rotary=kind.rotary, of=kind.rope, dtype=lm.config.dtype)
 
 
@@ -201,10 +209,10 @@ def _turn(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _look(params: Any, ids_1t: jax.Array, count: jax.Array, memory: Memory, *, cfg: Any) -> jax.Array:
-    """f32 [l, 1, h, n], what the entries receive of `count` tokens."""
+def _look(params: Any, ids_1t: jax.Array, count: jax.Array, memory: Memory, *, cfg: Any) -> tuple[jax.Array, Any]:
+    """f32 [l, 1, h, n], what the entries receive of `count` tokens; and how many units were lost."""
     offsets = jnp.arange(ids_1t.shape[1], dtype=jnp.int32)[None]
     batch = Batch(ids_1t, memory.length[:, None] + offsets, (offsets < count).astype(jnp.int32))
-    _, memory, _ = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=memory)
-    stacks = [x.states for x in jax.tree.leaves(memory.layers, is_leaf=is_state)]
-    return jnp.concatenate([x.total for x in stacks if isinstance(x, PartLayer)])
+    _, memory, aux = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=memory)
+    inside = inside_lib.of(cfg)
+    return inside.layers_of(memory, inside.full).total, aux.get("lost")

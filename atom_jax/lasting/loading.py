@@ -6,11 +6,11 @@ import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
-from atom_jax.lasting import codec
+from atom_jax.lasting import codec, texts
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.pages import Pages
-from atom_jax.lasting.store import Manifest, Store
+from atom_jax.lasting.store import Manifest, Source, Store
 from atom_jax.typing import LM, AtomError
 
 # What begins the names of the window's arrays in a tail.
@@ -34,6 +34,13 @@ def tail(store: Store, manifest: Manifest) -> tuple[Entries | None, dict[str, np
 def entries(store: Store, manifest: Manifest) -> list[Entries]:
     """All but the window: block by block, then what waits."""
     return Blocks(store, manifest, tail(store, manifest)[0]).all()
+
+
+def text(store: Store, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a source, i32 [n], and the token behind each of its units, i32 [u]; none where they are not kept."""
+    none, files = np.zeros(0, np.int32), [store.read(file) for file in source.text]
+    ids = [texts.unpacked(file["ids"]) for file in files]
+    return np.concatenate([none, *ids]), np.concatenate([none, *(file.get("ends", none) for file in files)])
 
 
 def front(store: Store, manifest: Manifest, lm: LM) -> front_lib.Front:

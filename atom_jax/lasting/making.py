@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
-from atom_jax.lasting import learned
+from atom_jax.lasting import inside, learned
 from atom_jax.lasting.reader import model_of
-from atom_jax.lasting.store import FORMAT, Manifest, Settings, Store
+from atom_jax.lasting.store import FORMAT, KNN, Manifest, Settings, Store
 from atom_jax.typing import LM, AtomError
 
 
 def make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
     """Writes the manifest of an empty memory."""
     manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
-    if settings.sinks + 2 * settings.part > lm.config.max_length:
-        need = f"{settings.sinks} sinks and two parts of {settings.part} tokens"
-        raise AtomError(f"part: {need} exceed the {lm.config.max_length} positions of the model")
+    inside.check_part(lm.config, settings.part, settings.sinks)
+    if KNN in settings.parts and inside.of(lm.config).units:
+        raise AtomError(f"parts: knn is for models without units of their own; this is a {lm.family} model")
     if settings.score == LEARNED:
         if score == LEARNED:
             raise AtomError("score: name the file of the learned one")

@@ -19,6 +19,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting import learned, loading, making, reread
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting import texts as texts_lib
@@ -34,7 +35,7 @@ from atom_jax.nn.neighbours import Datastore, Neighbours
 from atom_jax.session.prompts import listed, token_rows
 from atom_jax.typing import LM, AtomError
 
-# Tokens of a long source between two commits, to the next end of a part.
+# Tokens of a long source between two commits, to the next end of a part, at least.
 COMMIT = 65536
 
 
@@ -65,8 +66,9 @@ class Memory(Contents):
           law: such as "sqrt" (the default), "log:entries=32" or "all" (`levels.Law.parse`).
           score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`).
             By default the one that ships for the model (`learned.shipped`), else "observed".
-          part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). codec:
-            "float16" or "int8". text: "ids": token ids are kept too, for `recall`; "none": they are not.
+          part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). Of a model
+            with units of its own both count these. codec: "float16" or "int8". text: "ids": token ids are kept too,
+            for `recall`; "none": they are not.
           parts: what it is made of: "levels" of entries, which stand before prompts (by default), "knn", final states
             with the tokens that followed, which are mixed into what the model says (kNN-LM), or both.
           choice: how prompts choose among more entries than they all attend to. neighbours: how states are mixed in.
@@ -145,21 +147,24 @@ class Memory(Contents):
             state = reader.begin(source.id)
         else:
             source = old
-        part, nats, saved, began, said = self.settings.part, 0.0, source.tokens, source.tokens, []
+        part, nats, saved, began, said, ends = self.settings.part, 0.0, source.tokens, source.tokens, [], []
         every = max(COMMIT // part, 1) * part
-        for at in range(began, len(ids), part):
-            state, seen = reader.read(state, ids[at : at + part])
+        while (at := state.tokens) < len(ids):
+            before = state.window
+            state, seen = reader.read(state, ids)
             keep(seen)
-            said += [state.x_wd[: state.window.count]] if KNN in self.settings.parts else []
-            end = at + state.window.count
-            nats += float(state.nll[: state.window.count].sum(dtype=np.float64))
-            if end == len(ids) or end % every == 0:
-                source = dataclasses.replace(source, tokens=end, finished=end == len(ids))
-                new = texts_lib.arrays(self.settings.text, ids[saved:end], self._lm.config.vocab_size)
+            nats, end = nats + state.nats, state.tokens
+            said += [state.x_td[: end - at]] if KNN in self.settings.parts else []
+            ends += [state.ends[1 : state.window.count + 1]] if state.window is not before else []
+            if end == len(ids) or end - saved >= every:
+                units = state.window.first + state.window.count if reader.inside.units else 0
+                source = dataclasses.replace(source, tokens=end, finished=end == len(ids), units=units)
+                known = ends if reader.inside.units else None
+                new = texts_lib.arrays(self.settings.text, ids[saved:end], known, self._lm.config.vocab_size)
                 new |= states_lib.arrays(said, ids[saved + 1 : end + 1])
                 source = self._commit(reader, blocks, state, source, new)
-                saved, said = end, []
-            say(state.window.count)
+                saved, said, ends = end, [], []
+            say(end - at)
         return nats, len(ids) - began
 
     def _commit(
@@ -214,14 +219,23 @@ class Memory(Contents):
             self._write(blocks, others, window, kept, self._manifest.next, {})
         return source.tokens
 
+    @property
+    def taken(self) -> int:
+        """Of the model's positions of tokens, those that a prompt can't have because of what is in front of it. Where
+        places are those of units, a prompt is taken to have as many of them as tokens."""
+        config = self._model("answering").config
+        inside, window = inside_lib.of(config), self._manifest.window
+        read = sum(s.tokens for s in self.sources if s.id == window.source)
+        return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
+
     def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
         places from 0 on, or a choice among it. AtomError where that exceeds the model's positions."""
         lm = self._model("answering")
-        if self.ahead >= lm.config.max_length:
+        if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
                 f"{self._store.directory}: the {self.ahead} entries that a prompt attends to leave no room in the"
-                f" {lm.config.max_length} positions of the model"
+                f" {limit} positions of the model"
             )
         if self._front is None:
             self._front = self._current(self._made)
@@ -239,14 +253,15 @@ class Memory(Contents):
         return params if self._datastore is None else neighbours_lib.beside(params, self._datastore)
 
     def recall(self, prompts: Any, k: int = 5) -> list[list[Page]]:
-        """For every prompt (as of `generate`) the k pages of 32 tokens whose entries its tokens attend to most;
-        without levels, those with the nearest states, by their shares in what is mixed in after its tokens."""
+        """For every prompt (as of `generate`) the k pages of 32 tokens (or units) whose entries its tokens (or units)
+        attend to most; without levels, those with the nearest states, by their shares in what is mixed in after its
+        tokens."""
         lm, levels = self._model("recall"), LEVELS in self.settings.parts
         rows = token_rows(lm, prompts, first=not levels)
         if not (self.length if levels else self.states):
             return [[] for _ in rows]
-        if (longest := max(map(len, rows)) + self.length) > lm.config.max_length:
-            raise AtomError(f"prompts: with the memory one takes {longest} of {lm.config.max_length} positions")
+        if (longest := max(map(len, rows)) + self.length) > (limit := inside_lib.of(lm.config).limit):
+            raise AtomError(f"prompts: with the memory one takes {longest} of {limit} positions")
         if levels:
             found = front_lib.looked_at(lm, self._current(self._all), rows, k)
         else:
@@ -282,10 +297,7 @@ class Memory(Contents):
         found = next((s for s in self.sources if s.id == source), None)
         if found is None:
             raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
-        last, text = min(last, found.tokens - 1), None
-        if found.text and self._lm.tokenizer is not None:
-            text = self._lm.tokenizer.decode(self.ids(found.name)[first : last + 1].tolist())
-        return Page(found.name, first, last, weight, text)
+        return texts_lib.page(found, *loading.text(self._store, found), first, last, weight, self._lm.tokenizer)
 
     def _model(self, what: str) -> LM:
         if self._lm is None:
@@ -318,7 +330,9 @@ class Memory(Contents):
         if self._manifest.window.source < 0:
             return blocks, None
         where = str(self._store.directory / self._manifest.tail)
-        return blocks, reader.state(kept, self._manifest.window, where)
+        window = self._manifest.window
+        tokens = sum(s.tokens for s in self.sources if s.id == window.source)
+        return blocks, reader.state(kept, window, tokens, where)
 
     def _learned(self) -> Linear | None:
         name = self._manifest.score

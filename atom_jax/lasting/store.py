@@ -2,7 +2,7 @@
 
 DIR/MEMORY.json            the manifest; what it doesn't name does not exist
 DIR/seg-%08d.safetensors   a block's entries      DIR/tail-%08d.safetensors  what waits for a block, and the window
-DIR/text-%08d.safetensors  token ids of a source  DIR/state-%08d.safetensors its final states, and what followed each
+DIR/text-%08d.safetensors  ids of a source        DIR/state-%08d.safetensors its final states, and what followed each
 DIR/score-%08d.safetensors a learned score
 DIR/.lock                  held by the one that writes
 """
@@ -57,7 +57,8 @@ class Segment:
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A text: its number, name, sha256, tokens (those read so far), bytes (0 where ids were given), whether it was
-    read to its end, and the files with its ids and with its states."""
+    read to its end, the files with its ids and with its states, and the units that its tokens have made (0 where
+    models have none)."""
 
     id: int
     name: str
@@ -67,6 +68,7 @@ class Source:
     finished: bool
     text: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
+    units: int = 0
 
     @property
     def followed(self) -> int:
@@ -76,8 +78,8 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The latest part of what was read: the number of its source (-1: there is none), where its first token stands in
-    that, and how many it has."""
+    """The latest part of what was read: the number of its source (-1: there is none), where its first token (or unit,
+    of a model with units of its own) stands in that, and how many it has."""
 
     source: int = -1
     first: int = 0
@@ -103,7 +105,8 @@ class Model:
 class Settings:
     """What is fixed when a memory is made. law: what is kept. score: how tokens are compared. part: tokens that are
     read at once, and of the window. sinks: first tokens of a source that stay in view. codec: of stored entries.
-    text: "ids": token ids are kept too, "none": they are not. parts: which of PARTS it has."""
+    text: "ids": token ids are kept too, "none": they are not. Of a model with units of its own, these count as tokens
+    in all but the last. parts: which of PARTS it has."""
 
     law: Law = dataclasses.field(default_factory=Law)
     score: str = "observed"
@@ -302,7 +305,7 @@ def _check(path: Path, found: Manifest) -> None:
     numbers, window = [s.id for s in found.sources], found.window
     if len({*numbers, -1}) <= len(numbers) or min(numbers, default=0) < 0:
         raise AtomError(f"{path}: the sources have not each a number of their own")
-    if any(s.tokens < 0 for s in found.sources) or min(found.next, found.written, found.waiting) < 0:
+    if any(min(s.tokens, s.units) < 0 for s in found.sources) or min(found.next, found.written, found.waiting) < 0:
         raise AtomError(f"{path}: a number is negative")
     there = window.source in numbers and found.tail is not None and window.first >= 0
     if window.source != -1 and not (there and 0 <= window.count <= found.settings.part):

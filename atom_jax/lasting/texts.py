@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atom_jax.files import read_regular
+from atom_jax.lasting.store import Source
 from atom_jax.typing import AtomError
 
 _LONGEST = 4096  # characters of a path
@@ -29,13 +30,30 @@ class Reading(NamedTuple):
 
 class Page(NamedTuple):
     """Part of a text that a prompt looks at. source: its name; first, last: tokens of it; weight: their share of the
-    attention that all entries receive; text: what they say, where ids are kept."""
+    attention that all entries receive; text: what they say, where ids are kept. of: what first and last count: of a
+    model with units of its own "units" where ids aren't kept."""
 
     source: str
     first: int
     last: int
     weight: float
     text: str | None
+    of: str = "tokens"
+
+
+def page(
+    source: Source, ids: np.ndarray, ends: np.ndarray, first: int, last: int, weight: float, tokenizer: Any
+) -> Page:  # fmt: skip
+    """The page of a source from one token (or unit) to another, which may be behind its end. ids, ends: as the memory
+    has them. tokenizer: None: there is none."""
+    if source.units and not source.text:
+        return Page(source.name, first, min(last, source.units - 1), weight, None, "units")
+    if source.units:
+        first, last = int(np.append(0, ends)[first]), int(ends[min(last, source.units - 1)]) - 1
+    last, text = min(last, source.tokens - 1), None
+    if source.text and tokenizer is not None:
+        text = tokenizer.decode(ids[first : last + 1].tolist())
+    return Page(source.name, first, last, weight, text)
 
 
 class Content(NamedTuple):
@@ -75,9 +93,13 @@ def packed(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.ascontiguousarray(ids).astype(f"<u{width}").view(np.uint8).reshape(-1, width)
 
 
-def arrays(text: str, ids: np.ndarray, vocab_size: int) -> dict[str, dict[str, np.ndarray]]:
-    """What a file "text" holds of ids, by the setting `text`."""
-    return {"text": {"ids": packed(ids, vocab_size)}} if text == "ids" else {}
+def arrays(
+    text: str, ids: np.ndarray, ends: list[np.ndarray] | None, vocab_size: int
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+    """What a file "text" holds of ids, and of the token behind each unit (None: there are none), by the setting
+    `text`."""
+    units = {} if ends is None else {"ends": np.concatenate([np.zeros(0, np.int32), *ends])}
+    return {"text": {"ids": packed(ids, vocab_size)} | units} if text == "ids" else {}
 
 
 def unpacked(bytes_nw: np.ndarray) -> np.ndarray:

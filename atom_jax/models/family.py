@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,18 @@ class Codec:
         return None
 
 
+class Node(NamedTuple):
+    """What a node of a model's memory (`memory.Memory`) is about.
+
+    stacks: of every stack of its layers, in their order, the kinds of these (`models.layers`). max_length: positions.
+    rule: the configuration of what cuts them into the units of the node inside; None of the innermost one.
+    """
+
+    stacks: tuple[tuple, ...]
+    max_length: int
+    rule: Any = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of model, whatever it is about.
@@ -122,6 +134,7 @@ class Family(Kind):
     apply(p, batch, *, cfg, cache=None) -> (Output, cache); hidden(p, batch, *, cfg, cache=None, key=None) -> (final
         states [b, t, d], cache, aux); logits(p, x_btd, *, cfg) -> float32 [b, t, v].
     init_cache(cfg, batch_size, capacity, dtype=None) -> an empty `Memory` with room for so many tokens per row.
+    nodes(cfg): what its nodes are about, the outermost first.
     step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
     commit(cache, pending, count_b): the cache after the first count_b of the tokens for which `hidden(...,
         tentative=True)` gave `pending` in its place; None where it can't try tokens.
@@ -137,6 +150,7 @@ class Family(Kind):
     hidden: Callable[..., Any]
     logits: Callable[..., jax.Array]
     init_cache: Callable[..., Memory]
+    nodes: Callable[[Any], tuple[Node, ...]]
     step: Callable[..., Any]
     decode_params: Callable[[Tree, Any, bool], Tree]
     roomier: Callable[[Any], Any]

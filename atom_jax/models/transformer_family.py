@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from atom_jax.models import transformer, transformer_published, transformer_variants
-from atom_jax.models.family import Family
+from atom_jax.models.family import Family, Node
 from atom_jax.models.flops import keys, matrices
 from atom_jax.models.published import Published
 from atom_jax.models.transformer import TransformerConfig
@@ -56,6 +56,10 @@ def memory(cfg: TransformerConfig) -> list[tuple[str, str]]:
     return [] if cfg.memory is None else [("memory", cfg.memory.describe())]
 
 
+def _nodes(cfg: TransformerConfig) -> tuple[Node]:
+    return (Node((cfg.attentions,), cfg.max_length),)
+
+
 def _examples(name: str) -> dict[str, TransformerConfig]:
     plain = TransformerConfig(
         family=name, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_length=512, bos_id=256
@@ -80,7 +84,7 @@ FAMILIES = tuple(
     Family(
         name=name, config=TransformerConfig, spec=transformer.spec, apply=transformer.apply,
         hidden=transformer.hidden, logits=transformer.logits, init_cache=transformer.init_cache,
-        step=transformer.step, commit=transformer.commit, decode_params=transformer.decode_params,
+        nodes=_nodes, step=transformer.step, commit=transformer.commit, decode_params=transformer.decode_params,
         roomier=transformer.roomier, flops=flops, describe=describe, examples=functools.partial(_examples, name),
         published=_published(name),
     )

@@ -23,6 +23,12 @@ def of(lm: LM) -> Any:
     return laid_out
 
 
+def scanned(lm: LM) -> Any:
+    """The parameters for scanned layers, with what reading on needs beside them."""
+    beside = registry.of(lm.config).codec(lm.config).beside(lm.tokenizer)
+    return lm.params | {name: of(lm)[name] for name in beside} if beside else lm.params
+
+
 def unrolls(lm: LM) -> bool:
     """Whether generation runs separate layers instead of stacked ones: on one CPU device."""
     leaves = jax.tree.leaves(lm.params)

@@ -90,7 +90,7 @@ class Session:
         mask = np.arange(ids_bt.shape[1])[None] < length_b[:, None]
         suffix = registry.of(lm.config).codec(lm.config).suffix(lm.tokenizer, ids_bt, mask)
         # A prompt goes through the scanned layers in any case: they compile in a fraction of the time.
-        scanned = lm.params if unroll else params
+        scanned = laid_out.scanned(lm) if unroll else params
         if memory is None:
             x_bd, memory = reading.first(
                 scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity, on_part=on_part

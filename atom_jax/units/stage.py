@@ -212,6 +212,10 @@ def find(
     chunking, null = stage.chunking, "null" in stage.p
     m = slots_for(seen.h.shape[1], chunking.capacity, 1 if stage.official else 8) + null * documents
     plan, layout = make_plan(boundary, seen.tokens, m, parts.plan, official=stage.official, null=null)
+    if parts.inside is not None:
+        # Behind all that is inside, which is more than the document's own units on top of a lasting memory.
+        places_bm = plan.tokens.positions + (parts.inside.length - parts.plan.chunks)[:, None]
+        plan = plan.replace(tokens=plan.tokens.replace(positions=places_bm))
     if seen.ids is not None:
         plan = plan.replace(ids=jnp.where(plan.null, -1, gather(seen.ids, plan.at)))
     pool, p = pooling.POOLS[chunking.pool], stage.p.get("pool", {})

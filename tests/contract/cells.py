@@ -20,6 +20,7 @@ from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.chunking.types import START
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.policy import PerLayer, Policy
+from atom_jax.lasting import inside
 from atom_jax.models import registry
 from atom_jax.models.hnet.examples import small as small_hnet
 from atom_jax.typing import LM, AtomError
@@ -121,6 +122,7 @@ def publish(name: str) -> None:
 # What an example may refuse, by the heading of its column. Whatever is not here works in all of them.
 CAPABILITIES: dict[str, Callable[[str], Any]] = {
     "cache policies": lambda name: under(name, small(ANY)),
+    "lasting memory": lambda name: inside.of(example(name).config),
     "Hugging Face directory": publish,
 }
 
@@ -184,7 +186,7 @@ it is alone), later turns, saving and loading and both Flax modules work in all,
 Models of worlds and of images read no text; docs/world.md and docs/images.md say what they do.
 Cache policies run in every kind of model, in layers that see everything before them and have their positions in keys
 (letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens see the one at
-a unit's mark.
+a unit's mark. A lasting memory (docs/lasting.md) has the entries of such layers of the innermost network.
 
 What an example refuses, it refuses with the sentence that stands here. `python -m tests.contract.cells` writes this
 page.

@@ -13,6 +13,10 @@ FRAMES = True: a rule for frames, whose `Seen.changed` it may look at. FORESEES 
 `foresee`, which says from the states f32 [b, t, d] of the positions before how many nats f32 [b, t] it took to
 foretell what each position holds.
 
+A rule whose marks depend on positions beyond a document's first has `period(cfg)`: equal remainders of that many
+positions are equal to it. One that remembers positions has `nearer(state, by_b, *, cfg)`: its state where every row's
+positions, i32 [b], count so many less.
+
 `late(cfg)`: the option because of which the rule has a loss that needs the model's own output, "" without one; then
 `late_loss(boundary, entropy_bt, tokens, *, cfg)` is that loss, f32 [], from what `apply` found (but its loss) and the
 entropies f32 [b, t], in nats, of the model's distribution of the token after each position.
@@ -70,6 +74,18 @@ def late(cfg: Any) -> str:
 def for_frames(cfg: Any) -> bool:
     """Whether a rule is for frames alone."""
     return getattr(of(cfg), "FRAMES", False)
+
+
+def period(cfg: Any) -> int:
+    """By how many positions a document may be moved, or a multiple, without a change of its marks."""
+    found = getattr(of(cfg), "period", None)
+    return 1 if found is None else found(cfg)
+
+
+def nearer(state: Any, by_b: jax.Array, *, cfg: Any) -> Any:
+    """A rule's state where positions count `by_b`, i32 [b], less."""
+    found = getattr(of(cfg), "nearer", None)
+    return state if found is None else found(state, by_b, cfg=cfg)
 
 
 def apply(

@@ -92,6 +92,11 @@ def apply(p: Tree, seen: Seen, state: State, *, cfg: Entropy) -> tuple[Boundary,
     return Boundary(mark, loss=loss), State(marks_state, model)
 
 
+def nearer(state: State, by_b: jax.Array, *, cfg: Entropy) -> State:
+    """See `rules`."""
+    return state.replace(model=bytemodel.nearer(state.model, by_b, cfg=cfg.model))
+
+
 def marks(entropy_bt: jax.Array, tokens: Tokens, state: MarksState, cfg: Entropy) -> tuple[jax.Array, MarksState]:
     """END marks bool [b, t] from entropies f32 [b, t] in nats, and the state after them.
 

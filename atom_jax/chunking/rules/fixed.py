@@ -37,6 +37,11 @@ def init_state(cfg: Fixed, d: int, b: int) -> tuple[()]:
     return ()
 
 
+def period(cfg: Fixed) -> int:
+    """See `rules`."""
+    return cfg.stride
+
+
 def apply(p: Tree, seen: Seen, state: tuple[()], *, cfg: Fixed) -> tuple[Boundary, tuple[()]]:
     """END marks at positions 0, s, 2s, ... ("dynpool") or s - 1, 2s - 1, ... ("block") of every document."""
     at = 0 if cfg.phase == "dynpool" else cfg.stride - 1

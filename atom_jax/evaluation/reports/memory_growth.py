@@ -33,7 +33,8 @@ def draw(memory: Memory, path: str | os.PathLike) -> None:
         ax.plot(tokens, held, color="#0072B2", label=f"by the law {law}")
         now = f"held now: {stats['held']:,} of {stats['written']:,}"
         ax.plot([stats["written"]], [stats["held"]], "o", color="#D55E00", label=now)
-        ax.set(xlabel="tokens that have left the window", ylabel="entries per key/value head", xlim=(0, None))
+        what = "units" if stats["units"] else "tokens"
+        ax.set(xlabel=f"{what} that have left the window", ylabel="entries per key/value head", xlim=(0, None))
         ax.set_yscale("symlog", linthresh=max(law.block, 1))
         ax.set_ylim(0, None)
         ax.grid(alpha=0.25)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import config
+from atom_jax.chunking.config import per_stage
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Metric, Result, columns, proportion
@@ -40,6 +41,7 @@ from atom_jax.lasting.store import FORMAT, KNN, Manifest, Model, Settings
 from atom_jax.models import registry
 from atom_jax.nn import neighbours, scoring
 from atom_jax.nn.neighbours import Neighbours
+from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError, Batch
@@ -161,7 +163,7 @@ def read(lm: LM, stream: planted.Stream, part: int, name: str) -> Held:
     began, seen, state, x = time.monotonic(), [], None, []
     for state, left in lasting_fit.read(lm, stream.ids, part, name):
         seen += [] if left is None else [left]
-        x.append(np.asarray(state.x_wd[: state.window.count], np.float32))
+        x.append(np.asarray(state.x_td, np.float32))
     return Held(stream, seen, state, len(stream.ids) / (time.monotonic() - began), np.concatenate(x))
 
 
@@ -222,6 +224,10 @@ def ask(lm: LM, front: front_lib.Front, asked: list[Asked], batch: int, choice: 
     """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f32
     [n], each given the true ones before it. choice: of pages, where more is held than `choice.whole`."""
     whole = front.k.shape[2] <= choice.whole
+    if not whole and registry.of(lm.config).codec(lm.config).pending:
+        raise AtomError(
+            "lasting.choice: a model that sees a byte ahead is asked with all entries; make `whole` larger"
+        )
     memory = front_lib.dense(lm, front) if whole else front_lib.chosen(lm, front, choice)
     out = []
     for at in range(0, len(asked), batch):
@@ -236,7 +242,9 @@ def ask(lm: LM, front: front_lib.Front, asked: list[Asked], batch: int, choice: 
 def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
     """Of some of all questions, read with their answers in one call."""
     ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
-    hits, nats = jax.device_get(_ask(lm.params, ids, lengths, memory_lib.grow(cache, ids.shape[1]), cfg=lm.config))
+    cache = memory_lib.grow(cache, per_stage(ids.shape[1], getattr(lm.config, "chunking", ())))
+    run = lambda cfg: _ask(laid_out.scanned(lm), ids, lengths, cache, cfg=cfg)  # noqa: E731
+    hits, nats = jax.device_get(reading.exactly(run, lm.config))
     parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]
     return [(hits[i, part], nats[i, part]) for i, part in enumerate(parts)]
 
@@ -244,7 +252,8 @@ def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> li
 def _chosen_answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
     """As `_answers`; the question chooses what its answer leans on."""
     ids, lengths = padded([q for q, _ in some], max(len(q) for q, _ in asked))
-    session = Session.begin(lm, ids, lengths, capacity=0, params=lm.params, unroll=False, memory=cache)
+    params = laid_out.scanned(lm)
+    session = Session.begin(lm, ids, lengths, capacity=0, params=params, unroll=False, memory=cache)
     answers, counts = padded([a for _, a in some], max(len(a) for _, a in asked))
     logp = jax.nn.log_softmax(session.verify(answers, counts).logits, axis=-1)
     hit = np.asarray(logp.argmax(-1))[:, :-1] == answers
@@ -255,15 +264,19 @@ def _chosen_answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]
 @functools.partial(jax.jit, static_argnames="cfg")
 def _ask(
     params: Any, ids_bt: jax.Array, length_b: jax.Array, memory: Memory, *, cfg: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Of every token but the first, [b, t - 1]: whether it is the likeliest, and its nats."""
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """Of every token but the first, [b, t - 1]: whether it is the likeliest, and its nats; and how many units were
+    lost."""
     model, offsets = registry.of(cfg), jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
+    codec = model.codec(cfg)
     real = (offsets < length_b[:, None]).astype(jnp.int32)
     batch = Batch(ids_bt, memory.length[:, None] + offsets, real)
-    x_btd, _, _ = model.hidden(params, batch, cfg=cfg, cache=memory)
-    head = functools.partial(model.logits, params, cfg=cfg)
-    said = scoring.score(head, x_btd[:, :-1], ids_bt[:, 1:], ("hit", "nats"))
-    return said["hit"], said["nats"]
+    x_btd, _, aux = model.hidden(params, batch, cfg=cfg, cache=memory)
+    head = lambda x_btd: codec.merge(model.logits(params, x_btd, cfg=cfg))  # noqa: E731
+    # Where the form of tokens is decided late, states are those before the tokens.
+    before = x_btd[:, 1:] if codec.pending else x_btd[:, :-1]
+    said = scoring.score(head, before, codec.plain(ids_bt[:, 1:]), ("hit", "nats"))
+    return (said["hit"], said["nats"]), aux.get("lost")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

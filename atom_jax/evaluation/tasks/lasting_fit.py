@@ -24,8 +24,8 @@ from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.files import read_regular
 from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
 from atom_jax.kvcache.shared import Shared
-from atom_jax.lasting import learned
-from atom_jax.lasting.reader import Reader, State, full_layers, model_of
+from atom_jax.lasting import inside, learned
+from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 
@@ -61,6 +61,8 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
     lm = registry.with_memory(lm, None)
     if lm.tokenizer is None:
         raise AtomError("fit_memory: the model has no tokenizer")
+    if how.policy_out and inside.of(lm.config).units:
+        raise AtomError(f"policy_out: is for models without units of their own; this is a {lm.family} model")
     model, found = model_of(lm), []
     encoder = Encoder(lm.tokenizer, 1 << 20, False)
     kept = pathlib.Path(f"{how.out}.moments")
@@ -83,7 +85,8 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
 
 
 def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
-    """The model with the cache policy `shared` that chooses by this score, which was fitted `of_attention`."""
+    """The model, which has no units of its own, with the cache policy `shared` that chooses by this score, which was
+    fitted `of_attention`."""
     cfg = registry.of(lm.config).with_memory(lm.config, Shared(budget=budget, learned=True))
     model = model_of(lm)
     weights = by_head(attention, model.layers, model.heads)
@@ -91,7 +94,7 @@ def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
     every = np.zeros((lm.config.n_layers, model.heads), np.float32)
     new = {}
     for name, x in weights.items():
-        every[full_layers(lm)] = x
+        every[inside.of(lm.config).full] = x
         new[f"layers/attn/{Shared.name}/{name}"] = jnp.asarray(every.copy())
     return dataclasses.replace(lm, config=cfg, params=params_lib.unflatten(params_lib.flatten(lm.params) | new))
 
@@ -112,19 +115,19 @@ def read(lm: LM, ids: np.ndarray, part: int, name: str) -> Iterator[tuple[State,
     reader = Reader(lm, part, SINKS)
     state, slow = reader.begin(0), None if sys.stderr.isatty() else 30
     with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=slow or 0.2) as bar:
-        for at in range(0, len(ids), part):
-            state, seen = reader.read(state, ids[at : at + part])
-            bar.update(state.window.count)
+        while state.tokens < len(ids):
+            state, seen = reader.read(state, ids)
+            bar.update(state.tokens - bar.n)
             yield state, seen
 
 
 def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
-    """Of all tokens that have left the window."""
-    rows, wanted = [], []
+    """Of all tokens (or units with any of those that are wanted) that have left the window."""
+    rows, wanted, before = [], [], np.append(0, np.cumsum(stream.wanted))
     for _, seen in read(lm, stream.ids, part, name):
         if seen is not None:
             rows.append(features(seen.most, seen.total, seen.nll, seen.following))
-            wanted.append(stream.wanted[seen.place])
+            wanted.append(np.diff(before[seen.ends]) > 0)
     if not rows:
         raise AtomError(f"{name}: {len(stream.ids)} tokens are one part, which nothing follows")
     return Moments.of(np.concatenate(rows, axis=1), np.concatenate(wanted))

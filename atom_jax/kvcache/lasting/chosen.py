@@ -31,6 +31,7 @@ class Choice(Policy):
 
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
+    Where nothing has been chosen yet (tokens of a prompt may have made no unit) the first one chooses at once.
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
 
@@ -87,22 +88,22 @@ class ChosenLayer(Layer):
         """Stores the new tokens, and attends to them, to what is near and to the pages."""
         at = call.length - self.start
         if call.q.shape[3] > 1:
-            layer = self._choose(_before_rope(call), call.real, call)
-            out, layer = layer._attend(call, at)
-            return out, layer.replace(since=jnp.zeros_like(self.since))
+            # A call may have nothing for a row where its tokens have made no unit yet.
+            layer = self._renewed(_before_rope(call), call.real, call)
+            return layer._attend(call, at)
         out, layer = self._attend(call, at)
         slot = jnp.where(call.real[:, 0], self.since, self.policy.stride)
         rows = jnp.arange(len(slot))
         recent = self.recent.at[rows, :, :, slot].set(_before_rope(call)[..., 0, :], mode="drop")
         layer = layer.replace(recent=recent, since=self.since + call.real[:, 0])
-        due = jnp.any(layer.since >= self.policy.stride)
-        return out, jax.lax.cond(due, lambda x: x._renewed(call), lambda x: x, layer)
+        none = layer.page_pos[:, 0, 0] < 0
+        due = (layer.since >= self.policy.stride) | (none & (layer.since > 0))
+        real = due[:, None] & (jnp.arange(self.policy.stride)[None] < layer.since[:, None])
+        return out, jax.lax.cond(jnp.any(due), lambda x: x._renewed(x.recent, real, call), lambda x: x, layer)
 
-    def _renewed(self, call: Call) -> ChosenLayer:
-        """New pages for the rows that have had theirs for a stride."""
-        due = self.since >= self.policy.stride
-        real = jnp.broadcast_to(due[:, None], (len(due), self.policy.stride))
-        new = self._choose(self.recent, real, call)
+    def _renewed(self, plain_bhgtk: jax.Array, real_bt: jax.Array, call: Call) -> ChosenLayer:
+        """New pages for the rows that have real queries."""
+        new, due = self._choose(plain_bhgtk, real_bt, call), jnp.any(real_bt, axis=1)
         which = due[:, None, None]
         return self.replace(
             page_k=jnp.where(which[..., None], new.page_k, self.page_k),

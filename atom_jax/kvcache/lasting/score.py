@@ -23,12 +23,12 @@ LEARNED = "learned"
 
 
 class Seen(NamedTuple):
-    """t tokens that leave the window, and what is known of them.
+    """t tokens (or units, of a model that has its own) that leave the window, and what is known of them.
 
     k, v: [l, h, t, k], keys before RoPE and values. most, total: f32 [l, h, t], the largest attention weight that
     each received from a query after it (of any query head of the group), and the sum of these. nll, following: f32
     [t], nats of the token, and of the one after it (0 where nothing is known). source: number of its text. place: i32
-    [t], in that.
+    [t], in that. ends: i32 [t + 1], the token behind each of them, after the first one's own.
     """
 
     k: Any
@@ -39,6 +39,7 @@ class Seen(NamedTuple):
     following: Any
     source: int
     place: Any
+    ends: Any
 
 
 def features(most: Any, total: Any, nll: Any, following: Any) -> Any:

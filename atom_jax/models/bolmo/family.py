@@ -10,7 +10,7 @@ from atom_jax.models import transformer_family
 from atom_jax.models.bolmo.config import BolmoConfig, roomier, spec
 from atom_jax.models.bolmo.forward import apply, hidden, logits, step
 from atom_jax.models.bolmo.ids import codec
-from atom_jax.models.bolmo.memory import decode_params, init_cache
+from atom_jax.models.bolmo.memory import decode_params, init_cache, nodes
 from atom_jax.models.bolmo.published import PUBLISHED
 from atom_jax.models.family import Family
 from atom_jax.models.flops import matrices
@@ -55,6 +55,6 @@ def _with_memory(cfg: BolmoConfig, memory: Any) -> BolmoConfig:
 
 FAMILY = Family(
     name="bolmo", config=BolmoConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
-    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
-    published=PUBLISHED, memory=lambda cfg: cfg.main.memory, with_memory=_with_memory, codec=codec,
+    nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
+    examples=examples, published=PUBLISHED, memory=lambda cfg: cfg.main.memory, with_memory=_with_memory, codec=codec,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory, Stack, stack_layers
 from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import BolmoConfig
+from atom_jax.models.family import Node
 from atom_jax.nn.mlstm import MLSTMState
 from atom_jax.params import Tree
 from atom_jax.units import Latest, Parts
@@ -28,6 +29,11 @@ def init_cache(cfg: BolmoConfig, batch_size: int, capacity: int, dtype: Any = No
     (chunking,), own, no = cfg.chunking, jnp.dtype(cfg.dtype), jnp.zeros(b, jnp.int32)
     latest = Latest.none(chunking, d, b, own)
     return Memory(local, no, Parts.empty(chunking, d, b, own, inside=inside, latest=latest, port=no), fresh=True)
+
+
+def nodes(cfg: BolmoConfig) -> tuple[Node, Node]:
+    """See `Family`."""
+    return Node(cfg.local, cfg.max_length, cfg.rule), Node((cfg.blocks.attentions,), cfg.main.max_length)
 
 
 def decode_params(p: Tree, cfg: BolmoConfig, unroll: bool) -> Tree:

@@ -11,7 +11,7 @@ from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
 from atom_jax.models.hnet.forward import apply, hidden, logits, step
-from atom_jax.models.hnet.memory import decode_params, init_cache
+from atom_jax.models.hnet.memory import decode_params, init_cache, nodes
 from atom_jax.models.hnet.published import PUBLISHED
 
 
@@ -59,6 +59,6 @@ def _units(chunking: Chunking) -> str:
 
 FAMILY = Family(
     name="hnet", config=HNetConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
-    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
-    published=PUBLISHED,
+    nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
+    examples=examples, published=PUBLISHED,
 )  # fmt: skip

@@ -10,6 +10,7 @@ from atom_jax.chunking.config import slots_for
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import stack
+from atom_jax.models.family import Node
 from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig
 from atom_jax.nn.embedding import SMALL_VOCAB
@@ -34,6 +35,15 @@ def _node(cfg: HNetConfig, s: int, b: int, capacity: int, dtype: Any) -> Memory:
         parts = parts.replace(port=ports.of(cfg).empty(cfg, b))
     states = stack.init_states(cfg.stacks(s), cfg.width(s), b, capacity, dtype)
     return Memory(states, jnp.zeros(b, jnp.int32), parts, fresh=True)
+
+
+def nodes(cfg: HNetConfig) -> tuple[Node, ...]:
+    """See `Family`."""
+    found = []
+    for s in range(cfg.stages):
+        stacks = tuple(run.kinds for runs in cfg.stacks(s) for run in runs)
+        found.append(Node(stacks, cfg.max_length, cfg.chunking[s].rule if s < cfg.stages - 1 else None))
+    return tuple(found)
 
 
 def decode_params(p: Tree, cfg: HNetConfig, unroll: bool) -> Tree:

@@ -15,7 +15,7 @@ from atom_jax.models.flops import matrices
 from atom_jax.models.hnet import family as hnet
 from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import roomier
-from atom_jax.models.hnet.memory import decode_params, init_cache
+from atom_jax.models.hnet.memory import decode_params, init_cache, nodes
 from atom_jax.models.hnet.ports import Cells, Codes, Pixels
 from atom_jax.models.image_tokens import FSQ, ImageTokensConfig
 from atom_jax.models.world.config import WorldConfig, spec
@@ -73,6 +73,6 @@ def _small(
 
 FAMILY = Family(
     name="world", config=WorldConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
-    step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe, examples=examples,
-    reads=FRAMES, parts=ports.parts,
+    nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
+    examples=examples, reads=FRAMES, parts=ports.parts,
 )  # fmt: skip
