@@ -92,6 +92,35 @@ def described(cfg: Any, reference: str | os.PathLike) -> Any:
         raise AtomError(e if str(e).startswith(str(where)) else f"{where}: {e}") from None
 
 
+def is_adapter(reference: str | os.PathLike) -> bool:
+    """Whether an adapter is meant: a shipped one by its name, or a directory that holds one and no model."""
+    path = Path(reference)
+    if str(reference) in shipped() and not path.exists():
+        return True
+    return not (path / "config.json").is_file() and any((path / n).is_file() for n in (CONFIG, peft.CONFIG))
+
+
+def about(reference: str | os.PathLike) -> tuple[str, list[tuple[str, str]], SafetensorsSource]:
+    """What an adapter is (its kind), what is known of it as names and texts, and its tensors. AtomError as of
+    `load_adapter`, but for what only its model shows."""
+    directory = find(reference)
+    where = directory / CONFIG
+    if not where.is_file():
+        return "LoRA, as PEFT has it", peft.about(directory), peft.tensors(directory)
+    fields = Fields(read_json(where), str(where))
+    if fields.data.get("format") != FORMAT:
+        raise AtomError(f"{where}: format is {str(fields.data.get('format'))[:60]}; only {FORMAT} is known")
+    base = fields.table("base").data
+    sizes = ", ".join(f"{name} {str(base[name])[:20]}" for name in ("family", *_SIZES) if name in base)
+    named = f"{str(base['name'])[:80]} ({sizes})" if base.get("name") else sizes
+    try:
+        memory = config.from_json(object, fields.data.get("memory"), "memory")
+        policies.check(memory)
+    except AtomError as e:
+        raise AtomError(f"{where}: {e}") from None
+    return "learned memory", [("for", named), ("memory", _named(memory))], SafetensorsSource(directory / TENSORS)
+
+
 def listed(references: str | os.PathLike | Sequence[Any] | None) -> list[Any]:
     """The adapters that a list, or a text with commas, names, in order; each must be there."""
     if isinstance(references, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import re
 import time
 from collections.abc import Collection
@@ -14,6 +15,7 @@ import numpy as np
 
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
+from atom_jax.checkpoint import adapters
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.models import lora, registry
@@ -104,18 +106,24 @@ def _refuse_old(target: str) -> None:
 
 
 def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool = False) -> str:
-    """What is in a checkpoint: format, family, sizes, parameters, stored types and bytes, tokenizer.
+    """What is in a checkpoint or adapter: format, family, sizes, parameters, stored types and bytes, tokenizer.
 
     tensors: adds one line per tensor. verify: reads everything, compares it with its checksums, and says how long
     that took; else only headers are read of a Hugging Face directory or GGUF file. as_json: one JSON object with all
     this as texts (a list of them where several have one name), and the tensors as a list.
     Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
-    path = checkpoint.find(source)
-    kind = checkpoint.kind_of(path)
-    cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
-    formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
-    fields = [("path", source), ("format", formats[kind]), *_summary(cfg, tokenizer, rows)]
+    if adapters.is_adapter(source):
+        path, kind = adapters.find(source), "adapter"
+        name, said, stored = adapters.about(source)
+        rows = _stored(stored)
+        fields = [("path", source), ("format", f"adapter: {name}"), *said, *_sizes(rows)]
+    else:
+        path = checkpoint.find(source)
+        kind = checkpoint.kind_of(path)
+        cfg, tokenizer, rows = {"hf": _hf, "gguf": _gguf, "orbax": _orbax}[kind](path)
+        formats = {"hf": "Hugging Face directory", "gguf": "GGUF file", "orbax": "Orbax directory"}
+        fields = [("path", source), ("format", formats[kind]), *_summary(cfg, tokenizer, rows)]
     if verify:
         fields.append(("verified", _verified(path, kind)))
     if as_json:
@@ -139,8 +147,8 @@ def _verified(path: Path, kind: str) -> str:
     if kind == "orbax":
         step, size = store.verify(path)
         where = f" of {step.name}" if step.name.isdigit() else ""
-    elif kind == "hf":
-        source = SafetensorsSource(path)
+    elif kind != "gguf":
+        source = adapters.about(path)[2] if kind == "adapter" else SafetensorsSource(path)
         for name in source.infos:
             source.read(name)
         size = sum(source.infos[name].nbytes for name in source.crcs if name in source.infos)
@@ -151,7 +159,6 @@ def _verified(path: Path, kind: str) -> str:
 
 def _summary(cfg: Any, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]]:
     family = registry.kind(cfg)
-    types = collections.Counter(row[2] for row in rows)
     if tokenizer is None:
         described = "none"
     else:
@@ -161,17 +168,27 @@ def _summary(cfg: Any, tokenizer: Any, rows: list[_Row]) -> list[tuple[str, str]
         ("family", family.name),
         *family.describe(cfg),
         ("parameters", f"{params_lib.count(family.spec(cfg)):,}"),
-        ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
-        ("bytes", f"{sum(row[3] for row in rows):,}"),
+        *_sizes(rows)[1:],
         ("tokenizer", described),
     ]
 
 
+def _sizes(rows: list[_Row]) -> list[tuple[str, str]]:
+    types = collections.Counter(row[2] for row in rows)
+    return [
+        ("parameters", f"{sum(math.prod(row[1]) for row in rows):,}"),
+        ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in types.most_common())),
+        ("bytes", f"{sum(row[3] for row in rows):,}"),
+    ]
+
+
+def _stored(source: SafetensorsSource) -> list[_Row]:
+    return [(name, i.shape, i.dtype.name, i.nbytes) for name, i in source.infos.items()]
+
+
 def _hf(path: Path) -> tuple[Any, Any, list[_Row]]:
     cfg, tokenizer = checkpoint.load_config(path)
-    source = SafetensorsSource(path)
-    rows = [(name, i.shape, i.dtype.name, i.nbytes) for name, i in source.infos.items()]
-    return cfg, tokenizer, rows
+    return cfg, tokenizer, _stored(SafetensorsSource(path))
 
 
 def _gguf(path: Path) -> tuple[Any, Any, list[_Row]]:

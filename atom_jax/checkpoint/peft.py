@@ -71,9 +71,7 @@ def load(lm: LM, directory: Path, shardings: Any = None) -> LM:
         raise AtomError(f"{directory}: LoRA is for transformers, and the model is of the family {lm.family}")
     if lm.config.lora is not None:
         raise AtomError(f"{directory}: the model has LoRA beside its weights already; load it with merge=True")
-    if not (directory / TENSORS).is_file():
-        refuse_pickle(directory)
-    source = SafetensorsSource(directory / TENSORS)
+    source = tensors(directory)
     found = _described(directory / CONFIG, tuple(source.infos), source.label)
     cfg = dataclasses.replace(lm.config, lora=found)
     part = lora.paths(cfg)
@@ -82,6 +80,22 @@ def load(lm: LM, directory: Path, shardings: Any = None) -> LM:
     corrections = families.load(renamed, cfg, np.float32, places, part, asked_by=CONFIG)
     leaves = params_lib.flatten(lm.params) | params_lib.flatten(corrections)
     return dataclasses.replace(lm, params=lora.merged(params_lib.unflatten(leaves), found))
+
+
+def tensors(directory: Path) -> SafetensorsSource:
+    """The tensors of a directory. AtomError where there are none, or pickled ones."""
+    if not (directory / TENSORS).is_file():
+        refuse_pickle(directory)
+    return SafetensorsSource(directory / TENSORS)
+
+
+def about(directory: Path) -> list[tuple[str, str]]:
+    """What corrections say of themselves without their model, as names and texts; errors as of `load`."""
+    source, where = tensors(directory), directory / CONFIG
+    found = _described(where, tuple(source.infos), source.label)
+    name = read_json(where).get("base_model_name_or_path")
+    said = [("LoRA", f"rank {found.rank}, alpha {found.alpha:g}, beside {', '.join(found.targets)}")]
+    return [("for", str(name)[:80]), *said] if name else said
 
 
 def merged(lm: LM) -> LM:

@@ -99,8 +99,8 @@ def instructify(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
-    """Says what is in a checkpoint or memory. argv: the command and its arguments. Raises AtomError for bad input."""
-    known = Flags("info PATH", "Says what is in a checkpoint, or in a memory on disk.")
+    """Says what is in a checkpoint, adapter or memory. argv, and errors: as of `convert`."""
+    known = Flags("info PATH", "Says what is in a checkpoint, in an adapter, or in a memory on disk.")
     known.add(flags.DEFINE_bool, "tensors", False, "also list every tensor")
     known.add(flags.DEFINE_bool, "verify", False, "read everything and compare it with its checksums")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")

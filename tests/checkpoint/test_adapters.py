@@ -11,7 +11,7 @@ import pytest
 
 import atom_jax
 from atom_jax import checkpoint, sharding
-from atom_jax.checkpoint import adapters, store
+from atom_jax.checkpoint import adapters, cli, store
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import hnet, transformer
@@ -56,6 +56,18 @@ def test_what_is_written(saved):
     np.testing.assert_array_equal(alpha, np.asarray(lm.params["layers"]["attn"]["dms"]["alpha"][1]).T)
     adapters.save_adapter(lm, path)
     assert (path / "README.md").read_text() == "# Evictors\n"
+    said = cli.info(str(path), tensors=True, verify=True)
+    count = sum(source.read(n).size for n in source.infos)
+    assert "are what was written" in said and f"{count:,}" in said and "family llama, n_layers 2" in said
+    assert "adapter: learned memory" in said and "self_attn.dms_proj_alpha.weight" in said
+    edit(path, memory={"class": "Nothing"})
+    with pytest.raises(AtomError, match=r"adapter\.json: memory"):
+        cli.info(str(path))
+
+
+def test_shipped_ones_say_what_they_are_for():
+    said = cli.info("smollm2-135m-dms-4x")
+    assert "SmolLM2-135M-Instruct" in said and "made for compression by 4" in said
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])

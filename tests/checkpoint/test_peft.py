@@ -70,6 +70,11 @@ def test_names_and_shapes_are_those_of_peft(tmp_path):
     table = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (table["peft_type"], table["r"], table["lora_alpha"], table["bias"]) == ("LORA", 2, 1.0, "none")
     assert table["target_modules"] == [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
+    said = cli.info(str(tmp_path))
+    assert "LoRA, as PEFT has it" in said and "rank 2, alpha 1, beside q, k, v, o, gate, up, down" in said
+    edit(tmp_path, bias="all")
+    with pytest.raises(AtomError, match="bias is all"):
+        cli.info(str(tmp_path))
 
 
 def test_base_and_corrections_are_the_whole(saved, tmp_path):
