@@ -205,10 +205,7 @@ class Memory(Contents):
         back.
         """
         with self._writing():
-            source = next((s for s in self.sources if s.name == name), None)
-            if source is None:
-                known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
-                raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
+            source = self._known(name)
             waiting, kept = self._tail()
             window = self._manifest.window
             if window.source == source.id:

@@ -170,6 +170,9 @@ def test_what_is_asked_wrongly(home, tmp_path):
             opened(tmp_path / "m", "llama", parts=parts)
     with pytest.raises(AtomError, match="its parts is knn, and was asked to be levels,knn"):
         states(home / "knn", "levels", "knn")
+    for look in (states(home / "knn").ids, states(home / "knn").ends):
+        with pytest.raises(AtomError, match="has no source 'nowhere'; it has read t0, t1, t2, t3"):
+            look("nowhere")
     with pytest.raises(AtomError, match="was opened without a model, which answering needs"):
         Memory.open(home / "knn").mixing({})
     path = home / "knn"
