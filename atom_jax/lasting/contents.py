@@ -116,6 +116,8 @@ class Contents:
                 self._store.read(name)
             loading.entries(self._store, self._manifest)
             self._states()
+            for source in self.sources:
+                loading.text(self._store, source)
             return self._store.size(self._manifest.files)
 
         return self._current(look)

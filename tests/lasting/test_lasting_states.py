@@ -180,4 +180,6 @@ def test_what_is_asked_wrongly(home, tmp_path):
     (path / "MEMORY.json").write_text(text.replace('"tokens": 20', '"tokens": 21'))
     with pytest.raises(AtomError, match="holds 19 states of t0, and not 20"):
         Memory.open(path).verify()
+    with pytest.raises(AtomError, match="holds 20 ids and 0 units of t0, and not 21 and 0"):
+        Memory.open(path).ids("t0")
     (path / "MEMORY.json").write_text(text)
