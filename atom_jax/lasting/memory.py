@@ -85,8 +85,6 @@ class Memory(Contents):
         if not store.exists:
             if lm is None:
                 raise AtomError(f"{directory}: there is no memory")
-            if score is None and (score := learned.shipped(model_of(lm).fingerprint)) is not None:
-                wanted["score"] = LEARNED
             making.make(store, lm, dataclasses.replace(Settings(), **wanted), score)
         memory = cls(store, lm, choice or Choice(), neighbours or Neighbours())
         making.compare(store, memory._manifest, lm, wanted, score, memory._learned)

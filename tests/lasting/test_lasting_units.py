@@ -207,19 +207,23 @@ def test_a_prompt_behind_what_is_left_begins_a_text(read, scanned, tmp_path):
     assert abs(session.logits - Session.prefill(lm, [prompt]).logits).max() > 1e-3
 
 
-def test_what_is_refused(read, tmp_path):
-    lm, name = cells.example("bolmo-olmo3-sliding"), "bolmo-olmo3-sliding"
+def test_whole_rows_of_a_bolmo_are_refused(read):
+    name = "bolmo-olmo3-sliding"
     with pytest.raises(AtomError, match="sees a byte ahead where units end"):
-        atom_jax.apply(lm, [[5, 6]], memory=read(name))
+        atom_jax.apply(cells.example(name), [[5, 6]], memory=read(name))
+
+
+def test_what_is_refused(tmp_path):
+    name = "bolmo-olmo3-sliding"
     for other in ("hnet-gumbel", "hnet-magnet"):
         with pytest.raises(AtomError, match="this hnet model has layers of other kinds"):
-            opened(tmp_path / "x", other)
+            Memory.open(tmp_path / "x", cells.example(other))
     with pytest.raises(AtomError, match="parts: knn is for transformers; this is a hnet model"):
-        opened(tmp_path / "x", "hnet-words", parts=("knn",))
+        Memory.open(tmp_path / "x", cells.example("hnet-words"), part=8, parts=("knn",))
     with pytest.raises(AtomError, match="part: of a model with units of its own it has at least 8 of them, got 4"):
-        opened(tmp_path / "x", name, part=4)
+        Memory.open(tmp_path / "x", cells.example(name), part=4, sinks=2)
     with pytest.raises(AtomError, match="2 sinks and two parts of 300 units exceed the 512 positions"):
-        opened(tmp_path / "x", name, part=300)
+        Memory.open(tmp_path / "x", cells.example(name), part=300, sinks=2)
     assert not (tmp_path / "x").exists()
 
 
