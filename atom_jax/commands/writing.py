@@ -41,6 +41,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference.generate import generate as write
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
+    from atom_jax.lasting.store import KNN
     from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
 
@@ -52,6 +53,8 @@ def generate(argv: list[str]) -> int | None:
     choice = config.build(Choice, values.choice, "--choice:")
     near = config.build(Neighbours, values.neighbours, "--neighbours:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
+    if values.neighbours and (read is None or KNN not in read.settings.parts):
+        raise AtomError("--neighbours: is for a memory of states (--memory_dir of remember --parts=knn)")
     options = {
         "max_new_tokens": values.max_new_tokens, "temperature": values.temperature, "key": jax.random.key(seed),
         "top_k": values.top_k, "top_p": values.top_p, "min_p": values.min_p, "stop": values.stop, "draft": draft,

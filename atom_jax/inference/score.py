@@ -31,7 +31,7 @@ def apply(lm: LM, ids: Any, mask: Any = None, *, memory: lasting.Memory | None =
     positions are not contiguous.
     """
     batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
-    return exactly(lambda cfg: _apply(params, batch, cache, cfg=cfg), lm.config)
+    return exactly(lambda cfg: _apply(params, batch, _room(cache, batch, cfg), cfg=cfg), lm.config)
 
 
 def logprobs(
@@ -49,7 +49,8 @@ def logprobs(
     batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    return exactly(lambda cfg: _logprobs(params, batch, cache, cfg=cfg, marginal=marginal), lm.config)
+    run = lambda cfg: _logprobs(params, batch, _room(cache, batch, cfg), cfg=cfg, marginal=marginal)  # noqa: E731
+    return exactly(run, lm.config)
 
 
 def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, Memory | None, Any]:
@@ -73,8 +74,14 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
     if (longest := memory.taken + t) > lm.config.max_length:
         raise AtomError(f"ids: with the memory a row takes {longest} of {lm.config.max_length} positions")
     front = memory.front(b)
-    cache = memory_lib.grow(front, per_stage(t, getattr(lm.config, "chunking", ())))
-    return batch.replace(positions=batch.positions + front.length[:, None]), cache, params
+    return batch.replace(positions=batch.positions + front.length[:, None]), front, params
+
+
+def _room(cache: Memory | None, batch: Batch, cfg: Any) -> Memory | None:
+    """The cache with room for a batch, and for as many units of it as this configuration has."""
+    if cache is None:
+        return None
+    return memory_lib.grow(cache, per_stage(batch.ids.shape[1], getattr(cfg, "chunking", ())))
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:

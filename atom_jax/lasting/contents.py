@@ -12,6 +12,7 @@ from atom_jax.lasting import loading
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting.blocks import Entries
 from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store
+from atom_jax.typing import AtomError
 
 _T = TypeVar("_T")
 
@@ -115,6 +116,8 @@ class Contents:
                 self._store.read(name)
             loading.entries(self._store, self._manifest)
             self._states()
+            for source in self.sources:
+                loading.text(self._store, source)
             return self._store.size(self._manifest.files)
 
         return self._current(look)
@@ -125,11 +128,19 @@ class Contents:
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""
-        return loading.text(self._store, next(s for s in self.sources if s.name == name))[0]
+        return loading.text(self._store, self._known(name))[0]
 
     def ends(self, name: str) -> np.ndarray:
         """The token behind each unit of a source, i32 [u]; none where ids are not kept, or the model has no units."""
-        return loading.text(self._store, next(s for s in self.sources if s.name == name))[1]
+        return loading.text(self._store, self._known(name))[1]
+
+    def _known(self, name: str) -> Source:
+        """A source; AtomError where none has this name."""
+        source = next((s for s in self.sources if s.name == name), None)
+        if source is None:
+            known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
+            raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
+        return source
 
     def _current(self, look: Callable[[], _T]) -> _T:
         """What `look` finds, again where another process has meanwhile replaced the files."""

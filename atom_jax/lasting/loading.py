@@ -37,10 +37,23 @@ def entries(store: Store, manifest: Manifest) -> list[Entries]:
 
 
 def text(store: Store, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a source, i32 [n], and the token behind each of its units, i32 [u]; none where they are not kept."""
-    none, files = np.zeros(0, np.int32), [store.read(file) for file in source.text]
-    ids = [texts.unpacked(file["ids"]) for file in files]
-    return np.concatenate([none, *ids]), np.concatenate([none, *(file.get("ends", none) for file in files)])
+    """Ids of a source, i32 [n], and the token behind each of its units, i32 [u]; none where they are not kept.
+    AtomError for files that hold others than the manifest names."""
+    none, found = np.zeros(0, np.int32), []
+    for name in source.text:
+        file = store.read(name)
+        packed, ends = file.get("ids"), file.get("ends", none)
+        right = packed is not None and packed.dtype == np.uint8 and packed.ndim == 2 and packed.shape[1] in (2, 4)
+        if not right or ends.dtype != np.int32 or ends.ndim != 1:
+            raise AtomError(f"{store.directory / name}: holds no token ids, as bytes [n, 2] or [n, 4]")
+        found.append((texts.unpacked(packed), ends))
+    ids, ends = (np.concatenate(parts) for parts in zip((none, none), *found))
+    if source.text and (len(ids), len(ends)) != (source.tokens, source.units):
+        wanted = f"{source.tokens} and {source.units}"
+        raise AtomError(
+            f"{store.directory}: holds {len(ids)} ids and {len(ends)} units of {source.name}, and not {wanted}"
+        )
+    return ids, ends
 
 
 def front(store: Store, manifest: Manifest, lm: LM) -> front_lib.Front:

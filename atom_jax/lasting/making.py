@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
-from atom_jax.lasting import inside, learned
+from atom_jax.lasting import inside, learned, states
 from atom_jax.lasting.reader import model_of
 from atom_jax.lasting.store import FORMAT, KNN, Manifest, Settings, Store
 from atom_jax.typing import LM, AtomError
 
 
 def make(store: Store, lm: LM, settings: Settings, score: Any) -> None:
-    """Writes the manifest of an empty memory."""
-    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
+    """Writes the manifest of an empty memory. score: as for `Memory.open`."""
     inside.check_part(lm.config, settings.part, settings.sinks)
-    if KNN in settings.parts and inside.of(lm.config).units:
-        raise AtomError(f"parts: knn is for models without units of their own; this is a {lm.family} model")
-    if settings.score == LEARNED:
+    if KNN in settings.parts:
+        states.check(lm, "parts")
+    # Looks at every bit of the model, which takes a while: after all that can be refused without.
+    manifest, files = Manifest(FORMAT, model_of(lm), settings), {}
+    if score is None and (score := learned.shipped(manifest.model.fingerprint)) is not None:
+        manifest = dataclasses.replace(manifest, settings=dataclasses.replace(settings, score=LEARNED))
+    if manifest.settings.score == LEARNED:
         if score == LEARNED:
             raise AtomError("score: name the file of the learned one")
         fit = learned.load(score)

@@ -85,8 +85,6 @@ class Memory(Contents):
         if not store.exists:
             if lm is None:
                 raise AtomError(f"{directory}: there is no memory")
-            if score is None and (score := learned.shipped(model_of(lm).fingerprint)) is not None:
-                wanted["score"] = LEARNED
             making.make(store, lm, dataclasses.replace(Settings(), **wanted), score)
         memory = cls(store, lm, choice or Choice(), neighbours or Neighbours())
         making.compare(store, memory._manifest, lm, wanted, score, memory._learned)
@@ -205,10 +203,7 @@ class Memory(Contents):
         back.
         """
         with self._writing():
-            source = next((s for s in self.sources if s.name == name), None)
-            if source is None:
-                known = ", ".join(s.name for s in self.sources[:5]) or "nothing"
-                raise AtomError(f"{self._store.directory}: has no source {name!r}; it has read {known}")
+            source = self._known(name)
             waiting, kept = self._tail()
             window = self._manifest.window
             if window.source == source.id:

@@ -67,7 +67,7 @@ class Reader:
 
     def begin(self, source: int) -> State:
         """Nothing is read yet of a source."""
-        x_1d = jax.eval_shape(functools.partial(_state, cfg=self._cfg), self._params, self._empty)
+        x_1d = _state.eval_shape(self._params, self._empty, cfg=self._cfg)
         nll, ends = np.zeros(self.part, np.float32), np.zeros(self.part + 1, np.int32)
         return State(self._empty, jnp.zeros(x_1d.shape, x_1d.dtype), nll, ends, nll[:0], Window(source))
 
@@ -193,8 +193,9 @@ def _batch(ids_1t: jax.Array, count: jax.Array, memory: Memory) -> Batch:
     return Batch(ids_1t, memory.length[:, None] + offsets, (offsets < count).astype(jnp.int32))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def _state(params: Any, memory: Memory, *, cfg: Any) -> jax.Array:
-    """A final state, [1, d]."""
+    """A final state, [1, d]. Compiled it is traced once for all sources, though only its shape is asked for."""
     batch = _batch(jnp.zeros((1, 1), jnp.int32), jnp.int32(1), memory)
     return registry.of(cfg).hidden(params, batch, cfg=cfg, cache=memory)[0][:, 0]
 

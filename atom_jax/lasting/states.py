@@ -18,6 +18,7 @@ from atom_jax.lasting.codec import half
 from atom_jax.lasting.front import pages
 from atom_jax.lasting.store import Manifest, Store
 from atom_jax.models import registry
+from atom_jax.models.transformer import TransformerConfig
 from atom_jax.nn.neighbours import Datastore, Neighbours
 from atom_jax.typing import LM, AtomError, Batch
 
@@ -30,6 +31,12 @@ class States(NamedTuple):
     following: np.ndarray
     source: np.ndarray
     place: np.ndarray
+
+
+def check(lm: LM, what: str) -> None:
+    """AtomError, which begins with `what`, for a model whose logits mix nothing in."""
+    if not isinstance(lm.config, TransformerConfig):
+        raise AtomError(f"{what}: knn is for transformers; this is a {lm.family} model")
 
 
 def arrays(parts_td: Sequence[Any], following_m: np.ndarray) -> dict[str, dict[str, np.ndarray]]:

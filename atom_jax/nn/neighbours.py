@@ -7,6 +7,8 @@ Dimension letters besides those of `atom_jax.typing`: q queries, m remembered st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,10 @@ from atom_jax.params import Tree
 NAME = "neighbours"
 # Queries, and states, whose distances exist at once.
 ROWS, BLOCK = 64, 8192
-# States that the temperature is found from, and its share of the median of their distances.
+# States that the temperature is found from, and its share of the median of their distances; how many of the nearest
+# may be a state once more, as where a text was read twice, and how far apart these are, for their squared length.
 SAMPLE, SHARE = 256, 0.3
+TWINS, SAME = 32, 1e-5
 COLDEST = 1e-6
 
 
@@ -29,7 +33,7 @@ COLDEST = 1e-6
 class Neighbours:
     """How remembered states are mixed in. nearest: so many of them count, with softmax(-squared distance /
     temperature) of what is read. temperature 0: 0.3 times the median, over some of the states, of the squared
-    distance to the nearest other one. weight: their share of the mixture; 0 leaves the model as it is.
+    distance to the nearest one that differs. weight: their share of the mixture; 0 leaves the model as it is.
 
     The official code has 1,024 neighbours, no temperature (1) and a weight of 0.25.
     """
@@ -67,8 +71,12 @@ class Datastore:
 
     def find(self, x_qd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The nearest states of each query, nearest first: shares f32 [q, n], which add up to 1, and i32 [q, n]."""
-        distance, index = nearest(self.keys, self.lengths, x_qd, self.nearest)
-        return jax.nn.softmax(-distance / self.temperature, axis=-1), index
+
+        def some(x_qd: jax.Array) -> tuple[jax.Array, jax.Array]:
+            distance, index = nearest(self.keys, self.lengths, x_qd, self.nearest)
+            return jax.nn.softmax(-distance / self.temperature, axis=-1), index
+
+        return _in_rows(some, x_qd)
 
 
 def beside(params: Tree, store: Datastore) -> Tree:
@@ -81,19 +89,14 @@ def mixed(logits_btv: jax.Array, x_btd: jax.Array, store: Datastore) -> jax.Arra
     say: log((1 - weight) softmax(logits) + weight sum of shares of a token's neighbours)."""
     b, t, v = logits_btv.shape
 
-    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits_qv, x_qd = part
+    def some(logits_qv: jax.Array, x_qd: jax.Array) -> jax.Array:
         share_qn, index_qn = store.find(x_qd)
         rows = jnp.arange(len(x_qd))[:, None]
         said_qv = jnp.zeros(logits_qv.shape, jnp.float32).at[rows, store.tokens[index_qn]].add(share_qn)
         own = jnp.log1p(-store.weight) + jax.nn.log_softmax(logits_qv.astype(jnp.float32), axis=-1)
         return jnp.logaddexp(own, jnp.log(store.weight) + jnp.log(said_qv))
 
-    flat = logits_btv.reshape(b * t, v), x_btd.reshape(b * t, -1)
-    if b * t <= ROWS:
-        return some(flat).reshape(b, t, v)
-    parts = (jnp.pad(x, ((0, -b * t % ROWS), (0, 0))).reshape(-1, ROWS, x.shape[1]) for x in flat)
-    return jax.lax.map(some, tuple(parts)).reshape(-1, v)[: b * t].reshape(b, t, v)
+    return _in_rows(some, logits_btv.reshape(b * t, v), x_btd.reshape(b * t, -1)).reshape(b, t, v)
 
 
 def nearest(keys_md: jax.Array, lengths_m: jax.Array, x_qd: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -116,10 +119,21 @@ def nearest(keys_md: jax.Array, lengths_m: jax.Array, x_qd: jax.Array, n: int) -
     return jnp.maximum(distance + jnp.sum(x * x, axis=1, keepdims=True), 0.0), index
 
 
+def _in_rows(some: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """What `some` makes of arrays [q, ...], of ROWS queries at a time."""
+    q = len(arrays[0])
+    if q <= ROWS:
+        return some(*arrays)
+    parts = tuple(jnp.pad(x, ((0, -q % ROWS), (0, 0))).reshape(-1, ROWS, x.shape[1]) for x in arrays)
+    out = jax.lax.map(lambda part: some(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:q], out)
+
+
 def _apart(keys_md: jax.Array, lengths_m: jax.Array, real_md: np.ndarray) -> float:
-    """The median squared distance of some of the real keys to the nearest other one; 1 where there is no other."""
-    if len(real_md) < 2:
-        return 1.0
+    """The median squared distance of some of the real keys to the nearest one that differs; 1 where none is known."""
     some = real_md[np.linspace(0, len(real_md) - 1, min(SAMPLE, len(real_md))).astype(int)]
-    distance, _ = jax.jit(nearest, static_argnames="n")(keys_md, lengths_m, some, n=2)
-    return float(np.median(np.asarray(distance)[:, 1]))
+    found, _ = jax.jit(nearest, static_argnames="n")(keys_md, lengths_m, some, n=TWINS)
+    found, length = np.asarray(found), np.square(some.astype(np.float32)).sum(1, keepdims=True)
+    least = np.where(found > SAME * length, found, np.inf).min(1)
+    least = least[np.isfinite(least)]
+    return float(np.median(least)) if len(least) else 1.0

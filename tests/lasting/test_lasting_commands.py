@@ -117,6 +117,7 @@ def test_a_memory_of_states(run, home, tmp_path):
     (["generate", "--checkpoint=model", "--memory_dir=model", "--prompt=x"], "there is no memory"),
     (["generate", "--checkpoint=model", "--choice=colour=3", "--prompt=x"], "--choice: no field 'colour'"),
     (["generate", "--checkpoint=model", "--neighbours=weight=2", "--prompt=x"], "weight: expected a number from 0"),
+    (["generate", "--checkpoint=model", "--neighbours=weight=0.2", "--prompt=x"], "--neighbours: is for a memory of"),
     (["recall", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=nowhere", "--source=x"], "--memory_dir=nowhere: there is no"),
     (["forget", "--memory_dir=m"], "--source is missing"),

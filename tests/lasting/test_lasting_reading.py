@@ -14,6 +14,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.score import Linear, Moments, features, fit
 from atom_jax.lasting import learned
 from atom_jax.lasting import memory as memory_module
+from atom_jax.lasting import reader as reader_module
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reader import Reader
 from atom_jax.models import transformer
@@ -94,6 +95,14 @@ def files(memory):
     m, read = memory._manifest, lambda name: (memory._store.directory / name).read_bytes()
     segments = {(s.level, s.start, s.end): read(s.file) for s in m.segments}
     return segments, read(m.tail), [memory.ids(s.name).tolist() for s in m.sources], m.written, m.waiting
+
+
+def test_beginning_a_source_traces_nothing_anew(monkeypatch):
+    lm, traced, real = lm_of("llama"), [], reader_module._batch
+    monkeypatch.setattr(reader_module, "_batch", lambda *given: traced.append(1) or real(*given))
+    for source in range(3):
+        assert Reader(lm, 16, 2).begin(source).x_1d.shape == (1, 16)
+    assert len(traced) <= 1
 
 
 def test_sessions_do_not_matter(tmp_path, monkeypatch):

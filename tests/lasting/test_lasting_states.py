@@ -170,6 +170,9 @@ def test_what_is_asked_wrongly(home, tmp_path):
             opened(tmp_path / "m", "llama", parts=parts)
     with pytest.raises(AtomError, match="its parts is knn, and was asked to be levels,knn"):
         states(home / "knn", "levels", "knn")
+    for look in (states(home / "knn").ids, states(home / "knn").ends):
+        with pytest.raises(AtomError, match="has no source 'nowhere'; it has read t0, t1, t2, t3"):
+            look("nowhere")
     with pytest.raises(AtomError, match="was opened without a model, which answering needs"):
         Memory.open(home / "knn").mixing({})
     path = home / "knn"
@@ -177,4 +180,6 @@ def test_what_is_asked_wrongly(home, tmp_path):
     (path / "MEMORY.json").write_text(text.replace('"tokens": 20', '"tokens": 21'))
     with pytest.raises(AtomError, match="holds 19 states of t0, and not 20"):
         Memory.open(path).verify()
+    with pytest.raises(AtomError, match="holds 20 ids and 0 units of t0, and not 21 and 0"):
+        Memory.open(path).ids("t0")
     (path / "MEMORY.json").write_text(text)

@@ -1,6 +1,8 @@
 """Memories of models with units of their own: entries are units, and reading in parts is reading at once."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from atom_jax import params
 from atom_jax.chunking import bytemodel
 from atom_jax.chunking.bytemodel import ByteModel
 from atom_jax.inference import score
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import inside
 from atom_jax.lasting import memory as memory_module
@@ -204,15 +207,44 @@ def test_a_prompt_behind_what_is_left_begins_a_text(read, scanned, tmp_path):
     assert abs(session.logits - Session.prefill(lm, [prompt]).logits).max() > 1e-3
 
 
-def test_what_is_refused(read, tmp_path):
-    lm, name = cells.example("bolmo-olmo3-sliding"), "bolmo-olmo3-sliding"
+def test_whole_rows_of_a_bolmo_are_refused(read):
+    name = "bolmo-olmo3-sliding"
     with pytest.raises(AtomError, match="sees a byte ahead where units end"):
-        atom_jax.apply(lm, [[5, 6]], memory=read(name))
+        atom_jax.apply(cells.example(name), [[5, 6]], memory=read(name))
+
+
+def test_what_is_refused(tmp_path):
+    name = "bolmo-olmo3-sliding"
     for other in ("hnet-gumbel", "hnet-magnet"):
         with pytest.raises(AtomError, match="this hnet model has layers of other kinds"):
-            opened(tmp_path / "x", other)
+            Memory.open(tmp_path / "x", cells.example(other))
+    with pytest.raises(AtomError, match="parts: knn is for transformers; this is a hnet model"):
+        Memory.open(tmp_path / "x", cells.example("hnet-words"), part=8, parts=("knn",))
     with pytest.raises(AtomError, match="part: of a model with units of its own it has at least 8 of them, got 4"):
-        opened(tmp_path / "x", name, part=4)
+        Memory.open(tmp_path / "x", cells.example(name), part=4, sinks=2)
     with pytest.raises(AtomError, match="2 sinks and two parts of 300 units exceed the 512 positions"):
-        opened(tmp_path / "x", name, part=300)
+        Memory.open(tmp_path / "x", cells.example(name), part=300, sinks=2)
     assert not (tmp_path / "x").exists()
+
+
+def test_whole_rows_have_room_for_more_units_than_are_expected(monkeypatch):
+    lm, ids, sizes = cells.example("hnet-words"), np.zeros((1, 40), int), []
+    cfg = dataclasses.replace(lm.config, chunking=(dataclasses.replace(lm.config.chunking[0], capacity=0.25),))
+    lm = dataclasses.replace(lm, config=cfg)
+    front = registry.of(cfg).init_cache(cfg, 1, 8)
+    memory = SimpleNamespace(
+        length=9, states=0, taken=9, chooses=False, belongs=lambda lm: True, mixing=lambda params: params,
+        front=lambda rows: front,
+    )  # fmt: skip
+
+    def lossy(params, batch, cache, *, cfg, **options):
+        (layer,) = memory_lib.layers(memory_lib.nodes(cache)[-1])
+        sizes.append((layer.k.shape[-2], cfg.chunking[0].capacity))
+        return None, cfg.chunking[0].capacity < 1
+
+    monkeypatch.setattr(score, "_apply", lossy)
+    monkeypatch.setattr(score, "_logprobs", lossy)
+    for run in (score.apply, score.logprobs):
+        run(lm, ids, memory=memory)
+    assert [capacity for _, capacity in sizes] == [0.25, 0.5, 1] * 2
+    assert all(room > 40 * capacity for room, capacity in sizes)

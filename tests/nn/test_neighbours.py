@@ -69,6 +69,9 @@ def test_masses_add_up_and_no_weight_is_the_model(golden, monkeypatch):
     # Each of seven rows as in one of seven queries.
     np.testing.assert_allclose(mixed(z, store, b=7), found, atol=1e-5)
     assert Datastore.of(keys[:1], golden["values"][:1], how, 16).temperature == np.float32(0.3)
+    # What was read twice says nothing of how far states are apart.
+    twice = Datastore.of(np.concatenate([keys, keys]), np.tile(golden["values"], 2), how, 96)
+    np.testing.assert_allclose(twice.temperature, temperature, rtol=1e-4)
 
 
 def test_what_exists_at_once_does_not_grow_with_queries_times_states(monkeypatch):
@@ -83,8 +86,12 @@ def test_what_exists_at_once_does_not_grow_with_queries_times_states(monkeypatch
             for inner in jax.core.jaxprs_in_params(eqn.params):
                 yield from sizes(inner)
 
-    made = jax.make_jaxpr(neighbours.mixed)(jnp.zeros((1, n, v)), jnp.zeros((1, n, d)), store)
-    assert max(sizes(made.jaxpr)) <= max(n * v, n * d, m * d) < n * m
+    x = jnp.zeros((n, d))
+    for made in (
+        jax.make_jaxpr(neighbours.mixed)(jnp.zeros((1, n, v)), x[None], store),
+        jax.make_jaxpr(lambda store, x: store.find(x))(store, x),
+    ):
+        assert max(sizes(made.jaxpr)) <= max(n * 8, m * d) < n * 32
 
 
 def test_settings_out_of_range():

@@ -33,7 +33,7 @@ from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import SCORES, Linear, Seen
 from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import front as front_lib
-from atom_jax.lasting import learned, reread
+from atom_jax.lasting import learned, reread, states
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.codec import half
 from atom_jax.lasting.reader import Reader, State, model_of
@@ -117,6 +117,8 @@ class Lasting:
         With `out` finished ones are kept in OUT.lasting.jsonl, and not measured again."""
         lm = registry.with_memory(lm, None)
         model, chosen = model_of(lm), methods(settings)
+        if any(method.name == KNN for method in chosen):
+            states.check(lm, "lasting.laws")
         path = out and out.with_name(out.name + ".lasting.jsonl")
         rows = []
         with contextlib.closing(cache.Lines(path)) as lines:
@@ -242,8 +244,8 @@ def ask(lm: LM, front: front_lib.Front, asked: list[Asked], batch: int, choice: 
 def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
     """Of some of all questions, read with their answers in one call."""
     ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
-    cache = memory_lib.grow(cache, per_stage(ids.shape[1], getattr(lm.config, "chunking", ())))
-    run = lambda cfg: _ask(laid_out.scanned(lm), ids, lengths, cache, cfg=cfg)  # noqa: E731
+    room = lambda cfg: memory_lib.grow(cache, per_stage(ids.shape[1], getattr(cfg, "chunking", ())))  # noqa: E731
+    run = lambda cfg: _ask(laid_out.scanned(lm), ids, lengths, room(cfg), cfg=cfg)  # noqa: E731
     hits, nats = jax.device_get(reading.exactly(run, lm.config))
     parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]
     return [(hits[i, part], nats[i, part]) for i, part in enumerate(parts)]
