@@ -106,8 +106,9 @@ def test_a_run_reads_through_the_tokenizer_that_it_began_with(trained):
 
 
 def test_of_frames_only_those_that_are_compared_are_decoded():
-    shapes = params.abstract(world.spec(CFG)), jax.eval_shape(
-        lambda: envs.episodes(envs.parse(SOURCE), jax.random.key(0), 2, 9)[0]
+    shapes = (
+        params.abstract(world.spec(CFG)),
+        jax.eval_shape(lambda: envs.episodes(envs.parse(SOURCE), jax.random.key(0), 2, 9)[0]),
     )
     found = jax.eval_shape(functools.partial(frames_task._read, cfg=CFG, watched=6), *shapes)
     assert found["ahead"].shape == (2, 3, *CFG.port.grid)
