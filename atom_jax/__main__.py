@@ -109,7 +109,8 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "imagine": worlds.imagine,
         "plan": worlds.plan,
     }
-    return known | {"completion": functools.partial(completion.completion, known)}
+    known["completion"] = functools.partial(completion.completion, known)
+    return known
 
 
 if __name__ == "__main__":

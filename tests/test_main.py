@@ -212,13 +212,14 @@ def test_bash_completes_commands_flags_and_files(run, tmp_path):
     (tmp_path / "models").mkdir()
     body = """of() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_atom_jax 2>/dev/null; echo ${COMPREPLY[@]}; }
         of atom-jax gener
+        of atom-jax complet
         of atom-jax chat --check
         of atom-jax chat --checkpoint = mod
         of atom-jax merge mod"""
     done = subprocess.run(
         ["bash", "-c", f"{script}\n{body}"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split("\n") == ["generate", "--checkpoint", "models", "models", ""]
+    assert done.stdout.split("\n") == ["generate", "completion", "--checkpoint", "models", "models", ""]
     assert all(run("completion", shell)[0] == 0 for shell in ("zsh", "fish"))
 
 

@@ -19,7 +19,7 @@ def completion(commands: dict[str, Command], argv: list[str]) -> None:
     known = Flags(
         "completion SHELL",
         "Prints what makes a shell complete commands, flags and files: bash, zsh, fish, tcsh or powershell."
-        ' In bash: eval "$(atom-jax completion bash)", in .bashrc.',
+        ' In bash: eval "$(atom-jax completion bash)"; that takes seconds, so .bashrc should have a file of it.',
     )
     _, (shell,) = known.parse(argv, 1)
 

@@ -56,7 +56,10 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
     _keep_freed_memory()
     stages = exp.stages(pathlib.Path(workdir))
     begun = [i for i, (_, place) in enumerate(stages) if has_begun(place)]
-    for stage, place in stages[max(begun, default=0) :]:
+    stages = stages[max(begun, default=0) :]
+    for (before, _), (stage, _) in itertools.pairwise(stages):
+        start.part(stage, before.model)
+    for stage, place in stages:
         result = _stage(stage, place)
         if result.signal:
             break
@@ -212,14 +215,15 @@ class _Run:
         self._draw(self.recorder.close)
 
     def _draw(self, before: Callable[[], None] | None = None) -> None:
-        """Draws the curves, after `before`. What ended the run must not be hidden by an error here."""
+        """Draws the curves, after `before`. An error here must not end the run, nor hide what ended it."""
         try:
             if before is not None:
                 before()
             if jax.process_index() == 0:
                 plots.draw(self.workdir, self.program.pages)
-        except OSError as e:
-            print(f"{self.workdir}: the curves cannot be drawn ({e.strerror})", file=sys.stderr)
+        except (OSError, AtomError) as e:
+            why = e.strerror if isinstance(e, OSError) else e
+            print(f"{self.workdir}: the curves cannot be drawn ({why})", file=sys.stderr)
         self.drawn = time.monotonic()
 
     def _judged(self) -> Any:

@@ -17,7 +17,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
 from atom_jax.training.program import Program
 from atom_jax.training.state import shardings
-from atom_jax.typing import FRAMES, LM, AtomError
+from atom_jax.typing import FRAMES, AtomError
 
 
 def configure(reference: str, settings: Sequence[str]) -> Experiment:
@@ -85,10 +85,9 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     """
     there, _ = _given(exp, "model")
     spec = registry.kind(exp.model).spec(exp.model)
-    for name, part in registry.kind(exp.model).parts(exp.model).items():
-        if type(there) is type(part):
-            lm = _part(exp, name, config.diff(there, part), shardings)
-            return _completed({name: lm.params}, spec, exp.seed, shardings), [f"init_from: {name} alone"]
+    if name := part(exp, there):
+        lm = checkpoint.load(exp.init_from, exp.adapter, "float32", None if shardings is None else shardings[name])
+        return _completed({name: lm.params}, spec, exp.seed, shardings), [f"init_from: {name} alone"]
     ours, theirs = (params_lib.flatten(tree) for tree in (spec, registry.kind(there).spec(there)))
     learned = registry.learned(exp.model) | lora.paths(exp.model)
     new = [name for name in ours if name in learned and name not in theirs]
@@ -105,11 +104,16 @@ def parameters(exp: Experiment, shardings: Any) -> tuple[Any, list[str]]:
     return _completed(lm.params, spec, exp.seed, shardings), notes
 
 
-def _part(exp: Experiment, name: str, differences: Sequence[str], shardings: Any) -> LM:
-    """The model of `init_from`, the part `name` of the experiment's. Raises AtomError where the two differ."""
-    if differences:
-        raise AtomError(f"init_from {exp.init_from}: the model's {name} is another one ({'; '.join(differences)})")
-    return checkpoint.load(exp.init_from, exp.adapter, "float32", None if shardings is None else shardings[name])
+def part(exp: Experiment, there: Any) -> str:
+    """Of which part of the experiment's model (`Kind.parts`) `init_from` is a run, by name; "" where it is none.
+    there: the configuration of `init_from`. Raises AtomError where it is another one than the part's."""
+    for name, ours in registry.kind(exp.model).parts(exp.model).items():
+        if type(there) is type(ours):
+            if differences := config.diff(there, ours):
+                said = "; ".join(differences)
+                raise AtomError(f"init_from {exp.init_from}: the model's {name} is another one ({said})")
+            return name
+    return ""
 
 
 def _completed(params: Any, spec: Any, seed: int, shardings: Any) -> Any:

@@ -1,6 +1,7 @@
 """World models that read frames as codes of a tokenizer of images."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -102,6 +103,22 @@ def test_a_run_reads_through_the_tokenizer_that_it_began_with(trained):
     plan = atom_jax.plan(lm, state, "shooting:n=2,horizon=3")
     seen = atom_jax.imagine(lm, state, plan.actions[:, None]).frames
     assert seen.shape == (2, 1, 3, 12, 12, 1) and seen.min() >= 0 and seen.max() <= 1
+
+
+def test_of_frames_only_those_that_are_compared_are_decoded():
+    shapes = (
+        params.abstract(world.spec(CFG)),
+        jax.eval_shape(lambda: envs.episodes(envs.parse(SOURCE), jax.random.key(0), 2, 9)[0]),
+    )
+    found = jax.eval_shape(functools.partial(frames_task._read, cfg=CFG, watched=6), *shapes)
+    assert found["ahead"].shape == (2, 3, *CFG.port.grid)
+
+
+def test_another_tokenizer_is_refused_before_one_is_trained(tmp_path):
+    exp = config.override(experiment(), ["first.model.d_ff=16"])
+    with pytest.raises(AtomError, match=r"the model's tokenizer is another one \(d_ff: 16 -> 8\)"):
+        loop.fit(exp, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_go_together_is_said_in_a_sentence(trained):

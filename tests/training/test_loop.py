@@ -149,6 +149,8 @@ def test_checkpoints_and_curves_by_the_clock(tmp_path, monkeypatch):
         drawn.append(read(workdir / "metrics.jsonl")[-1]["step"])
         if len(drawn) == 2:
             raise OSError(28, "No space left on device")
+        if len(drawn) > 2:
+            raise AtomError("metrics.jsonl: cannot be read (Input/output error)")
 
     with monkeypatch.context() as m:
         m.setattr(plots, "draw", draw)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from atom_jax import config
+from atom_jax import checkpoint, config
 from atom_jax.chunking.rules import surprise
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import envs, numbered
@@ -85,13 +85,17 @@ class Foresee(Objective):
             check_frozen(exp, self.name, (f"{name}/{path}" for path in flatten(world.spec(cfg)[name])))
 
     def begin(self, setting: Setting, params: Any, places: Tree, data: Iterator[Rows]) -> tuple[Any, list[str]]:
-        """Sets the threshold of a surprise rule with a `target`, once the local prediction is there."""
-        cfg = setting.exp.model
+        """Sets the threshold of a surprise rule with a `target`, once the local prediction is there: where
+        `init_from` is a world model, and not a part of one."""
+        exp, cfg = setting.exp, setting.exp.model
         rule = cfg.chunking[0].rule
-        if params is None or self.only_local or not (isinstance(rule, Surprise) and rule.target):
+        if self.only_local or not (isinstance(rule, Surprise) and rule.target):
             return params, []
+        if params is None or not isinstance(checkpoint.load_config(exp.init_from, exp.adapter)[0], WorldConfig):
+            said = f"no local prediction is there to find {rule.target:g} frames per unit with"
+            return params, [f"{said}: a unit starts above {rule.tau:g} nats"]
         # The same episodes in every process, and none that training then skips.
-        found = setting.exp.data
+        found = exp.data
         batch = self.batch(next(numbered.NumberedRows(found, range(found.batch_size))))
         find = jax.jit(
             lambda p, batch: surprise.calibrated(_local_nats(p, _read(p, batch, setting)[0], cfg).ravel(), rule)

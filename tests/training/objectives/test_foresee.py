@@ -12,7 +12,9 @@ from atom_jax.chunking.rules import surprise
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.data import numbered
 from atom_jax.data.config import DataConfig
+from atom_jax.models.image_tokens import ImageTokensConfig
 from atom_jax.training import loop, start
+from atom_jax.training.objectives import Setting, foresee
 from atom_jax.training.record import read
 from atom_jax.typing import AtomError
 from configs import world
@@ -44,6 +46,16 @@ def test_rows_are_numbered_on_from_where_they_were():
 def test_a_threshold_leaves_as_many_as_it_is_to():
     nats = jax.random.exponential(jax.random.key(0), (1000,))
     assert float((nats > surprise.calibrated(nats, Surprise(target=5.0))).mean()) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("there", [None, ImageTokensConfig()])
+def test_no_threshold_is_found_without_a_local_prediction(there, monkeypatch):
+    exp = config.override(world.codes(), ["init_from=runs/before"])
+    monkeypatch.setattr(foresee.checkpoint, "load_config", lambda path, adapter: (there, None))
+    given = there and {"tokenizer": {}, "stage0": {}}
+    params, (line,) = exp.objective.begin(Setting(exp, None, None), given, None, None)
+    assert params is given
+    assert line == "no local prediction is there to find 8 frames per unit with: a unit starts above 1 nats"
 
 
 @pytest.mark.parametrize(
