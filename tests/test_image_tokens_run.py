@@ -20,10 +20,11 @@ TINY = ["train.steps=4", "train.log_every=1", "train.eval_every=4", "train.check
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, curves):
     """A run of four steps."""
     workdir = tmp_path_factory.mktemp("run")
-    loop.fit(start.configure(CONFIG, TINY), workdir)
+    with curves():
+        loop.fit(start.configure(CONFIG, TINY), workdir)
     return workdir
 
 
