@@ -94,7 +94,7 @@ def test_a_file_of_images_of_ones_own(tmp_path):
 def test_bad_names_of_sources(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     for source, words in (
-        ("image:faces", "image:faces: expected one of shapes, glyphs, digits, or a file that ends in .npz"),
+        ("image:faces", "image:faces: expected one of shapes, sprites, glyphs, digits, or a file that ends in .npz"),
         ("image:shapes:sides=3", "no field 'sides'"),
         ("image:shapes:size=7", "size: expected an even number, got 7"),
         ("image:glyphs:fonts=Helvetica", "fonts: matplotlib has no Helvetica"),
