@@ -96,10 +96,9 @@ def generate(
         cost more than they gain, and in models that read one token at a time (with units of their own), there are
         none. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
-        stand before the prompts, which then get no front; its states are mixed into what the model says of every next
-        token. It stays as it is; remember: afterwards it also reads every
-        prompt with its answer, as one source. reread: so many passages of 64 tokens that share most words with a
-        prompt are read again in front of it.
+        stand before the prompts, which then get no front, and its states are mixed into what is said of every token.
+        It stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread:
+        so many passages of 64 tokens that share most words with a prompt are read again in front of it.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()

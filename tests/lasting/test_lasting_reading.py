@@ -90,6 +90,17 @@ def test_choices_and_logits_are_those_of_the_reference(read, name):
     assert stats["held"] == stats["law"] and stats["tokens"] == 98
 
 
+def interrupt(calls):
+    """A `say` that interrupts reading when it is called once more than so often."""
+    left = iter(range(calls))
+
+    def say(n):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return say
+
+
 def files(memory):
     """What every file holds, by what it is for."""
     m, read = memory._manifest, lambda name: (memory._store.directory / name).read_bytes()
@@ -115,17 +126,10 @@ def test_sessions_do_not_matter(tmp_path, monkeypatch):
     assert files(Memory.open(tmp_path / "many")) == whole
 
     monkeypatch.setattr(memory_module, "COMMIT", 32)
-    left = [0]
-
-    def say(n):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
     for text, before in zip(TEXTS, nats):
-        for left[0] in (2, 1, 3, 9):
+        for calls in (2, 1, 3, 9):
             try:
-                done = opened(tmp_path / "cut", "llama").read(text, say=say)
+                done = opened(tmp_path / "cut", "llama").read(text, say=interrupt(calls))
             except KeyboardInterrupt:
                 continue
         assert done.tokens == 0 or abs(done.nll - before) < 2

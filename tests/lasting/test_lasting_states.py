@@ -13,7 +13,7 @@ from atom_jax.lasting.memory import Memory
 from atom_jax.models import registry, transformer
 from atom_jax.nn.neighbours import Neighbours
 from atom_jax.typing import AtomError, Batch
-from tests.lasting.test_lasting_reading import PROMPT, TEXTS, lm_of, opened
+from tests.lasting.test_lasting_reading import PROMPT, TEXTS, interrupt, lm_of, opened
 
 # Texts no longer than two parts, which their tokens see whole.
 SHORT = TEXTS[1], TEXTS[2], TEXTS[4], TEXTS[2][:1]
@@ -130,17 +130,10 @@ def test_sessions_do_not_matter_and_what_is_held_grows_with_what_was_read(tmp_pa
     assert sizes[2] == sum((tmp_path / "one" / s.state[0]).stat().st_size for s in whole.sources)
     assert abs(sizes[1] - sizes[0] - (sizes[2] - sizes[1]) - 17 * 36) < 32
     monkeypatch.setattr(memory_module, "COMMIT", 32)
-    left = [0]
-
-    def say(n):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
     for text in TEXTS[:3]:
-        for left[0] in (2, 1, 9):
+        for calls in (2, 1, 9):
             try:
-                states(tmp_path / "cut").read(text, say=say)
+                states(tmp_path / "cut").read(text, say=interrupt(calls))
             except KeyboardInterrupt:
                 continue
     cut = states(tmp_path / "cut")

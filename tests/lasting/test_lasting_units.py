@@ -24,7 +24,7 @@ from atom_jax.nn.attention import Tokens
 from atom_jax.session.session import Session
 from atom_jax.typing import AtomError
 from tests.contract import cells
-from tests.lasting.test_lasting_reading import files
+from tests.lasting.test_lasting_reading import files, interrupt
 
 # Units that start (of units), units that end (and one that holds nothing), ends that are seen a byte late.
 CASES = ("hnet-hnet-2", "hnet-words", "bolmo-olmo3-sliding")
@@ -153,17 +153,9 @@ def test_sessions_do_not_matter(tmp_path, scanned, monkeypatch, name):
         whole = files(memory)
     assert memory.stats()["held"] == memory.stats()["law"] < memory.stats()["units"]
     monkeypatch.setattr(memory_module, "COMMIT", 32)
-    left = [1]
-
-    def say(n):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        opened(tmp_path / "cut", name, law=law).read(ids, "a", say=say)
-    left[0] = 9
-    done = opened(tmp_path / "cut", name, law=law).read(ids, "a", say=say)
+        opened(tmp_path / "cut", name, law=law).read(ids, "a", say=interrupt(1))
+    done = opened(tmp_path / "cut", name, law=law).read(ids, "a")
     assert 0 < done.tokens < len(ids)
     opened(tmp_path / "cut", name, law=law).read(ids[:20], "b")
     again = Memory.open(tmp_path / "cut")
