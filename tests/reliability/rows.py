@@ -11,12 +11,14 @@ import jax
 import numpy as np
 
 from atom_jax import params
+from atom_jax.inference.score import apply, to_batch
 from atom_jax.kvcache import memory
 from atom_jax.kvcache.budget import BudgetLayer, steady
 from atom_jax.kvcache.policies import POLICIES
 from atom_jax.kvcache.policy import policies_of
-from atom_jax.models import registry
+from atom_jax.models import bolmo, registry
 from atom_jax.models.bolmo import BolmoConfig
+from atom_jax.models.bolmo.config import FUSED
 from atom_jax.models.hnet import HNetConfig
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
@@ -86,6 +88,29 @@ def texts(cfg: Any, seed: int) -> tuple[list[list[int]], list[list[int]]]:
 
     lengths = [int(rng.integers(17, 33)), int(rng.integers(9, 17)), int(rng.integers(1, 17))]
     return [row(n) for n in rng.permutation(lengths)], [row(int(n)) for n in rng.integers(STEPS + 1, 13, 3)]
+
+
+def whole(lm: LM, prompts: list[list[int]], made: list[list[int]]) -> np.ndarray:
+    """Logits [rows, t, v] where prompts and what was made of them greedily are read at once. In what a Bolmo made,
+    ids say where patches end; its predictor, which sees the next byte, says so in prompts."""
+    ids, lengths = padded([np.array(prompt + new) for prompt, new in zip(prompts, made)])
+    mask = np.arange(ids.shape[1])[None] < lengths[:, None]
+    if not isinstance(lm.config, BolmoConfig):
+        return np.array(apply(lm, ids, mask).logits)
+    plain, rows, last = ids % FUSED, np.arange(len(ids)), np.array([len(prompt) - 1 for prompt in prompts])
+    batch = to_batch(lm, plain, mask)
+    ends = np.asarray(_bolmo(lm.params, batch, None, cfg=lm.config)[1])
+    ends = np.where(np.arange(ids.shape[1])[None] > last[:, None], ids >= FUSED, ends)
+    # Of a prompt's last byte the likelier form counts; a text's first byte ends a patch.
+    before, said = np.asarray(_bolmo(lm.params, batch, ends, cfg=lm.config)[0])[rows, last - 1], plain[rows, last]
+    ends[rows, last] = (last == 0) | (before[rows, said + FUSED] > before[rows, said])
+    return np.array(_bolmo(lm.params, batch, ends, cfg=lm.config)[0])
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _bolmo(p: Any, batch: Any, ends: Any, *, cfg: BolmoConfig) -> tuple[jax.Array, jax.Array]:
+    x_btd, _, aux = bolmo.hidden(p, batch, cfg=cfg, ends=ends)
+    return bolmo.logits(p, x_btd, cfg=cfg), aux["boundaries"][0]
 
 
 def difference(lm: LM, seed: int) -> str:

@@ -1,6 +1,6 @@
 """The long forms of the tests of reliability: `make soak`, or one part of it, `make soak SOAK=kills`.
 
-    python -m tests.reliability.soak [--parts=kills,mutants,rows,bytes,ties,memory,load] [--minutes=8] [--out=FILE]
+    python -m tests.reliability.soak [--parts=kills,mutants,bytes,memory,rows,ties,load] [--minutes=8] [--out=FILE]
 
 What was done is a line of the file; the same command goes on with the rest, and tries what failed again. With a limit
 of minutes nothing new is begun after them. Two items run at a time. docs/reliability.md has the results.
@@ -32,12 +32,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KILLS, MUTANTS, BATCHES, BYTES, ROWS = 4, 20_000, 50, 100_000, 16
 DIGITS = tuple(range(9, 24))
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 # What is compiled without optimisation, as in the tests, and what is compiled as users have it.
-LEVELS = {"O0": "--xla_backend_optimization_level=0", "default": ""}
+LEVELS = {"O0": quick.FLAGS, "default": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +183,7 @@ def generated(item: str) -> tuple[int, list[str], dict[str, Any]]:
     import numpy as np
 
     import atom_jax
-    from atom_jax.session.prompts import padded
+    from atom_jax.models import registry
     from tests.reliability import rows
 
     family, example = item.split("/")
@@ -189,11 +191,11 @@ def generated(item: str) -> tuple[int, list[str], dict[str, Any]]:
     new = -(-BYTES // (ROWS * len(byte_items())))
     prompts = [rows.texts(lm.config, seed)[0][seed % 3] for seed in range(ROWS)]
     made = atom_jax.generate(lm, prompts, new, stop_ids=())
-    texts, lengths = padded([np.array(prompt + found) for prompt, found in zip(prompts, made.ids)])
-    logits = np.asarray(atom_jax.apply(lm, texts, np.arange(texts.shape[1])[None] < lengths[:, None]).logits)
+    logits = rows.whole(lm, prompts, made.ids)
+    logits[..., list(registry.of(lm.config).codec(lm.config).unused)] = -np.inf
     wrong = []
     for row, (prompt, found) in enumerate(zip(prompts, made.ids)):
-        mine = logits[row, len(prompt) - 1 : lengths[row] - 1]
+        mine = logits[row, len(prompt) - 1 :][: len(found)]
         behind = mine.max(1) - mine[np.arange(len(found)), found]
         if len(found) != new or not behind.max() < 1e-3:
             wrong.append(f"{item}, row {row}: {len(found)} of {new} bytes, {behind.max():.1e} behind the likeliest")
@@ -342,7 +344,7 @@ def summary(out: pathlib.Path) -> str:
 def main() -> int:
     """Runs the parts; 1 where something failed."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--parts", default="kills,mutants,rows,bytes,memory")
+    flags.add_argument("--parts", default="kills,mutants,bytes,memory,rows")
     flags.add_argument("--minutes", type=float, default=float("inf"))
     flags.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "soak.jsonl")
     given = flags.parse_args()

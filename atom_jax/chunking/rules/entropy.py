@@ -18,6 +18,8 @@ from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
 
 KIND = END
+# Nats: an entropy that rises by less has not, but for rounding, as where the same bytes follow each other.
+_ROUNDING = 1e-5
 
 
 @config.register
@@ -25,7 +27,8 @@ KIND = END
 class Entropy:
     """Ends a unit at byte t where H_t, the entropy in nats of byte t + 1, is high or rises.
 
-    "global": H_t > threshold. "monotonic": H_t - H_(t-1) > increase. "both": both.
+    "global": H_t > threshold. "monotonic": H_t - H_(t-1) > increase (at least 1e-5: what rounding makes is no
+    increase). "both": both.
     """
 
     # Nats; the default is the published one, for a mean of 4.5 bytes with BLT's own entropy model.
@@ -105,7 +108,7 @@ def marks(entropy_bt: jax.Array, tokens: Tokens, state: MarksState, cfg: Entropy
     """
     position, real = tokens.positions, tokens.segments > 0
     high = entropy_bt > cfg.threshold
-    rises = entropy_bt - previous(entropy_bt, state.entropy) > cfg.increase
+    rises = entropy_bt - previous(entropy_bt, state.entropy) > max(cfg.increase, _ROUNDING)
     if cfg.mode == "global":
         raw = high
     elif cfg.mode == "monotonic":

@@ -51,6 +51,14 @@ def test_unit_starts_and_lengths(official, name):
     np.testing.assert_array_equal(lengths, official[f"{name}.lengths"][0])
 
 
+@pytest.mark.parametrize("mode", ["monotonic", "both"])
+def test_rounding_makes_no_unit(mode):
+    """Where the same bytes follow each other, entropies differ by rounding alone, and otherwise in every reading."""
+    h = jnp.array([[1.0, 2.0, 2.0, 2.000002, 2.000001, 2.000003, 2.01]])
+    found, _ = entropy.marks(h, whole(7), MarksState.empty(1), Entropy(mode=mode, threshold=0.5))
+    np.testing.assert_array_equal(found[0], [True, True, False, False, False, False, True])
+
+
 def test_unit_of_each_byte(official):
     """The unit that byte t is in, and the one that it reads while predicting byte t + 1."""
     ends = ends_of(official, RULES["glob"])
