@@ -1,6 +1,6 @@
 """Corrections of low rank to matrices: W + A B in place of W (Hu et al., 2021, "LoRA", section 4.1).
 
-Learned memory corrects the projections of attention by them (`kvcache.dms`), tuning all projections (`models.lora`).
+Learned memory corrects the projections of attention by them, tuning all projections (`models.lora`).
 """
 
 from __future__ import annotations
