@@ -45,8 +45,9 @@ class AdaKV(SnapKV):
         b, h, t = entries.pos.shape
         score, order = self.guarded(entries, length_b - 1, limit_bh), self.order(entries.pos)
         mean = jnp.minimum(limit_bh, length_b[:, None])
-        sure = keep_largest(score, order, jnp.floor(mean * self.floor + 1e-4).astype(jnp.int32))
+        least = jnp.floor(mean * self.floor + 1e-4).astype(jnp.int32)
+        sure = keep_largest(score, order, least, self.digits)
         score = jnp.where(sure, jnp.inf, score).reshape(b, h * t)
-        keep = keep_largest(score, order.reshape(b, h * t), mean.sum(1)).reshape(b, h, t)
+        keep = keep_largest(score, order.reshape(b, h * t), mean.sum(1), self.digits).reshape(b, h, t)
         enough = length_b[:, None] <= limit_bh
         return keep, jnp.where(enough, limit_bh, jnp.sum(keep, axis=-1, dtype=jnp.int32))

@@ -43,16 +43,16 @@ class Budget(Policy):
     budget: entries per row and key/value head. ratio: entries as a share of the row's prompt, rounded down, at
     least one. prompt_only: both limit what is kept of the prompt, and later tokens are all kept (as kvpress has it);
     otherwise they limit the whole text. sinks: positions at the start of a text that are never evicted.
-    biased: entries may stand for several tokens, see `absorb`. digits: binary digits of a score that count: where
-    they are equal the position decides, so that rounding, which is another in other company, does not. With 17 no
-    rank was another in company than alone, of any policy but one whose scores tie (docs/reliability.md, "Digits").
+    biased: entries may stand for several tokens, see `absorb`. digits: scores that differ from the one at the limit
+    by at most 2^-digits of it are as good as equal, and the position decides between them, so that rounding, which
+    is another in other company, does not (docs/reliability.md, "Digits").
     ranges: of fields, where they are not those of `config.check`.
     """
 
     stepwise: ClassVar[bool] = True
     slides: ClassVar[bool] = True
     biased: ClassVar[bool] = False
-    digits: ClassVar[int] = 17
+    digits: ClassVar[int] = 14
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     budget: int = 0
     ratio: float = 0.0
@@ -137,15 +137,14 @@ class Budget(Policy):
 
     def choose(self, entries: Entries, length_b: jax.Array, limit_bh: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Entries of a prompt to keep, bool [b, h, t], and the limit i32 [b, h] from then on."""
-        return keep_largest(
-            self.guarded(entries, length_b - 1, limit_bh), self.order(entries.pos), limit_bh
-        ), limit_bh
+        score = self.guarded(entries, length_b - 1, limit_bh)
+        return keep_largest(score, self.order(entries.pos), limit_bh, self.digits), limit_bh
 
     def guarded(self, entries: Entries, last_b: jax.Array, limit_bh: jax.Array) -> jax.Array:
         """Scores, +inf for sinks and recent entries; -inf for empty slots. last: i32 [b], the newest position."""
         guard = entries.pos < self.fixed
         guard |= entries.pos > last_b[:, None, None] - self.recent(limit_bh)[:, :, None]
-        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, steady(entries.score, self.digits)))
+        return jnp.where(entries.pos < 0, -jnp.inf, jnp.where(guard, jnp.inf, entries.score))
 
     def order(self, pos: jax.Array) -> jax.Array:
         """What decides between equal scores, larger is better: sinks first, then the newest."""
@@ -168,16 +167,20 @@ class Entries:
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2), self, other)
 
 
-def steady(score: jax.Array, digits: int) -> jax.Array:
-    """Scores rounded to so many binary digits."""
-    return jax.lax.reduce_precision(score, exponent_bits=8, mantissa_bits=digits)
+def tied(score: jax.Array, at: jax.Array, digits: int) -> jax.Array:
+    """Whether scores are as good as equal to others: to at most 2^-digits of these."""
+    return (score == at) | (jnp.isfinite(at) & (jnp.abs(score - at) <= 2.0**-digits * jnp.abs(at)))
 
 
-def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array) -> jax.Array:
-    """True for the `limit` [...] entries of largest score [..., s], by `order` where scores are equal; never for
-    scores of -inf."""
+def keep_largest(score: jax.Array, order: jax.Array, limit: jax.Array, digits: int) -> jax.Array:
+    """True for the `limit` [...] entries of largest score [..., s], by `order` where scores are `tied` with the least
+    of these; never for scores of -inf."""
     number = jax.lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1)
-    best = jax.lax.sort((-score, -order, number), num_keys=2)[2]
+    last = jnp.clip(limit - 1, 0, score.shape[-1] - 1)[..., None]
+    at = -jnp.take_along_axis(jnp.sort(-score, axis=-1), last, axis=-1)
+    ties = tied(score, at, digits)
+    place = jnp.where(ties, 1, jnp.where(score > at, 0, 2))
+    best = jax.lax.sort((place, -order, number), num_keys=2)[2]
     return (jnp.argsort(best, axis=-1) < limit[..., None]) & (score > -jnp.inf)
 
 
@@ -303,11 +306,11 @@ class BudgetLayer(Layer):
         return out[..., None, :], new.replace(score=score)
 
     def _victim(self, pos: jax.Array, call: Call) -> jax.Array:
-        """i32 [b, h]: slot with the least score; of several, the one that `Budget.order` puts last."""
+        """i32 [b, h]: slot with the least score; of several `tied` ones the one that `Budget.order` puts last."""
         score = self.policy.guarded(self.entries.replace(pos=pos), call.length - 1, self.limit)
         score = jnp.where(pos < 0, jnp.inf, score)
         order = jnp.where(pos < 0, 2 * FAR - 1, self.policy.order(pos))
-        least = score == score.min(-1, keepdims=True)
+        least = tied(score, score.min(-1, keepdims=True), self.policy.digits)
         return jnp.argmin(jnp.where(least, order, 2 * FAR - 1), axis=-1)
 
     def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:

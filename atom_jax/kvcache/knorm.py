@@ -17,8 +17,7 @@ from atom_jax.kvcache.memory import Call
 @dataclasses.dataclass(frozen=True)
 class KNorm(Budget):
     """Score: minus the Euclidean norm of the key. In a first layer, or after a norm on keys, these are equal but for
-    rounding, and for the epsilon of the norm. With 13 or 14 digits no rank was another in company than alone, with 15
-    many were (docs/reliability.md, "Digits")."""
+    rounding, and for the epsilon of the norm, which takes a digit more (docs/reliability.md, "Digits")."""
 
     name: ClassVar[str] = "knorm"
     digits: ClassVar[int] = 13

@@ -11,7 +11,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.kvcache import observe
-from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest, steady
+from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest
 from atom_jax.kvcache.memory import Call, Sizes
 
 
@@ -55,7 +55,6 @@ class KVCompose(Budget):
         """Every head keeps its largest scores, as many as its layer (or it alone) is given."""
         n, b, h, c = layers.pos.shape
         score = jnp.where(layers.pos < 0, -jnp.inf, jnp.where(layers.pos < self.sinks, jnp.inf, layers.score))
-        score, order = steady(score, self.digits), self.order(layers.pos)
         best = -jnp.sort(-score, axis=-1)
         best = best.mean(2) if self.structured else jnp.moveaxis(best, 2, 1).reshape(n * h, b, c)
         if self.first and self.structured:
@@ -64,11 +63,11 @@ class KVCompose(Budget):
         total = self._total(length_b, best.shape[1], c)
         # Of equal means the later layer's count, as they do in kvpress, where the first layer has others' means.
         places = jnp.broadcast_to(jnp.arange(best[0].size)[None], (b, best[0].size))
-        count = keep_largest(best.reshape(b, -1), places, total).reshape(best.shape).sum(-1, dtype=jnp.int32)
-        count = jnp.maximum(count, 1)
+        taken = keep_largest(best.reshape(b, -1), places, total, self.digits).reshape(best.shape)
+        count = jnp.maximum(taken.sum(-1, dtype=jnp.int32), 1)
         count = count.T[..., None] if self.structured else jnp.moveaxis(count.reshape(b, n, h), 1, 0)
         count = jnp.broadcast_to(count, (n, b, h))
-        keep = keep_largest(score, order, count)
+        keep = keep_largest(score, self.order(layers.pos), count, self.digits)
         new = jax.vmap(lambda layer, keep: layer._put(layer.entries, keep))(layers, keep)
         enough = (length_b[None, :, None] <= layers.limit) if self.budget else jnp.zeros(count.shape, bool)
         return new.replace(limit=self.later(jnp.where(enough, layers.limit, count)))

@@ -13,7 +13,7 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache import observe
-from atom_jax.kvcache.budget import Budget, steady
+from atom_jax.kvcache.budget import Budget, tied
 from atom_jax.kvcache.dense import DenseLayer, bucket
 from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
 from atom_jax.typing import AtomError
@@ -141,9 +141,13 @@ class QuestLayer(Layer):
         bound = jnp.einsum("bhgk,bhpk->bhp", jnp.maximum(q, 0.0), high)
         bound += jnp.einsum("bhgk,bhpk->bhp", jnp.minimum(q, 0.0), low)
         sink = jnp.broadcast_to((number * self.policy.page < self.policy.sinks)[None, None], past.shape)
-        # Of equal bounds the first pages are read.
-        bound = jnp.where(past, jnp.where(sink, jnp.inf, steady(bound, self.policy.digits)), -jnp.inf)
-        best, index = jax.lax.top_k(bound, min(self.most, bound.shape[-1]))
+        bound = jnp.where(past, jnp.where(sink, jnp.inf, bound), -jnp.inf)
+        most = min(self.most, bound.shape[-1])
+        best = jax.lax.top_k(bound, most)[0]
+        at = jnp.take_along_axis(best, jnp.clip(self.limit - 1, 0, most - 1)[..., None], axis=-1)
+        # Of tied bounds the first pages are read.
+        place = jnp.where(tied(bound, at, self.policy.digits), 1, jnp.where(bound > at, 2, 0))
+        index = jax.lax.top_k(place, most)[1]
         used = (jnp.arange(index.shape[-1])[None, None] < self.limit[..., None]) & (best > -jnp.inf)
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))
         return jnp.concatenate([index, current], -1), jnp.concatenate([used, jnp.ones_like(current, bool)], -1)

@@ -90,7 +90,7 @@ class Shared(Budget):
 
         def of(layer: BudgetLayer) -> BudgetLayer:
             score = self.guarded(layer.entries, length_b - 1, limit)
-            return layer._put(layer.entries, keep_largest(score, self.order(layer.pos), limit))
+            return layer._put(layer.entries, keep_largest(score, self.order(layer.pos), limit, self.digits))
 
         return jax.vmap(of)(layers).replace(limit=jnp.broadcast_to(self.later(limit)[None], shape[:3]))
 

@@ -59,6 +59,7 @@ def next_token(
     cfg: Any,
     lengths: np.ndarray,
     z_loss: float = 0.0,
+    focus: float = 0.0,
     block: int | None = None,
 ) -> Sums:
     """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 and the model's own losses
@@ -66,6 +67,7 @@ def next_token(
 
     Args:
       key: PRNG key for models that draw while they train; None: no noise.
+      focus: in the objective a target's cross-entropy counts (1 - p)^focus times, p its probability.
       lengths: i32 [v], bytes per token id.
       block: as in `scoring.score`.
     """
@@ -79,11 +81,12 @@ def next_token(
     want = ["nats", *["log_z"] * bool(z_loss), *["entropy"] * (late is not None)]
     found = scoring.score(head, x_btd, goals, want, block=block)
     nats = jnp.sum(found["nats"] * mask)
+    hard = jax.lax.stop_gradient(jnp.maximum(-jnp.expm1(-found["nats"]), 0.0)) ** focus if focus else 1.0
     penalty = z_loss * jnp.sum(jnp.square(found["log_z"]) * mask) if z_loss else 0.0
     own = aux.get("loss", 0.0) + (0.0 if late is None else late_loss(aux, found["entropy"], batch, cfg.chunking))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
     return Sums(
-        objective=nats + penalty + own * count,
+        objective=jnp.sum(hard * found["nats"] * mask) + penalty + own * count,
         nats=nats,
         tokens=count,
         bytes=counted_bytes(lengths, batch),

@@ -115,14 +115,29 @@ def rank(p, score, position, last, limit):
     return (math.inf if sink or new else score, order)
 
 
+def tied(p, score, at):
+    """Whether a score is as good as equal to another."""
+    return score == at or (math.isfinite(at) and abs(score - at) <= 2.0**-p.digits * abs(at))
+
+
+def largest(p, ranks, n):
+    """Numbers of the n largest of [(score, order)], by their order where scores are tied with the least of these."""
+    every = range(len(ranks))
+    at = ranks[sorted(every, key=lambda i: ranks[i], reverse=True)[min(n, len(ranks)) - 1]][0]
+    place = lambda i: (1 if tied(p, ranks[i][0], at) else 2 * (ranks[i][0] > at), ranks[i][1])  # noqa: E731
+    return sorted(every, key=place, reverse=True)[:n]
+
+
+def least(p, ranks):
+    """The number of [(score, order)] that has the least score, and of those that are tied with it the least order."""
+    at = min(ranks)[0]
+    return min(range(len(ranks)), key=lambda i: (not tied(p, ranks[i][0], at), ranks[i][1]))
+
+
 def kept(p, score, n):
     """Sets of positions that the heads keep of a prompt with these scores [h, t]: n for each."""
     t = score.shape[1]
-    sets = []
-    for row in score:
-        best = sorted(range(t), key=lambda i: rank(p, row[i], i, t - 1, n), reverse=True)
-        sets.append(set(best[:n]))
-    return sets
+    return [set(largest(p, [rank(p, row[i], i, t - 1, n) for i in range(t)], n)) for row in score]
 
 
 def kept_together(p, score, n):
@@ -130,10 +145,9 @@ def kept_together(p, score, n):
     (h, t), n = score.shape, min(n, score.shape[1])
     score = score.copy()
     for row in score:
-        for i in sorted(range(t), key=lambda i: (row[i], i), reverse=True)[: int(p.floor * n)]:
-            row[i] = np.inf
-    best = sorted(((score[a, i], i, -a) for a in range(h) for i in range(t)), reverse=True)[: h * n]
-    return [{i for _, i, b in best if -b == a} for a in range(h)]
+        row[largest(p, [(row[i], i) for i in range(t)], int(p.floor * n))] = np.inf
+    best = largest(p, [(score[a, i], (i, -a)) for a in range(h) for i in range(t)], h * n)
+    return [{j % t for j in best if j // t == a} for a in range(h)]
 
 
 class Replay:
@@ -150,7 +164,9 @@ class Replay:
         at = self.k.shape[1] - 1
         for a, held in enumerate(self.sets):
             if len(held) == self.limit:
-                held.remove(min(held, key=lambda i: rank(self.p, self.score[a, i], i, at - 1, self.limit)))
+                places = sorted(held)
+                ranks = [rank(self.p, self.score[a, i], i, at - 1, self.limit) for i in places]
+                held.remove(places[least(self.p, ranks)])
             held.add(at)
         self.score = np.pad(self.score, ((0, 0), (0, 1)))
         places = [np.array(sorted(held)) for held in self.sets]

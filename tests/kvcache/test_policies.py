@@ -202,7 +202,8 @@ def test_tokens_after_the_prompt_replace_its_least_keys_first_then_the_oldest():
     for i in range(10):
         _, state = extend(state, later(LENGTHS + i))
         for a in range(2):
-            held[a].remove(min(held[a], key=lambda j: (score[a, j], j)))
+            places = sorted(held[a])
+            held[a].remove(places[naive.least(p, [(score[a, j], j) for j in places])])
             held[a].add(40 + i)
         score = np.pad(score, ((0, 0), (0, 1)), constant_values=np.inf)
         assert sets(state, 0) == held

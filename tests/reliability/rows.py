@@ -13,7 +13,7 @@ import numpy as np
 from atom_jax import params
 from atom_jax.inference.score import apply, to_batch
 from atom_jax.kvcache import memory
-from atom_jax.kvcache.budget import BudgetLayer, steady
+from atom_jax.kvcache.budget import BudgetLayer, tied
 from atom_jax.kvcache.policies import POLICIES
 from atom_jax.kvcache.policy import policies_of
 from atom_jax.models import bolmo, registry
@@ -116,7 +116,27 @@ def _bolmo(p: Any, batch: Any, ends: Any, *, cfg: BolmoConfig) -> tuple[jax.Arra
 def difference(lm: LM, seed: int) -> str:
     """In what the shorter rows of a batch differ from themselves alone, in buffers of their own; "" where they don't.
 
-    Positions that are kept are compared exactly; logits but for rounding."""
+    Positions that are kept are compared exactly, logits to 1e-4 of the largest. Norms of small vectors multiply what
+    rounding makes by hundreds, so where logits differ by more they are computed anew in double precision, which makes
+    such differences smaller, and no others."""
+    found = _difference(lm, seed)
+    if "logits" in found:
+        with jax.enable_x64(True):
+            found = _difference(_double(lm), seed)
+    return found
+
+
+def _double(lm: LM) -> LM:
+    """The model in double precision, which no configuration allows."""
+    cfg = dataclasses.replace(lm.config)
+    if isinstance(cfg, BolmoConfig):
+        object.__setattr__(cfg, "main", dataclasses.replace(cfg.main))
+        object.__setattr__(cfg.main, "dtype", "float64")
+    object.__setattr__(cfg, "dtype", "float64")
+    return LM(cfg, jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params), None)
+
+
+def _difference(lm: LM, seed: int) -> str:
     first, second = texts(lm.config, seed)
     alone = lambda row: (first[row : row + 1], second[row : row + 1])  # noqa: E731
     together = list(_read(lm, first, second, 32, _seen))
@@ -171,8 +191,9 @@ def _seen(session: Session) -> tuple[np.ndarray, list[list[list[int]]]]:
 
 
 def flips(lm: LM, seed: int, digits: Sequence[int]) -> tuple[int, np.ndarray]:
-    """How many times heads of the shorter rows rank what they hold, and how many of these ranks are others alone
-    where so many binary digits of the scores count. lm: with room for everything."""
+    """How many times heads of the shorter rows rank what they hold, and how many of these ranks are others alone: of
+    two entries, which is above, or whether they are `tied` where so many binary digits count. lm: with room for
+    everything."""
     first, second = texts(lm.config, seed)
     together = list(_read(lm, first, second, 32, _scores))
     total, found = 0, np.zeros(len(digits), int)
@@ -181,26 +202,23 @@ def flips(lm: LM, seed: int, digits: Sequence[int]) -> tuple[int, np.ndarray]:
             continue
         alone = _read(lm, first[row : row + 1], second[row : row + 1], 16, _scores)
         for (_, scores), (_, own) in zip(together, alone):
-            for (a, order), (b, _) in zip(scores[row], own[0]):
+            for a, b in zip(scores[row], own[0]):
                 total += 1
-                found += [bool((_rank(a, order, n) != _rank(b, order, n)).any()) for n in digits]
+                found += [bool((_above(a, n) != _above(b, n)).any()) for n in digits]
     return total, found
 
 
-def _rank(score: np.ndarray, order: np.ndarray, digits: int) -> np.ndarray:
-    return np.lexsort((order, np.asarray(steady(score, digits))))
+def _above(score: np.ndarray, digits: int) -> np.ndarray:
+    """Of every pair of entries, int [n, n]: whether the first is above the second (1), below it (-1), or tied (0)."""
+    some, other = score[:, None], score[None]
+    return np.where(np.asarray(tied(some, other, digits)), 0, 1 * (some > other) - (some < other))
 
 
-def _scores(session: Session) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]]]:
-    """For every row and head the scores of its entries with all their digits, and their orders."""
-    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in session.token]
+def _scores(session: Session) -> tuple[list[list[np.ndarray]]]:
+    """For every row and head the scores of its entries, by position."""
+    found: list[list[np.ndarray]] = [[] for _ in session.token]
     for node, layer in _layers(session):
-        # A class of its own, whose scores are not rounded.
-        plain = type("Plain", (type(layer.policy),), {"digits": 23})(**dataclasses.asdict(layer.policy))
-        score = plain.guarded(layer.entries, node.length - 1, layer.limit)
-        order = plain.order(layer.pos)
-        for row, (scores, orders, places) in enumerate(zip(*map(np.asarray, (score, order, layer.pos)))):
-            for s, o, p in zip(scores, orders, places):
-                at = np.argsort(p)[np.sum(p < 0) :]
-                found[row].append((s[at], o[at]))
+        score = layer.policy.guarded(layer.entries, node.length - 1, layer.limit)
+        for row, scores, places in zip(found, np.asarray(score), np.asarray(layer.pos)):
+            row += [s[np.argsort(p)[np.sum(p < 0) :]] for s, p in zip(scores, places)]
     return (found,)

@@ -21,22 +21,28 @@ class NextToken(Objective):
 
     hard: nothing is drawn while training, so that learned memory decides as it will when the model is used: for
     evictors that are frozen, since hard decisions have no gradient.
+    focus: a target that the model gives the probability p counts (1 - p)^focus times (Lin et al., 2017, "Focal Loss",
+    equation 4, but with weights that have no gradient): what is known, and what is left to chance, moves the
+    parameters less than what is still to be learned. 0: all count alike.
     """
 
     hard: bool = False
+    focus: float = 0.0
 
     name: ClassVar[str] = "next_token"
     z_loss: ClassVar[bool] = True
 
     def __post_init__(self):
-        config.check(self)
+        config.check(self, focus=(0, 100))
 
     def loss(
         self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
     ) -> Sums:
         """The model's own losses are means over a part, which count by its targets."""
-        z_loss, key = setting.exp.optim.z_loss, None if self.hard else key
-        return losses.next_token(params, batch, key, cfg=setting.exp.model, lengths=setting.lengths, z_loss=z_loss)
+        return losses.next_token(
+            params, batch, None if self.hard else key, cfg=setting.exp.model, lengths=setting.lengths,
+            z_loss=setting.exp.optim.z_loss, focus=self.focus,
+        )  # fmt: skip
 
     def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
         """The same without noise."""
