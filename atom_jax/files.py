@@ -6,10 +6,19 @@ import contextlib
 import errno
 import os
 import stat
+import struct
+import tokenize
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+
+# Of all arrays in an .npz file: a small file can say that it holds any number of zeros.
+MOST_BYTES = 1 << 34
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -81,3 +90,24 @@ def write_text(path: str | os.PathLike, text: str, parents: bool = False) -> Non
     """Writes a UTF-8 file; as of `replaced`."""
     with replaced(path, parents) as part:
         part.write_text(text, "utf-8", newline="")
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. OSError as for `open_regular`; ValueError, of one line, for what is no such file,
+    holds objects, which are pickles, or takes more than MOST_BYTES."""
+    try:
+        with open_regular(path) as file:
+            size = sum(info.file_size for info in zipfile.ZipFile(file).infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"it takes {size:,} bytes, at most {MOST_BYTES:,} are read")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+    except OSError:
+        raise
+    except (ValueError, EOFError, TypeError, SyntaxError, RuntimeError, MemoryError, OverflowError, struct.error,
+            zipfile.BadZipFile, zlib.error, tokenize.TokenError) as e:  # fmt: skip
+        raise ValueError(" ".join(str(e).split())[:160] or type(e).__name__) from None
+    if wrong := [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]:
+        raise ValueError(f"{wrong[0][:60]} is no array")
+    return arrays

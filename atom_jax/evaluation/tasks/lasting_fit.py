@@ -77,7 +77,7 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
         if not file.exists():
             _save(_moments(lm, stream, how.part, name), file)
         say(f"{name}: {how.facts} facts in {how.tokens} tokens")
-        found.append(_load(file))
+        found.append(_load(file, 2 * model.layers * model.heads + 2))
     learned.save(fit(found, how.ridge, model.fingerprint), how.out)
     if how.policy_out:
         attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
@@ -143,7 +143,14 @@ def _save(m: Moments, file: pathlib.Path) -> None:
         raise AtomError(f"{file}: could not be written ({e.strerror or e})") from None
 
 
-def _load(file: pathlib.Path) -> Moments:
+def _load(file: pathlib.Path, size: int) -> Moments:
     source = SafetensorsSource(file)
-    n, *others = (source.read(name) for name in ("n", "first", "second", "wanted"))
-    return Moments(int(n[0]), *others)
+    found = {name: source.read(name) for name in source.infos}
+    shapes = {"n": (1,), "first": (size,), "second": (size, size), "wanted": (size,)}
+    dtypes = {name: np.dtype(np.int64 if name == "n" else np.float64) for name in shapes}
+    right = {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (shapes[n], dtypes[n]) for n in shapes}
+    if not right or found["n"][0] < 1:
+        raise AtomError(
+            f"{file}: holds no moments of {size} features, as fit_memory writes them for this model; delete it"
+        )
+    return Moments(int(found["n"][0]), *(found[name] for name in ("first", "second", "wanted")))
