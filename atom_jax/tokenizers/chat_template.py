@@ -93,8 +93,8 @@ def of(tokenizer: Tokenizer) -> str | None:
     """The chat template of a tokenizer, the one called "default" where there are several; or None."""
     found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     if found is not None and not isinstance(found, str):
         raise AtomError(f"the tokenizer's chat template is no text: {found!r:.80}")
     return found

@@ -26,7 +26,7 @@ from atom_jax.lasting.reader import Reader
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer, chat_template
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
-from atom_jax.typing import LM
+from atom_jax.typing import LM, AtomError
 from tests.checkpoint.test_peft import tuned, without
 from tests.reliability.mutants import damaged, json_mutants
 from tests.reliability.test_fuzz import fuzz, header_mutants, small_tokenizer
@@ -198,7 +198,7 @@ def test_conversations(tmp_path, end):
     fuzz(path, mutate, read)
 
 
-def test_prompts(tmp_path):
+def test_prompts_of_chains(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": i}) + "\n" for i in range(6)))
 
@@ -224,3 +224,9 @@ def test_images_in_arrays(tmp_path):
         images.parse(str(path)).images()
 
     fuzz(path, damaged, read)
+
+
+@pytest.mark.parametrize("line", ['{"a":' * 20000, '{"prompt": []}', '{"prompt": "a", "answer": {}}', "{", "{}"])
+def test_lines_that_are_no_prompts(line):
+    with pytest.raises(AtomError, match="--file, line 1"):
+        chains.task_of_lines(line, "boxed", "--file")

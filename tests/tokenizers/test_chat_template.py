@@ -70,3 +70,14 @@ def test_templates_that_never_end_or_grow_are_refused(template, monkeypatch):
     with pytest.raises(AtomError) as refused:
         chat_template.render(template, ASK)
     assert len(str(refused.value)) < 300 and sys.gettrace() is before
+
+
+@pytest.mark.parametrize("found", [3, {"a": 1}, [{"name": "default", "template": 3}]], ids=range(3))
+def test_templates_that_are_no_text(found):
+    with pytest.raises(AtomError, match="no text"):
+        chat_template.of(type("Named", (), {"chat_template": found}))
+
+
+def test_named_templates_without_a_default():
+    found = [{"name": [], "template": "x"}, {"name": {}}, 1, {"name": "tool_use", "template": "y"}]
+    assert chat_template.of(type("Named", (), {"chat_template": found})) is None

@@ -55,7 +55,7 @@ def task_of_lines(text: str, answer: str, name: str) -> Task:
         if line.lstrip().startswith("{"):
             try:
                 given = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise AtomError(f"{name}, line {number}: not a JSON object ({e})") from None
         if not isinstance(given.get("prompt"), str) or not isinstance(given.get("answer", ""), str | int | float):
             raise AtomError(f'{name}, line {number}: expected a text, or {{"prompt": "...", "answer": "..."}}')
