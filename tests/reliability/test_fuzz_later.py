@@ -226,7 +226,8 @@ def test_images_in_arrays(tmp_path):
     fuzz(path, damaged, read)
 
 
-@pytest.mark.parametrize("line", ['{"a":' * 20000, '{"prompt": []}', '{"prompt": "a", "answer": {}}', "{", "{}"])
+@pytest.mark.parametrize("line", ['{"a":' * 20000, '{"prompt": []}', '{"prompt": "a", "answer": {}}', "{", "{}",
+                                  '{"prompt": "a", "answer": true}'])  # fmt: skip
 def test_lines_that_are_no_prompts(line):
     with pytest.raises(AtomError, match="--file, line 1"):
         chains.task_of_lines(line, "boxed", "--file")

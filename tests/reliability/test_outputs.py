@@ -14,6 +14,7 @@ from atom_jax.__main__ import main
 from atom_jax.evaluation import cache, picture
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
+from atom_jax.transfer.lessons import add_tuning
 from atom_jax.typing import LM, AtomError
 from tests.reliability.test_commands import judge, limited
 
@@ -98,6 +99,22 @@ def test_commands_leave_pipes_and_directories_alone(home, model, capsys):
         assert code == 1 and judge(args, code, err) is None, (args, err)
         assert str(home) in err, (args, err)
     assert kinds(home) == before
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "1e400", "-1e39"])
+def test_a_factor_that_makes_no_numbers_writes_nothing(model, tmp_path, capsys, alpha):
+    args = ["instructify", *[str(model)] * 3, str(tmp_path / "new"), f"--alpha={alpha}"]
+    code = main(["atom_jax", *args])
+    err = capsys.readouterr().err
+    assert code == 1 and judge(args, code, err) is None and "--alpha" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sums_that_are_not_finite_are_refused():
+    cfg = transformer.TransformerConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24)
+    one, other = (LM(cfg, params.init(jax.random.key(i), transformer.spec(cfg)), ByteTokenizer()) for i in range(2))
+    with pytest.raises(AtomError, match="not finite"):
+        add_tuning(one, other, one, 1e39)
 
 
 ROWS = [
