@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import regex
 from absl import logging
 
 from atom_jax.files import read_regular
@@ -32,6 +34,38 @@ def meant(name: str, known: Iterable[str]) -> str:
     """What follows a name that is unknown: " (did you mean ...?)", or "" where none that is known is like it."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Expression:
+    """A regular expression that somebody else wrote. Raises AtomError, which begins with `where`, for a text that is
+    none, and, when it is used, for one that takes longer than SECONDS."""
+
+    SECONDS = 10
+
+    def __init__(self, text: str, where: str):
+        self._where = f"{where}: {text[:80]!r}"
+        try:
+            self._known = regex.compile(text)
+        except (regex.error, ValueError, OverflowError, RecursionError, MemoryError) as e:
+            raise AtomError(f"{self._where} is not a regular expression ({e})") from None
+
+    def matches(self, text: str) -> bool:
+        """Whether it matches the whole text."""
+        with self._limited():
+            return self._known.fullmatch(text, timeout=self.SECONDS) is not None
+
+    def last(self, text: str) -> str | None:
+        """The last match in a text, of its first group, where it has one; None where there is none."""
+        with self._limited():
+            *_, found = None, *self._known.finditer(text, timeout=self.SECONDS)
+        return None if found is None else found.group(1 if self._known.groups else 0)
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise AtomError(f"{self._where} takes more than {self.SECONDS} seconds to be found") from None
 
 
 class Fields:

@@ -1,4 +1,4 @@
-"""All-or-nothing writing of directories and files: a full disk or a kill leaves what was there before."""
+"""All-or-nothing writing of directories: a full disk or a kill leaves what was there before."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
     replacing its namesake whole, and files for which `stale(name)` holds and that were not written anew are
     removed; all others stay. OSError in the block becomes an AtomError that names the directory.
     """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise AtomError(f"{target}: cannot save there, it is a file")
-    staging = None
+    check_target(directory)
+    target, staging = Path(directory), None
     try:
         # Inside an existing target, so that it is on the same filesystem even where target is a mount point.
         parent = target if target.is_dir() else target.parent
@@ -43,18 +41,11 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 file whole, in place of one that is there, or not at all. OSError where that fails."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def check_target(directory: str | Path) -> None:
+    """Raises AtomError where something else than a directory is in the way of one."""
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise AtomError(f"{target}: cannot save there, it is a file")
 
 
 def _flush(staging: Path) -> None:

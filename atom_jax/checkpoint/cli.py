@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import re
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +17,7 @@ from atom_jax import params as params_lib
 from atom_jax.checkpoint import adapters
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
+from atom_jax.fields import Expression
 from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
@@ -92,11 +92,12 @@ def _trained(path: Path, cfg: Any) -> set[str]:
     if not (exp := store.settings(path)):
         return set()
     try:
-        groups = [(re.compile(group["pattern"]), float(group["factor"])) for group in exp["optim"]["groups"]]
-    except (KeyError, TypeError, ValueError, re.error):
+        given = [(group["pattern"], float(group["factor"])) for group in exp["optim"]["groups"]]
+        groups = [(Expression(pattern, f"{path}: optim.groups"), factor) for pattern, factor in given]
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise AtomError(f"{path}: no groups of parameters are named there") from None
     paths = params_lib.flatten(registry.kind(cfg).spec(cfg))
-    return {name for name in paths if next((factor for group, factor in groups if group.fullmatch(name)), 1.0)}
+    return {name for name in paths if next((factor for group, factor in groups if group.matches(name)), 1.0)}
 
 
 def _refuse_old(target: str) -> None:

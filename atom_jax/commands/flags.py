@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from atom_jax.files import read_regular
+from atom_jax.files import check_output, read_regular
 from atom_jax.typing import AtomError
 
 
@@ -94,3 +94,12 @@ def text_of(text: str | None, file: str | None) -> str | bytes:
         return read_regular(file).removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
+
+
+def check_writable(flag: str, path: str | None, parents: bool = False) -> None:
+    """Raises AtomError where a flag names a file (None: it names none) that cannot be written; see `check_output`."""
+    try:
+        if path is not None:
+            check_output(path, parents)
+    except OSError as e:
+        raise AtomError(f"{flag}={path}: cannot be written ({e.strerror})") from None

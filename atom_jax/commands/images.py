@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from atom_jax.commands.flags import Flags
+from atom_jax.commands.flags import Flags, check_writable
 from atom_jax.typing import AtomError
 
 
@@ -32,6 +32,7 @@ def tokens(argv: list[str]) -> None:
         raise AtomError(f"--allocate={values.allocate}: expected same, or gain with --tokens")
     if values.save is not None and not values.save.endswith(".npz"):
         raise AtomError(f"--save={values.save}: the name must end in .npz")
+    check_writable("--save", values.save)
 
     import numpy as np
 
@@ -42,7 +43,7 @@ def tokens(argv: list[str]) -> None:
     from atom_jax.inference import image_tokens as lib
 
     if values.out is not None:
-        picture.check_name(values.out)
+        picture.check(values.out)
     lm = load(values.checkpoint)
     lib.check(lm, f"--checkpoint={values.checkpoint}")
     codes = lm.config.quantiser.codes

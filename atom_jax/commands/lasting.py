@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from atom_jax.commands.flags import Flags
+from atom_jax.commands.flags import Flags, check_writable
 from atom_jax.typing import AtomError
 
 
@@ -130,6 +130,7 @@ def fit_memory(argv: list[str]) -> None:
     _needed(values, "checkpoint", "out")
     if not files:
         raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
+    check_writable("--out", values.out, parents=True)
 
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.tasks import lasting_fit
@@ -150,7 +151,7 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
     from atom_jax.lasting.store import KNN
 
     if out is not None:
-        picture.check_name(out)
+        picture.check(out)
     memory = Memory.open(path)
     stats, settings, model = memory.stats(), memory.settings, memory.model
     horizon = ", ".join(f"{age:,.0f} (rank {rank:g})" for rank, age in stats["horizon"].items())

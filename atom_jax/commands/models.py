@@ -91,10 +91,12 @@ def instructify(argv: list[str]) -> None:
     known.add(flags.DEFINE_float, "alpha", 1.0, "factor on the difference between TUNED and BASE")
     values, (model, tuned, base, target) = known.parse(argv, 4)
 
+    from atom_jax import config
     from atom_jax.checkpoint import load, save_hf
     from atom_jax.transfer.lessons import add_tuning
 
-    save_hf(add_tuning(load(model), load(tuned), load(base), values.alpha), target)
+    alpha = config.in_range("--alpha", values.alpha, float)
+    save_hf(add_tuning(load(model), load(tuned), load(base), alpha), target)
     print(f"wrote {target}")
 
 

@@ -7,7 +7,7 @@ import sys
 
 from absl import flags
 
-from atom_jax.commands.flags import Flags, text_of
+from atom_jax.commands.flags import Flags, check_writable, text_of
 from atom_jax.typing import AtomError
 
 
@@ -36,6 +36,7 @@ def fairness(argv: list[str]) -> None:
     values, _ = known.parse(argv, 0)
     if not values.checkpoint and not values.scripts:
         raise AtomError("--checkpoint is missing")
+    check_writable("--out", values.out or None, parents=True)
 
     import pathlib
 
@@ -117,7 +118,7 @@ def units(argv: list[str]) -> None:
     from atom_jax.evaluation.tasks import EvalConfig
 
     if values.out is not None:
-        picture.check_name(values.out)
+        picture.check(values.out)
     lm = load(values.checkpoint)
     found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
     if values.out is not None:
@@ -139,7 +140,7 @@ def _episode(values: flags.FlagValues) -> None:
     from atom_jax.evaluation.reports import frame_strip, worlds
 
     if values.out is not None:
-        picture.check_name(values.out)
+        picture.check(values.out)
     strip = worlds.seen(load(values.checkpoint), values.episode, values.length, values.seed)
     if values.out is not None:
         frame_strip.draw(strip, values.out)
@@ -167,7 +168,7 @@ def memory(argv: list[str]) -> None:
     from atom_jax.evaluation.reports import memory_picture
 
     if values.out is not None:
-        picture.check_name(values.out)
+        picture.check(values.out)
     memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
     if values.out is not None:
         memory_picture.draw(memory, values.out)

@@ -7,7 +7,7 @@ import sys
 
 from absl import flags, logging
 
-from atom_jax.commands.flags import Flags
+from atom_jax.commands.flags import Flags, check_writable
 from atom_jax.typing import AtomError
 
 
@@ -92,6 +92,7 @@ def evaluate(argv: list[str]) -> int:
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing: give the path of a model")
     evaluation.check_tasks(values.tasks)
+    check_writable("--out", values.out or None, parents=True)
     cfg = evaluation.resolve(config.override(EvalConfig(), settings), values.checkpoint)
     out = pathlib.Path(values.out) if values.out else None
     lm = atom_jax.load(values.checkpoint, adapter=values.adapter)

@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from atom_jax.commands.flags import Flags
+from atom_jax.commands.flags import Flags, check_writable
 from atom_jax.typing import AtomError
 
 # Futures, and steps of one.
@@ -41,7 +41,7 @@ def imagine(argv: list[str]) -> None:
     from atom_jax.evaluation.reports import future_picture, worlds
 
     if values.out is not None:
-        picture.check_name(values.out, moves=True)
+        picture.check(values.out, moves=True)
     how = {"futures": values.futures, "length": values.length, "seed": values.seed, "draw": values.draw}
     found = worlds.imagined(atom_jax.load(values.checkpoint), values.env, actions, **how)
     if values.out is not None:
@@ -67,6 +67,7 @@ def plan(argv: list[str]) -> None:
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
+    check_writable("--out", values.out, parents=True)
 
     import atom_jax
     from atom_jax.evaluation import cache

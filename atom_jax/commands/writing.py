@@ -193,8 +193,9 @@ def _report(stats: dict[str, float], everything: bool) -> None:
             )
 
 
-def chat(argv: list[str]) -> None:
-    """Talks with a model. argv: the command and its arguments. Raises AtomError for bad input."""
+def chat(argv: list[str]) -> int:
+    """Talks with a model. argv: the command and its arguments. Returns 1 where a message over a pipe had no answer.
+    Raises AtomError for bad input."""
     known = Flags(
         "chat --checkpoint=PATH",
         "Talks with a model: a line is a message. /stats says what the memory holds, /reset begins anew, /quit ends;"
@@ -220,12 +221,16 @@ def chat(argv: list[str]) -> None:
     from atom_jax.checkpoint import load
     from atom_jax.inference import talk
     from atom_jax.inference.chat import Chat
+    from atom_jax.session import sampling
 
     seed = config.in_range("--seed", values.seed, int)
+    most = config.in_range("--max_new_tokens", values.max_new_tokens, int, 1)
+    sampling.sampler(values.temperature, top_p=values.top_p)
     document = None if values.file is None else text_of(None, values.file)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
-    talk.talk(lambda: Chat(lm, values.system, **options), values.max_new_tokens, document)
+    whole = talk.talk(lambda: Chat(lm, values.system, **options), most, document)
+    return 0 if whole or sys.stdin.isatty() else 1
 
 
 def reason(argv: list[str]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from atom_jax.evaluation.encode import Item
 from atom_jax.evaluation.loglik import Score
+from atom_jax.files import check_output, write_text
 from atom_jax.typing import AtomError
 
 
@@ -24,23 +24,25 @@ def key(model: str, task: str, items: Sequence[Item], batch_tokens: int) -> str:
 
 
 class Lines:
-    """A JSON-lines file to which rows are added; path None keeps nothing.
+    """A JSON-lines file to which rows are added; path None keeps nothing. fields: what every row has, by name, and of
+    which type.
 
     A last line that was cut short by an interruption is dropped.
     """
 
-    def __init__(self, path: pathlib.Path | None):
+    def __init__(self, path: pathlib.Path | None, fields: Mapping[str, type]):
         """Reads what is there into `rows`. Raises AtomError when the file cannot be read or written."""
-        self.file, self.rows = None, []
+        self.file, self.rows, self._fields = None, [], fields
         if path is None:
             return
         try:
+            check_output(path, parents=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a+b")  # noqa: SIM115 (closed by close)
             self._load()
         except OSError as e:
             raise AtomError(f"{path}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             raise AtomError(f"{path} is not a cache of evaluation items: delete it or choose another --out") from None
 
     def _load(self) -> None:
@@ -51,7 +53,12 @@ class Lines:
                 self.file.truncate(whole)
                 break
             whole += len(line)
-            self.take(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or any(
+                type(row.get(name)) is not kind for name, kind in self._fields.items()
+            ):
+                raise ValueError("not a row")
+            self.take(row)
 
     def take(self, row: dict[str, Any]) -> None:
         """Called with every row of the file."""
@@ -80,7 +87,7 @@ class ItemCache(Lines):
     def __init__(self, path: pathlib.Path | None, key: str):
         """Reads what is there under `key`. Raises AtomError when the file cannot be read or written."""
         self.key, self.done = key, dict[int, Score]()
-        super().__init__(path)
+        super().__init__(path, {"key": str, "item": int, "logprob": float, "greedy": bool})
 
     def take(self, row: dict[str, Any]) -> None:
         """Remembers a score of this key."""
@@ -95,14 +102,7 @@ class ItemCache(Lines):
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a whole JSON file or leaves the old one. Raises AtomError when it cannot be written."""
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", parents=True)
     except OSError as e:
         raise AtomError(f"{path}: {e.strerror}") from None

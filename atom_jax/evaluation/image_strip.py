@@ -19,7 +19,7 @@ def draw(images: np.ndarray, found: Offers, at: np.ndarray, path: str | os.PathL
 
     at: i64 [n], the offer chosen for each. Raises AtomError when the file cannot be written.
     """
-    picture.check_name(path)
+    picture.check(path)
     rows = [_row(found, int(at[n]), n) for n in range(min(len(images), MOST))]
     columns = 1 + max(map(len, rows))
     size = (1.1 * columns, 1.25 * len(rows) + 1.6)

@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from atom_jax.files import check_output, replaced
 from atom_jax.typing import AtomError
 
 
-def check_name(path: str | os.PathLike, moves: bool = False) -> None:
-    """Raises AtomError unless the name ends in .png, or in .gif where the picture may move."""
+def check(path: str | os.PathLike, moves: bool = False) -> None:
+    """Raises AtomError unless the name ends in .png, or in .gif where the picture may move, and a file can be written
+    there."""
     if not os.fspath(path).lower().endswith((".png", ".gif") if moves else ".png"):
         kind, end = ("PNG or GIF", ".png or .gif") if moves else ("PNG", ".png")
         raise AtomError(f"{path}: the picture is a {kind} file, so its name must end in {end}")
+    try:
+        check_output(path)
+    except OSError as e:
+        raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -33,7 +39,8 @@ def drawn(path: str | os.PathLike, dpi: int = 120, **layout: Any) -> Iterator[tu
     figure, axes = plt.subplots(layout="constrained", **layout)
     try:
         yield figure, axes
-        figure.savefig(path, dpi=dpi)
+        with replaced(path) as part:
+            figure.savefig(part, dpi=dpi, format="png")
     except OSError as e:
         raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
     finally:
@@ -49,6 +56,7 @@ def animated(path: str | os.PathLike, pictures: Sequence[np.ndarray], seconds: f
 
     first, *others = (Image.fromarray(picture) for picture in pictures)
     try:
-        first.save(path, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+        with replaced(path) as part:
+            first.save(part, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
     except OSError as e:
         raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from atom_jax import config
+from atom_jax.fields import Expression
 from atom_jax.kvcache.dense import bucket
 from atom_jax.session import laid_out, queue, sampling
 from atom_jax.session.prompts import end_ids, padded, token_rows
@@ -153,19 +153,11 @@ def majority(votes: Sequence[str | None]) -> str | None:
 
 def last_match(pattern: str) -> Callable[[str], str | None]:
     """What finds an answer in a text: the last match of a regular expression (its first group, where it has one), or
-    with "boxed" what stands in the last \\boxed{...}. Raises AtomError for a pattern that is none."""
+    with "boxed" what stands in the last \\boxed{...}. Raises AtomError for a pattern that is none, and, when it is
+    used, for one that takes too long."""
     if pattern == "boxed":
         return _boxed
-    try:
-        known = re.compile(pattern)
-    except re.error as e:
-        raise AtomError(f"--answer: {pattern!r} is not a regular expression ({e})") from None
-
-    def find(text: str) -> str | None:
-        found = [m.group(1 if known.groups else 0) for m in known.finditer(text)]
-        return found[-1] if found else None
-
-    return find
+    return Expression(pattern, "--answer").last
 
 
 def _boxed(text: str) -> str | None:

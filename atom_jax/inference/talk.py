@@ -11,15 +11,16 @@ from atom_jax.typing import AtomError
 COMMANDS = "/stats, /reset, /quit"
 
 
-def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes | None = None) -> None:
+def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes | None = None) -> bool:
     """Reads messages line by line until the input ends, and writes the answers as they come.
 
-    begin: makes a new conversation. document: goes before the first message.
+    begin: makes a new conversation. document: goes before the first message. Returns whether all messages were
+    answered.
     """
     conversation = begin()
     document = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
     brought = document
-    person = sys.stdin.isatty()
+    person, whole = sys.stdin.isatty(), True
     if person:
         print(f"A line is a message; {COMMANDS}; Ctrl-C ends an answer.", file=sys.stderr)
     while True:
@@ -33,7 +34,7 @@ def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes |
         if not line or line.strip() == "/quit":
             if person:
                 print()
-            return
+            return whole
         text = line.strip()
         if text == "/stats":
             print(stats(conversation), file=sys.stderr)
@@ -42,9 +43,11 @@ def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes |
         elif text.startswith("/"):
             print(f"no command {text.split()[0]}; known: {COMMANDS}", file=sys.stderr)
         elif text:
-            whole = text if brought is None else f"{brought}\n\n{text}"
-            if _answered(conversation, whole, max_new_tokens):
+            said = text if brought is None else f"{brought}\n\n{text}"
+            if _answered(conversation, said, max_new_tokens):
                 brought = None
+            else:
+                whole = False
 
 
 def _answered(conversation: Chat, text: str, max_new_tokens: int) -> bool:

@@ -94,18 +94,18 @@ class Entries:
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray], codec: str, where: str) -> Entries:
         """As `arrays` gave them. AtomError, which begins with `where`, for what can't be entries."""
-        wanted = {*CODECS[codec].names, "score", "place", "source"}
+        said = {"score": np.float32, "place": np.int32, "source": np.int32}
+        wanted = {*CODECS[codec].dtypes, *said}
         if missing := sorted(wanted - arrays.keys()):
             raise AtomError(f"{where}: the tensor '{missing[0]}' is missing")
         if unknown := sorted(arrays.keys() - wanted):
             raise AtomError(f"{where}: the tensor '{unknown[0]}' is unknown")
-        k, v = CODECS[codec].decode(arrays)
-        found = cls(k, v, *(arrays[name] for name in ("score", "place", "source")))
-        each, shared = k.shape[:3], k.shape[2:3]
-        said = {x.shape for x in (found.score, found.place, found.source)}
-        if k.ndim != 4 or v.shape != k.shape or said not in ({each}, {shared}):
+        sizes, there = arrays["k"].shape, {name: (x.shape, x.dtype) for name, x in arrays.items()}
+        right = len(sizes) == 4 and CODECS[codec].misfit(sizes, there) is None
+        right = right and all(there[name][1] == dtype for name, dtype in said.items())
+        if not right or {there[name][0] for name in said} not in ({sizes[:3]}, {sizes[2:3]}):
             raise AtomError(f"{where}: its tensors don't fit each other")
-        return found
+        return cls(*CODECS[codec].decode(arrays), *(arrays[name] for name in said))
 
 
 @dataclasses.dataclass

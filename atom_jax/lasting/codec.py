@@ -6,8 +6,8 @@ k, v: [l, h, n, k], keys before RoPE and values of n entries. A codec makes name
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,18 +22,27 @@ INDEX = frozenset({"mark", "page_crc"})
 
 
 class Codec(NamedTuple):
-    """encode(k, v) -> arrays, "k" and "v" among them; decode(arrays) -> (k, v) float16; names: of these arrays;
-    by_page: those whose third axis is pages, and not entries."""
+    """encode(k, v) -> arrays, "k" and "v" among them; decode(arrays) -> (k, v) float16; dtypes: of these arrays, by
+    name; by_page: those whose third axis is pages, and not entries."""
 
     encode: Callable[[np.ndarray, np.ndarray], Arrays]
     decode: Callable[[Arrays], tuple[np.ndarray, np.ndarray]]
-    names: tuple[str, ...]
+    dtypes: dict[str, type]
     by_page: tuple[str, ...] = ()
 
     @property
     def small(self) -> frozenset[str]:
         """Names of arrays beside "k" and "v"."""
-        return frozenset(self.names) - {"k", "v"}
+        return frozenset(self.dtypes) - {"k", "v"}
+
+    def misfit(self, lhnk: tuple[int, ...], there: Mapping[str, tuple[tuple[int, ...], Any]]) -> str | None:
+        """The first of the arrays that `there`, shapes and dtypes by name, lacks or has otherwise than `encode` makes
+        them of keys of this shape; None where all are right."""
+        layers, heads, n, size = lhnk
+        shapes = {
+            "k": lhnk, "v": lhnk, "k_scale": (layers, heads, len(page_sizes(n)), size), "v_scale": (layers, heads, n),
+        }  # fmt: skip
+        return next((x for x, dtype in self.dtypes.items() if there.get(x) != (shapes[x], np.dtype(dtype))), None)
 
 
 def half(x: np.ndarray, what: str = "key or value") -> np.ndarray:
@@ -75,9 +84,16 @@ def _rounded(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 CODECS = {
-    "float16": Codec(lambda k, v: {"k": half(k), "v": half(v)}, lambda a: (a["k"], a["v"]), ("k", "v")),
+    "float16": Codec(
+        lambda k, v: {"k": half(k), "v": half(v)}, lambda a: (a["k"], a["v"]), dict.fromkeys("kv", np.float16)
+    ),
     # The largest of a page's channel (keys) or of an entry (values) is 127.
-    "int8": Codec(_encode_int8, _decode_int8, ("k", "k_scale", "v", "v_scale"), ("k_scale",)),
+    "int8": Codec(
+        _encode_int8,
+        _decode_int8,
+        {"k": np.int8, "k_scale": np.float16, "v": np.int8, "v_scale": np.float16},
+        ("k_scale",),
+    ),
 }
 
 

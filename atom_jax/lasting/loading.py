@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import codec, texts
 from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting.blocks import Blocks, Entries
 from atom_jax.lasting.pages import Pages
 from atom_jax.lasting.store import Manifest, Source, Store
@@ -26,8 +29,11 @@ def tail(store: Store, manifest: Manifest) -> tuple[Entries | None, dict[str, np
     rest = {name: x for name, x in arrays.items() if not name.startswith(WINDOW)}
     where = str(store.directory / manifest.tail)
     waiting = Entries.of(rest, "float16", where) if rest or manifest.waiting else None
-    if (0 if waiting is None else len(waiting)) != manifest.waiting:
-        raise AtomError(f"{where}: holds {len(waiting)} entries, and the manifest names {manifest.waiting}")
+    if (count := 0 if waiting is None else len(waiting)) != manifest.waiting:
+        raise AtomError(f"{where}: holds {count} entries, and the manifest names {manifest.waiting}")
+    m = manifest.model
+    if waiting is not None and waiting.k.shape != (m.layers, m.heads, manifest.waiting, m.size):
+        raise AtomError(f"{where}: holds entries of shape {list(waiting.k.shape)}, which the manifest does not name")
     return waiting, kept
 
 
@@ -73,4 +79,10 @@ def paged(
 
 
 def _front(store: Store, manifest: Manifest, lm: LM, held: list[Entries]) -> front_lib.Front:
-    return front_lib.front(lm, held, tail(store, manifest)[1], manifest.window, manifest.settings.sinks)
+    kept, settings, inside = tail(store, manifest)[1], manifest.settings, inside_lib.of(lm.config)
+    if manifest.window.source >= 0:
+        sizes = {"sink_k": settings.sinks, "sink_v": settings.sinks, "k": settings.part, "v": settings.part}
+        of, dtype = (len(inside.kinds), 1, inside.kind.h), jnp.dtype(lm.config.dtype)
+        like = {name: jax.ShapeDtypeStruct((*of, n, inside.kind.k), dtype) for name, n in sizes.items()}
+        inside_lib.check(kept, like, str(store.directory / manifest.tail))
+    return front_lib.front(lm, held, kept, manifest.window, settings.sinks)

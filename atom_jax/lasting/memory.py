@@ -268,7 +268,7 @@ class Memory(Contents):
         AtomError where ids are not kept."""
         if self.settings.text != "ids":
             raise AtomError(f"{self._store.directory}: keeps no token ids (text={self.settings.text}) to read again")
-        texts = self._current(lambda: [self.ids(s.name) for s in self.sources])
+        texts = self._current(lambda: [self._text(s)[0] for s in self.sources])
         found = reread.passages(texts, ids, n)
         return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
 
@@ -292,7 +292,14 @@ class Memory(Contents):
         found = next((s for s in self.sources if s.id == source), None)
         if found is None:
             raise AtomError(f"{self._store.directory}: holds entries of a source {source} that it does not know")
-        return texts_lib.page(found, *loading.text(self._store, found), first, last, weight, self._lm.tokenizer)
+        return texts_lib.page(found, *self._text(found), first, last, weight, self._lm.tokenizer)
+
+    def _text(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        """As of `loading.text`; AtomError for ids that the model doesn't have."""
+        ids, ends = loading.text(self._store, source)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._model("reading").config.vocab_size:
+            raise AtomError(f"{self._store.directory}: holds token ids of {source.name} that the model does not have")
+        return ids, ends
 
     def _model(self, what: str) -> LM:
         if self._lm is None:

@@ -71,7 +71,8 @@ class _Segment:
         weakref.finalize(self, self._file.close)
         m = manifest.model
         shape = (m.layers, m.heads, segment.entries, m.size)
-        if any(found.get(name, (None,))[0] != shape for name in "kv") or codec.small - arrays.keys():
+        there = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+        if codec.misfit(shape, there | {name: place[:2] for name, place in found.items()}) is not None:
             raise AtomError(
                 f"{self._path}: holds entries of another shape than {list(shape)}, which the manifest names"
             )
@@ -83,7 +84,8 @@ class _Segment:
         self._arrays = {name: arrays[name] for name in codec.small | codecs.INDEX}
         self.sizes = codecs.page_sizes(segment.entries)
         self.marks, pages = self._arrays["mark"], (*shape[:2], len(self.sizes))
-        if self.marks.shape != (*pages, m.size) or self._arrays["page_crc"].shape != (*pages, 2):
+        crcs, right = self._arrays["page_crc"], ((*pages, m.size), np.float16, (*pages, 2), np.int32)
+        if (self.marks.shape, self.marks.dtype, crcs.shape, crcs.dtype) != right:
             raise AtomError(f"{self._path}: its pages don't fit its entries")
 
     def page(self, layer: int, head: int, number: int) -> tuple[np.ndarray, np.ndarray]:

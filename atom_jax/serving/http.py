@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 
 from atom_jax.inference import chat as chat_lib
 from atom_jax.inference.engine import Busy, Closed, Engine
@@ -196,6 +199,8 @@ async def _refusals(
         return await handler(request)
     except Refusal as e:
         refusal = e
+    except web.RequestPayloadError as e:
+        refusal = Refusal(400, f"the body is not what its headers say: {e}")
     except web.HTTPRequestEntityTooLarge as e:
         refusal = Refusal(
             413, f"the body has more than the {request.client_max_size} bytes that are taken ({e.reason})"
@@ -210,12 +215,19 @@ async def _refusals(
     return web.json_response(refusal.body, status=refusal.status, headers=headers)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is about more than what a client sent, which the client is told."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
 @contextlib.asynccontextmanager
 async def listening(
     server: Server, host: str = "127.0.0.1", port: int = 0, body: int = BODY, grace: float = GRACE
 ) -> AsyncIterator[str]:
     """The address of a server that answers until the block ends: then it refuses what is new, gives what runs
     `grace` seconds, and ends it. port: 0: any that is free."""
+    server_logger.addFilter(_is_news)
     runner = web.AppRunner(server.app(body), handler_cancellation=True, access_log=None, shutdown_timeout=grace)
     await runner.setup()
     try:

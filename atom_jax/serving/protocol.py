@@ -10,6 +10,7 @@ from typing import Any
 
 from atom_jax.fields import meant
 from atom_jax.session.decode import NAMED
+from atom_jax.typing import AtomError
 
 # Choices of one request.
 CHOICES = 128
@@ -31,10 +32,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Refusal(Exception):
-    """What is refused, with an HTTP status; param and code as the published errors have them."""
+    """What is refused, with an HTTP status; param and code as the published errors have them. The message is at most
+    as long as an AtomError's."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
+        super().__init__(str(AtomError(message)))
         self.status, self.param, self.code = status, param, code
 
     @property

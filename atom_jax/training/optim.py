@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from atom_jax import params as params_lib
+from atom_jax.fields import Expression
 from atom_jax.params import ParamSpec, Tree
 from atom_jax.training.config import OptimConfig
 from atom_jax.typing import AtomError
@@ -122,10 +122,8 @@ def _factors(cfg: OptimConfig, spec: Tree) -> dict[str, float]:
 
 def _matching(pattern: str, paths: Iterable[str], field: str) -> set[str]:
     """The paths that a regular expression matches as a whole; AtomError when there are none."""
-    try:
-        hits = {k for k in paths if re.fullmatch(pattern, k)}
-    except re.error as e:
-        raise AtomError(f"optim.{field}: {pattern!r} is not a regular expression ({e})") from e
+    known = Expression(pattern, f"optim.{field}")
+    hits = {k for k in paths if known.matches(k)}
     if not hits:
         raise AtomError(f"optim.{field}: {pattern!r} matches none of {', '.join(paths)}")
     return hits

@@ -86,7 +86,8 @@ def add_tuning(lm: LM, tuned: LM, base: LM, alpha: float = 1.0) -> LM:
     section 5 of its paper) and final norm become theirs plus alpha times (tuned - base).
 
     A transformer with another tokenizer gets the difference of the tables too, row by row: that of the same token, or
-    the mean over its pieces. Raises AtomError where the models differ in size.
+    the mean over its pieces. Raises AtomError where the models differ in size, or
+    a sum is not finite.
     """
     families = [m.family for m in (tuned, base) if not isinstance(m.config, TransformerConfig)]
     if families or not isinstance(lm.config, BolmoConfig | TransformerConfig):
@@ -103,6 +104,8 @@ def add_tuning(lm: LM, tuned: LM, base: LM, alpha: float = 1.0) -> LM:
         )
     if isinstance(lm.config, TransformerConfig):
         new |= _tables(lm, tuned, base, alpha)
+    if lost := [path for path, x in params.flatten(new).items() if not bool(jnp.isfinite(x).all())]:
+        raise AtomError(f"task arithmetic: with alpha={alpha:g} {lost[0]} is not finite")
     return LM(lm.config, lm.params | new, lm.tokenizer)
 
 

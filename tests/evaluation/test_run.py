@@ -46,7 +46,7 @@ def test_results_and_file(lm, sets, cfg, tmp_path):
         assert {k: (m["value"], m["stderr"]) for k, m in entry["metrics"].items()} == result.metrics
     assert report["config"]["piqa"] == {"limit": 0, "seed": 0, "format": ""} and "arc_easy" not in report["config"]
     assert report["config"]["batch_tokens"] == 64 and len(report["fingerprint"]) == 16
-    assert list(tmp_path.glob("new/*.part")) == []
+    assert list(tmp_path.glob("new/.new-*")) == []
     lines = run.table(results).splitlines()
     assert lines[0].split() == ["task", "metric", "value", "stderr", "n"]
     assert len(lines) == 1 + 4 + 3 and lines[1].split()[:2] == ["lambada", "acc"] and lines[1].endswith(" 7")

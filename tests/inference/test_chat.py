@@ -98,9 +98,16 @@ def test_models_without_a_template_are_refused(tokenizer):
 def test_a_conversation_over_pipes(tokenizer, monkeypatch, capsys):
     lm = model(tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO("/stats\nhello\n\n/stats\n/nothing\n/reset\nhello\n/quit\nmore\n"))
-    talk.talk(lambda: Chat(lm), 12, b"A document.")
+    assert talk.talk(lambda: Chat(lm), 12, b"A document.")
     out, err = capsys.readouterr()
     answers = out.splitlines()
     first = Chat(lm).say("A document.\n\nhello", 12)
     assert first.splitlines()[0] in answers[0] and "nothing was said yet" in err and "entries held" in err
     assert "no command /nothing" in err and out.count("\n") >= 2
+
+
+def test_messages_without_an_answer_over_pipes_are_counted(tokenizer, monkeypatch, capsys):
+    lm = model(tokenizer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nhello\n"))
+    assert not talk.talk(lambda: Chat(lm), 2)
+    assert "lone surrogate" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax.fields import Expression
 from atom_jax.inference import scaling
 from atom_jax.inference.scaling import last_match, majority
 from atom_jax.tokenizers import ByteTokenizer
@@ -99,3 +100,18 @@ def test_answers_in_texts():
     with pytest.raises(AtomError, match="not a regular expression"):
         last_match("(")
     assert majority(["a", None, "b", "b", "a"]) == "a" and majority([None]) is None
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 3000, "[", "(?P<x>a)(?P<x>b)[", "*"])
+def test_answers_that_are_no_expression(pattern):
+    with pytest.raises(AtomError, match="--answer") as refused:
+        scaling.last_match(pattern)
+    assert len(str(refused.value)) < 300
+
+
+def test_an_expression_that_never_ends(monkeypatch):
+    monkeypatch.setattr(Expression, "SECONDS", 0.1)
+    with pytest.raises(AtomError, match="takes more than"):
+        scaling.last_match(r"^(a|a)*$")("a" * 40 + "b")
+    assert scaling.last_match(r"is (\d+)")("it is 3, or is 45") == "45"
+    assert scaling.last_match("boxed|x")("none") is None

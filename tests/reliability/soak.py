@@ -125,7 +125,7 @@ def kills(item: str) -> tuple[int, list[str], dict[str, Any]]:
     return KILLS, [], {}
 
 
-FUZZ = "tests/reliability/test_fuzz.py"
+FUZZ = ("tests/reliability/test_fuzz.py", "tests/reliability/test_fuzz_later.py")
 
 
 def _pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -137,13 +137,13 @@ def _pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @functools.cache
 def readers() -> list[str]:
     """The tests of FUZZ, each of one reader."""
-    return re.findall(r"::(\S+)$", _pytest("--collect-only", FUZZ).stdout, re.MULTILINE)
+    return re.findall(r"^(tests/\S+::\S+)$", _pytest("--collect-only", "-q", *FUZZ).stdout, re.MULTILINE)
 
 
 def mutants(item: str) -> tuple[int, list[str], dict[str, Any]]:
     """Damaged files of one reader: as many for each."""
     count = -(-MUTANTS // len(readers()))
-    done = _pytest(f"{FUZZ}::{item}", ATOM_SOAK=str(count))
+    done = _pytest(item, ATOM_SOAK=str(count))
     return count, [f"{item}: {done.stdout[-600:]}"] if done.returncode else [], {}
 
 

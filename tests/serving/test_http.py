@@ -292,3 +292,36 @@ def test_bad_flags_are_one_sentence(flag, message, capsys, tmp_path):
     assert main(["atom_jax", "serve", f"--checkpoint={tmp_path}", flag]) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_bodies_and_headers_that_lie(lm, caplog):
+    """Refused in JSON of one sentence, without a traceback in the log; and the server goes on."""
+    digits = "9" * 400
+
+    async def use(address, _):
+        async with aiohttp.ClientSession() as session:
+            said = []
+            bodies = [
+                f'{{"prompt": "a", "{name}": {digits}}}' for name in ("n", "seed", "max_tokens", "min_p", "top_k")
+            ]
+            for body, headers in [*((b, {}) for b in bodies), ("{}", {"Content-Encoding": "gzip"})]:
+                async with session.post(f"{address}/v1/completions", data=body, headers=headers) as response:
+                    said.append((response.status, (await response.json())["error"]["message"]))
+            host, port = address.removeprefix("http://").split(":")
+            for raw in (
+                b"GET\r\n\r\n",
+                b"\x16\x03\x01" * 50,
+                b"A" * 20000,
+                b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            ):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(raw)
+                await writer.drain()
+                await asyncio.wait_for(reader.read(100), 20)
+                writer.close()
+            async with session.get(f"{address}/healthz") as response:
+                return said, response.status
+
+    said, health = serving(lm, use)
+    assert health == 200 and all(status == 400 and 0 < len(text) < 300 for status, text in said)
+    assert not [record for record in caplog.records if record.exc_info]

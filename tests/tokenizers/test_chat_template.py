@@ -1,5 +1,7 @@
 """Conversations as text, by the templates of published tokenizers."""
 
+import sys
+
 import pytest
 
 from atom_jax.tokenizers import chat_template
@@ -50,3 +52,32 @@ def test_bad_templates_are_one_sentence(template, message):
 def test_bad_messages_are_one_sentence(messages, message):
     with pytest.raises(AtomError, match=message):
         chat_template.render(CHATML, messages)
+
+
+BOMBS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}",
+    "{{ 'x' * 10 ** 8 * 9 }}", "{{ [1] * 10 ** 7 * 99 }}", "{{ lipsum(n=10 ** 6) }}",
+    "{% for i in x %}" * 30 + "{% endfor %}" * 30, "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
+    "{% set s = namespace(x='x' * 10 ** 8) %}{{ s.x }}{{ s.x }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ ''.join(messages) }}", "{{ {}.pop() }}", "{% include 'x' %}", "{% import 'x' as x %}", "{{ x.y.z }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", BOMBS, ids=range(len(BOMBS)))
+def test_templates_that_never_end_or_grow_are_refused(template, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    before = sys.gettrace()
+    with pytest.raises(AtomError) as refused:
+        chat_template.render(template, ASK)
+    assert len(str(refused.value)) < 300 and sys.gettrace() is before
+
+
+@pytest.mark.parametrize("found", [3, {"a": 1}, [{"name": "default", "template": 3}]], ids=range(3))
+def test_templates_that_are_no_text(found):
+    with pytest.raises(AtomError, match="no text"):
+        chat_template.of(type("Named", (), {"chat_template": found}))
+
+
+def test_named_templates_without_a_default():
+    found = [{"name": [], "template": "x"}, {"name": {}}, 1, {"name": "tool_use", "template": "y"}]
+    assert chat_template.of(type("Named", (), {"chat_template": found})) is None

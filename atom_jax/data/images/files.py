@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import zipfile
-import zlib
 
 import numpy as np
 
 from atom_jax.data.images.picture import Pictures
+from atom_jax.files import read_arrays
 from atom_jax.typing import AtomError
 
 
@@ -43,14 +42,14 @@ class File(Pictures):
 @functools.lru_cache(2)
 def _read(path: str | os.PathLike) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as found:
-            images = found["images"]
+        found = read_arrays(path)
     except FileNotFoundError:
         raise AtomError(f"image:{path}: no such file") from None
-    except KeyError:
-        raise AtomError(f"image:{path}: there is no array 'images' in it") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        raise AtomError(f"image:{path}: not an .npz file that can be read") from None
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise AtomError(f"image:{path}: not an .npz file that can be read ({why})") from None
+    if (images := found.get("images")) is None:
+        raise AtomError(f"image:{path}: there is no array 'images' in it")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         raise AtomError(
             f"image:{path}: images is {images.dtype}{list(images.shape)}; expected uint8[n, size, size, c]"

@@ -18,6 +18,8 @@ from atom_jax.typing import AtomError
 SPLITS = ("train", "validation", "test")
 DRAWN = 2**20
 _SAMPLE = 32
+# Others, such as EPS, are programs.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +85,17 @@ def read(path: str | os.PathLike, size: int, channels: int) -> np.ndarray:
     except OSError as e:
         raise AtomError(f"{path}: {e.strerror}") from None
     try:
-        with Image.open(io.BytesIO(content)) as found:
-            image = _opaque(found)
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as found:
+            # Known before anything is decompressed.
+            size_wh = found.size
+            image = _opaque(found) if size_wh[0] == size_wh[1] else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise AtomError(f"{path}: not an image that can be read") from None
+    if size_wh[0] != size_wh[1]:
+        raise AtomError(f"{path}: {size_wh[0]} x {size_wh[1]} pixels; expected a square image")
     if image is None:
         raise AtomError(f"{path}: its pixels have more than 16 bits")
     image = image.convert("L" if channels == 1 else "RGB")
-    if image.width != image.height:
-        raise AtomError(f"{path}: {image.width} x {image.height} pixels; expected a square image")
     image = image if image.width == size else image.resize((size, size), Image.Resampling.BOX)
     return np.asarray(image, np.uint8).reshape(size, size, channels)
 

@@ -55,9 +55,9 @@ def task_of_lines(text: str, answer: str, name: str) -> Task:
         if line.lstrip().startswith("{"):
             try:
                 given = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise AtomError(f"{name}, line {number}: not a JSON object ({e})") from None
-        if not isinstance(given.get("prompt"), str) or not isinstance(given.get("answer", ""), str | int | float):
+        if not isinstance(given.get("prompt"), str) or not type(given.get("answer", "")) not in (str, int, float):
             raise AtomError(f'{name}, line {number}: expected a text, or {{"prompt": "...", "answer": "..."}}')
         prompts.append(given["prompt"])
         known.append(str(given["answer"]) if "answer" in given else None)

@@ -50,7 +50,7 @@ def draw(strip: Strip, path: str | os.PathLike) -> None:
 
     Raises AtomError for a name that does not end in .png, and when the file cannot be written.
     """
-    picture.check_name(path)
+    picture.check(path)
     n, total = min(len(strip.frames), _MOST), len(strip.frames)
     lines, two = -(-n // _LINE), strip.surprise is not None
     each = (1.0, 0.9) if two else (1.0,)

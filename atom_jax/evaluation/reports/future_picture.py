@@ -47,7 +47,7 @@ def draw(said: Imagination, path: str | os.PathLike) -> None:
     Raises AtomError for another name, for more than 16 futures (or steps, of a PNG), and when the file cannot be
     written.
     """
-    picture.check_name(path, moves=True)
+    picture.check(path, moves=True)
     n, h = said.futures.shape[:2]
     moves = os.fspath(path).lower().endswith(".gif")
     if n > _MOST or (h > _MOST and not moves):

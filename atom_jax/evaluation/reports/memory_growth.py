@@ -25,7 +25,7 @@ def lines(law: Law, written: int) -> tuple[np.ndarray, np.ndarray]:
 def draw(memory: Memory, path: str | os.PathLike) -> None:
     """Writes a PNG: entries per head over tokens by the law, what is held now, and the line of a memory that
     keeps every token. Raises AtomError when the file cannot be written."""
-    picture.check_name(path)
+    picture.check(path)
     law, stats = memory.settings.law, memory.stats()
     tokens, held = lines(law, stats["written"])
     with picture.drawn(path, figsize=(7.0, 4.5)) as (_, ax):

@@ -29,7 +29,7 @@ def draw(panels: dict[str, list[Point]], path: str | os.PathLike) -> None:
 
     Raises AtomError for a name that does not end in .png, and when the file cannot be written.
     """
-    picture.check_name(path)
+    picture.check(path)
     names = list(dict.fromkeys(p.name for points in panels.values() for p in points if p.main_steps is not None))
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     layout = {"ncols": len(panels), "figsize": (5.5 * len(panels), 4.5), "sharey": True, "squeeze": False}

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atom_jax import checkpoint
-from atom_jax.checkpoint.atomic import write_text
 from atom_jax.evaluation.cache import Lines
 from atom_jax.evaluation.reports.transplanted import documents, measured
+from atom_jax.files import write_text
 from atom_jax.inference import transplant as lib
 from atom_jax.transfer import initialisers
 from atom_jax.typing import AtomError
 
 ROWS, TABLE = "transplants.jsonl", "transplants.md"
 _KEY = ("source", "tokenizer", "method", "donor", "text", "judged", "nbytes")
+_FIELDS = dict.fromkeys(_KEY, str) | {"nbytes": int, "bits_per_byte": float, "tokens": int, "judged_bytes": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,9 @@ def compare(orders: Orders, out: str, say: Callable[[str], None]) -> list[dict[s
     if unknown := [name for name, _ in orders.donors if name not in orders.tokenizers]:
         raise AtomError(f"--donor={unknown[0]}=...: there is no --tokenizer={unknown[0]}")
     wanted, judged = list(orders.rows()), documents(orders.judged, "validation", orders.nbytes)
-    lines = Lines(pathlib.Path(out) / ROWS)
+    lines = Lines(pathlib.Path(out) / ROWS, _FIELDS)
     try:
-        known = {tuple(row[name] for name in _KEY): row for row in lines.rows if all(name in row for name in _KEY)}
+        known = {tuple(row[name] for name in _KEY): row for row in lines.rows}
         for key in wanted:
             if (place := tuple(key[name] for name in _KEY)) not in known:
                 known[place] = key | _judged(key, judged)

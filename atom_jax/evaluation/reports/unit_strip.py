@@ -20,7 +20,7 @@ def draw(units: Units, path: str | os.PathLike) -> None:
 
     Raises AtomError for a name that does not end in .png, and when the file cannot be written.
     """
-    picture.check_name(path)
+    picture.check(path)
     n, stages = min(len(units.text), _MOST), len(units.stages)
     lines = -(-n // _LINE)
     size = (0.17 * min(n, _LINE) + 1.5, lines * (0.45 * stages + 0.35) + 0.6)

@@ -112,7 +112,7 @@ class Hyper:
             raise AtomError(f"hyper.lengths: {max(settings.lengths)} is beyond the model's {lm.config.max_length}")
         chosen = methods(lm, settings, longest, prompts[0])
         path = out and out.with_name(out.name + ".cells.jsonl")
-        with contextlib.closing(cache.Lines(path)) as lines:
+        with contextlib.closing(cache.Lines(path, {"key": str, "problem": int, "grid": dict})) as lines:
             found = [_sampled(method, puzzle, problems, prompts, settings, lines) for method in chosen]
         rows = [row for method, one in zip(chosen, found) for row in _rows(method, one, settings)]
         gaps = _gaps(chosen, found, settings)

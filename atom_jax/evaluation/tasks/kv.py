@@ -92,7 +92,7 @@ class Kv:
         texts = _texts(settings, encoder)
         cells = [Cell(m, part, source, asks) for m in chosen for (part, source), asks in texts.items()]
         path = out and out.with_name(out.name + ".cells.jsonl")
-        with contextlib.closing(cache.Lines(path)) as lines:
+        with contextlib.closing(cache.Lines(path, {"key": str})) as lines:
             found = _measure(lm, cells, settings.batch, lines)
         dense = {(c.part, c.source): f for c, f in zip(cells, found) if c.method.name == "none"}
         rows = []

@@ -121,7 +121,7 @@ class Lasting:
             states.check(lm, "lasting.laws")
         path = out and out.with_name(out.name + ".lasting.jsonl")
         rows = []
-        with contextlib.closing(cache.Lines(path)) as lines:
+        with contextlib.closing(cache.Lines(path, {"key": str, "rows": list})) as lines:
             known = {row["key"]: row["rows"] for row in lines.rows}
             for number, name in enumerate(settings.streams):
                 stream = stream_of(settings, encoder, number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ from tqdm import tqdm
 from atom_jax import config
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import save_adapter
+from atom_jax.checkpoint.atomic import check_target
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.data.builtin import novels
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import planted
 from atom_jax.evaluation.tasks.needle import Haystack
-from atom_jax.files import read_regular
+from atom_jax.files import read_regular, replaced
 from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
 from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import inside, learned
@@ -63,6 +63,8 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
         raise AtomError("fit_memory: the model has no tokenizer")
     if how.policy_out and inside.of(lm.config).units:
         raise AtomError(f"policy_out: is for models without units of their own; this is a {lm.family} model")
+    if how.policy_out:
+        check_target(how.policy_out)
     model, found = model_of(lm), []
     encoder = Encoder(lm.tokenizer, 1 << 20, False)
     kept = pathlib.Path(f"{how.out}.moments")
@@ -75,7 +77,7 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
         if not file.exists():
             _save(_moments(lm, stream, how.part, name), file)
         say(f"{name}: {how.facts} facts in {how.tokens} tokens")
-        found.append(_load(file))
+        found.append(_load(file, 2 * model.layers * model.heads + 2))
     learned.save(fit(found, how.ridge, model.fingerprint), how.out)
     if how.policy_out:
         attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
@@ -134,16 +136,21 @@ def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
 
 
 def _save(m: Moments, file: pathlib.Path) -> None:
-    part = file.with_name(f".new-{file.name}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file({"n": np.array([m.n]), "first": m.first, "second": m.second, "wanted": m.wanted}, part)
-        os.replace(part, file)
+        with replaced(file, parents=True) as part:
+            write_file({"n": np.array([m.n]), "first": m.first, "second": m.second, "wanted": m.wanted}, part)
     except OSError as e:
         raise AtomError(f"{file}: could not be written ({e.strerror or e})") from None
 
 
-def _load(file: pathlib.Path) -> Moments:
+def _load(file: pathlib.Path, size: int) -> Moments:
     source = SafetensorsSource(file)
-    n, *others = (source.read(name) for name in ("n", "first", "second", "wanted"))
-    return Moments(int(n[0]), *others)
+    found = {name: source.read(name) for name in source.infos}
+    shapes = {"n": (1,), "first": (size,), "second": (size, size), "wanted": (size,)}
+    dtypes = {name: np.dtype(np.int64 if name == "n" else np.float64) for name in shapes}
+    right = {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (shapes[n], dtypes[n]) for n in shapes}
+    if not right or found["n"][0] < 1:
+        raise AtomError(
+            f"{file}: holds no moments of {size} features, as fit_memory writes them for this model; delete it"
+        )
+    return Moments(int(found["n"][0]), *(found[name] for name in ("first", "second", "wanted")))
