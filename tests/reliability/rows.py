@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params
@@ -210,7 +211,7 @@ def flips(lm: LM, seed: int, digits: Sequence[int]) -> tuple[int, np.ndarray]:
 
 def _above(score: np.ndarray, digits: int) -> np.ndarray:
     """Of every pair of entries, int [n, n]: whether the first is above the second (1), below it (-1), or tied (0)."""
-    some, other = score[:, None], score[None]
+    some, other = jnp.asarray(score)[:, None], jnp.asarray(score)[None]
     return np.where(np.asarray(tied(some, other, digits)), 0, 1 * (some > other) - (some < other))
 
 

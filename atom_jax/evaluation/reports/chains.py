@@ -57,7 +57,7 @@ def task_of_lines(text: str, answer: str, name: str) -> Task:
                 given = json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise AtomError(f"{name}, line {number}: not a JSON object ({e})") from None
-        if not isinstance(given.get("prompt"), str) or not type(given.get("answer", "")) not in (str, int, float):
+        if not isinstance(given.get("prompt"), str) or type(given.get("answer", "")) not in (str, int, float):
             raise AtomError(f'{name}, line {number}: expected a text, or {{"prompt": "...", "answer": "..."}}')
         prompts.append(given["prompt"])
         known.append(str(given["answer"]) if "answer" in given else None)
