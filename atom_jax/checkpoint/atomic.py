@@ -1,4 +1,4 @@
-"""All-or-nothing writing of directories and files: a full disk or a kill leaves what was there before."""
+"""All-or-nothing writing of directories: a full disk or a kill leaves what was there before."""
 
 from __future__ import annotations
 
@@ -41,20 +41,6 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 file whole, in place of one that is there, or not at all. OSError where that fails."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _flush(staging: Path) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
+import math
 import pathlib
+import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from atom_jax.evaluation.encode import Item
 from atom_jax.evaluation.loglik import Score
+from atom_jax.fields import read_json
+from atom_jax.files import check_writable, open_regular, replaced
 from atom_jax.typing import AtomError
 
 
@@ -24,45 +31,67 @@ def key(model: str, task: str, items: Sequence[Item], batch_tokens: int) -> str:
 
 
 class Lines:
-    """A JSON-lines file to which rows are added; path None keeps nothing.
+    """A JSON-lines file to which rows are added, by one process at a time; path None keeps nothing.
 
-    A last line that was cut short by an interruption is dropped.
+    Every row has a CRC-32 of what it says ("crc"; in rows of older files there is none). A last line that was cut
+    short by an interruption is dropped; other lines that are damaged are said aloud and count as absent.
     """
 
     def __init__(self, path: pathlib.Path | None):
-        """Reads what is there into `rows`. Raises AtomError when the file cannot be read or written."""
+        """Reads what is there into `rows`. Raises AtomError when the file cannot be read or written, holds something
+        else, or belongs to another process."""
         self.file, self.rows = None, []
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                open_regular(path).close()
             self.file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-            self._load()
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            damaged = self._load()
+        except BlockingIOError:
+            self.close()
+            raise AtomError(
+                f"{path}: another evaluation writes there: wait for it, or choose another --out"
+            ) from None
         except OSError as e:
+            self.close()
             raise AtomError(f"{path}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise AtomError(f"{path} is not a cache of evaluation items: delete it or choose another --out") from None
+        if damaged and not self.rows:
+            self.close()
+            raise AtomError(f"{path} is not a cache of evaluation items: delete it or choose another --out")
+        if damaged:
+            print(f"{path}: {damaged} damaged lines are left out and measured again", file=sys.stderr)
 
-    def _load(self) -> None:
+    def _load(self) -> int:
+        """Takes the rows; returns how many lines are none."""
         self.file.seek(0)
-        whole = 0
+        damaged = whole = 0
         for line in self.file:
-            if not line.endswith(b"\n"):
+            row = _row(line)
+            if not line.endswith(b"\n") and (self.rows or _began(line)):
                 self.file.truncate(whole)
                 break
             whole += len(line)
-            self.take(json.loads(line))
+            try:
+                self.take(row)
+                self.rows.append(row)
+            except (KeyError, TypeError, ValueError):
+                damaged += 1
+        return damaged
 
-    def take(self, row: dict[str, Any]) -> None:
-        """Called with every row of the file."""
-        self.rows.append(row)
+    def take(self, row: dict[str, Any] | None) -> None:
+        """Called with every row of the file. Raises ValueError, TypeError or KeyError for what is none."""
+        if row is None or not row.keys() & {"key", "judged"}:
+            raise ValueError
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Writes rows at the end of the file. Raises AtomError when they cannot be written."""
         if self.file is None:
             return
         try:
-            self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self.file.write("".join(json.dumps(row | {"crc": _crc(row)}) + "\n" for row in rows).encode())
             self.file.flush()
         except OSError as e:
             raise AtomError(f"{self.file.name}: {e.strerror}") from None
@@ -71,6 +100,28 @@ class Lines:
         """Closes the file."""
         if self.file is not None:
             self.file.close()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None where it is none, or not what was written."""
+    try:
+        row = json.loads(line)
+        crc = row.pop("crc", None)
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return None
+    return row if crc is None or crc == _crc(row) else None
+
+
+def _crc(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
+def _began(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of a row, and nothing that is whole without one."""
+    try:
+        return isinstance(json.loads(line), dict) and b'"crc"' in line
+    except (ValueError, RecursionError):
+        return line[:2] == b'{"'
 
 
 class ItemCache(Lines):
@@ -82,10 +133,14 @@ class ItemCache(Lines):
         self.key, self.done = key, dict[int, Score]()
         super().__init__(path)
 
-    def take(self, row: dict[str, Any]) -> None:
+    def take(self, row: dict[str, Any] | None) -> None:
         """Remembers a score of this key."""
-        if row["key"] == self.key:
-            self.done[row["item"]] = Score(row["logprob"], row["greedy"])
+        super().take(row)
+        if row["key"] == self.key and "item" in row:
+            score = Score(row["logprob"], row["greedy"])
+            if type(row["item"]) is not int or type(score.greedy) is not bool or not math.isfinite(score.logprob):
+                raise ValueError
+            self.done[row["item"]] = score
 
     def add(self, items: Sequence[int], scores: Sequence[Score]) -> None:
         """Remembers the scores of a batch. Raises AtomError when they cannot be written."""
@@ -93,16 +148,58 @@ class ItemCache(Lines):
         self.append({"key": self.key, "item": i, **s._asdict()} for i, s in zip(items, scores))
 
 
+def numbers(value: Any, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether something that was read from JSON is a list (of lists) of finite numbers, of this shape if one is
+    given; () is a number."""
+    try:
+        found = np.array(value)
+    except ValueError:
+        return False
+    return found.dtype.kind in "biuf" and bool(np.isfinite(found).all()) and shape in (None, found.shape)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a whole JSON file or leaves the old one. Raises AtomError when it cannot be written."""
-    part = path.with_name(path.name + ".part")
+    """Writes a whole JSON file or leaves the old one; numbers that are not finite are null. Raises AtomError when it
+    cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2, allow_nan=False)
+        with replaced(path) as part, open(part, "w", encoding="utf-8") as f:
+            json.dump(_finite(value), f, indent=2, allow_nan=False)
             f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
     except OSError as e:
         raise AtomError(f"{path}: {e.strerror}") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_out(path: pathlib.Path, model: str, names: Sequence[str]) -> None:
+    """Raises AtomError, before anything is computed, for a file of results that will not be written, and for one that
+    would take the place of something else: what is no file of results, those of another model (its fingerprint), or
+    of tasks that are not run again."""
+    where = f"--out={path}"
+    if path.suffix.lower() == ".png":
+        raise AtomError(f"{where}: results are a JSON file, beside which pictures get names that end in .png")
+    for file in (path, path.with_suffix(".png")) if path.name else (path,):
+        try:
+            check_writable(file)
+        except OSError as e:
+            raise AtomError(f"--out={file}: {e.strerror}") from None
+    if not path.exists():
+        return
+    try:
+        found = read_json(path)
+        kept = (found["fingerprint"], {*found["tasks"]})
+    except (AtomError, KeyError, TypeError):
+        raise AtomError(
+            f"{where}: there is a file that holds no results of an evaluation; name another one"
+        ) from None
+    if kept[0] != model:
+        raise AtomError(f"{where}: holds results of another model ({kept[0]}, this is {model}); name another file")
+    if lost := sorted(map(str, kept[1] - {*names})):
+        raise AtomError(f"{where}: holds results of {', '.join(lost)}, not among --tasks; name another file")

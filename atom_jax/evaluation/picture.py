@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from atom_jax.files import replaced
 from atom_jax.typing import AtomError
 
 
@@ -33,7 +34,8 @@ def drawn(path: str | os.PathLike, dpi: int = 120, **layout: Any) -> Iterator[tu
     figure, axes = plt.subplots(layout="constrained", **layout)
     try:
         yield figure, axes
-        figure.savefig(path, dpi=dpi)
+        with replaced(path) as part:
+            figure.savefig(part, dpi=dpi)
     except OSError as e:
         raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None
     finally:
@@ -49,6 +51,7 @@ def animated(path: str | os.PathLike, pictures: Sequence[np.ndarray], seconds: f
 
     first, *others = (Image.fromarray(picture) for picture in pictures)
     try:
-        first.save(path, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+        with replaced(path) as part:
+            first.save(part, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
     except OSError as e:
         raise AtomError(f"{path}: the picture cannot be written ({e.strerror})") from None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.files import replaced
 from atom_jax.models import image_tokens
 from atom_jax.models.image_tokens import Choices, ImageTokensConfig, lengths
 from atom_jax.nn import vit
@@ -91,7 +92,8 @@ def _decoded(p: Any, codes_nr: jax.Array, *, cfg: ImageTokensConfig) -> jax.Arra
 def save(path: str | os.PathLike, codes: np.ndarray, names: Sequence[str]) -> None:
     """Writes codes i32 [n, r] and the images' names into an .npz file. Raises AtomError when it cannot be written."""
     try:
-        np.savez_compressed(path, codes=codes, names=np.array(names))
+        with replaced(path) as part:
+            np.savez_compressed(part, codes=codes, names=np.array(names))
     except OSError as e:
         raise AtomError(f"{path}: the codes cannot be written ({e.strerror})") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
+from atom_jax.files import replaced
 from atom_jax.kvcache.lasting.score import SCORES, Linear
 from atom_jax.typing import AtomError
 
@@ -41,11 +42,10 @@ def shipped(model: str) -> Path | None:
 def save(score: Linear, path: str | os.PathLike) -> None:
     """Writes a .safetensors file, whole or not at all."""
     path = Path(path)
-    part = path.with_name(f".new-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(arrays(score), part)
-        os.replace(part, path)
+        with replaced(path) as part:
+            write_file(arrays(score), part)
     except OSError as e:
         raise AtomError(f"{path}: could not be written ({e.strerror or e})") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from atom_jax.files import replaced
 from atom_jax.training import record
 
 # File name -> label of a panel -> metrics drawn in it, each with its meaning where there are several.
@@ -58,7 +59,8 @@ def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]
         for ax, (label, names) in zip(axes[0], panels.items()):
             panel(ax, label, names)
         files.append(workdir / "plots" / f"{page}.png")
-        figure.savefig(files[-1], dpi=120)
+        with replaced(files[-1]) as part:
+            figure.savefig(part, dpi=120)
         plt.close(figure)
     return files
 

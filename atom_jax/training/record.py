@@ -11,8 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from atom_jax.checkpoint.atomic import write_text
-from atom_jax.files import read_regular
+from atom_jax.files import read_regular, write_text
 from atom_jax.training.board import Board
 from atom_jax.typing import AtomError
 

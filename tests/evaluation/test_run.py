@@ -90,7 +90,11 @@ def test_the_cache_is_for_one_model_and_setting(lm, sets, cfg, tmp_path, monkeyp
     out = tmp_path / "out.json"
     first = run.evaluate(lm, ["lambada"], cfg, out)
     other = dataclasses.replace(lm, params=lm.params | {"norm": lm.params["norm"].at[3].mul(1.5)})
+    with pytest.raises(AtomError, match="holds results of another model"):
+        run.evaluate(other, ["lambada"], cfg, out)
+    out.unlink()
     changed = run.evaluate(other, ["lambada"], cfg, out)
+    out.unlink()
     assert changed != first
     assert run.evaluate(lm, ["lambada"], config.override(cfg, ["lambada.limit=3"]), out)["lambada"].count == 3
     assert run.evaluate(lm, ["lambada"], cfg, out) == first

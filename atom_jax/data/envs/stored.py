@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pathlib
-import uuid
 import zipfile
 import zlib
 
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 
 from atom_jax.data.envs.environment import Environment, episodes
-from atom_jax.files import read_regular
+from atom_jax.files import read_regular, replaced
 from atom_jax.typing import AtomError, Frames
 
 # Axes of the arrays of a file, and the kinds of numbers in them.
@@ -34,17 +32,9 @@ def made(env: Environment, seed: int, n: int, frames: int) -> Frames:
 
 def save(path: str | os.PathLike, world: str, frames: Frames) -> None:
     """Writes episodes of the environment that `world` names, whole or not at all. OSError where that fails."""
-    path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     arrays = {name: x for name, x in vars(frames).items() if x is not None}
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, env=np.array(world), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, env=np.array(world), **arrays)
 
 
 def load(path: str | os.PathLike, frames: int | None = None) -> tuple[str, Frames]:

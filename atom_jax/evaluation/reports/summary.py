@@ -22,6 +22,7 @@ from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.reports.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.fields import read_json
+from atom_jax.files import replaced, write_text
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
@@ -156,7 +157,7 @@ def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
         "xz -9e after the training text": xz_bits_per_byte(train, text),
         f"order-{ORDER} Kneser-Ney counts": ngram_bits_per_byte(train, text, ORDER),
     }
-    file.write_text(json.dumps(scores, indent=1) + "\n")
+    write_text(file, json.dumps(scores, indent=1) + "\n")
     return scores
 
 
@@ -190,6 +191,7 @@ def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
     ax.legend(loc="upper right")
     path = folder / "plots" / "summary.png"
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from atom_jax.data.builtin import novels
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import planted
 from atom_jax.evaluation.tasks.needle import Haystack
-from atom_jax.files import read_regular
+from atom_jax.files import read_regular, replaced
 from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
 from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import inside, learned
@@ -134,11 +133,10 @@ def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
 
 
 def _save(m: Moments, file: pathlib.Path) -> None:
-    part = file.with_name(f".new-{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file({"n": np.array([m.n]), "first": m.first, "second": m.second, "wanted": m.wanted}, part)
-        os.replace(part, file)
+        with replaced(file) as part:
+            write_file({"n": np.array([m.n]), "first": m.first, "second": m.second, "wanted": m.wanted}, part)
     except OSError as e:
         raise AtomError(f"{file}: could not be written ({e.strerror or e})") from None
 
