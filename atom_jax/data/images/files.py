@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ import zlib
 import numpy as np
 
 from atom_jax.data.images.picture import Pictures
+from atom_jax.files import read_regular
 from atom_jax.typing import AtomError
 
 
@@ -43,7 +45,7 @@ class File(Pictures):
 @functools.lru_cache(2)
 def _read(path: str | os.PathLike) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as found:
             images = found["images"]
     except FileNotFoundError:
         raise AtomError(f"image:{path}: no such file") from None
