@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
 import statistics
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from tqdm import tqdm
 
 from atom_jax.data.builtin import austen
 from atom_jax.evaluation.metrics import columns
+from atom_jax.files import write_text
 from atom_jax.typing import AtomError
 from benchmarks import machine
 from benchmarks.compare import PAUSE
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
             found = measure(bar.set_description_str)
         print("\n\n".join((speed(found), shares(found), memory(found))), flush=True)
         if OUT.value:
-            pathlib.Path(OUT.value).write_text(json.dumps(found, indent=1) + "\n")
+            write_text(OUT.value, json.dumps(found, indent=1) + "\n")
     except (AtomError, Refused, OSError) as e:
         print(f"benchmarks.bolmo: {e}", file=sys.stderr)
         sys.exit(1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import statistics
 import sys
 from typing import Any
@@ -22,6 +21,7 @@ import jax
 from absl import app, flags
 
 import atom_jax
+from atom_jax.files import write_text
 from atom_jax.typing import LM, AtomError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "Hugging Face directory.")
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:<18}{TASKS[name].temperature:>5}{rates[0]:>10.1f}{rates[1]:>10.1f}{row['faster']:>8.2f}x"
                   f"{row['per_call']:>10.2f}{row['accepted']:>10.0%}  {ids}", flush=True)  # fmt: skip
         if OUT.value:
-            pathlib.Path(OUT.value).write_text(json.dumps(rows, indent=1), "utf-8")
+            write_text(OUT.value, json.dumps(rows, indent=1))
     except (AtomError, OSError) as e:
         print(f"benchmarks.drafts: {e}", file=sys.stderr)
         sys.exit(1)

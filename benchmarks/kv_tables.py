@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import atom_jax
 from atom_jax.evaluation.tasks.kv import KvSettings
+from atom_jax.files import write_text
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
@@ -51,7 +52,7 @@ def measure(plan: Plan, out: pathlib.Path | None = None) -> bool:
         raise AtomError(f"--out={out}: there is no directory {out.parent}")
     found: dict[str, Any] = {"complete": False, "machine": machine.describe(), "plan": dataclasses.asdict(plan)}
     with contextlib.ExitStack() as opened:
-        opened.callback(lambda: out and out.write_text(json.dumps(found, indent=1) + "\n"))
+        opened.callback(lambda: out and write_text(out, json.dumps(found, indent=1) + "\n"))
         base = atom_jax.load(plan.checkpoint, dtype="float32")
         if getattr(base.config, "memory", None) is not None:
             raise AtomError(f"--checkpoint={plan.checkpoint}: expected a model without a memory of its own")

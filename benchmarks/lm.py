@@ -30,6 +30,7 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
+from atom_jax.files import write_text
 from atom_jax.typing import AtomError
 from benchmarks import machine, table
 from benchmarks.compare import Bench, Plan
@@ -119,7 +120,7 @@ def _introduction(facts: dict[str, Any]) -> str:
 
 def _write(out: pathlib.Path, plan: Plan, facts: dict[str, Any], results: list[dict], complete: bool) -> None:
     content = {"complete": complete, "machine": facts, "plan": dataclasses.asdict(plan), "rows": results}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(out, json.dumps(content, indent=1) + "\n")
 
 
 def _print(text: str) -> None:

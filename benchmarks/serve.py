@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from atom_jax.commands.serving import size_of
+from atom_jax.files import write_text
 from atom_jax.typing import LM, AtomError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "What to load.")
@@ -72,8 +73,8 @@ def main(argv: Sequence[str]) -> None:
             lines.append(measure(name, lm, orders(lm, REQUESTS.value, PROMPT.value, NEW.value), cache))
             print(lines[-1], flush=True)
         if OUT.value:
-            with open(OUT.value, "w") as f:
-                json.dump({"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines]}, f, indent=1)
+            found = {"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines]}
+            write_text(OUT.value, json.dumps(found, indent=1))
     except AtomError as e:
         print(f"benchmarks.serve: {e}", file=sys.stderr)
         sys.exit(1)

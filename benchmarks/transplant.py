@@ -27,6 +27,7 @@ from typing import Any
 from absl import app, flags
 
 import atom_jax
+from atom_jax.files import write_text
 from atom_jax.inference.transplant import donor_table, find_tokenizer
 from atom_jax.typing import AtomError
 from benchmarks import machine
@@ -66,9 +67,7 @@ def _measure() -> bool:
             rows.append(row)
             print(row, flush=True)
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(
-            json.dumps({**found, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
-        )
+        write_text(OUT.value, json.dumps({**found, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
     return not any(row.apart for row in rows if row.method == "fvt")
 
 

@@ -41,6 +41,7 @@ from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
 from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.files import write_text
 from atom_jax.inference.generate import Generation
 from atom_jax.models import registry
 from atom_jax.models.hnet import HNetConfig
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
                 rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
             print(table(rows, GENERATION if LARGE.value else tuple(COLUMNS)), flush=True)
             if OUT.value:
-                pathlib.Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+                write_text(OUT.value, json.dumps(rows, indent=1) + "\n")
     except AtomError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)

@@ -13,6 +13,8 @@ from typing import Any
 from atom_jax.typing import AtomError
 
 FILE = "checksums.json"
+# Orbax writes it once more when the checkpoint is complete.
+_REWRITTEN = "_CHECKPOINT_METADATA"
 _BLOCK = 1 << 22
 _THREADS = 4
 
@@ -23,7 +25,9 @@ class Damaged(AtomError):
 
 def write(directory: Path) -> None:
     """Writes FILE: {"crc32": {path: [bytes, CRC-32]}} of all files below `directory`. OSError where that fails."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != FILE)
+    files = sorted(
+        p for p in directory.rglob("*") if p.is_file() and p not in (directory / FILE, directory / _REWRITTEN)
+    )
     with ThreadPoolExecutor(_THREADS) as threads:
         found = dict(zip([p.relative_to(directory).as_posix() for p in files], threads.map(_crc32, files)))
     (directory / FILE).write_text(json.dumps({"crc32": found}, indent=0) + "\n", "utf-8")
@@ -37,6 +41,7 @@ def verify(directory: Path, parts: Sequence[str] | None = None) -> int:
     """
     listed = _listed(directory)
     wanted = {name: tuple(said) for name, said in listed.items() if parts is None or name.split("/")[0] in parts}
+    wanted.pop(_REWRITTEN, None)
 
     def check(name: str) -> int:
         try:

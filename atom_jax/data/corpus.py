@@ -37,6 +37,7 @@ class Corpus(Protocol):
     what:  the source's name for messages.
     sizes: i64 [n] bytes of every document, or None where finding out means reading everything.
     crc:   CRC-32 of the text, wherever it lies: what tells one text from another.
+    Where a program makes the documents, of which there are more than anybody reads, `endless` is True.
     """
 
     what: str
@@ -217,7 +218,7 @@ def open_file(path: pathlib.Path) -> Iterator[BinaryIO]:
         with open_regular(path) as f:
             yield f
     except OSError as e:
-        raise AtomError(f"{path} cannot be read: {e.strerror}.") from None
+        raise AtomError(f"{path} cannot be read: {e.strerror or e}.") from None
 
 
 def packing(path: pathlib.Path) -> Callable[..., BinaryIO] | None:

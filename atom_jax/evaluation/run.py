@@ -67,7 +67,7 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
 
     out: a JSON file for them, written after every task. Beside it, OUT.items.jsonl holds the scores of single items;
         a run that was interrupted goes on from there. None: nothing is kept.
-    Raises AtomError for unknown tasks, missing data and bad settings.
+    Raises AtomError for unknown tasks, missing data, bad settings, and an `out` that holds no results.
     """
     check_tasks(names)
     reads = registry.kind(lm.config).reads
@@ -76,6 +76,8 @@ def evaluate(lm: LM, names: Sequence[str], cfg: EvalConfig, out: pathlib.Path | 
             raise AtomError(f"{name}: this task is for models of {about}, and this one reads {reads}")
     encoder = make_encoder(lm, cfg) if reads == TEXTS else None
     model = fingerprint(lm)
+    if out is not None:
+        cache.check_out(out)
     whole, (lm, mesh) = lm, _place(lm, cfg.mesh)
     results: dict[str, Result] = {}
     report = {"fingerprint": model, "family": lm.family, "config": _used(cfg, names), "tasks": {}}
@@ -102,6 +104,8 @@ def row_length(lm: LM, cfg: EvalConfig) -> int:
     length = cfg.max_length or min(lm.config.max_length, _LONGEST)
     if length < 2 or cfg.batch_tokens < 1:
         raise AtomError("max_length must be at least 2, and batch_tokens at least 1")
+    if length > lm.config.max_length:
+        raise AtomError(f"max_length: {length} is beyond the model's {lm.config.max_length} positions")
     return length
 
 

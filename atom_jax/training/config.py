@@ -168,9 +168,13 @@ class Experiment:
         return tuple(found) if found and found[-1].trains else (*found, NextToken())
 
     def stages(self, workdir: pathlib.Path) -> list[tuple[Experiment, pathlib.Path]]:
-        """The experiments that `first` chains, each with its directory, in the order in which they are run."""
+        """The experiments that `first` chains, each with its directory, in the order in which they are run. Raises
+        AtomError where one has an init_from beside `first`."""
         if self.first is None:
             return [(self, workdir)]
+        if self.init_from:
+            given = f"init_from is {self.init_from}, but this run starts from the result of `first`"
+            raise AtomError(f"{given}: set first.init_from, or first=none")
         before = self.first.stages(workdir / "first")
         return [*before, (dataclasses.replace(self, init_from=str(before[-1][1])), workdir)]
 

@@ -24,16 +24,17 @@ from atom_jax.checkpoint.lock import locked
 from atom_jax.checkpoint.steps import is_suspect
 from atom_jax.checkpoint.store import Store, has_begun
 from atom_jax.data.pipeline import merge_states
+from atom_jax.data.sources import open_source
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training import optim, plots, start
 from atom_jax.training.config import Experiment, check_resumable
 from atom_jax.training.interrupt import GO, STOP, Agreement, Interrupts
-from atom_jax.training.program import Program
+from atom_jax.training.program import Program, check
 from atom_jax.training.record import Recorder
 from atom_jax.training.state import State, from_trees, to_trees
 from atom_jax.training.watch import Watch
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, TEXTS, AtomError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,10 @@ def fit(exp: Experiment, workdir: str | pathlib.Path) -> Result:
     stages = stages[max(begun, default=0) :]
     for (before, _), (stage, _) in itertools.pairwise(stages):
         start.part(stage, before.model)
+        check(stage)
+        if registry.kind(stage.model).reads == TEXTS:  # images and worlds are looked at by their objectives
+            for source in stage.data.sources:
+                open_source(source, stage.data.split, stage.data.chat)
     for stage, place in stages:
         result = _stage(stage, place)
         if result.signal:

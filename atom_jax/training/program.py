@@ -25,7 +25,7 @@ from atom_jax.training.objectives import Setting
 from atom_jax.training.objectives.base import Rows
 from atom_jax.training.state import State
 from atom_jax.training.step import make_step
-from atom_jax.typing import FRAMES, AtomError
+from atom_jax.typing import FRAMES, TEXTS, AtomError
 
 
 class Program:
@@ -133,8 +133,8 @@ def _spec(exp: Experiment) -> tuple[params_lib.Tree, tuple[str, ...]]:
     return spec, tuple(name for name in spec if name not in own)
 
 
-def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
-    """Refuses sizes that do not fit together, before anything is compiled."""
+def check(exp: Experiment) -> None:
+    """Raises AtomError for what does not fit together in an experiment, whatever it starts from and runs on."""
     for objective in exp.objectives:
         objective.check(exp)
     name = exp.objectives[-1].name
@@ -149,6 +149,13 @@ def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
         raise AtomError(f"data.sources: {exp.data.sources[0]} is a world, but {name} is about {learns}")
     if exp.optim.z_loss and not exp.objectives[-1].z_loss:
         raise AtomError(f"optim.z_loss does not go with {name}")
+    if reads == TEXTS and exp.data.seq_len > exp.model.max_length:
+        raise AtomError(f"data.seq_len {exp.data.seq_len} is beyond the model's {exp.model.max_length} positions")
+
+
+def _check(exp: Experiment, mesh: Mesh, tokenizer: Any) -> None:
+    """Refuses sizes that do not fit together, before anything is compiled."""
+    check(exp)
     if mesh.shape["context"] > 1 and not isinstance(exp.model, TransformerConfig):
         raise AtomError(f"mesh.context spreads rows of transformers only, the model is a {type(exp.model).__name__}")
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], exp.optim.accumulate

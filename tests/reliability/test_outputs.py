@@ -1,7 +1,6 @@
 """Files that commands write: what is no regular file is left alone, and nothing is left half-written."""
 
 import errno
-import json
 import os
 import stat
 
@@ -11,7 +10,7 @@ import pytest
 import atom_jax
 from atom_jax import files, params
 from atom_jax.__main__ import main
-from atom_jax.evaluation import cache, picture
+from atom_jax.evaluation import picture
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.transfer.lessons import add_tuning
@@ -115,17 +114,3 @@ def test_sums_that_are_not_finite_are_refused():
     one, other = (LM(cfg, params.init(jax.random.key(i), transformer.spec(cfg)), ByteTokenizer()) for i in range(2))
     with pytest.raises(AtomError, match="not finite"):
         add_tuning(one, other, one, 1e39)
-
-
-ROWS = [
-    "1", "[]", "{}", "[" * 10**5, '{"key": 1, "item": 0, "logprob": 0.5, "greedy": true}',
-    '{"key": "k", "item": [], "logprob": 0.5, "greedy": true}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
-def test_kept_scores_of_another_form_are_refused(tmp_path, row):
-    path = tmp_path / "x.items.jsonl"
-    path.write_text(json.dumps({"key": "k", "item": 0, "logprob": 0.5, "greedy": True}) + "\n" + row + "\n")
-    with pytest.raises(AtomError, match="not a cache"):
-        cache.ItemCache(path, "k")

@@ -12,6 +12,7 @@ from atom_jax import checkpoint, config
 from atom_jax import params as params_lib
 from atom_jax.__main__ import main
 from atom_jax.checkpoint import adapters, store
+from atom_jax.data import images
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation.reports import summary
 from atom_jax.models import transformer
@@ -132,3 +133,9 @@ def test_the_text_of_a_command(hf, tmp_path, replaced, capsys):
     replaced(tmp_path / "text")
     assert main(["atom_jax", "units", f"--checkpoint={hf}", f"--file={tmp_path / 'text'}"]) == 1
     assert "not a regular file" in capsys.readouterr().err
+
+
+def test_images(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(AtomError, match=r"not an \.npz file"):
+        images.parse(f"{tmp_path}/a.npz").images()

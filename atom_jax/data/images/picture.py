@@ -48,6 +48,8 @@ class Drawn:
     Image i is drawn with a counter-based generator of (the split, i), so that it is the same wherever it is read.
     """
 
+    endless = True
+
     def __init__(self, pictures: Pictures, split: str):
         self.pictures, self.split, self.what = pictures, split, f"image:{pictures.name}"
         self.sizes = None

@@ -75,6 +75,7 @@ class Generated:
     """
 
     sizes = None
+    endless = True
 
     def __init__(self, puzzle: Puzzle, split: str):
         self.puzzle, self.split, self.what = puzzle, split, f"reason:{puzzle.name}"

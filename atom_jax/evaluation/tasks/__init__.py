@@ -81,7 +81,7 @@ class _Common:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        config.check(self, batch_tokens=(1, 2**31 - 1), max_length=(0, 2**31 - 1))
+        config.check(self, batch_tokens=(1, 2**22), max_length=(0, 2**31 - 1))
 
 
 EvalConfig = dataclasses.make_dataclass(

@@ -10,6 +10,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.data.config import SPLITS
+from atom_jax.data.corpus import Corpus
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation.encode import Encoder, Item
 from atom_jax.evaluation.loglik import Score
@@ -20,13 +21,15 @@ from atom_jax.typing import AtomError
 
 # Fewer documents than this give no useful standard error: windows are the unit then.
 _DOCUMENTS = 30
+_OF_ENDLESS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class BpbSettings:
     """What text, and how it is cut.
 
-    sources: as in DataConfig.sources; (): those that a training directory was trained on, else "austen".
+    sources: as in DataConfig.sources; (): those that a training directory was trained on, else "austen". Of those
+        without an end, the first 1,024 documents.
     split: "train", "validation", "test" or "all" (for a single file).
     context: every token is given at least this many tokens before it, fewer only at the beginning of a document
         (0: half of what the model sees at once).
@@ -59,7 +62,7 @@ class TextBpb:
         if settings.split not in SPLITS:
             raise AtomError(f"bpb.split={settings.split}: expected one of {', '.join(SPLITS)}")
         corpora = [open_source(source, settings.split) for source in settings.sources]
-        for number, (corpus, i) in enumerate((c, i) for c in corpora for i in range(len(c))):
+        for number, (corpus, i) in enumerate((c, i) for c in corpora for i in range(_documents(c))):
             cut, nbytes = encoder.document(corpus.read(i), context)
             items += cut
             sizes += nbytes
@@ -74,6 +77,11 @@ class TextBpb:
             return _result(bits, nbytes, owners)
 
         return Plan([items[i] for i in chosen], summarize)
+
+
+def _documents(corpus: Corpus) -> int:
+    """How many of a source are read."""
+    return min(len(corpus), _OF_ENDLESS) if getattr(corpus, "endless", False) else len(corpus)
 
 
 def _result(bits: np.ndarray, nbytes: np.ndarray, owners: np.ndarray) -> Result:

@@ -100,7 +100,8 @@ def questions(settings: CharacterSettings) -> list[requests.Request]:
         rng = np.random.default_rng([settings.seed, *kind.encode()])
         drawn = rng.permutation(words)[: settings.documents + settings.shots]
         if len(drawn) < settings.documents + settings.shots:
-            raise AtomError(f"characters.documents: at most {len(words) - settings.shots}, got {settings.documents}")
+            asked = f"{settings.documents} and {settings.shots}"
+            raise AtomError(f"characters.documents and shots: there are {len(words)} words, got {asked}")
         made = [_question(kind, str(word), rng) for word in drawn]
         shown = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in made[: settings.shots])
         for question, answer in made[settings.shots :]:

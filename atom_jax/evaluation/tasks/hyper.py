@@ -183,7 +183,9 @@ def _sampled(
     what = {n: getattr(settings, n) for n in ("puzzle", "split", "lengths", "chains", "temperature", "min_p", "seed")}
     text = json.dumps([fingerprint(method.lm), config.to_json(what)], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    done = {row["problem"]: row["grid"] for row in lines.rows if row["key"] == key}
+    shape = len(settings.lengths), len(settings.chains)
+    mine = (row for row in lines.rows if row.get("key") == key and type(row.get("problem")) is int)
+    done = {row["problem"]: row["grid"] for row in mine if hyper_grid.is_grid(row.get("grid"), shape)}
     width, length = max(settings.chains), max(settings.lengths)
     bar = tqdm(
         total=len(problems) * width, initial=sum(i in done for i in range(len(problems))) * width, desc=_name(method),

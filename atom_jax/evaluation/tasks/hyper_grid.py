@@ -7,8 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from atom_jax.evaluation import cache
 from atom_jax.inference.scaling import majority, peak
 from atom_jax.session.queue import Made
+
+NAMES = ("right", "any", "finished", "reads", "peak", "held")
+
+
+def is_grid(value: Any, shape: tuple[int, int]) -> bool:
+    """Whether something that was read has the form of what `grid` returns for so many lengths and widths."""
+    return (
+        isinstance(value, dict) and value.keys() == {*NAMES} and all(cache.numbers(x, shape) for x in value.values())
+    )
 
 
 def grid(
@@ -24,7 +34,7 @@ def grid(
     entries read by all chains; peak: most entries that they hold together, going in step; held: entries of the chains
     at their ends, averaged over them. [len(lengths)][len(widths)] each.
     """
-    out: dict[str, list[list[Any]]] = {name: [] for name in ("right", "any", "finished", "reads", "peak", "held")}
+    out: dict[str, list[list[Any]]] = {name: [] for name in NAMES}
     for length in lengths:
         steps = [min(len(one.held), length - 1) for one in chains]
         ended = [one.ended and len(one.ids) < length for one in chains]

@@ -247,7 +247,7 @@ def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[
     """What was found in every cell; those that `lines` holds aren't measured again."""
     model = fingerprint(lm)
     keys = [cell.key(model, batch) for cell in cells]
-    known = {row["key"]: row["found"] for row in lines.rows if "found" in row}
+    known = {row.get("key"): row["found"] for row in lines.rows if kv_cells.is_found(row.get("found"))}
     left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)
     total = sum(cell.tokens for cell in cells)
     quick = 0.2 if sys.stderr.isatty() else 30

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from atom_jax.evaluation import cache
 from atom_jax.evaluation.metrics import Metric, columns, mean, proportion
 from atom_jax.inference import continuation
 from atom_jax.kvcache.dense import bucket
@@ -91,6 +92,17 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
         done(_tokens(asks))
     sizes = [len(a.target) for a in cell.asks]
     return {**found, "sizes": sizes, "held_max": most, "bytes": round(max(nbytes))}
+
+
+def is_found(value: Any) -> bool:
+    """Whether something that was read has the form of what `measure` returns."""
+    lists, single = ("logprobs", "hits", "held", "held_after", "sizes"), ("held_max", "bytes")
+    if not isinstance(value, dict) or not isinstance(value.get("sizes"), list):
+        return False
+    shape = (len(value["sizes"]),)
+    return all(cache.numbers(value.get(n), shape) for n in lists) and all(
+        cache.numbers(value.get(n), ()) for n in single
+    )
 
 
 def _together(asks: Sequence[Ask]) -> list[list[Ask]]:

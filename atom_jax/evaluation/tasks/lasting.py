@@ -122,7 +122,7 @@ class Lasting:
         path = out and out.with_name(out.name + ".lasting.jsonl")
         rows = []
         with contextlib.closing(cache.Lines(path, {"key": str, "rows": list})) as lines:
-            known = {row["key"]: row["rows"] for row in lines.rows}
+            known = {row["key"]: row["rows"] for row in lines.rows if _are_rows(row["rows"])}
             for number, name in enumerate(settings.streams):
                 stream = stream_of(settings, encoder, number)
                 keys = [_key(model, settings, stream, method) for method in chosen]
@@ -133,6 +133,16 @@ class Lasting:
                         lines.append([{"key": key, "rows": known[key]}])
                     rows += known[key]
         return Result({}, len(rows), {"rows": rows}, table(rows))
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether something that was read has the form of what `measure` returns."""
+    words, single = ("stream", "law", "score", "kind"), ("facts", "entries", "right", "whole", "nats")
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(n), str) for n in words)
+        and all(cache.numbers(row.get(n), ()) for n in single) and cache.numbers(row.get("rights"), (row["facts"],))
+        for row in value
+    )  # fmt: skip
 
 
 def methods(settings: LastingSettings) -> list[Method]:

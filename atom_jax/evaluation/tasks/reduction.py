@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atom_jax import config, reduction
+from atom_jax.data.config import SPLITS
 from atom_jax.data.images import labelled
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Result, columns, mean, proportion
@@ -98,6 +99,8 @@ class Reducing:
             raise AtomError(f"reduction: needs a classifier of images (cct), the model is of the kind {lm.family}")
         if not settings.source:
             raise AtomError("reduction.source: name labelled images, such as digits:size=8")
+        if settings.split not in SPLITS:
+            raise AtomError(f"reduction.split={settings.split}: expected one of {', '.join(SPLITS)}")
         pixels, labels = labelled.arrays(settings.source, settings.split, settings.limit)
         chosen = methods(settings, lm.config)
         found = _measure(lm, chosen, pixels, labels, settings)
