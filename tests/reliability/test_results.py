@@ -39,7 +39,8 @@ def test_a_row_that_changed_is_measured_again(items, capsys):
 
 LINES = [
     b"5", b"[]", b"{}", b"null", b'{"key": "k"}', b"[" * 100_000, b'{"crc": []}', b"\xff",
-    b'{"key": 1, "item": 0, "logprob": 0.5, "greedy": true}', b'{"key": "k", "item": [], "logprob": 0.5, "greedy": true}',
+    b'{"key": 1, "item": 0, "logprob": 0.5, "greedy": true}',
+    b'{"key": "k", "item": [], "logprob": 0.5, "greedy": true}',
 ]  # fmt: skip
 
 
