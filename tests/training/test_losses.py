@@ -39,6 +39,20 @@ def test_sums_equal_optax(setting):
     assert sums.tokens == mask.sum() == sums.bytes
 
 
+def test_focus_weighs_targets_by_what_is_not_known(setting):
+    cfg, params, batch, loss = setting
+
+    def weighed(p):
+        logits = transformer.apply(p, batch, cfg=cfg)[0].logits
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        hard = (1 - jax.lax.stop_gradient(jnp.exp(-each))) ** 1.5
+        return jnp.sum(hard * each * batch.loss_mask)
+
+    mine = jax.value_and_grad(lambda p: loss(p, batch, focus=1.5).objective)(params)
+    chex.assert_trees_all_close(mine, jax.value_and_grad(weighed)(params), rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(loss(params, batch, focus=1.5).nats, loss(params, batch).nats)
+
+
 def test_blocks_change_nothing(setting):
     _, params, batch, loss = setting
     run = lambda block: jax.value_and_grad(lambda p: loss(p, batch, z_loss=0.01, block=block).objective)(params)  # noqa: E731
