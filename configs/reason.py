@@ -16,7 +16,7 @@ from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment, Group, OptimConfig, TrainConfig
-from atom_jax.training.objectives import Distill, Fit
+from atom_jax.training.objectives import Distill, Fit, NextToken
 
 WORDS = "words:256"
 
@@ -44,7 +44,8 @@ def data(*puzzles: str, **options) -> DataConfig:
 
 
 def subset() -> Experiment:
-    """From few numbers to eight, longer rows each time; the rate falls in the last stage."""
+    """From few numbers to eight, longer rows each time; then what is left, which is subtraction: there targets count
+    by how little the model knows of them, or the coins, of which nothing can be known, would drown it."""
     muon = OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="constant", warmup_steps=40)
     short = Experiment(
         model=model(), tokenizer=WORDS, optim=muon,
@@ -55,11 +56,17 @@ def subset() -> Experiment:
         short, data=data("least=3:letters=6", seq_len=512, batch_size=16),
         train=TrainConfig(steps=200, eval_every=200, eval_batches=4), first=short,
     )  # fmt: skip
-    return dataclasses.replace(
+    falling = dataclasses.replace(muon, schedule="wsd", decay_fraction=0.5, final_fraction=0.02)
+    whole = dataclasses.replace(
         short, data=data("least=5:letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=9),
-        optim=dataclasses.replace(muon, schedule="wsd", decay_fraction=0.5, final_fraction=0.02),
-        train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
+        optim=falling, train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
     )  # fmt: skip
+
+    def sharpened(before: Experiment, steps: int, rate: float) -> Experiment:
+        optim, train = dataclasses.replace(falling, learning_rate=rate), dataclasses.replace(whole.train, steps=steps)
+        return dataclasses.replace(before, optim=optim, train=train, objective=NextToken(focus=2.0), first=before)
+
+    return sharpened(sharpened(whole, 1000, 6e-3), 700, 4e-3)
 
 
 def window_64() -> Experiment:
@@ -113,7 +120,8 @@ def dmc_4x() -> Experiment:
 def tiny() -> Experiment:
     exp = subset()
     return dataclasses.replace(
-        exp, model=model(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64), first=None,
+        exp, first=None, objective=None,
+        model=model(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64),
         data=data("least=3:letters=4:high=20:goal=40", seq_len=128, batch_size=8),
         optim=dataclasses.replace(exp.optim, warmup_steps=5),
         train=TrainConfig(steps=20, log_every=5, eval_every=20, eval_batches=2),
