@@ -51,7 +51,9 @@ def test_everything_is_in_the_wheel_once(wheel):
     for top in ("atom_jax", "pallas_kernels"):
         assert {str(p.relative_to(ROOT)) for p in (ROOT / top).rglob("*.py")} <= names
     assert {f"atom_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")} <= names
-    assert {"atom_jax/data/austen.txt.xz", "atom_jax/adapters/smollm2-135m-dms-4x/adapter.safetensors"} <= names
+    files = ("data/austen.txt.xz", "adapters/smollm2-135m-dms-4x/adapter.safetensors",
+             "pretrained/reason-subset/model.safetensors")  # fmt: skip
+    assert {f"atom_jax/{name}" for name in files} <= names
     assert not [n for n in names if n.startswith(("tests/", "configs/", "benchmarks/", "build/"))]
 
 

@@ -137,7 +137,7 @@ def _pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @functools.cache
 def readers() -> list[str]:
     """The tests of FUZZ, each of one reader."""
-    return re.findall(r"^(tests/\S+::\S+)$", _pytest("--collect-only", "-q", *FUZZ).stdout, re.MULTILINE)
+    return re.findall(r"^(tests/\S+::\S+)$", _pytest("--collect-only", *FUZZ).stdout, re.MULTILINE)
 
 
 def mutants(item: str) -> tuple[int, list[str], dict[str, Any]]:

@@ -26,7 +26,7 @@ from atom_jax.lasting.reader import Reader
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer, chat_template
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM
 from tests.checkpoint.test_peft import tuned, without
 from tests.reliability.mutants import damaged, json_mutants
 from tests.reliability.test_fuzz import fuzz, header_mutants, small_tokenizer
@@ -224,10 +224,3 @@ def test_images_in_arrays(tmp_path):
         images.parse(str(path)).images()
 
     fuzz(path, damaged, read)
-
-
-@pytest.mark.parametrize("line", ['{"a":' * 20000, '{"prompt": []}', '{"prompt": "a", "answer": {}}', "{", "{}",
-                                  '{"prompt": "a", "answer": true}'])  # fmt: skip
-def test_lines_that_are_no_prompts(line):
-    with pytest.raises(AtomError, match="--file, line 1"):
-        chains.task_of_lines(line, "boxed", "--file")

@@ -8,6 +8,7 @@ import pytest
 
 import atom_jax
 from atom_jax import config
+from atom_jax.evaluation.reports import chains
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache import policies
 from atom_jax.models.transformer import TransformerConfig
@@ -126,3 +127,15 @@ def test_configuration_files_that_fail(tmp_path, text):
     (tmp_path / "c.txt").write_text(text)
     with pytest.raises(AtomError, match=r"is not a \.py file"):
         config.load_file(str(tmp_path / "c.txt"))
+
+
+@pytest.mark.parametrize("line", ['{"a":' * 20000, '{"prompt": []}', '{"prompt": "a", "answer": {}}', "{", "{}",
+                                  '{"prompt": "a", "answer": true}'])  # fmt: skip
+def test_lines_that_are_no_prompts(line):
+    with pytest.raises(AtomError, match="--file, line 1"):
+        chains.task_of_lines(line, "boxed", "--file")
+
+
+def test_lines_with_answers_are_prompts():
+    task = chains.task_of_lines('{"prompt": "a", "answer": "7"}\n{"prompt": "b", "answer": 8}', "boxed", "--file")
+    assert task.prompts == ["a", "b"] and task.verify(1, " 8")
