@@ -44,9 +44,9 @@ def data(*puzzles: str, **options) -> DataConfig:
 
 
 def subset() -> Experiment:
-    """From few numbers to eight, longer rows each time; then what is left, which is subtraction: there targets count
-    by how little the model knows of them, or the coins, of which nothing can be known, would drown it. At last rows
-    that nearly all chains fit in, and problems of few numbers again: only there is the first number often turned."""
+    """From few numbers to eight, longer rows each time; then what is left, which is subtraction, where targets count
+    by how little the model knows of them. At last rows that nearly all chains fit in, and problems of few numbers
+    again: only there is the first number often turned."""
     muon = OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="constant", warmup_steps=40)
     short = Experiment(
         model=model(), tokenizer=WORDS, optim=muon,
