@@ -85,7 +85,7 @@ def test_choices_and_logits_are_those_of_the_reference(read, name):
         wanted = np.array([[[e[at] for e in head] for head in layer] for layer in naive.held()])
         np.testing.assert_array_equal(found, wanted)
     logits = atom_jax.apply(lm_of(name), PROMPT, memory=memory).logits[0]
-    np.testing.assert_allclose(logits, naive.ask(PROMPT[0]), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(logits, naive.ask(PROMPT[0]), atol=1e-3, rtol=1e-3)
     stats = memory.stats()
     assert stats["held"] == stats["law"] and stats["tokens"] == 98
 

@@ -98,7 +98,7 @@ def test_a_run(whole):
     assert {x["reference_bytes"] for x in lines if x["kind"] == "validation"} == {2 * 8 * 32.0}
     assert (workdir / "plots" / "two_ahead.png").exists()
     saved = json.loads((workdir / "experiment.json").read_text())
-    assert saved["objective"] == {"class": "TwoAhead", "hard": False, "weight": 0.5}
+    assert saved["objective"] == {"class": "TwoAhead", "hard": False, "focus": 0.0, "weight": 0.5}
     assert config.from_json(Experiment, saved) == experiment()
 
 
