@@ -265,6 +265,9 @@ def reason(argv: list[str]) -> None:
     given = [f"--{name}" for name in ("problem", "prompt", "file") if values[name].value is not None]
     if len(given) != 1:
         raise AtomError(f"{' and '.join(given)}: choose one" if given else "--problem, --prompt or --file is missing")
+    for name, other in (("puzzle", given != ["--problem"]), ("answer", given == ["--problem"])):
+        if other and values[name].present:
+            raise AtomError(f"--{name} has no meaning beside {given[0]}")
 
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.reports import chains

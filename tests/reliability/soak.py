@@ -322,8 +322,9 @@ def _each(name: str, items: list[str], flags: str, deadline: float) -> Iterator[
 
 
 def results(out: pathlib.Path) -> list[dict[str, Any]]:
-    """The latest line of every item."""
-    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()] if out.exists() else []
+    """The latest line of every item; half a line, which a kill has left, is none."""
+    text = out.read_text("utf-8").splitlines() if out.exists() else []
+    lines = [json.loads(line) for line in text if line.endswith("}")]
     return list({(line["part"], line["item"]): line for line in lines}.values())
 
 

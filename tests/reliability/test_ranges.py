@@ -8,6 +8,7 @@ import pytest
 
 import atom_jax
 from atom_jax import config
+from atom_jax.__main__ import main
 from atom_jax.evaluation.reports import chains
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache import policies
@@ -139,3 +140,9 @@ def test_lines_that_are_no_prompts(line):
 def test_lines_with_answers_are_prompts():
     task = chains.task_of_lines('{"prompt": "a", "answer": "7"}\n{"prompt": "b", "answer": 8}', "boxed", "--file")
     assert task.prompts == ["a", "b"] and task.verify(1, " 8")
+
+
+@pytest.mark.parametrize("flags", [("--prompt=a", "--puzzle=subset"), ("--problem=a 1 goal 1", "--answer=boxed")])
+def test_flags_without_a_meaning_are_refused(flags, capsys):
+    assert main(["atom_jax", "reason", "--checkpoint=nowhere", *flags]) == 1
+    assert f"{flags[1].partition('=')[0]} has no meaning beside" in capsys.readouterr().err
