@@ -80,8 +80,7 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
     Args:
-      prompts: texts or lists of token ids, of any lengths (or one text). Texts get the tokenizer's front first
-        (of byte models the bos).
+      prompts: texts or lists of token ids (or one text). Texts get the tokenizer's front first (of bytes, the bos).
       temperature: 0 takes the most likely token. top_k, top_p, min_p: see `sampling.restrict`.
       key: PRNG key, key(0) if None. Row r draws with fold_in(key, r); or an array of keys [rows], one for each.
       stop: a row ends before the first of these strings, and its text is cut there.

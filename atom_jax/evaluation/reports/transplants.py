@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atom_jax import checkpoint
-from atom_jax.evaluation.cache import Lines, numbers
+from atom_jax.evaluation.cache import Lines
 from atom_jax.evaluation.reports.transplanted import documents, measured
 from atom_jax.files import write_text
 from atom_jax.inference import transplant as lib
@@ -65,7 +65,7 @@ def compare(orders: Orders, out: str, say: Callable[[str], None]) -> list[dict[s
     wanted, judged = list(orders.rows()), documents(orders.judged, "validation", orders.nbytes)
     lines = Lines(pathlib.Path(out) / ROWS, _FIELDS)
     try:
-        known = {tuple(row[name] for name in _KEY): row for row in lines.rows if _is_row(row)}
+        known = {tuple(row[name] for name in _KEY): row for row in lines.rows}
         for key in wanted:
             if (place := tuple(key[name] for name in _KEY)) not in known:
                 known[place] = key | _judged(key, judged)
@@ -76,12 +76,6 @@ def compare(orders: Orders, out: str, say: Callable[[str], None]) -> list[dict[s
     rows = [known[tuple(key[name] for name in _KEY)] for key in wanted]
     write_text(pathlib.Path(out) / TABLE, table(rows))
     return rows
-
-
-def _is_row(row: dict[str, Any]) -> bool:
-    """Whether a row that was read has what `table` says."""
-    known = all(isinstance(row.get(name), str) for name in _KEY if name != "nbytes")
-    return known and all(numbers(row.get(n), ()) for n in ("nbytes", "bits_per_byte", "tokens", "judged_bytes"))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -184,8 +184,8 @@ def _sampled(
     text = json.dumps([fingerprint(method.lm), config.to_json(what)], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     shape = len(settings.lengths), len(settings.chains)
-    mine = (row for row in lines.rows if row.get("key") == key and type(row.get("problem")) is int)
-    done = {row["problem"]: row["grid"] for row in mine if hyper_grid.is_grid(row.get("grid"), shape)}
+    mine = (row for row in lines.rows if row["key"] == key)
+    done = {row["problem"]: row["grid"] for row in mine if hyper_grid.is_grid(row["grid"], shape)}
     width, length = max(settings.chains), max(settings.lengths)
     bar = tqdm(
         total=len(problems) * width, initial=sum(i in done for i in range(len(problems))) * width, desc=_name(method),
