@@ -220,13 +220,17 @@ def ties(item: str) -> tuple[int, list[str], dict[str, Any]]:
 
 def load(item: str) -> tuple[int, list[str], dict[str, Any]]:
     """Seconds of loading SmolLM2 from files with checksums and without, in turns."""
+    from safetensors.numpy import load_file, save_file
+
     import atom_jax
     from atom_jax.checkpoint.safetensors_io import SINGLE, SafetensorsSource
 
     with tempfile.TemporaryDirectory() as home:
-        homes = {"without": MODEL, "with": pathlib.Path(home) / "model"}
-        shutil.copytree(MODEL, homes["with"], ignore=shutil.ignore_patterns(SINGLE))
+        homes = {name: pathlib.Path(home) / name for name in ("without", "with")}
+        for path in homes.values():
+            shutil.copytree(MODEL, path, ignore=shutil.ignore_patterns(SINGLE))
         atom_jax.save_hf(atom_jax.load(MODEL), homes["with"])
+        save_file(load_file(homes["with"] / SINGLE), homes["without"] / SINGLE, metadata={"format": "pt"})
         sources = {name: SafetensorsSource(path) for name, path in homes.items()}
         if sources["without"].crcs or set(sources["with"].crcs) != set(sources["with"].infos):
             return 0, [f"{MODEL}: expected files without checksums"], {}
