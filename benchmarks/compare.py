@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
 import statistics
 import tempfile
@@ -19,6 +20,13 @@ PAUSE = 0.2
 CLOSE = 1e-3
 OURS, PEER = "benchmarks.ours", "benchmarks.peers"
 Rows = list[list[int]]
+
+
+def need_torch() -> None:
+    """Raises AtomError where the peer's libraries are not installed."""
+    for library in ("torch", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            raise AtomError(f"{library} is not installed, and there is nothing to compare with: `make install-torch`")
 
 
 @dataclasses.dataclass(frozen=True)

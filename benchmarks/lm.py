@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import importlib.util
 import json
 import pathlib
 import signal
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from atom_jax.files import write_text
 from atom_jax.typing import AtomError
 from benchmarks import machine, table
-from benchmarks.compare import Bench, Plan
+from benchmarks.compare import Bench, Plan, need_torch
 from benchmarks.rows import Row, rows
 from benchmarks.worker import Refused
 
@@ -94,9 +93,7 @@ def _choose(known: list[Row], patterns: list[str]) -> list[Row]:
 
 
 def _check(plan: Plan, chosen: list[Row], out: pathlib.Path | None) -> None:
-    for library in ("torch", "transformers"):
-        if importlib.util.find_spec(library) is None:
-            raise AtomError(f"{library} is not installed, and there is nothing to compare with: `make install-torch`")
+    need_torch()
     if any(r.needs_model for r in chosen) and not pathlib.Path(plan.checkpoint, "config.json").is_file():
         raise AtomError(f"--checkpoint={plan.checkpoint}: no model there; `make smollm2` fetches the default one")
     if out and not out.parent.is_dir():

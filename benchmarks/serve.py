@@ -5,14 +5,16 @@
 The same requests, all at once, go to one engine after another: with everything kept, with each of --adapters, with
 each of --memory. An engine begins as many as --cache_memory lets it, which is the same for all. Each does the work
 once before it is measured, so that nothing is compiled meanwhile; then a few of the requests are made one at a time,
-in an engine of one row, and some are compared with what `generate` gives. HTTP is left out. Run it on a machine that
-does nothing else.
+in an engine of one row, and some are compared with what `generate` gives. HTTP is left out. With --peer transformers
+makes the few requests too, one at a time, in the fastest of its settings. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +27,9 @@ from absl import app, flags
 from atom_jax.commands.serving import size_of
 from atom_jax.files import write_text
 from atom_jax.typing import LM, AtomError
+from benchmarks.compare import PEER as SIDE
+from benchmarks.compare import need_torch
+from benchmarks.worker import Refused, Worker
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "What to load.")
 ADAPTERS = flags.DEFINE_list("adapters", ["smollm2-135m-dms-4x", "smollm2-135m-dms-8x"], "Learned evictors for it.")
@@ -36,6 +41,7 @@ PROMPT = flags.DEFINE_integer("prompt_tokens", 1024, "Tokens of the longest prom
 NEW = flags.DEFINE_integer("new_tokens", 128, "Tokens of the longest text.")
 ALONE = flags.DEFINE_integer("alone", 4, "Requests that are made one at a time.")
 CHECKED = flags.DEFINE_integer("checked", 4, "Requests that are compared with what `generate` gives.")
+PEER = flags.DEFINE_bool("peer", False, "One stream with transformers too; needs `make install-torch`.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the lines.")
 
 HEAD = (
@@ -67,15 +73,21 @@ def main(argv: Sequence[str]) -> None:
         cache = size_of("--cache_memory", CACHE.value)
         if ALONE.value < 1:
             raise AtomError(f"--alone={ALONE.value}: expected at least 1")
+        if PEER.value:
+            need_torch()
         print(HEAD, "|---" * 7 + "|", sep="\n", flush=True)
-        lines = []
+        lines, peer = [], None
         for name, lm in models(CHECKPOINT.value, ADAPTERS.value, [text for text in MEMORY.value if text]):
             lines.append(measure(name, lm, orders(lm, REQUESTS.value, PROMPT.value, NEW.value), cache))
             print(lines[-1], flush=True)
+            if PEER.value and peer is None:
+                peer = theirs(CHECKPOINT.value, orders(lm, REQUESTS.value, PROMPT.value, NEW.value)[: ALONE.value])
+        if peer:
+            print("transformers {transformers}, one stream, {setting}: {one:,.1f} tokens/s".format(**peer))
         if OUT.value:
-            found = {"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines]}
+            found = {"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines], "peer": peer}
             write_text(OUT.value, json.dumps(found, indent=1))
-    except AtomError as e:
+    except (AtomError, Refused) as e:
         print(f"benchmarks.serve: {e}", file=sys.stderr)
         sys.exit(1)
 
@@ -135,6 +147,28 @@ def measure(name: str, lm: LM, wanted: list[tuple[list[int], int]], cache: int) 
     return Line(name, tally.peak_running, tally.peak_nbytes / 2**20, new / seconds, one, f"{equal} of {len(checked)}")
 
 
+def theirs(checkpoint: str, few: list[tuple[list[int], int]]) -> dict[str, Any]:
+    """What transformers makes of the requests, one at a time, in the setting that took the first one least time: one:
+    new tokens per second, prompts included; setting; versions."""
+    with contextlib.closing(Worker(SIDE)) as side:
+        side("open", os.path.abspath(checkpoint))
+
+        def seconds(ids: list[int], new: int) -> float:
+            began = time.perf_counter()
+            side("decode", [ids], new - 1)
+            return time.perf_counter() - began
+
+        taken = []
+        for setting in side("settings", "decode"):
+            side("use", setting)
+            seconds(*few[0])
+            taken.append((seconds(*few[0]), len(taken), setting))
+        setting = min(taken)[-1]
+        side("use", setting)
+        one = sum(new for _, new in few) / sum(seconds(*order) for order in few)
+        return {"one": one, "setting": ", ".join(f"{k} {v}" for k, v in setting.items()), **side("about")}
+
+
 def _engine(lm: LM, rows: int, cache: int | None, wanted: list[tuple[list[int], int]]) -> Any:
     import atom_jax
 
@@ -153,7 +187,7 @@ def _made(engine: Any, wanted: list[tuple[list[int], int]]) -> tuple[list[Any], 
 
 
 def _flags() -> dict[str, Any]:
-    known = (CHECKPOINT, ADAPTERS, MEMORY, CACHE, ROWS, REQUESTS, PROMPT, NEW, ALONE, CHECKED)
+    known = (CHECKPOINT, ADAPTERS, MEMORY, CACHE, ROWS, REQUESTS, PROMPT, NEW, ALONE, CHECKED, PEER)
     return {"jax": jax.__version__, **{flag.name: flag.value for flag in known}}
 
 
