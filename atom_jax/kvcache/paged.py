@@ -104,6 +104,14 @@ def level(memory: Memory) -> Memory:
     return memory_lib.map_layers(fit, memory)
 
 
+def fullest(memory: Memory) -> float:
+    """How many entries the layer that holds most of them has, in layers on average; 1 where none are held. All layers
+    have as many pages as that one needs. Runs on the host."""
+    pools = [np.asarray(x.pool.n) for x in memory_lib.layers(memory) if isinstance(x, PagedLayer)]
+    held = np.concatenate([n.sum((-2, -1)).reshape(-1) for n in pools] or [np.zeros(1)])
+    return float(held.max() / held.mean()) if held.any() else 1.0
+
+
 def _pages(pool: Pool, more: int, have: int) -> int:
     """Pages for `more` further tokens per row: `have`, unless they are too few or, for single tokens, half as many
     again as need be. Closely spaced sizes for single tokens, few for a prompt, as every size is compiled for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +39,9 @@ class Cost:
         """Entries per head to expect of a text of so many tokens, in layers with pages; 0 without such."""
         return max((layer.policy.expected(length) for layer in self._paged), default=0)
 
-    def nbytes(self, rows: int, longest: int, entries: Sequence[float]) -> int:
-        """Of so many rows, with texts of up to `longest` tokens, of which heads keep so many entries in pages."""
+    def nbytes(self, rows: int, longest: int, entries: Sequence[float], fullest: float = 1.0) -> int:
+        """Of so many rows, with texts of up to `longest` tokens, of which heads keep so many entries in pages, on
+        average; fullest: how often as many in the layer that keeps most (`paged.fullest`)."""
         shapes = self._shapes(bucket(longest, LEAST))
         total = rows * (_nbytes(shapes) - sum(_pools(x) for x in memory_lib.layers(shapes)))
         for x in memory_lib.layers(shapes):
@@ -50,7 +52,7 @@ class Cost:
         for layer in self._paged:
             page, heads = layer.k.shape[-2], layer.pool.n.shape[-1]
             idle = [0.0] * (rows - len(entries))
-            pages = coarse(sum(heads * -(-(int(n) + AHEAD) // page) for n in [*entries, *idle]))
+            pages = coarse(sum(heads * -(-(math.ceil(fullest * n) + AHEAD) // page) for n in [*entries, *idle]))
             total += _pools(layer) // layer.k.shape[-3] * pages
         return total
 

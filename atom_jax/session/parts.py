@@ -14,7 +14,7 @@ from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer, bucket, widen
 from atom_jax.kvcache.memory import Layer, Memory
 from atom_jax.kvcache.paged import level
-from atom_jax.session import laid_out, programs, reading
+from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import LEAST, Session
 from atom_jax.typing import LM
@@ -112,5 +112,5 @@ class Parts:
             self._memory = memory
             return len(new), None
         self._memory, memory = None, level(memory)
-        memory = programs.unstack(memory) if laid_out.unrolls(lm) else memory
+        memory = memory_lib.unstack(memory) if laid_out.unrolls(lm) else memory
         return len(new), Session.after(lm, laid_out.of(lm), memory, ids, length, x_bd)

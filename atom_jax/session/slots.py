@@ -107,7 +107,7 @@ class Slots:
         if not any(isinstance(x, PagedLayer) for x in memory_lib.layers(state.memory)):
             return
         empty = registry.of(self._lm.config).init_cache(self._lm.config, len(index), 1)
-        empty = programs.unstack(empty) if laid_out.unrolls(self._lm) else empty
+        empty = memory_lib.unstack(empty) if laid_out.unrolls(self._lm) else empty
         memory = self._fitted(memory_lib.put(state.memory, index, empty))
         self._state = state.replace(memory=memory, done=state.done.at[index].set(True, mode="drop"))
 

@@ -12,10 +12,13 @@ import pytest
 import atom_jax
 from atom_jax.inference import engine as module
 from atom_jax.inference.engine import Busy, Closed, Engine
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache import paged
 from atom_jax.session import cost as cost_module
 from atom_jax.session import parts as parts_module
 from atom_jax.session.cost import Cost
 from atom_jax.session.lane import Lane
+from atom_jax.session.session import Session
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.reliability import rows as examples
@@ -160,6 +163,23 @@ def test_a_request_is_begun_when_its_memory_fits(name):
         assert (tally.peak_running, tally.peak_nbytes) == (2, room)
     with Engine(lm, cache_memory=room // 4) as engine, pytest.raises(AtomError, match="may need"):
         engine.submit([1] * 50, 140)
+
+
+def test_the_layer_that_keeps_most_is_reckoned_with():
+    lm, prompts = model("dms"), [list(range(40, 99)), list(range(40, 140, 2))]
+    session = Session.prefill(lm, prompts, room=8)
+    held = np.concatenate([np.asarray(x.pool.n).sum((-2, -1)).reshape(-1) for x in memory_lib.layers(session.memory)])
+    fullest = paged.fullest(session.memory)
+    assert fullest == held.max() / held.mean() > 1.01
+    need = Cost(lm.config).nbytes(2, 100, session.use()[0].tolist(), fullest)
+    taken = dataclasses.replace(session, memory=paged.level(session.memory)).nbytes
+    assert 0.7 * need <= taken <= need
+    room = Cost(lm.config).nbytes(1, 70, [Cost(lm.config).expected(70)])
+    with Engine(lm, rows=2, part=16, cache_memory=room) as engine:
+        engine._fullest = 9.0
+        assert all(
+            request.end == "length" for request in together(engine, [(p, {"max_new_tokens": 9}) for p in prompts])
+        )
 
 
 def test_rows_that_short_texts_left_do_not_grow_with_a_long_one(monkeypatch):
