@@ -63,15 +63,18 @@ def subset() -> Experiment:
         optim=falling, train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
     )  # fmt: skip
 
-    sharper = dataclasses.replace(
-        whole, objective=NextToken(focus=2.0), optim=dataclasses.replace(falling, learning_rate=6e-3), first=whole
-    )
+    def again(first: Experiment, learning_rate: float, steps: int, **fields) -> Experiment:
+        return dataclasses.replace(
+            first, first=first, objective=NextToken(focus=2.0),
+            optim=dataclasses.replace(falling, learning_rate=learning_rate),
+            train=dataclasses.replace(whole.train, steps=steps), **fields,
+        )  # fmt: skip
+
+    sharper = again(again(whole, 6e-3, 1000), 4e-3, 700)
     sources = {"least=3:letters=4": 0.3, "least=5:letters=8": 1.0, "least=8": 1.0}
-    return dataclasses.replace(
-        sharper, data=data(*sources, weights=tuple(sources.values()), seq_len=1536, batch_size=6),
-        optim=dataclasses.replace(falling, learning_rate=4e-3),
-        train=dataclasses.replace(whole.train, steps=700), first=sharper,
-    )  # fmt: skip
+    longer = data(*sources, weights=tuple(sources.values()), seq_len=1536, batch_size=6, seed=1)
+    longest = again(sharper, 4e-3, 700, data=longer)
+    return again(longest, 3e-3, 600, data=dataclasses.replace(longer, seed=2))
 
 
 def window_64() -> Experiment:

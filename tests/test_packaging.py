@@ -27,7 +27,8 @@ def test_everything_is_in_the_wheel_once(wheel):
     for top in ("atom_jax", "pallas_kernels"):
         assert {str(p.relative_to(ROOT)) for p in (ROOT / top).rglob("*.py")} <= names
     assert {f"atom_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")} <= names
-    files = ("data/austen.txt.xz", "adapters/smollm2-135m-dms-4x/adapter.safetensors")
+    files = ("data/austen.txt.xz", "adapters/smollm2-135m-dms-4x/adapter.safetensors",
+             "pretrained/reason-subset/model.safetensors")  # fmt: skip
     assert {f"atom_jax/{name}" for name in files} <= names
     assert not [n for n in names if n.startswith(("tests/", "configs/", "benchmarks/", "build/"))]
 
