@@ -232,11 +232,11 @@ def test_layers_of_d2o_share_their_budget_by_the_variance_of_attention():
         np.testing.assert_array_equal(settled.n, np.minimum(settled.limit, lengths[:, None]))
 
 
-def test_d2o_with_scores_that_are_alike_gives_all_layers_the_same():
-    policy = parse("d2o:ratio=0.5")
-    layers = policy.init(SIZES, 48, (0, 1, 2))
+def test_layers_of_d2o_whose_heads_are_alike_but_for_rounding_get_the_same():
+    policy, rng = parse("d2o:ratio=0.5"), np.random.default_rng(0)
+    layers = policy.init(SIZES._replace(h=3), 48, (0, 1, 2))
     pos = jnp.broadcast_to(jnp.arange(48), layers.pos.shape)
-    score = 1.0 + 1e-7 * np.random.default_rng(0).normal(size=layers.pos.shape)
+    score = rng.exponential(size=48) * (1 + 1e-6 * rng.normal(size=layers.pos.shape))
     limits = policy.limits(layers.replace(pos=pos, score=jnp.asarray(score, jnp.float32)), jnp.array([47, 47, 47]))
     np.testing.assert_array_equal(limits, 23)
 
