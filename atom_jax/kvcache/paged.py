@@ -157,7 +157,9 @@ def attend_both(
     tokens, as the pool has it."""
     places = (tokens.positions, tokens.segments) * 2
     new = (q_bhgtk, k_bhtk, v_bhtk) if bias_bht is None else with_bias(q_bhgtk, k_bhtk, v_bhtk, bias_bht)
-    own, lse = blockwise_lse(*new, places, None, True, block_size(k_bhtk.shape[2]), keep_bht, keep_window)
+    own, lse = blockwise_lse(
+        *new, places, None, True, block_size(k_bhtk.shape[2], len(k_bhtk)), keep_bht, keep_window
+    )
     own = own[..., : k_bhtk.shape[3]]
     total, top, out = pool.attend_many(q_bhgtk, tokens.positions, until_pc)
     highest = jnp.maximum(lse, top)

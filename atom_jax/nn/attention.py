@@ -59,10 +59,11 @@ def mask(q: Tokens, k: Tokens, window: int | None) -> jax.Array:
     return seen if window is None else seen & (distance < window)
 
 
-def block_size(s: int) -> int:
-    """Queries and keys per tile for s keys. On a CPU a tile should stay in the second-level cache."""
+def block_size(s: int, rows: int = 1) -> int:
+    """Queries and keys per tile for s keys of so many rows. On a CPU a tile should stay in the second-level cache;
+    small ones leave out more where rows hold several documents."""
     if platform() == "cpu":
-        return 64 if s <= 512 else 256
+        return 64 if s <= (512 if rows == 1 else 1536) else 256
     return 512
 
 
@@ -100,7 +101,7 @@ def attend(
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
     if t == 1 and keep_bhs is None:
         return _attend_one(q_bhgtk[..., 0, :], k_bhsk, v_bhsk, mask(q, k, window)[:, None])[..., None, :]
-    block = block_size(s)
+    block = block_size(s, len(q_bhgtk))
     if t * s > block * block:
         places = (q.positions, q.segments, k.positions, k.segments)
         return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, keep_bhs, keep_window, start)

@@ -7,7 +7,8 @@ recomputes the scores of a block instead of storing them. On TPU, sequences atte
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from atom_jax.sharding import partition
-from pallas_kernels.dispatch import NEGATIVE, choose
+from pallas_kernels.dispatch import NEGATIVE, choose, platform
 from pallas_kernels.evict_attention.api import evict_attention
 
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -49,7 +50,11 @@ def blockwise(
     blocks = _blocks(q_bhgtk.shape[3], aligned, block)
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
     start = jnp.int32(0) if start is None else start
-    return _attend(*args, start, (window, keep_window), aligned, blocks)[..., : q_bhgtk.shape[3], :]
+
+    def run(*args):
+        return _attend(*args, start, (window, keep_window), aligned, blocks)
+
+    return _apart(run, *args, aligned=aligned, tiles=args[0].shape[3] // blocks[0])[..., : q_bhgtk.shape[3], :]
 
 
 def blockwise_lse(
@@ -70,8 +75,30 @@ def blockwise_lse(
     t = q_bhgtk.shape[3]
     blocks = _blocks(t, aligned, block)
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
-    out, lse = _forward(*args, jnp.int32(0), (window, keep_window), aligned, blocks)
+
+    def run(*args):
+        return _forward(*args, jnp.int32(0), (window, keep_window), aligned, blocks)
+
+    out, lse = _apart(run, *args, aligned=aligned, tiles=args[0].shape[3] // blocks[0])
     return out[..., :t, :], lse[..., :t]
+
+
+def _apart(run: Callable[..., Any], *args: Any, aligned: bool, tiles: int) -> Any:
+    """`run` of arrays that have rows in front, row by row where tiles that only some rows see are worth leaving out:
+    on a CPU, where one row fills it."""
+    if platform() != "cpu" or not (aligned and _local() and tiles > 1) or len(args[0]) == 1:
+        return run(*args)
+
+    def row(args):
+        return jax.tree.map(lambda x: x[0], run(*jax.tree.map(lambda x: x[None], args)))
+
+    return jax.lax.map(row, args)
+
+
+def _local() -> bool:
+    """Whether arrays lie on one device, or are what one of several has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or AxisType.Manual in mesh.axis_types
 
 
 def _kernel(q, k, v, places, window, keep, keep_window, start, implementation):
@@ -84,9 +111,9 @@ def _kernel(q, k, v, places, window, keep, keep_window, start, implementation):
         )  # fmt: skip
 
     args = (q, k.astype(q.dtype), v.astype(q.dtype), keep, (places[1], places[3]))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
+    if _local():
         return run(*args)
+    mesh = jax.sharding.get_abstract_mesh()
     rows, heads = partition(k.shape[:2], ("batch", "kv_heads"), mesh)
     specs = (P(rows, heads), P(rows, heads), P(rows, heads), P(rows, heads), P(rows))
     specs = specs if keep is not None else (*specs[:3], None, specs[4])
@@ -118,21 +145,31 @@ def _tile(x: jax.Array, i: jax.Array, axis: int, block: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _key_range(i: jax.Array, start: jax.Array, nk: int, window: int | None, aligned: bool, block: int) -> tuple:
-    """First and past-the-last key block that query block i can see."""
-    if not aligned:
-        return 0, nk
-    at = start + i * block
-    first = 0 if window is None else jnp.maximum(at - window + 1, 0) // block
-    return first, jnp.minimum((at + block - 1) // block + 1, nk)
+class _Spans(NamedTuple):
+    """Which tiles are computed. keys: i32 [nq], of every query block the first and past-the-last key block that it
+    can see; queries: i32 [nk], of every key block the same of the query blocks that can see it."""
+
+    keys: tuple[jax.Array, jax.Array]
+    queries: tuple[jax.Array, jax.Array]
 
 
-def _query_range(j: jax.Array, start: jax.Array, nq: int, window: int | None, aligned: bool, block: int) -> tuple:
-    """First and past-the-last query block that can see key block j."""
+def _spans(places: Places, start: jax.Array, window: int | None, aligned: bool, blocks: tuple[int, int]) -> _Spans:
+    """Of all rows together. Aligned ones see nothing beyond the ends of their segment, nor after themselves."""
+    rows, block = blocks
+    nq, nk = places[0].shape[1] // rows, places[2].shape[1] // block
+    i, j = jnp.arange(nq), jnp.arange(nk)
     if not aligned:
-        return 0, nq
-    last = nq if window is None else jnp.minimum(((j + 1) * block + window - 2 - start) // block + 1, nq)
-    return jnp.maximum((j * block - start) // block, 0), last
+        return _Spans((jnp.zeros_like(i), jnp.full_like(i, nk)), (jnp.zeros_like(j), jnp.full_like(j, nq)))
+    segment, at = places[3], jnp.arange(nk * block)
+    new = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 1)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(new[:, :-1], at, 0), axis=1).min(0)
+    last = jax.lax.cummin(jnp.where(new[:, 1:], at, nk * block), axis=1, reverse=True).max(0)
+    here, there = start + i * block, j * block - start
+    low, high = first[jnp.clip(here, 0, nk * block - 1)], last[(j + 1) * block - 1] - start
+    if window is not None:
+        low, high = jnp.maximum(low, here - window + 1), jnp.minimum(high, there + block + window - 2)
+    keys = jnp.maximum(low, 0) // block, jnp.minimum((here + block - 1) // block + 1, nk)
+    return _Spans(keys, (jnp.maximum(there // block, 0), jnp.minimum(high // block + 1, nq)))
 
 
 def _scores(
@@ -170,7 +207,7 @@ def _keep_tile(keep, j, block):
 def _forward(q, k, v, keep, places, start, windows, aligned, blocks):
     b, h, g, t, d = q.shape
     rows, block = blocks
-    nq, nk = t // rows, k.shape[2] // block
+    first, last = _spans(places, start, windows[0], aligned, blocks).keys
 
     def one(i):
         q_i = _tile(q, i, 3, rows)
@@ -188,11 +225,11 @@ def _forward(q, k, v, keep, places, start, windows, aligned, blocks):
 
         zero = jnp.zeros((b, h, g, rows), jnp.float32)
         nothing = (zero, zero + NEGATIVE, jnp.zeros((b, h, g, rows, d), jnp.float32))
-        total, top, out = jax.lax.fori_loop(*_key_range(i, start, nk, windows[0], aligned, block), visit, nothing)
+        total, top, out = jax.lax.fori_loop(first[i], last[i], visit, nothing)
         total = jnp.maximum(total, 1e-30)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, lse = jax.lax.map(one, jnp.arange(nq))
+    out, lse = jax.lax.map(one, jnp.arange(t // rows))
     return _join(out, 3), _join(lse, 3)
 
 
@@ -210,7 +247,7 @@ def _forward_rule(q, k, v, keep, places, start, windows, aligned, blocks):
 def _backward_rule(windows, aligned, blocks, saved, d_out):
     q, k, v, keep, places, start, out, lse = saved
     rows, block = blocks
-    nq, nk = q.shape[3] // rows, k.shape[2] // block
+    first, last = _spans(places, start, windows[0], aligned, blocks).queries
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def one(d_q, j):
@@ -234,11 +271,10 @@ def _backward_rule(windows, aligned, blocks, saved, d_out):
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
         none = None if keep is None else jnp.zeros(k_j.shape[:3], jnp.float32)
-        span = _query_range(j, start, nq, windows[0], aligned, block)
-        d_q, d_k, d_v, d_keep = jax.lax.fori_loop(*span, visit, (d_q, zero, zero, none))
+        d_q, d_k, d_v, d_keep = jax.lax.fori_loop(first[j], last[j], visit, (d_q, zero, zero, none))
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep)
 
-    d_q, (d_k, d_v, d_keep) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(nk))
+    d_q, (d_k, d_v, d_keep) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(len(first)))
     d_keep = None if keep is None else _join(d_keep, 2)
     return d_q.astype(q.dtype), _join(d_k, 2), _join(d_v, 2), d_keep, None, None
 

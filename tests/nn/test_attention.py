@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atom_jax.nn import blockwise as blocks
 from atom_jax.nn.attention import Tokens, attend
 from atom_jax.nn.blockwise import blockwise, blockwise_lse
 from atom_jax.sharding import MeshConfig, make_mesh
@@ -60,8 +61,30 @@ def test_blockwise_equals_direct_in_values_and_gradients(packed, window, aligned
         return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(form(*x) * weight), argnums=(0, 1, 2)))(q, k, v)
 
     direct = loss(lambda q, k, v: attend(q, k, v, tokens, tokens, window=window, aligned=aligned))
-    blocks = loss(lambda q, k, v: blockwise(q, k, v, places, window, aligned, 8))
-    chex.assert_trees_all_close(blocks, direct, atol=2e-5)
+    tiles = loss(lambda q, k, v: blockwise(q, k, v, places, window, aligned, 8))
+    chex.assert_trees_all_close(tiles, direct, atol=2e-5)
+
+
+@pytest.mark.parametrize("start", [0, 24])
+@pytest.mark.parametrize("window", [None, 13])
+def test_tiles_that_nobody_sees_are_left_out(window, start):
+    size, rng = 8, np.random.default_rng(3)
+    ends = np.sort(rng.choice(np.arange(1, 96), 5, replace=False))
+    segments = np.searchsorted(ends, np.arange(96), side="right").astype(np.int32)[None] + 1
+    positions = np.arange(96, dtype=np.int32)[None]
+    here = slice(start, 96)
+    places = (positions[:, here], segments[:, here], positions, segments)
+    q_pos, q_seg, k_pos, k_seg = (x[0] for x in places)
+    gap = q_pos[:, None] - k_pos
+    seen = (q_seg[:, None] == k_seg) & (gap >= 0) & (gap < (window or 97))
+    tiles = seen.reshape(-1, size, 12, size).any((1, 3))
+    spans = blocks._spans(tuple(map(jnp.asarray, places)), jnp.int32(start), window, True, (size, size))
+    i = np.arange(12)
+    for (first, last), some in ((spans.keys, tiles), (spans.queries, tiles.T)):
+        computed = (i[: some.shape[1]] >= np.asarray(first)[:, None]) & (
+            i[: some.shape[1]] < np.asarray(last)[:, None]
+        )
+        assert (computed >= some).all() and computed.sum() <= 1.2 * some.sum() < 0.5 * some.size
 
 
 def test_few_queries_make_lower_tiles():
@@ -74,13 +97,11 @@ def test_few_queries_make_lower_tiles():
         out, back = jax.vjp(jax.jit(form), q[..., last, :], k, v)
         return out, back(jnp.cos(out))
 
-    def blocks(q, k, v):
+    def tiles(q, k, v):
         return blockwise(q, k, v, places, 21, False, 16)
 
-    chex.assert_trees_all_close(
-        loss(blocks), loss(lambda q, k, v: attend(q, k, v, few, tokens, window=21)), atol=2e-5
-    )
-    shapes = str(jax.make_jaxpr(blocks)(q[..., last, :], k, v))
+    chex.assert_trees_all_close(loss(tiles), loss(lambda q, k, v: attend(q, k, v, few, tokens, window=21)), atol=2e-5)
+    shapes = str(jax.make_jaxpr(tiles)(q[..., last, :], k, v))
     assert "2,2,3,8,16]" in shapes and "16,16]" not in shapes
 
 
