@@ -61,10 +61,12 @@ class PagedLayer(Layer):
         return self.pool.n
 
     def rows(self, index_b: jax.Array, axis: int = 0) -> PagedLayer:
-        """Copies of the rows' pages; pages nobody refers to are not there any more."""
+        """Copies of the rows' pages; pages nobody refers to are not there any more. As many pages for each row as
+        now, where these are enough and not twice too many: a size that comes again."""
         index = np.asarray(index_b)
-        pages = fine(self.pool.replace(n=np.take(np.asarray(self.pool.n), index, axis)).pages_for(AHEAD))
-        return _copied(self, None, index, axis=axis, pages=pages)
+        need = self.pool.replace(n=np.take(np.asarray(self.pool.n), index, axis)).pages_for(AHEAD)
+        pages = -(-self.k.shape[-3] * len(index) // self.pool.n.shape[axis])
+        return _copied(self, None, index, axis=axis, pages=pages if need <= pages <= 2 * need else coarse(need))
 
     def put(self, index_b: np.ndarray, other: PagedLayer, axis: int = 0) -> PagedLayer:
         """All rows are laid out anew, in as many pages as before where these suffice."""

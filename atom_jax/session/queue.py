@@ -81,7 +81,8 @@ def run(
     lanes = min(cores(prompts.lm), rows)
     queue = _Queue(jobs, keys, most, watch or (lambda number, made: ()))
     share = [rows // lanes + (i < rows % lanes) for i in range(lanes)]
-    started = [_Lane(prompts, queue, n, how, stop_ids, lanes > 1) for n in share]
+    level = Level()
+    started = [_Lane(prompts, queue, n, how, stop_ids, level, lanes > 1) for n in share]
     with ThreadPoolExecutor(lanes) as threads:
         list((threads.map if lanes > 1 else map)(_Lane.run, started))
     return queue.made, Stats(sum(lane.steps for lane in started), sum(lane.idle for lane in started))
@@ -134,12 +135,13 @@ class _Lane:
     """Rows that one thread decodes together."""
 
     def __init__(
-        self, prompts: Session, queue: _Queue, rows: int, how: sampling.Sampler, stop_ids: np.ndarray, beside: bool
-    ):
+        self, prompts: Session, queue: _Queue, rows: int, how: sampling.Sampler, stop_ids: np.ndarray, level: Level,
+        beside: bool,
+    ):  # fmt: skip
         self.prompts, self.queue, self.how, self.stop_ids, self.beside = prompts, queue, how, stop_ids, beside
         self.steps = self.idle = 0
         self.lane: Lane[_Row] = Lane()
-        self.level = Level()
+        self.level = level
         numbers = queue.take(rows)
         self._join(numbers, len(numbers))
 

@@ -31,11 +31,10 @@ from atom_jax.inference.scaling import reason
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.session import sampling
+from atom_jax.session.queue import Made
 from atom_jax.typing import LM, AtomError
 
 COSTS = ("reads", "peak")
-# Problems that are sampled at once: what an interruption loses.
-_AT_ONCE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,23 +190,29 @@ def _sampled(
         total=len(problems) * width, initial=sum(i in done for i in range(len(problems))) * width, desc=_name(method),
         unit="chain", mininterval=0.2 if sys.stderr.isatty() else 30,
     )  # fmt: skip
+    left = [i for i in range(len(problems)) if i not in done]
+    chains: dict[int, list[Made | None]] = {i: [None] * width for i in left}
+
+    def ended(p: int, w: int, made: Made) -> None:
+        i = left[p]
+        chains[i][w] = made
+        bar.update()
+        if None in chains[i]:
+            return
+        whole = chains.pop(i)
+        votes = [puzzle.answer(method.lm.tokenizer.decode(one.ids)) if one.ended else None for one in whole]
+        solves = lambda answer: puzzle.solves(problems[i], answer)  # noqa: E731
+        done[i] = hyper_grid.grid(whole, votes, solves, settings.lengths, settings.chains)
+        lines.append([{"key": key, "method": _name(method), "problem": i, "grid": done[i]}])
+
     with bar:
-        for start in range(0, len(problems), _AT_ONCE):
-            part = [i for i in range(start, min(start + _AT_ONCE, len(problems))) if i not in done]
-            if not part:
-                continue
+        if left:
             # A problem has its key whatever else is sampled with it.
-            keys = sampling.row_keys(jax.random.key(settings.seed), len(problems))[np.array(part)]
-            result = reason(
-                method.lm, [prompts[i] for i in part], width, length, settings.temperature, keys,
-                min_p=settings.min_p, extract=puzzle.answer, rows=settings.rows, on_end=lambda *_: bar.update(),
+            keys = sampling.row_keys(jax.random.key(settings.seed), len(problems))[np.array(left)]
+            reason(
+                method.lm, [prompts[i] for i in left], width, length, settings.temperature, keys,
+                min_p=settings.min_p, extract=puzzle.answer, rows=settings.rows, on_end=ended,
             )  # fmt: skip
-            new = []
-            for i, chains, votes in zip(part, result.chains, result.votes):
-                solves = lambda answer, i=i: puzzle.solves(problems[i], answer)  # noqa: E731
-                done[i] = hyper_grid.grid(chains, votes, solves, settings.lengths, settings.chains)
-                new.append({"key": key, "method": _name(method), "problem": i, "grid": done[i]})
-            lines.append(new)
     return [done[i] for i in range(len(problems))]
 
 
