@@ -57,7 +57,7 @@ class HyperSettings:
     lengths: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
     chains: tuple[int, ...] = (1, 2, 4, 8)
     temperature: float = 1.0
-    min_p: float = 0.2
+    min_p: float = 0.4
     policies: tuple[str, ...] = ("none", "tova", "h2o", "streaming_llm", "quest:page=8")
     budgets: tuple[int, ...] = (96, 64, 48, 32)
     protect: str = "prompt"
