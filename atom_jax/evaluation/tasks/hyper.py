@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from atom_jax import checkpoint, config
 from atom_jax import params as params_lib
+from atom_jax.checkpoint import adapters
 from atom_jax.data import puzzles
 from atom_jax.evaluation import cache, fronts
 from atom_jax.evaluation.encode import Encoder
@@ -45,7 +46,7 @@ class HyperSettings:
         of `generate`.
     policies, budgets: as of `kv`, each policy with all budgets; all of them make one front. protect: "prompt" keeps
         the problem's own entries, beside which the others choose; "none" leaves them to the policy.
-    adapters: checkpoints of the same model with learned memory, one front for each kind.
+    adapters: of this model, or checkpoints of it with learned memory; one front for each kind.
     rivals: checkpoints of other reasoners, one front for each.
     steps: chains of the program by which each kind of step is judged. rows: chains at a time. draws: of the
         bootstrap.
@@ -145,7 +146,7 @@ def methods(lm: LM, settings: HyperSettings, prompt: int, problem: str) -> list[
             memory = dataclasses.replace(memory, sinks=prompt)
         out.append(Method(method.name.partition(":")[0], method.budget, registry.with_memory(plain, memory)))
     for path in settings.adapters:
-        learned = checkpoint.load(path)
+        learned = adapters.load_adapter(plain, path) if adapters.is_adapter(path) else checkpoint.load(path)
         memory = registry.of(learned.config).memory(learned.config)
         if memory is None:
             raise AtomError(f"hyper.adapters: {path} has no learned memory")
