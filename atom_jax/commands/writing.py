@@ -250,7 +250,7 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "chains", 8, "how many times the problem is thought about")
     known.add(flags.DEFINE_integer, "length", 512, "most tokens of a chain; one that has not ended abstains")
     known.add(flags.DEFINE_float, "temperature", 1.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_float, "min_p", 0.2, "draw from tokens at least this fraction as likely as the best")
+    known.add(flags.DEFINE_float, "min_p", 0.4, "draw from tokens at least this fraction as likely as the best")
     known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
     known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=64")
     known.add(flags.DEFINE_string, "vote", "majority", "majority, or verify: the first answer that is right")
