@@ -96,7 +96,7 @@ def window_64() -> Experiment:
 def retrofit(entries: int, cr: float) -> Experiment:
     """Evictors for the trained reasoner, with corrections of its projections where keys may be evicted; everything
     else stays as it is. entries: keys that a head holds at the end of a chain, on average."""
-    steps = 300
+    steps = 900
     return Experiment(
         init_from="runs/reason", tokenizer="",
         memory=DMS(
@@ -109,7 +109,7 @@ def retrofit(entries: int, cr: float) -> Experiment:
             learning_rate=6e-3, warmup_steps=10, final_fraction=0.1, weight_decay=0.0,
             groups=(Group(r"layers/attn/dms/._[ab]", 0.3), Group(r"(?!layers/attn/dms/).*")),
         ),
-        train=TrainConfig(steps=steps, eval_every=100, eval_batches=4),
+        train=TrainConfig(steps=steps, eval_every=300, eval_batches=4),
     )  # fmt: skip
 
 

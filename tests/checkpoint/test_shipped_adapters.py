@@ -16,7 +16,7 @@ MODEL = pathlib.Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-i
 
 
 def test_they_are_small_and_have_cards():
-    assert {"smollm2-135m-dms-4x", "smollm2-135m-dms-8x"} <= set(adapters.shipped())
+    assert set(DIGESTS) == set(adapters.shipped())
     for name in adapters.shipped():
         assert (adapters.SHIPPED / name / "README.md").is_file()
         assert sum(p.stat().st_size for p in (adapters.SHIPPED / name).iterdir()) < 5_000_000
@@ -24,6 +24,8 @@ def test_they_are_small_and_have_cards():
 
 # SHA-256 of the names, dtypes, shapes and bytes of their tensors.
 DIGESTS = {
+    "reason-subset-dms-4x": "f56413f631a8b9e4adf2724a7da3e1dcf00438df075116125c83f3df44aa28bb",
+    "reason-subset-dms-8x": "aee454e9dbe0f80190c28c6240481da3921b4703670fc48a500c9912fcb0d3f2",
     "smollm2-135m-dms-4x": "a0f94c40920f6a8a8169fdd700e9f8cda5ee9047277c0ef05e2c44933278917a",
     "smollm2-135m-dms-8x": "e0d3daf338582d82034178ca1bc08d8146660874c72fd6514a77e1be87331af8",
 }
