@@ -214,6 +214,8 @@ def _sampled(
                 method.lm, [prompts[i] for i in left], width, length, settings.temperature, keys,
                 min_p=settings.min_p, extract=puzzle.answer, rows=settings.rows, on_end=ended,
             )  # fmt: skip
+            # A process may map only so much memory (vm.max_map_count), and every policy has programs of its own.
+            jax.clear_caches()
     return [done[i] for i in range(len(problems))]
 
 
