@@ -26,6 +26,7 @@ from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
 from atom_jax.kvcache.razor_attention import RazorAttention
+from atom_jax.kvcache.revised import Revised
 from atom_jax.kvcache.sepllm import SepLLM
 from atom_jax.kvcache.shared import Shared
 from atom_jax.kvcache.snapkv import SnapKV
@@ -40,6 +41,7 @@ POLICIES: dict[str, type[Policy]] = {
     p.name: p
     for p in (
         DMS,
+        Revised,
         DMC,
         StreamingLLM,
         TOVA,
@@ -148,4 +150,4 @@ def to_hf(memory: Any, family: str) -> dict[str, Any]:
 
 def rules(memory: Any) -> list[Rule]:
     """Published names, within a layer's attention, of what the policies of a `memory` learn."""
-    return [rule.inside("", f"{policy.name}/") for policy in policies_of(memory) for rule in policy.rules()]
+    return [rule.inside("", f"{policy.learned_as}/") for policy in policies_of(memory) for rule in policy.rules()]
