@@ -31,12 +31,12 @@ from atom_jax.nn.attention import Tokens
 class Revised(DMS):
     """Learned eviction (DMS) whose decisions are revised, per key/value head. Other fields than these as in DMS.
 
-    A key that leaves the window goes or stays as DMS decides. Of those that stayed, the ones go after every
-    `every`-th token of a row that received less than `share` of what an average entry did. An entry's attention is
-    that of all queries more than `window` tokens after it, and of all query heads of its group; an average one
-    receives a query's attention divided by the number of entries that this query sees. Both are sums, of which
-    `decay` is left after each look. Entries are judged once they have been beyond the window for `every` tokens;
-    sinks never.
+    A key that leaves the window goes or stays as DMS decides. Of those that stayed, the ones go that received less
+    than `share` of what an average entry did: a row looks when it has `every` further tokens, before it reads the
+    next one. An entry's attention is that of all queries more than `window` tokens after it, and of all query heads
+    of its group; an average one receives a query's attention divided by the number of entries that this query sees.
+    Both are sums, of which `decay` is left after each look. Entries are judged once they have been beyond the window
+    for `every` tokens; sinks never.
 
     Looks fall at the same positions however a text is read, so of a prompt is held what is held of it token by token.
     Attention without a memory (training, `apply`) follows DMS's decisions and revises none.
@@ -122,9 +122,16 @@ class RevisedLayer(DMSLayer):
     """The memory of one layer; the notes of its pool are an `Account`."""
 
     def _one(self, call: Call) -> tuple[jax.Array, RevisedLayer]:
-        """One token of every row, and a look where it is time for one."""
+        """One token of every row, before it a look where it is time for one."""
         b, h, g, _, _ = call.q.shape
-        layer = self._placed(call, Account.new(jnp.broadcast_to(call.length[:, None], (b, h))))
+
+        def look(loop: tuple[RevisedLayer, jax.Array]) -> tuple[RevisedLayer, jax.Array]:
+            layer, falls = loop[0]._looked(call)
+            return layer._without(falls), jnp.bool_(False)
+
+        # A loop of at most one round: a branch would copy the pages where nobody looks.
+        layer, _ = jax.lax.while_loop(lambda loop: loop[1], look, (self, jnp.any(self._looks(call))))
+        layer = layer._placed(call, Account.new(jnp.broadcast_to(call.length[:, None], (b, h))))
         pool, ring, account = layer.pool, layer.ring, layer.pool.notes
         out, scores, lse = pool.attend_one(call.q[..., 0, :])
         if ring.stats is not None:
@@ -133,14 +140,7 @@ class RevisedLayer(DMSLayer):
         got = jnp.exp(scores - lse.reshape(-1, g)[pool.row_of][..., None]).sum(1)
         due = g / jnp.maximum(pool.n, 1).reshape(-1)[pool.row_of][:, None]
         account = account.add(got, due, pool.there & (account.pos + self.policy.window < here))
-        layer = layer.replace(pool=pool.replace(notes=account), ring=ring)
-
-        def look(loop: tuple[RevisedLayer, jax.Array]) -> tuple[RevisedLayer, jax.Array]:
-            return loop[0]._left(loop[0].pool.there, call), jnp.bool_(False)
-
-        # A loop of at most one round: a branch would copy the pages where nobody looks.
-        layer, _ = jax.lax.while_loop(lambda loop: loop[1], look, (layer, jnp.any(self._looks(call))))
-        return out[..., None, :].astype(call.q.dtype), layer
+        return out[..., None, :].astype(call.q.dtype), layer.replace(pool=pool.replace(notes=account), ring=ring)
 
     def _many(self, call: Call) -> tuple[jax.Array, RevisedLayer]:
         """Several tokens of every row, from look to look."""
@@ -160,8 +160,8 @@ class RevisedLayer(DMSLayer):
         return jnp.take_along_axis(out, at[:, None, None, :, None], axis=3), layer
 
     def _part(self, call: Call) -> tuple[RevisedLayer, jax.Array]:
-        """Several tokens of every row, none of them after its next look. They are put into the pages, whatever is to
-        become of them, and attend to what is there then."""
+        """Several tokens of every row, before the first of them a look where it is time for one. All are put into the
+        pages, whatever is to become of them, and attend to what is there then."""
         policy, real, shape = self.policy, call.real, call.k.shape[:3]
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
         known = self.ring.positions(call.length)
@@ -171,7 +171,9 @@ class RevisedLayer(DMSLayer):
         ends = jnp.where(evict, pos + policy.window + 1, NEVER)
         ends = jnp.concatenate([self._ends(ring, known, call.learned), ends], axis=2)
         added = jnp.broadcast_to(real[:, None], shape)
-        pool, moved, to = self.pool.rebuild(self.pool.there, call.k, call.v, added, notes_bht=Account.new(pos))
+        looked, falls = self._looked(call)
+        stays = looked.pool.there & ~falls
+        pool, moved, to = looked.pool.rebuild(stays, call.k, call.v, added, notes_bht=Account.new(pos))
         ring = ring.replace(slot=moved[ring.slot])
         slots = jnp.concatenate([jnp.where((known >= 0)[:, None], ring.slot, NEVER), to], axis=2)
         until, account = self._by_entry(slots, ends), pool.notes
@@ -179,12 +181,13 @@ class RevisedLayer(DMSLayer):
         total = jnp.maximum(total, 1e-30)
         at, beyond = jnp.where(real, tokens.positions, -1), account.pos + policy.window + 1
         got = pool.received(call.q, at, until, beyond, top + jnp.log(total))
-        seen = self.pool.n[..., None] + _counts(call, ends)
         layer = self.replace(pool=pool, ring=self._renewed(ring, Ring(to, z, stats), call))
+        seen = pool.n[..., None] - _fewer(call, ends)
         due = layer._since(jnp.where(added, call.q.shape[2] / seen, 0.0), beyond - layer._by_page(call.length))
         layer = layer.replace(pool=pool.replace(notes=account.add(got, due)))
-        out = (out / total[..., None]).astype(call.q.dtype)
-        return layer._left(pool.there & (until >= layer._by_page(call.after)), call), out
+        if policy.form != "all":
+            layer = layer._without(until < layer._by_page(call.after))
+        return layer, (out / total[..., None]).astype(call.q.dtype)
 
     def _since(self, x_bht: jax.Array, first_pc: jax.Array) -> jax.Array:
         """f32 [p, c]: sums over the tokens of an entry's row from token `first` on."""
@@ -192,36 +195,42 @@ class RevisedLayer(DMSLayer):
         row = self.pool.row_of[:, None]
         return sums[:, -1][row] - sums[row, jnp.clip(first_pc, 0, x_bht.shape[2])]
 
-    def _left(self, alive_pc: jax.Array, call: Call) -> RevisedLayer:
-        """The layer with the entries `alive`, without those that fall where a row looks."""
-        policy, pool, account = self.policy, self.pool, self.pool.notes
+    def _looks(self, call: Call) -> jax.Array:
+        """bool [b]: rows that look before these tokens are read."""
+        return call.real[:, 0] & (call.length > 0) & (call.length % self.policy.every == 0)
+
+    def _looked(self, call: Call) -> tuple[RevisedLayer, jax.Array]:
+        """The layer with accounts that are closed where a row looks, and what falls then, bool [p, c]."""
+        policy, account = self.policy, self.pool.notes
         looks = self._by_page(self._looks(call))
-        judged = looks & (account.pos < self._by_page(call.after - policy.every - policy.window))
-        fallen = judged & (account.pos >= policy.sinks) & (account.got < policy.share * account.due)
+        judged = looks & (account.pos < self._by_page(call.length - policy.every - policy.window))
+        falls = judged & (account.pos >= policy.sinks) & (account.got < policy.share * account.due)
         left = jnp.where(looks, policy.decay, 1.0)
-        pool = pool.replace(notes=account.replace(got=account.got * left, due=account.due * left))
+        account = account.replace(got=account.got * left, due=account.due * left)
+        return self.replace(pool=self.pool.replace(notes=account)), falls
+
+    def _without(self, falls_pc: jax.Array) -> RevisedLayer:
+        """The layer laid out anew without these entries."""
+        pool = self.pool
         none = jnp.zeros((*pool.n.shape, 0), jnp.int32)
         k, v = (jnp.zeros((*none.shape, x.shape[-1]), x.dtype) for x in (pool.k, pool.v))
-        pool, moved, _ = pool.rebuild(alive_pc & ~fallen, k, v, none > 0, notes_bht=Account.new(none))
+        pool, moved, _ = pool.rebuild(pool.there & ~falls_pc, k, v, none > 0, notes_bht=Account.new(none))
         return self.replace(pool=pool, ring=self.ring.replace(slot=moved[self.ring.slot]))
-
-    def _looks(self, call: Call) -> jax.Array:
-        """bool [b]: rows that look once these tokens are read."""
-        return call.real[:, 0] & (call.after % self.policy.every == 0)
 
     def _by_page(self, x_b: jax.Array) -> jax.Array:
         """Of every page what is so of its sequence, [p, 1]."""
         return x_b[self.pool.row_of // self.pool.n.shape[1]][:, None]
 
 
-def _counts(call: Call, ends_bhs: jax.Array) -> jax.Array:
-    """i32 [b, h, t]: how many more entries than before the call each of its tokens sees; ends: i32 [b, h, s], the
-    first positions that do not see entries."""
-    b, h, t, _ = call.k.shape
+def _fewer(call: Call, ends_bhs: jax.Array) -> jax.Array:
+    """i32 [b, h, t]: how many entries each token does not see of those that are there once all are; ends: i32 [b, h,
+    s], the first positions that do not see entries."""
+    (b, h, t, _), later = call.k.shape, jnp.sum(call.real, axis=1, dtype=jnp.int32)
     column = jnp.clip(ends_bhs - call.length[:, None, None], 0, t)
     gone = jnp.zeros((b, h, t + 1), jnp.int32)
     gone = gone.at[jnp.arange(b)[:, None, None], jnp.arange(h)[None, :, None], column].add(1)
-    return jax.lax.broadcasted_iota(jnp.int32, (b, h, t), 2) + 1 - jnp.cumsum(gone[..., :t], axis=2)
+    later = later[:, None, None] - jax.lax.broadcasted_iota(jnp.int32, (b, h, t), 2) - 1
+    return later + jnp.cumsum(gone[..., :t], axis=2)
 
 
 def _cut(call: Call, first_b: jax.Array, end_b: jax.Array, width: int) -> Call:

@@ -80,6 +80,10 @@ def naive(policy, row, head, t, arrays=None):
     q, k, v, said = (x[row, head].astype(float) for x in (tensors() if arrays is None else arrays))
     got, due, held, outs, over = {}, {}, [], [], []
     for now in range(t):
+        if now and now % policy.every == 0:
+            judged = [p for p in held if policy.sinks <= p < now - policy.every - policy.window]
+            held = [p for p in held if p not in judged or got[p] >= policy.share * due[p]]
+            got, due = ({p: policy.decay * x for p, x in account.items()} for account in (got, due))
         last = now - policy.window - 1
         if policy.form != "all" and last >= policy.sinks and said[last + 1] > 0:
             held = [p for p in held if p != last]
@@ -91,10 +95,6 @@ def naive(policy, row, head, t, arrays=None):
         for p, w in zip(held, weights.sum(0)):
             if now - p > policy.window:
                 got[p], due[p] = got.get(p, 0.0) + w, due.get(p, 0.0) + len(q) / len(held)
-        if (now + 1) % policy.every == 0:
-            judged = [p for p in held if policy.sinks <= p < now + 1 - policy.every - policy.window]
-            held = [p for p in held if p not in judged or got[p] >= policy.share * due[p]]
-            got, due = ({p: policy.decay * x for p, x in account.items()} for account in (got, due))
         over.append(held)
     return np.stack(outs, axis=1), over
 
@@ -152,15 +152,11 @@ def test_what_is_no_longer_attended_to_leaves_at_the_next_look(way):
         _, layer, counts = read(policy, way, (q, k, v, said))
         held[policy.decay] = positions(layer)
         if len(way) == 32:
-            # Tokens 8 to 23 are not judged yet at 24, then those from 22 on.
-            assert counts[14:17, 0, 0].tolist() == [15, 12, 13]
-            assert counts[22:25, 0, 0].tolist() == [
-                19,
-                11 if policy.decay == 0 else 12,
-                12 if policy.decay == 0 else 13,
-            ]
-    assert held[0.0] == [3, *range(22, 32)]
-    assert held[0.9] == [2, 3, *range(22, 32)]
+            # Token 16 looks at those before 6, token 24 at those before 14.
+            assert counts[14:17, 0, 0].tolist() == [15, 16, 13]
+            assert counts[22:25, 0, 0].tolist() == [19, 20, 12 if policy.decay == 0 else 13]
+    assert held[0.0] == [3, *range(14, 32)]
+    assert held[0.9] == [2, 3, *range(14, 32)]
 
 
 def test_held_entries_stop_growing_where_attention_is_local():
