@@ -142,6 +142,11 @@ class RevisedLayer(DMSLayer):
         account = account.add(got, due, pool.there & (account.pos + self.policy.window < here))
         return out[..., None, :].astype(call.q.dtype), layer.replace(pool=pool.replace(notes=account), ring=ring)
 
+    def _decided(self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any) -> jax.Array:
+        if self.policy.form == "all":
+            return jnp.zeros(z_bht.shape, bool)
+        return super()._decided(z_bht, stats_bhtf, positions_bt, learned)
+
     def _many(self, call: Call) -> tuple[jax.Array, RevisedLayer]:
         """Several tokens of every row, from look to look."""
         every, (b, h, g, t, size) = self.policy.every, call.q.shape

@@ -62,8 +62,6 @@ def read(policy, calls, arrays=None):
     arrays = tensors() if arrays is None else arrays
     b, h, g, _, size = arrays[0].shape
     layer = jax.tree.map(lambda x: x[0], policy.init(Sizes(1, b, h, g, size, jnp.float32), max(calls[0]), (0,)))
-    if isinstance(policy, Revised) and policy.form == "all":
-        arrays = (*arrays[:3], np.full_like(arrays[3], -1.0))
     out, done, held = np.zeros_like(arrays[0]), np.zeros(b, np.int32), []
     for i, counts in enumerate(calls):
         layer = layer.grow(done, max(counts))
