@@ -43,35 +43,44 @@ def data(*puzzles: str, **options) -> DataConfig:
     return DataConfig(sources=sources, whole=True, prompt_end=";", **options)
 
 
-def subset() -> Experiment:
+def subset(seed: int = 0) -> Experiment:
     """From few numbers to eight, longer rows each time; then what is left, which is subtraction, where targets count
     by how little the model knows of them. At last rows that nearly all chains fit in, and problems of few numbers
     again: only there is the first number often turned."""
     muon = OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="constant", warmup_steps=40)
     short = Experiment(
-        model=model(), tokenizer=WORDS, optim=muon,
-        data=data("least=3:letters=4", seq_len=256, batch_size=32),
+        model=model(), tokenizer=WORDS, optim=muon, seed=seed,
+        data=data("least=3:letters=4", seq_len=256, batch_size=32, seed=10 * seed),
         train=TrainConfig(steps=150, eval_every=150, eval_batches=4),
     )  # fmt: skip
     middle = dataclasses.replace(
-        short, data=data("least=3:letters=6", seq_len=512, batch_size=16),
+        short, data=data("least=3:letters=6", seq_len=512, batch_size=16, seed=10 * seed),
         train=TrainConfig(steps=200, eval_every=200, eval_batches=4), first=short,
     )  # fmt: skip
     falling = dataclasses.replace(muon, schedule="wsd", decay_fraction=0.5, final_fraction=0.02)
+    rows = {"seq_len": 1024, "batch_size": 9, "seed": 10 * seed}
     whole = dataclasses.replace(
-        short, data=data("least=5:letters=8", "least=8", weights=(1.0, 1.0), seq_len=1024, batch_size=9),
+        short, data=data("least=5:letters=8", "least=8", weights=(1.0, 1.0), **rows),
         optim=falling, train=TrainConfig(steps=1000, eval_every=200, eval_batches=4), first=middle,
     )  # fmt: skip
 
-    sharper = dataclasses.replace(
-        whole, objective=NextToken(focus=2.0), optim=dataclasses.replace(falling, learning_rate=6e-3), first=whole
-    )
+    def again(first: Experiment, learning_rate: float, steps: int, **fields) -> Experiment:
+        return dataclasses.replace(
+            first, first=first, objective=NextToken(focus=2.0),
+            optim=dataclasses.replace(falling, learning_rate=learning_rate),
+            train=dataclasses.replace(whole.train, steps=steps), **fields,
+        )  # fmt: skip
+
+    sharper = again(again(whole, 6e-3, 1000), 4e-3, 700)
     sources = {"least=3:letters=4": 0.3, "least=5:letters=8": 1.0, "least=8": 1.0}
-    return dataclasses.replace(
-        sharper, data=data(*sources, weights=tuple(sources.values()), seq_len=1536, batch_size=6),
-        optim=dataclasses.replace(falling, learning_rate=4e-3),
-        train=dataclasses.replace(whole.train, steps=700), first=sharper,
-    )  # fmt: skip
+    longer = data(*sources, weights=tuple(sources.values()), seq_len=1536, batch_size=6, seed=10 * seed + 1)
+    longest = again(sharper, 4e-3, 700, data=longer)
+    return again(longest, 3e-3, 600, data=dataclasses.replace(longer, seed=10 * seed + 2))
+
+
+def second() -> Experiment:
+    """Another one: other weights to begin with, other problems and chains."""
+    return subset(seed=1)
 
 
 def window_64() -> Experiment:
@@ -134,5 +143,6 @@ def tiny() -> Experiment:
 
 
 VARIANTS = {
-    "subset": subset, "window_64": window_64, "dms_4x": dms_4x, "dms_8x": dms_8x, "dmc_4x": dmc_4x, "tiny": tiny,
+    "subset": subset, "second": second, "window_64": window_64, "dms_4x": dms_4x, "dms_8x": dms_8x, "dmc_4x": dmc_4x,
+    "tiny": tiny,
 }  # fmt: skip

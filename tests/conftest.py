@@ -4,6 +4,9 @@ import contextlib
 import gc
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 from tests import quick
 
@@ -68,6 +71,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.path.is_relative_to(place) for place in slow):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory):
+    """The package's wheel, made from a copy of its sources."""
+    pytest.importorskip("setuptools", "77", reason="needs the extra: pip install 'atom-jax[dev]'")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("atom_jax", "pallas_kernels", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--no-build-isolation", "--no-deps", "--quiet", "-w", out]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    return next(out.iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,18 @@
-"""Every notebook runs from its first cell to its last."""
+"""Every notebook runs from its first cell to its last, with the package as its wheel installs it."""
 
-import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from tests import quick
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODELS = ROOT / "models"
 # Layers one after another in a loop, as in the fixture `scanned`.
 SCANNED = "from atom_jax.session import laid_out\nlaid_out.unrolls = lambda lm: False"
 
@@ -18,12 +22,24 @@ def small(source: str) -> str:
     return re.sub(r"^([A-Z]+) = (\d+)$", lambda found: f"{found[1]} = {int(found[2]) // 10}", source, flags=re.M)
 
 
+@pytest.fixture(scope="module")
+def place(wheel_file, tmp_path_factory):
+    """A directory with the notebooks, and beside it the wheel's packages, away from the repository."""
+    place = tmp_path_factory.mktemp("notebooks")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place / "site", wheel_file]
+    subprocess.run(command, check=True)
+    shutil.copytree(ROOT / "notebooks", place / "notebooks")
+    if MODELS.is_dir():
+        (place / "models").symlink_to(MODELS)
+    return place
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path, monkeypatch):
+def test_notebook_runs(path, place, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra: pip install 'atom-jax[dev]'")
     nbformat = pytest.importorskip("nbformat")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parent.parent), os.environ.get("PYTHONPATH", "")]))
-    if path.stem == "smaller_memory" and not (path.parent.parent / "models" / "smollm2-135m-instruct").is_dir():
+    monkeypatch.setenv("PYTHONPATH", str(place / "site"))
+    if path.stem == "smaller_memory" and not (MODELS / "smollm2-135m-instruct").is_dir():
         pytest.skip("needs SmolLM2: make smollm2")
     # One device, as where they are meant to run.
     monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
@@ -32,4 +48,7 @@ def test_notebook_runs(path, monkeypatch):
         if cell.cell_type == "code":
             cell.source = small(cell.source)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SCANNED))
-    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    notebook.cells.append(nbformat.v4.new_code_cell("print(atom_jax.__file__)"))
+    where = {"metadata": {"path": str(place / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=900, resources=where).execute()
+    assert notebook.cells[-1].outputs[0].text.startswith(str(place / "site"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -32,8 +33,9 @@ from atom_jax.models import lora, registry
 from atom_jax.tokenizers.json_tokenizer import TOKENIZER_FILES
 from atom_jax.typing import LM, AtomError
 
-__all__ = ["find", "kind_of", "load", "load_config", "save_adapter", "save_hf"]
+__all__ = ["find", "kind_of", "load", "load_config", "save_adapter", "save_hf", "shipped"]
 
+SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -47,8 +49,9 @@ def load(
     merge: bool = True,
     memory: Any = None,
 ) -> LM:
-    """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, or,
-    with huggingface_hub installed, a hub id such as "HuggingFaceTB/SmolLM2-135M".
+    """A model from a Hugging Face directory, an Orbax directory (converted, or a training WORKDIR), a .gguf file, by
+    its name one that comes with the package (`checkpoint.shipped`), or, with huggingface_hub installed, by a hub id
+    such as "HuggingFaceTB/SmolLM2-135M".
 
     adapter: learned evictors or LoRA to put on it, the name of shipped ones or a directory (`checkpoint.adapters`);
     or several, in a list or with commas between them.
@@ -160,17 +163,25 @@ def kind_of(path: Path) -> str:
     raise AtomError(f"{path}: not a Hugging Face directory ({CONFIG}, safetensors), an Orbax directory or a .gguf")
 
 
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
 def find(path: str | os.PathLike, weights: bool = True) -> Path:
-    """The local path of a checkpoint, downloaded first where `path` is a hub id, without its weights where they are
-    not needed. AtomError when there is none."""
+    """The local path of a checkpoint: of what lies there, of a shipped one by its name, or downloaded first where
+    `path` is a hub id, without its weights where they are not needed. AtomError when there is none."""
     if not isinstance(path, str | os.PathLike):
         raise AtomError(f"path: expected that of a checkpoint, as a text, got {path!r:.80}")
     local = Path(path)
     if os.path.exists(path):
         return local
+    if str(path) in (names := shipped()):
+        return SHIPPED / str(path)
     # A name below a directory that exists is a mistyped path, and nothing to ask the network about.
     if not _HUB_ID.fullmatch(str(path)) or local.parent.is_dir():
-        raise AtomError(f"{path}: no such file or directory")
+        near = difflib.get_close_matches(str(path), names, 1, 0.8)
+        raise AtomError(f"{path}: no such file or directory" + (f" (did you mean {near[0]}?)" if near else ""))
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -14,6 +14,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.inference.request import Piece, Request
+from atom_jax.kvcache.paged import Level
 from atom_jax.models import registry
 from atom_jax.models.family import Codec
 from atom_jax.session import reading, sampling
@@ -97,6 +98,7 @@ class Engine:
         self._reading: collections.deque[tuple[Request, Parts]] = collections.deque()
         self._lane: Lane[Request] = Lane()
         self._longest = 0  # text that the lane's buffers are made for
+        self._level = Level()
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -142,7 +144,7 @@ class Engine:
         ends = np.pad(ends, (0, STOPS - len(ends)), constant_values=-1)
         choice = Choice(sampling.row_keys(key, 1), how, ends, self._codec, asks)
         request = Request(ids, most, choice, self.lm.tokenizer, stop, logprobs, listen)
-        if self.cache_memory is not None and (need := self._need([request], 1, 0)) > self.cache_memory:
+        if self.cache_memory is not None and (need := self._need([request], 1, 0, None)) > self.cache_memory:
             raise AtomError(f"the request may need {need:,} bytes of memory; there are {self.cache_memory:,}")
         with self._changed:
             if self._closing:
@@ -215,32 +217,39 @@ class Engine:
             begun = [*(request for request, _ in self._reading), *(self._lane.owners[r] for r in self._lane.live)]
             while self._waiting and len(begun) < self.rows:
                 request = self._waiting[0]
-                if not self._fits([*begun, request]):
+                # One alone was found to fit when it came.
+                if not self._fits([*begun, request]) and begun:
                     return
-                parts = Parts(self.lm, request.prompt, min(request.most, ROOM), self._part, self._beginnings)
+                parts = Parts(
+                    self.lm, request.prompt, min(request.most, ROOM), self._part, self._beginnings, self._level
+                )
                 self._reading.append((self._waiting.popleft(), parts))
                 begun.append(request)
 
     def _fits(self, requests: Sequence[Request]) -> bool:
         """Whether the memory suffices for a batch of these."""
         rows, most = 1 << (len(requests) - 1).bit_length(), self.cache_memory
-        if most is None or self._need(requests, rows, self._longest) > most:
+        if most is None or self._need(requests, rows, self._longest, self._level) > most:
             return most is None
         # Rows that nobody has would grow along with the others.
-        while len(self._lane.owners) > rows and self._need(requests, len(self._lane.owners), self._longest) > most:
+        while (
+            len(self._lane.owners) > rows
+            and self._need(requests, len(self._lane.owners), self._longest, self._level) > most
+        ):
             self._lane.halve()
         return True
 
-    def _need(self, requests: Sequence[Request], rows: int, longest: int) -> int:
+    def _need(self, requests: Sequence[Request], rows: int, longest: int, level: Level | None) -> int:
         """Bytes that a batch of these in so many rows, whose buffers are made for `longest` tokens or more, is
-        expected to take until they end."""
+        expected to take until they end; level: see `Cost.nbytes`."""
         entries = []
         for request in requests:
             # What is held already, and what is expected of the tokens to come.
             whole, now = len(request.prompt) + request.most, len(request.prompt) + request.made
             later = self._cost.expected(whole) - (self._cost.expected(now) if request.entries else 0)
             entries.append(request.entries + later)
-        return self._cost.nbytes(rows, max(longest, *map(self._size, requests)), entries)
+        longest = max(longest, *map(self._size, requests))
+        return self._cost.nbytes(rows, longest, entries, level)
 
     def _size(self, request: Request) -> int:
         """Tokens that its buffers are made for: whole parts while a prompt is read in several."""
@@ -270,7 +279,7 @@ class Engine:
 
     def _start(self, request: Request, session: Session) -> None:
         """Chooses the first token after a prompt, and gives the text a row."""
-        slots = Slots(session, request.choice, level=True)
+        slots = Slots(session, request.choice, level=self._level)
         self.tally.prompt_tokens += len(request.prompt)
         self.tally.known += request.known
         if slots.made[0]:

@@ -126,6 +126,13 @@ class Budget(Policy):
         """float32 [b, h, c]: scores of a prompt's entries when it is read again; the last t are the call's own."""
         return entries.score[..., : -call.k.shape[2]]
 
+    def compact(
+        self, layer: BudgetLayer, entries: Entries, length_b: jax.Array, limit_bh: jax.Array
+    ) -> tuple[BudgetLayer, Entries, jax.Array, jax.Array]:
+        """What `choose` and `gather` make of a prompt: the layer, the entries, which of them stay, and the limit."""
+        keep, limit = self.choose(entries, length_b, limit_bh)
+        return *self.gather(layer, entries, keep), keep, limit
+
     def gather(self, layer: BudgetLayer, entries: Entries, keep: jax.Array) -> tuple[BudgetLayer, Entries]:
         """A prompt's entries, of which those `keep`, bool [b, h, t], are about to stay: they may take up what the
         others held. And the empty layer, which may keep something besides."""
@@ -165,6 +172,13 @@ class Entries:
     def join(self, other: Entries) -> Entries:
         """These entries and then those."""
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2), self, other)
+
+
+def put(old: jax.Array, new: jax.Array, slot_bh: jax.Array) -> jax.Array:
+    """The array [b, h, c, ...] with [b, h, ...] at these slots, i32 [b, h]; nothing past the last one."""
+    # One scatter index per row and head: XLA then updates in place.
+    place = old.at[jnp.arange(old.shape[0])[:, None], jnp.arange(old.shape[1])[None], slot_bh]
+    return place.set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
 
 def tied(score: jax.Array, at: jax.Array, digits: int) -> jax.Array:
@@ -231,8 +245,7 @@ class BudgetLayer(Layer):
         if call.fresh:
             out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
             new = new.replace(score=self.policy.prompt(new, call))
-            keep, limit = self.policy.choose(new, call.after, self.policy.allow(self, call))
-            layer, new = self.policy.gather(self, new, keep)
+            layer, new, keep, limit = self.policy.compact(self, new, call.after, self.policy.allow(self, call))
             return out, layer._put(new, keep).replace(limit=self.policy.later(limit))
         old = self if call.reading else self._shed(call)
         new = old.entries.join(new)
@@ -281,20 +294,14 @@ class BudgetLayer(Layer):
         rest = jnp.where(jnp.arange(c)[None, None] == slot[..., None], -1, self.pos)
         dropped = jnp.where(over, self._victim(rest, call), c)
         old = self.policy.absorb(self, slot, real & ~fits)
-        old = self.policy.absorb(old, dropped, over)
-
-        def put(old: jax.Array, new: jax.Array, where: jax.Array = slot) -> jax.Array:
-            # One scatter index per row and head: XLA then updates in place.
-            place = old.at[jnp.arange(b)[:, None], jnp.arange(h)[None], where]
-            return place.set(new.astype(old.dtype), mode="drop", unique_indices=True)
-
-        pos = put(old.pos, jnp.broadcast_to(at, (b, h)))
+        old = self.policy.absorb(old.replace(pos=rest), dropped, over)
+        pos = put(old.pos, jnp.broadcast_to(at, (b, h)), slot)
         new = old.replace(
-            k=put(old.k, call.k[:, :, 0]),
-            v=put(old.v, call.v[:, :, 0]),
+            k=put(old.k, call.k[:, :, 0], slot),
+            v=put(old.v, call.v[:, :, 0], slot),
             pos=put(pos, jnp.full((b, h), -1), dropped),
-            score=put(old.score, self.policy.token_score(call)[:, :, 0]),
-            bias=None if old.bias is None else put(old.bias, jnp.zeros((b, h))),
+            score=put(old.score, self.policy.token_score(call)[:, :, 0], slot),
+            bias=None if old.bias is None else put(old.bias, jnp.zeros((b, h)), slot),
             n=self.n + jnp.where(fits & real, 1, 0) - over.astype(jnp.int32),
         )
         seen = new.pos >= 0

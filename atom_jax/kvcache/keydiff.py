@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import config
+from atom_jax.kvcache import merging
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries
 from atom_jax.kvcache.memory import Call
 
@@ -31,8 +32,7 @@ class KeyDiff(Budget):
 
 
 def _difference(k_bhsk: jax.Array, pos_bhs: jax.Array) -> jax.Array:
-    unit = k_bhsk.astype(jnp.float32)
-    unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=-1, keepdims=True), 1e-12)
+    unit = merging.unit(k_bhsk)
     held = (pos_bhs >= 0).astype(jnp.float32)
     mean = jnp.einsum("bhsk,bhs->bhk", unit, held) / jnp.maximum(held.sum(-1), 1.0)[..., None]
     mean = mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)

@@ -17,6 +17,8 @@ from atom_jax.nn.blockwise import blockwise_lse
 
 # Tokens per row for which there is room after `grow` for a few tokens; for more at once, room is found coarsely.
 AHEAD = 64
+# Pages of the layer that needs most, in those that layers need on average, from which on they differ in size.
+UNEVEN = 1.25
 
 
 class PagedLayer(Layer):
@@ -71,7 +73,7 @@ class PagedLayer(Layer):
         source[index[new]] = rows + new
         n = np.take(np.concatenate([np.asarray(x.pool.n) for x in (self, other)], axis), source, axis)
         need, pages = self.pool.replace(n=n).pages_for(AHEAD), self.k.shape[-3]
-        return _copied(self, other, source, axis=axis, pages=pages if need <= pages else fine(need))
+        return _copied(self, other, source, axis=axis, pages=pages if need <= pages else coarse(need))
 
     def copied(self, index_b: jax.Array, pages: int) -> PagedLayer:
         """The rows `index_b` of one layer in so many pages."""
@@ -90,18 +92,51 @@ def _copied(layer: PagedLayer, other: PagedLayer | None, index: jax.Array, *, ax
     return over(lambda one: one.copied(index, pages))(both)
 
 
-def level(memory: Memory) -> Memory:
-    """The same memory in which all layers have equally many pages, and these one of few numbers, with room for AHEAD
-    single tokens: what is compiled for it serves again. Runs on the host."""
-    layers = [x for x in memory_lib.layers(memory) if isinstance(x, PagedLayer)]
-    if not layers:
-        return memory
-    pages = coarse(max(x.pool.pages_for(AHEAD) for x in layers))
+class Level:
+    """Sizes of pools for rows that come and go, with room for AHEAD single tokens: of few numbers, so that what is
+    compiled for them serves again.
 
-    def fit(layer: Layer) -> Layer:
-        return layer.replace(pool=layer.pool.resized(pages)) if isinstance(layer, PagedLayer) else layer
+    All layers have equally many pages; or, where they are apart and that takes less, as many in proportion as the
+    first uneven ones were seen to need, in eighths of what the layer that keeps most has.
+    fullest: how often as many entries as a layer has on average the one with most has, as was seen latest; evenness:
+    pages of all layers, as a share of what they would be if all had as many as that one. Runs on the host.
+    """
 
-    return memory_lib.map_layers(fit, memory)
+    def __init__(self) -> None:
+        self.fullest, self.evenness = 1.0, 1.0
+        self._shares: np.ndarray | None = None
+
+    def __call__(self, memory: Memory) -> Memory:
+        """The same memory in pools of such sizes."""
+        pools: list[Pool] = []
+
+        def seen(layer: Layer) -> Layer:
+            pools.extend([layer.pool] if isinstance(layer, PagedLayer) else [])
+            return layer
+
+        memory_lib.map_layers(seen, memory)
+        if not pools:
+            return memory
+        held = np.concatenate([np.asarray(pool.n).sum((-2, -1)).reshape(-1) for pool in pools])
+        self.fullest = float(held.max() / held.mean()) if held.any() else 1.0
+        pages = self._pages(np.array([pool.pages_for(AHEAD) for pool in pools]))
+        self.evenness = float(pages.mean() / pages.max())
+        left = iter(pages.tolist())
+
+        def fit(layer: Layer) -> Layer:
+            return layer.replace(pool=layer.pool.resized(next(left))) if isinstance(layer, PagedLayer) else layer
+
+        return memory_lib.map_layers(fit, memory)
+
+    def _pages(self, need: np.ndarray) -> np.ndarray:
+        """Pages of each layer, of which so many are needed."""
+        if self._shares is None and need.max() >= UNEVEN * need.mean():
+            self._shares = np.ceil(8 * need / need.max()) / 8
+        even = np.full(len(need), coarse(int(need.max())))
+        if self._shares is None or len(self._shares) != len(need):
+            return even
+        uneven = np.ceil(coarse(int(np.ceil(need / self._shares).max())) * self._shares).astype(int)
+        return uneven if uneven.sum() < even.sum() else even
 
 
 def _pages(pool: Pool, more: int, have: int) -> int:

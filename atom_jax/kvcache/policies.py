@@ -11,6 +11,7 @@ from atom_jax import config
 from atom_jax.fields import Fields
 from atom_jax.kvcache.adakv import AdaKV
 from atom_jax.kvcache.cam import CaM
+from atom_jax.kvcache.d2o import D2O
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dms import DMS
@@ -19,6 +20,7 @@ from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.kvcompose import KVCompose
+from atom_jax.kvcache.kvmerger import KVMerger
 from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
 from atom_jax.kvcache.observed_attention import ObservedAttention
 from atom_jax.kvcache.policy import PerLayer, Policy, policies_of
@@ -61,6 +63,8 @@ POLICIES: dict[str, type[Policy]] = {
         Quest,
         WMerge,
         CaM,
+        D2O,
+        KVMerger,
     )
 }
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from atom_jax import config
-from atom_jax.kvcache.budget import FAR, BudgetLayer, Entries
+from atom_jax.kvcache.budget import FAR, BudgetLayer, Entries, put
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.typing import AtomError
@@ -103,14 +103,9 @@ class RazorAttention(StreamingLLM):
         old = [jnp.where(bias > 0, m, take(x, at)) for m, x in ((layer.extra.k, layer.k), (layer.extra.v, layer.v))]
         mean = Mean(*(m + share * (take(x, gone) - m) for m, x in zip(old, (layer.k, layer.v))))
         bias = jnp.where(live_bh[..., None], jnp.log1p(jnp.exp(bias)), bias)
-        rows, heads = (jnp.arange(n) for n in slot_bh.shape)
         # Past the end, where nothing is written, in heads that lose nothing.
         where = jnp.where(live_bh, at[..., 0], layer.k.shape[2])
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            place = old.at[rows[:, None], heads[None], where]
-            return place.set(new.astype(old.dtype), mode="drop", unique_indices=True)
-
-        return layer.replace(
-            k=put(layer.k, mean.k), v=put(layer.v, mean.v), bias=put(layer.bias, bias[..., 0]), extra=mean
+        k, v, bias = (
+            put(old, new, where) for old, new in ((layer.k, mean.k), (layer.v, mean.v), (layer.bias, bias[..., 0]))
         )
+        return layer.replace(k=k, v=v, bias=bias, extra=mean)

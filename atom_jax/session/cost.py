@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.budget import BudgetLayer
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
-from atom_jax.kvcache.paged import AHEAD, PagedLayer
+from atom_jax.kvcache.paged import AHEAD, Level, PagedLayer
 from atom_jax.kvcache.pool import coarse
 from atom_jax.models import registry
 from atom_jax.session.session import LEAST
@@ -38,8 +39,10 @@ class Cost:
         """Entries per head to expect of a text of so many tokens, in layers with pages; 0 without such."""
         return max((layer.policy.expected(length) for layer in self._paged), default=0)
 
-    def nbytes(self, rows: int, longest: int, entries: Sequence[float]) -> int:
-        """Of so many rows, with texts of up to `longest` tokens, of which heads keep so many entries in pages."""
+    def nbytes(self, rows: int, longest: int, entries: Sequence[float], level: Level | None = None) -> int:
+        """Of so many rows, with texts of up to `longest` tokens, of which heads keep so many entries in pages, on
+        average; level: has seen how unevenly. None: alike."""
+        level = level or Level()
         shapes = self._shapes(bucket(longest, LEAST))
         total = rows * (_nbytes(shapes) - sum(_pools(x) for x in memory_lib.layers(shapes)))
         for x in memory_lib.layers(shapes):
@@ -50,8 +53,8 @@ class Cost:
         for layer in self._paged:
             page, heads = layer.k.shape[-2], layer.pool.n.shape[-1]
             idle = [0.0] * (rows - len(entries))
-            pages = coarse(sum(heads * -(-(int(n) + AHEAD) // page) for n in [*entries, *idle]))
-            total += _pools(layer) // layer.k.shape[-3] * pages
+            pages = coarse(sum(heads * -(-(math.ceil(level.fullest * n) + AHEAD) // page) for n in [*entries, *idle]))
+            total += int(_pools(layer) // layer.k.shape[-3] * pages * level.evenness)
         return total
 
 

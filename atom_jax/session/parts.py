@@ -13,8 +13,8 @@ from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer, bucket, widen
 from atom_jax.kvcache.memory import Layer, Memory
-from atom_jax.kvcache.paged import level
-from atom_jax.session import laid_out, programs, reading
+from atom_jax.kvcache.paged import Level
+from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import LEAST, Session
 from atom_jax.typing import LM
@@ -78,8 +78,8 @@ class Parts:
     were, when reading began.
     """
 
-    def __init__(self, lm: LM, ids: np.ndarray, room: int, part: int, beginnings: Beginnings):
-        self._lm, self._ids, self._room, self._beginnings = lm, ids, room, beginnings
+    def __init__(self, lm: LM, ids: np.ndarray, room: int, part: int, beginnings: Beginnings, level: Level):
+        self._lm, self._ids, self._room, self._beginnings, self._level = lm, ids, room, beginnings, level
         self._pieces = reading.plan(lm.config).pieces
         self._part = part if self._pieces else len(ids)
         whole = -(-len(ids) // self._part) * self._part if len(ids) > self._part else 0
@@ -111,6 +111,6 @@ class Parts:
             self._beginnings.seen(self._ids[: self._at], memory)
             self._memory = memory
             return len(new), None
-        self._memory, memory = None, level(memory)
-        memory = programs.unstack(memory) if laid_out.unrolls(lm) else memory
+        memory = self._level(memory_lib.unstack(memory) if laid_out.unrolls(lm) else memory)
+        self._memory = None
         return len(new), Session.after(lm, laid_out.of(lm), memory, ids, length, x_bd)

@@ -22,9 +22,9 @@ def logits(params: Any, x: jax.Array, *, cfg: Any) -> jax.Array:
 
 
 @jax.jit
-def unstack(memory: Memory) -> Memory:
-    """See `memory.unstack`; in one call, for hundreds of small arrays."""
-    return memory_lib.unstack(memory)
+def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
+    """See `memory.use`."""
+    return memory_lib.use(memory)
 
 
 @jax.jit

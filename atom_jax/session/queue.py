@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from atom_jax import params as params_lib
+from atom_jax.kvcache.paged import Level
 from atom_jax.models import registry
 from atom_jax.session import laid_out, sampling
 from atom_jax.session.decode import Choice
@@ -138,6 +139,7 @@ class _Lane:
         self.prompts, self.queue, self.how, self.stop_ids, self.beside = prompts, queue, how, stop_ids, beside
         self.steps = self.idle = 0
         self.lane: Lane[_Row] = Lane()
+        self.level = Level()
         numbers = queue.take(rows)
         self._join(numbers, len(numbers))
 
@@ -175,5 +177,5 @@ class _Lane:
         chosen, cfg = np.array([*numbers, *numbers[:1] * (size - len(numbers))]), self.prompts.lm.config
         keys = jax.random.wrap_key_data(self.queue.keys[chosen], impl=self.queue.kind)
         choice = Choice(keys, self.how, self.stop_ids, registry.of(cfg).codec(cfg))
-        slots = Slots(self.prompts.rows(self.queue.jobs[chosen]), choice, self.beside, level=True)
+        slots = Slots(self.prompts.rows(self.queue.jobs[chosen]), choice, self.beside, self.level)
         self.lane.join(slots, [_Row(number, int(first)) for number, first in zip(numbers, slots.first)])

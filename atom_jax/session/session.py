@@ -97,7 +97,7 @@ class Session:
             )
         else:
             x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config, on_part=on_part)
-        memory = programs.unstack(memory) if unroll else memory
+        memory = memory_lib.unstack(memory) if unroll else memory
         return cls.after(lm, params, memory_lib.trim(memory), ids_bt, length_b, x_bd)
 
     @classmethod
@@ -220,7 +220,7 @@ class Session:
     def use(self) -> tuple[np.ndarray, np.ndarray]:
         """Entries that each row holds, and that its latest token read: f32 [b] each, averaged over layers and
         key/value heads."""
-        held_b, read_b = memory_lib.use(self.memory)
+        held_b, read_b = programs.use(self.memory)
         return np.asarray(held_b), np.asarray(read_b)
 
     def _settled(self, token_b: Any = None, live_b: Any = None) -> Session:

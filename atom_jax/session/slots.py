@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
-from atom_jax.kvcache.paged import PagedLayer, level
+from atom_jax.kvcache.paged import Level, PagedLayer
 from atom_jax.models import registry
 from atom_jax.session import laid_out, programs
 from atom_jax.session.decode import Choice, Made, State, begin, decode, decode_beside
@@ -23,7 +23,7 @@ class Slots:
     """The rows of a session while tokens are chosen for them. It takes the session over, which is used up.
 
     choice: how tokens are chosen, for as many rows. beside: others like this decode at the same time, on other cores.
-    level: rows will come and go, so that pages are to have few sizes (`paged.level`).
+    level: rows will come and go, and pages have its sizes; None: they stay.
     first: i32 [b], the tokens that are chosen at once, from what the session has read; -1 where there is none, since
     it is a stop id, or a token waits to be read or to get its form. told: what the model says of them, where
     somebody is told.
@@ -32,7 +32,7 @@ class Slots:
     # Tokens that a row may come to read in one call of the model.
     _ahead = 1
 
-    def __init__(self, session: Session, choice: Choice, beside: bool = False, level: bool = False):
+    def __init__(self, session: Session, choice: Choice, beside: bool = False, level: Level | None = None):
         self.choice, self._lm, self._params = choice.each, session.lm, session.params
         self._decode = decode_beside() if beside else decode
         self._compiled: list[Any] = []
@@ -107,7 +107,7 @@ class Slots:
         if not any(isinstance(x, PagedLayer) for x in memory_lib.layers(state.memory)):
             return
         empty = registry.of(self._lm.config).init_cache(self._lm.config, len(index), 1)
-        empty = programs.unstack(empty) if laid_out.unrolls(self._lm) else empty
+        empty = memory_lib.unstack(empty) if laid_out.unrolls(self._lm) else empty
         memory = self._fitted(memory_lib.put(state.memory, index, empty))
         self._state = state.replace(memory=memory, done=state.done.at[index].set(True, mode="drop"))
 
@@ -122,4 +122,4 @@ class Slots:
         return new
 
     def _fitted(self, memory: Memory) -> Memory:
-        return level(memory) if self._level else memory
+        return memory if self._level is None else self._level(memory)

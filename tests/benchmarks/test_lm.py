@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from atom_jax.typing import AtomError
-from benchmarks import lm, machine, table
+from benchmarks import compare, lm, machine, table
 from benchmarks.compare import Figures, Plan
 from benchmarks.rows import Row, rows
 from tests import quick
@@ -51,10 +51,10 @@ def test_a_broken_checkpoint_is_one_sentence(plan, tmp_path):
 def test_bad_requests(plan, tmp_path, monkeypatch):
     with pytest.raises(AtomError, match="no such row; there are matmul"):
         lm.run(plan, ["prefill-7"])
-    monkeypatch.setattr(lm.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(AtomError, match="make install-torch"):
         lm.run(plan, ["*"])
-    monkeypatch.setattr(lm.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(AtomError, match="make smollm2"):
         lm.run(Plan(checkpoint=str(tmp_path / "absent")), ["prefill-512"])
     with pytest.raises(AtomError, match="there is no directory"):

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax import params
 from atom_jax.inference import engine as module
 from atom_jax.inference.engine import Busy, Closed, Engine
+from atom_jax.kvcache import memory as memory_lib
+from atom_jax.kvcache import paged
 from atom_jax.session import cost as cost_module
 from atom_jax.session import parts as parts_module
 from atom_jax.session.cost import Cost
 from atom_jax.session.lane import Lane
+from atom_jax.session.session import Session
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.reliability import rows as examples
@@ -160,6 +164,35 @@ def test_a_request_is_begun_when_its_memory_fits(name):
         assert (tally.peak_running, tally.peak_nbytes) == (2, room)
     with Engine(lm, cache_memory=room // 4) as engine, pytest.raises(AtomError, match="may need"):
         engine.submit([1] * 50, 140)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_layers_that_keep_more_than_others_are_reckoned_with(apart, monkeypatch):
+    monkeypatch.setattr(paged, "AHEAD", 8)
+    monkeypatch.setattr(cost_module, "AHEAD", 8)
+    monkeypatch.setattr(paged, "UNEVEN", 1.01)
+    lm, prompts = model("dms"), [list(range(40, 99)), list(range(40, 140, 2))]
+    session, level = Session.prefill(lm, prompts, room=8), paged.Level()
+    memory = memory_lib.unstack(session.memory) if apart else session.memory
+    held = np.concatenate([np.asarray(x.pool.n).sum((-2, -1)).reshape(-1) for x in memory_lib.layers(memory)])
+    fitted = level(memory)
+    assert level.fullest == held.max() / held.mean() > 1.01
+    pages = [x.k.shape[-3] for x in memory_lib.layers(fitted)]
+    assert (len(set(pages)) > 1) == apart == (level.evenness < 1)
+    for x in memory_lib.layers(fitted):
+        assert x.pool.pages_for(8) <= x.k.shape[-3]
+    need = Cost(lm.config).nbytes(2, 100, session.use()[0].tolist(), level)
+    taken = sum(params.nbytes(node.layers) for node in memory_lib.nodes(fitted))
+    assert 0.7 * need <= taken <= 1.1 * need
+
+
+def test_a_request_that_fits_alone_is_begun():
+    lm, cost = model("dms"), Cost(model("dms").config)
+    room = cost.nbytes(1, 70, [cost.expected(70)])
+    with Engine(lm, rows=2, part=16, cache_memory=room) as engine:
+        engine._level.fullest = 9.0
+        wanted = [(list(range(40, 99)), {"max_new_tokens": 9, "stop_ids": ()})] * 2
+        assert all(request.end == "length" for request in together(engine, wanted))
 
 
 def test_rows_that_short_texts_left_do_not_grow_with_a_long_one(monkeypatch):

@@ -95,3 +95,14 @@ def test_cam_spreads_nothing_that_is_as_good_as_the_mean():
         even = state.replace(score=score.at[..., slot].set(scores))
         spread = policy.absorb(even, state.n * 0 + slot, state.n > 0)
         assert bool((spread.v == even.v).all()) == (scores < 2)
+
+
+def test_nothing_is_merged_into_what_leaves_in_the_same_step():
+    """What wmerge's entries received adds up: where a turn was stored whole, two leave with each token after it."""
+    _, state = extend(layer(parse("wmerge:budget=8").init(SIZES, 60, (0, 1, 2))), prompt())
+    _, state = extend(state.grow(LENGTHS, 5), later(LENGTHS, 5))
+    for i in range(8):
+        _, state = extend(state, later(LENGTHS + 5 + i))
+        total = np.where(state.pos < 0, 0.0, state.score).sum(-1)
+        np.testing.assert_allclose(total, np.repeat(2.0 * (LENGTHS + 6 + i)[:, None], 2, 1), rtol=1e-5)
+    np.testing.assert_array_equal(state.n, 8)

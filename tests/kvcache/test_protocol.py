@@ -102,10 +102,12 @@ def start(name: str, b: int = B, rows: Any = range(B)) -> Layer:
     stack = empty(policy, SIZES._replace(b=b), 24, (0, 1), window)
     layer, lengths = jax.tree.map(lambda x: x[0], stack.states), LENGTHS[np.asarray(rows)]
     layer = extend(layer, call(name, np.zeros(b), lengths, 24, True, rows))[1]
-    if policy is None or policy.passes == 1:
+    if policy is None or type(policy).settle is Policy.settle:
         return layer
-    again = extend(layer, call(name, lengths, lengths, 24, rows=rows).replace(reading=1))[1]
-    settled = readings.settle(Memory((layer,), lengths), Memory((again,), 2 * lengths)).layers[0]
+    again = layer
+    for i in range(1, policy.passes):
+        again = extend(again, call(name, i * lengths, lengths, 24, rows=rows).replace(reading=i))[1]
+    settled = readings.settle(Memory((layer,), lengths), Memory((again,), policy.passes * lengths)).layers[0]
     return settled.grow(lengths, 1)
 
 

@@ -1,6 +1,6 @@
 """Subset sum by backtracking: which of some numbers add up to a goal?
 
-    a 10 b 18 c 15 d 11 e 4 f 22 goal 59 ; a- 59 b+ 41 c- 41 d+ 30 ... = a: 0 b: 1 c: 0 d: 1 e: 1 f: 1
+    a 10 b 18 c 15 d 11 e 7 f 22 goal 62 ; a- 62 b+ 44 c- 44 d+ 33 ... = a: 0 b: 1 c: 1 d: 0 e: 1 f: 1
 
 A chain is a depth-first search with private coins. Going down at a letter whose number exceeds the remainder the skip
 is forced, `a.`; else a coin says whether the number is taken first, `a+`, or skipped first, `a-`; the remainder

@@ -55,7 +55,7 @@ class HyperSettings:
     puzzle: str = "subset:least=8"
     split: str = "test"
     problems: int = 400
-    lengths: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)
+    lengths: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
     chains: tuple[int, ...] = (1, 2, 4, 8)
     temperature: float = 1.0
     min_p: float = 0.2
