@@ -14,7 +14,7 @@ from atom_jax.kvcache.cam import CaM
 from atom_jax.kvcache.d2o import D2O
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dmc import DMC
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
@@ -28,7 +28,6 @@ from atom_jax.kvcache.pyramidkv import PyramidKV
 from atom_jax.kvcache.quest import Quest
 from atom_jax.kvcache.random_policy import RandomPolicy
 from atom_jax.kvcache.razor_attention import RazorAttention
-from atom_jax.kvcache.revised import Revised
 from atom_jax.kvcache.sepllm import SepLLM
 from atom_jax.kvcache.shared import Shared
 from atom_jax.kvcache.snapkv import SnapKV

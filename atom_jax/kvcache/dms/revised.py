@@ -17,8 +17,8 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.fields import Fields
-from atom_jax.kvcache.dms import DMS
 from atom_jax.kvcache.dms.config import FORMS
+from atom_jax.kvcache.dms.policy import DMS
 from atom_jax.kvcache.dms.serve import DMSLayer, Ring
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Policy, Seen

@@ -12,10 +12,9 @@ import pytest
 import atom_jax
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache import paged
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policies import parse
-from atom_jax.kvcache.revised import Revised
 from atom_jax.models import registry, transformer
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import init
