@@ -92,6 +92,10 @@ class Policy:
         """The policy for a model with this tokenizer."""
         return self
 
+    def over(self, own: tuple[Policy, ...]) -> Policy:
+        """The policy for a model that has these so far. Raises AtomError where it needs what they don't have."""
+        return self
+
     @property
     def learned_as(self) -> str:
         """Name of what it learns inside a layer's attention parameters."""
@@ -215,9 +219,13 @@ def policies_of(memory: Any) -> tuple[Policy, ...]:
     return tuple(p for p in dict.fromkeys(every) if p is not None)
 
 
-def fitted(memory: Any, tokenizer: Tokenizer) -> Any:
-    """A configuration's `memory` for a model with this tokenizer, see `Policy.fitted`."""
+def fitted(memory: Any, tokenizer: Tokenizer | None, own: Any) -> Any:
+    """A configuration's `memory` for a model with this tokenizer (None: without one), whose configuration has the
+    memory `own` so far; see `Policy.fitted` and `Policy.over`."""
     if isinstance(memory, PerLayer):
-        at = tuple((layer, fitted(policy, tokenizer)) for layer, policy in memory.at)
-        return PerLayer(fitted(memory.default, tokenizer), at)
-    return None if memory is None else memory.fitted(tokenizer)
+        at = tuple((layer, fitted(policy, tokenizer, own)) for layer, policy in memory.at)
+        return PerLayer(fitted(memory.default, tokenizer, own), at)
+    if memory is None:
+        return None
+    memory = memory.over(policies_of(own))
+    return memory if tokenizer is None else memory.fitted(tokenizer)

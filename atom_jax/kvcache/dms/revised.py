@@ -24,6 +24,11 @@ from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Policy, Seen
 from atom_jax.kvcache.pool import NEVER
 from atom_jax.nn.attention import Tokens
+from atom_jax.params import Tree
+from atom_jax.typing import AtomError
+
+# Fields that DMS does not have.
+OWN = ("every", "share", "decay")
 
 
 @config.register
@@ -41,13 +46,14 @@ class Revised(DMS):
     Looks fall at the same positions however a text is read, so of a prompt is held what is held of it token by token.
     Attention without a memory (training, `apply`) follows DMS's decisions and revises none.
 
-    form: "all": everything that leaves the window stays until it is revised, for models without evictors; or a form
-        of DMS, with what a model has learned under that policy (`of`). A saved model has its evictors, and not that
-        they are revised: that is how it is run, not what it learned.
+    form: "all": everything that leaves the window stays until it is revised, for models without evictors; "model":
+        what the model's own evictors (DMS) decide, whose other fields hold too; or a form of DMS, with what a model
+        has learned under that policy. A saved model has its evictors, and not that they are revised: that is how it
+        is run, not what it learned.
     """
 
     name: ClassVar[str] = "revised"
-    forms: ClassVar[tuple[str, ...]] = ("all", *FORMS)
+    forms: ClassVar[tuple[str, ...]] = ("all", "model", *FORMS)
     fields: ClassVar[frozenset[str]] = frozenset()
     form: str = "all"
     window: int = 128
@@ -59,16 +65,35 @@ class Revised(DMS):
     def __post_init__(self):
         super().__post_init__()
         config.check(self, separators=(0, 2**28), every=(1, 2**24), share=(0, 1), decay=(0, 1))
+        theirs = [f for f in dataclasses.fields(self) if f.name not in ("form", *OWN)]
+        given = [f.name for f in theirs if getattr(self, f.name) != f.default]
+        if self.form == "model" and given:
+            raise AtomError(f"memory.form: model, whose evictors have a {given[0]} of their own: leave it out")
 
     @classmethod
     def of(cls, dms: DMS, **more: Any) -> Revised:
         """The same evictors, revised. more: further fields."""
         return cls(**{f.name: getattr(dms, f.name) for f in dataclasses.fields(DMS)} | more)
 
+    def over(self, own: tuple[Policy, ...]) -> Revised:
+        """With the model's own evictors, where the form is "model"."""
+        if self.form != "model":
+            return self
+        evictors = [policy for policy in own if isinstance(policy, DMS) and policy.form in FORMS]
+        if len(evictors) != 1:
+            raise AtomError("memory revised: form=model is for models with learned evictors (DMS) of one kind")
+        return self.of(evictors[0], **{name: getattr(self, name) for name in OWN})
+
     @property
     def learned_as(self) -> str:
         """As evictors whose decisions are not revised."""
         return DMS.name
+
+    def spec(self, projections: Tree) -> Tree:
+        """That of the evictors."""
+        if self.form == "model":
+            raise AtomError("memory revised: form=model is for a model that is there (`registry.with_memory`)")
+        return super().spec(projections)
 
     def train(self, call: Call) -> Seen:
         """As DMS; everything, where nothing decides."""
@@ -91,7 +116,7 @@ class Revised(DMS):
 
     def to_hf(self, family: str) -> dict[str, Any]:
         """Those of the evictors."""
-        return {} if self.form == "all" else super().to_hf(family)
+        return {} if self.form in ("all", "model") else super().to_hf(family)
 
     @classmethod
     def from_hf(cls, fields: Fields) -> None:

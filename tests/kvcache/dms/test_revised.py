@@ -15,6 +15,7 @@ from atom_jax.kvcache import paged
 from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policies import parse
+from atom_jax.kvcache.policy import PerLayer
 from atom_jax.models import registry, transformer
 from atom_jax.nn.attention import Tokens
 from atom_jax.params import init
@@ -203,6 +204,27 @@ def test_evictors_that_a_model_has_learned_are_revised(lm, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, lm.params)
 
 
+def test_evictors_of_a_model_are_named_in_a_text(lm, tmp_path):
+    atom_jax.save_hf(lm, tmp_path)
+    loaded = atom_jax.load(tmp_path, memory="revised:form=model,every=8,share=0.9")
+    revised = registry.with_memory(lm, Revised.of(lm.config.memory, every=8, share=0.9))
+    assert loaded.config.memory == revised.config.memory
+    assert atom_jax.generate(loaded, prompts(50), 20).ids == atom_jax.generate(revised, prompts(50), 20).ids
+    again = registry.with_memory(revised, parse("revised:form=model,every=4;1=none"))
+    assert again.config.memory == PerLayer(Revised.of(lm.config.memory, every=4), ((1, None),))
+
+
+def test_only_a_model_with_evictors_has_its_own(lm):
+    own = parse("revised:form=model")
+    for text in ("none", "revised", "h2o:budget=9"):
+        with pytest.raises(AtomError, match="with learned evictors"):
+            registry.with_memory(registry.with_memory(lm, parse(text)), own)
+    with pytest.raises(AtomError, match="model that is there"):
+        transformer.spec(dataclasses.replace(lm.config, memory=own))
+    with pytest.raises(AtomError, match="have a window of their own"):
+        parse("revised:form=model,window=4")
+
+
 def test_a_row_and_its_later_turns_are_what_they_are_alone(lm):
     revised = registry.with_memory(lm, Revised.of(lm.config.memory, every=8, share=0.9))
     rows, more = prompts(30, 3, 17), prompts(9, 25, 1)
@@ -226,7 +248,7 @@ def test_bad_settings():
         ("every=0", "every"),
         ("share=2", "share"),
         ("decay=-1", "decay"),
-        ("form=some", "all, borrowed"),
+        ("form=some", "all, model, borrowed"),
     ):
         with pytest.raises(AtomError, match=says):
             parse(f"revised:{text}")
