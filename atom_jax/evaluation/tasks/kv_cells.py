@@ -15,7 +15,7 @@ from atom_jax.evaluation import cache
 from atom_jax.evaluation.metrics import Metric, columns, mean, proportion
 from atom_jax.inference import continuation
 from atom_jax.kvcache.dense import bucket
-from atom_jax.models import registry
+from atom_jax.kvcache.policy import fitted
 from atom_jax.typing import LM, AtomError
 
 
@@ -71,7 +71,8 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     head; bytes: of one row's cache buffers. done: called with the number of tokens read.
     Raises AtomError when a log-probability is not finite.
     """
-    lm = registry.with_memory(lm, cell.method.memory)
+    memory = fitted(cell.method.memory, lm.tokenizer, lm.config.memory)
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=memory))
     found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}
     most, nbytes = 0, []
     for length, rows in _batches(cell.asks, batch):

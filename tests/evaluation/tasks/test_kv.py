@@ -200,7 +200,7 @@ def test_policies_and_budgets(lm, monkeypatch):
 
 
 def test_the_models_own_evictors_are_revised(lm, monkeypatch):
-    monkeypatch.setitem(policies.POLICIES, Revised.name, Revised)
+    monkeypatch.setattr(policies, "POLICIES", {p.name: p for p in (DMS, Revised)})
     settings = kv.KvSettings(policies=("revised:form=model", "share=0.2"))
     own = DMS("adapter", window=4)
     found = kv.methods(settings, dataclasses.replace(lm.config, memory=own))
