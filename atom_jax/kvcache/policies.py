@@ -14,7 +14,7 @@ from atom_jax.kvcache.cam import CaM
 from atom_jax.kvcache.d2o import D2O
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dmc import DMC
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.expected_attention import ExpectedAttention
 from atom_jax.kvcache.h2o import H2O
 from atom_jax.kvcache.keydiff import KeyDiff
@@ -42,6 +42,7 @@ POLICIES: dict[str, type[Policy]] = {
     p.name: p
     for p in (
         DMS,
+        Revised,
         DMC,
         StreamingLLM,
         TOVA,
@@ -152,4 +153,4 @@ def to_hf(memory: Any, family: str) -> dict[str, Any]:
 
 def rules(memory: Any) -> list[Rule]:
     """Published names, within a layer's attention, of what the policies of a `memory` learn."""
-    return [rule.inside("", f"{policy.name}/") for policy in policies_of(memory) for rule in policy.rules()]
+    return [rule.inside("", f"{policy.learned_as}/") for policy in policies_of(memory) for rule in policy.rules()]

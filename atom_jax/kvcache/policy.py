@@ -73,11 +73,11 @@ class Seen:
 class Policy:
     """Base of all policies' configurations. A model calls these hooks, of which `init` alone has no default.
 
-    name: of the policy, and of its learned parameters inside a layer's attention parameters. part: prompts are read
-    in parts of at most so many tokens; None: whole. passes: how often a prompt is read, each time at the positions
-    after the time before. shrinks: its memory can be smaller after a prompt than while that is read. stepwise:
-    reading several tokens in one call is not reading them one after another. slides: it also serves layers whose
-    queries see a window only. fields: of config.json that `from_hf` knows.
+    name: of the policy. part: prompts are read in parts of at most so many tokens; None: whole. passes: how often a
+    prompt is read, each time at the positions after the time before. shrinks: its memory can be smaller after a
+    prompt than while that is read. stepwise: reading several tokens in one call is not reading them one after
+    another. slides: it also serves layers whose queries see a window only. fields: of config.json that `from_hf`
+    knows.
     """
 
     name: ClassVar[str] = ""
@@ -91,6 +91,15 @@ class Policy:
     def fitted(self, tokenizer: Tokenizer) -> Policy:
         """The policy for a model with this tokenizer."""
         return self
+
+    def over(self, own: tuple[Policy, ...]) -> Policy:
+        """The policy for a model that has these so far. Raises AtomError where it needs what they don't have."""
+        return self
+
+    @property
+    def learned_as(self) -> str:
+        """Name of what it learns inside a layer's attention parameters."""
+        return self.name
 
     def spec(self, projections: Tree) -> Tree:
         """ParamSpecs of what one layer learns, whose projections are "q" [d, n, k], "k" [d, h, k] and so on."""
@@ -210,9 +219,13 @@ def policies_of(memory: Any) -> tuple[Policy, ...]:
     return tuple(p for p in dict.fromkeys(every) if p is not None)
 
 
-def fitted(memory: Any, tokenizer: Tokenizer) -> Any:
-    """A configuration's `memory` for a model with this tokenizer, see `Policy.fitted`."""
+def fitted(memory: Any, tokenizer: Tokenizer | None, own: Any) -> Any:
+    """A configuration's `memory` for a model with this tokenizer (None: without one), whose configuration has the
+    memory `own` so far; see `Policy.fitted` and `Policy.over`."""
     if isinstance(memory, PerLayer):
-        at = tuple((layer, fitted(policy, tokenizer)) for layer, policy in memory.at)
-        return PerLayer(fitted(memory.default, tokenizer), at)
-    return None if memory is None else memory.fitted(tokenizer)
+        at = tuple((layer, fitted(policy, tokenizer, own)) for layer, policy in memory.at)
+        return PerLayer(fitted(memory.default, tokenizer, own), at)
+    if memory is None:
+        return None
+    memory = memory.over(policies_of(own))
+    return memory if tokenizer is None else memory.fitted(tokenizer)

@@ -1,13 +1,14 @@
 """Keys and values in pages that belong to rows, so that memory follows what every head retains.
 
 A row r is one key/value head of one sequence (r = sequence * h + head); p counts pages, c entries of a page. An entry
-is named by its flat index page * c + offset. Pages are handed out in order and never given back: while single tokens
-are read no row shrinks, and a prompt lays all rows out anew. The layout is vLLM's (Kwon et al., 2023) with one pool
+is named by its flat index page * c + offset. Pages are handed out in order, and come back only where all rows are
+laid out anew: for a prompt, or where rows have lost entries. The layout is vLLM's (Kwon et al., 2023) with one pool
 for all heads instead of a table per sequence; the order of entries in a row means nothing, as keys carry RoPE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ class Pool:
 
     k, v: [p, c, k]. owner: i32 [p], the page's row; b * h: free. filled: i32 [p], entries in it. n: i32 [b, h],
     entries of every row. tail: i32 [b, h], flat index of the next free entry of the row, -1 where it needs a page.
-    used: i32 [], pages handed out. bias: f32 [p, c], added to the scores of the entries, or None.
+    used: i32 [], pages handed out. bias: f32 [p, c], added to the scores of the entries, or None. notes: what else is
+    kept of every entry, a pytree of arrays [p, c], or None.
     """
 
     k: jax.Array
@@ -43,6 +45,7 @@ class Pool:
     tail: jax.Array
     used: jax.Array
     bias: Any = None
+    notes: Any = None
 
     @classmethod
     def empty(cls, b: int, h: int, pages: int, page: int, k: int, dtype: Any, biased: bool = False) -> Pool:
@@ -70,8 +73,9 @@ class Pool:
         return jnp.arange(self.k.shape[-2])[None] < self.filled[:, None]
 
     def put(
-        self, k_bhk: jax.Array, v_bhk: jax.Array, instead: jax.Array, live: jax.Array, bias_bh: Any = None
-    ) -> tuple[Pool, jax.Array]:
+        self, k_bhk: jax.Array, v_bhk: jax.Array, instead: jax.Array, live: jax.Array, bias_bh: Any = None,
+        notes_bh: Any = None,
+    ) -> tuple[Pool, jax.Array]:  # fmt: skip
         """One new entry for every row with `live`, bool [b, h], and the flat indices of all, i32 [b, h].
 
         It takes the place of entry `instead`, i32 [b, h], where that is not negative, else the row's next free one.
@@ -103,12 +107,13 @@ class Pool:
             self.n + adds.reshape(shape),
             jnp.where(adds, jnp.where(after % page == 0, -1, after), tail).reshape(shape),
             self.used + handed[-1],
-            None if self.bias is None else write(self.bias, bias_bh),
+            *jax.tree.map(write, (self.bias, self.notes), (bias_bh, notes_bh)),
         )
         return new, slot.reshape(shape)
 
-    def attend_one(self, q_bhgk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Attention of one query per row to all its entries, float32 [b, h, g, k], and the scores, float32 [p, g, c].
+    def attend_one(self, q_bhgk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of one query per row to all its entries, float32 [b, h, g, k], the scores, float32 [p, g, c], and
+        their log-sum-exp, float32 [b, h, g].
 
         A softmax in every page, and one over the pages of a row: keys and values are read where they lie.
         """
@@ -121,10 +126,11 @@ class Pool:
         top = masked.max(-1)
         weights = jnp.exp(masked - top[..., None])
         out = jnp.einsum("pgc,pck->pgk", weights.astype(self.v.dtype), self.v, preferred_element_type=jnp.float32)
-        shrink = jnp.exp(top - self._max(top)[self.row_of])
-        total = self._sum(shrink * weights.sum(-1))
-        out = self._sum(out * shrink[..., None])
-        return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q_bhgk.shape), scores
+        highest = self._max(top)
+        shrink = jnp.exp(top - highest[self.row_of])
+        total = jnp.maximum(self._sum(shrink * weights.sum(-1)), 1e-30)
+        out = self._sum(out * shrink[..., None]) / total[..., None]
+        return out.reshape(q_bhgk.shape), scores, (highest + jnp.log(total)).reshape(q_bhgk.shape[:-1])
 
     def attend_pages(self, q_bhgk: jax.Array) -> jax.Array:
         """The outputs of `attend_one` by the kernel that reads only pages in use."""
@@ -158,24 +164,21 @@ class Pool:
         return jnp.tensordot(self._mine().astype(x.dtype), x, 1, precision=jax.lax.Precision.HIGHEST)
 
     def attend_many(
-        self, q_bhgtk: jax.Array, positions_bt: jax.Array, until_pc: jax.Array
+        self, q_bhgtk: jax.Array, positions_bt: jax.Array, until_pc: jax.Array, since_pc: Any = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attention of t queries per row to the entries whose `until` is later than the query's position.
+        """Attention of t queries per row to the entries whose `until` is later than the query's position, and whose
+        `since` (None: any) is not.
 
         Returns the sum of weights and the largest score, float32 [b, h, g, t], and the weighted sum of values,
         float32 [b, h, g, t, k]; weights are exp(score - largest). 0, NEGATIVE and 0 for a query that sees nothing.
         """
-        b, h, g, t, size = q_bhgtk.shape
-        q = q_bhgtk.reshape(b * h, g * t, size) * jnp.asarray(size**-0.5, q_bhgtk.dtype)
-        positions = jnp.broadcast_to(positions_bt[:, None], (b, g, t)).reshape(b, g * t)
-        there = self.there
+        b, h, g, t, _ = q_bhgtk.shape
+        scores_of = self._scores_of(q_bhgtk, positions_bt, until_pc, since_pc)
 
         def visit(p: jax.Array, sums: tuple) -> tuple:
             row = self.owner[p]
             total, top, out = (x[row] for x in sums)
-            scores = jnp.einsum("nk,ck->nc", q[row], self.k[p], preferred_element_type=jnp.float32)
-            scores = scores if self.bias is None else scores + self.bias[p][None]
-            seen = there[p][None] & (positions[row // h][:, None] < until_pc[p][None])
+            scores, seen = scores_of(p)
             new_top = jnp.maximum(top, jnp.max(jnp.where(seen, scores, NEGATIVE), axis=-1))
             weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
             shrink = jnp.exp(top - new_top)
@@ -184,13 +187,52 @@ class Pool:
             return tuple(x.at[row].set(y) for x, y in zip(sums, here))
 
         zero = jnp.zeros((b * h, g * t), jnp.float32)
-        sums = (zero, zero + NEGATIVE, jnp.zeros((b * h, g * t, size), jnp.float32))
+        sums = (zero, zero + NEGATIVE, jnp.zeros((b * h, g * t, self.v.shape[-1]), jnp.float32))
         total, top, out = jax.lax.fori_loop(0, self.used, visit, sums)
         return total.reshape(b, h, g, t), top.reshape(b, h, g, t), out.reshape(q_bhgtk.shape)
 
+    def received(
+        self,
+        q_bhgtk: jax.Array,
+        positions_bt: jax.Array,
+        until_pc: jax.Array,
+        since_pc: jax.Array,
+        lse_bhgt: jax.Array,
+    ) -> jax.Array:
+        """What entries receive of the attention of t queries per row at positions from `since` on and before `until`,
+        all query heads together, float32 [p, c]. lse: the log-sum-exp of all that the queries see."""
+        scores_of = self._scores_of(q_bhgtk, positions_bt, until_pc, since_pc)
+        lse = lse_bhgt.reshape(self.rows, -1)
+
+        def visit(p: jax.Array, got_pc: jax.Array) -> jax.Array:
+            scores, seen = scores_of(p)
+            weights = jnp.exp(jnp.where(seen, scores - lse[self.owner[p]][:, None], NEGATIVE))
+            return got_pc.at[p].set(weights.sum(0))
+
+        return jax.lax.fori_loop(0, self.used, visit, jnp.zeros(self.k.shape[:2], jnp.float32))
+
+    def _scores_of(
+        self, q_bhgtk: jax.Array, positions_bt: jax.Array, until_pc: jax.Array, since_pc: Any
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        """A function from a page in use to the scores of its row's queries, float32 [g t, c], and which they see."""
+        b, h, g, t, size = q_bhgtk.shape
+        q = q_bhgtk.reshape(b * h, g * t, size) * jnp.asarray(size**-0.5, q_bhgtk.dtype)
+        positions = jnp.broadcast_to(positions_bt[:, None], (b, g, t)).reshape(b, g * t)
+        there = self.there
+
+        def scores_of(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+            row = self.owner[p]
+            scores = jnp.einsum("nk,ck->nc", q[row], self.k[p], preferred_element_type=jnp.float32)
+            scores = scores if self.bias is None else scores + self.bias[p][None]
+            at = positions[row // h][:, None]
+            seen = there[p][None] & (at < until_pc[p][None])
+            return scores, seen if since_pc is None else seen & (at >= since_pc[p][None])
+
+        return scores_of
+
     def rebuild(
         self, alive_pc: jax.Array | None, k_bhtk: jax.Array, v_bhtk: jax.Array, alive_bht: jax.Array,
-        bias_bht: Any = None,
+        bias_bht: Any = None, notes_bht: Any = None,
     ) -> tuple[Pool, jax.Array | None, jax.Array]:  # fmt: skip
         """All rows laid out anew: the entries `alive_pc` (None: the pool is empty), then the tokens `alive_bht`.
 
@@ -200,7 +242,7 @@ class Pool:
         pages, page, _ = self.k.shape
         b, h, t, _ = k_bhtk.shape
         end = pages * page
-        tokens = alive_bht.reshape(-1, t).astype(jnp.int32)
+        tokens = alive_bht.reshape(b * h, t).astype(jnp.int32)
         rank = jnp.cumsum(tokens, axis=1) - tokens
         before = jnp.zeros(b * h, jnp.int32)
         if alive_pc is not None:
@@ -232,7 +274,7 @@ class Pool:
         tail = jnp.where(n % page == 0, -1, first * page + n)
         new = Pool(
             move(self.k, k_bhtk), move(self.v, v_bhtk), owner, filled, n.reshape(b, h), tail.reshape(b, h), last[-1],
-            None if self.bias is None else move(self.bias, bias_bht),
+            *jax.tree.map(move, (self.bias, self.notes), (bias_bht, notes_bht)),
         )  # fmt: skip
         return new, to_old, to_tokens.reshape(b, h, t)
 
@@ -262,8 +304,8 @@ class Pool:
         old = order[jnp.clip(start[source[row]] + ids - first[row], 0, len(order) - 1)]
         tail = jnp.where(n % page == 0, -1, (last * page).reshape(n.shape) - page + n % page)
         filled = jnp.where(owner < len(source), self.filled[old], 0)
-        bias = None if self.bias is None else self.bias[old]
-        new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1], bias)
+        beside = jax.tree.map(lambda x: x[old], (self.bias, self.notes))
+        new = Pool(self.k[old], self.v[old], owner, filled, n, tail, last[-1], *beside)
         return new, (first.reshape(n.shape)[..., None] + rank[slot_bhr // page]) * page + slot_bhr % page
 
     def joined(self, other: Pool) -> Pool:
@@ -275,8 +317,9 @@ class Pool:
             (self.k, other.k), (self.v, other.v), (owner, other.owner + self.rows), (self.filled, other.filled),
             (self.n, other.n), (self.tail, tail),
         )  # fmt: skip
-        bias = None if self.bias is None else jnp.concatenate([self.bias, other.bias])
-        return Pool(*map(jnp.concatenate, pairs), self.used + other.used, bias)
+        both = (self.bias, self.notes), (other.bias, other.notes)
+        beside = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+        return Pool(*map(jnp.concatenate, pairs), self.used + other.used, *beside)
 
     def _places(self) -> tuple[jax.Array, jax.Array]:
         """Of every row its first place, i32 [r], where pages are ordered by their rows; of every page its number
@@ -298,9 +341,10 @@ class Pool:
         if pages == self.k.shape[-3]:
             return self
         axis = self.owner.ndim - 1
+        bias, notes = jax.tree.map(lambda x: fit(x, axis, 0), (self.bias, self.notes))
         return self.replace(
             k=fit(self.k, axis, 0), v=fit(self.v, axis, 0), owner=fit(self.owner, axis, self.rows),
-            filled=fit(self.filled, axis, 0), bias=None if self.bias is None else fit(self.bias, axis, 0),
+            filled=fit(self.filled, axis, 0), bias=bias, notes=notes,
         )  # fmt: skip
 
     def pages_for(self, more: int) -> int:

@@ -112,12 +112,12 @@ def attention(
 
     p: "q", "k", "v" [d, heads, k], or all of them as "qkv" ([d, n + 2 h, k], or [d, 3, n, k] as H-Nets have it), and
       "o" [n, k, d]; "q_norm" and "k_norm", of a head's size or of all heads' together; parameters that the policy has
-      learned, under its name.
+      learned, under `Policy.learned_as`.
     x_btd: the residual stream at the layer's input. y_btd: what the projections read. others: see `Context.over`.
     """
     policy, tokens, (number, noise) = kind.policy or PLAIN, context.tokens, others
     mode = context.mode_of(policy, noise)
-    learned = p.get(policy.name)
+    learned = p.get(policy.learned_as)
     if learned is not None:
         p = policy.projections(separate(p), mode)
     q, k, v = _projections(p, y_btd, kind)
@@ -201,9 +201,10 @@ def with_learned(attn: Tree, kinds: Iterable[Any]) -> Tree:
     learned: Tree = {}
     for policy in dict.fromkeys(k.policy for k in kinds if isinstance(k, Attention) and k.policy):
         spec = policy.spec(projections)
-        if spec and policy.name in learned and _shapes(learned[policy.name]) != _shapes(spec):
-            raise AtomError(f"memory: the layers' {policy.name} policies have different parameters")
-        learned |= {policy.name: spec} if spec else {}
+        name = policy.learned_as
+        if spec and name in learned and _shapes(learned[name]) != _shapes(spec):
+            raise AtomError(f"memory: the layers' {name} policies have different parameters")
+        learned |= {name: spec} if spec else {}
     return attn | learned
 
 

@@ -78,8 +78,8 @@ def with_memory(lm: LM, memory: Any) -> LM:
     for one that a layer could not have.
     """
     policies.check(memory)
-    memory = memory if lm.tokenizer is None else fitted(memory, lm.tokenizer)
     family = of(lm.config)
+    memory = fitted(memory, lm.tokenizer, family.memory(lm.config))
     cfg = family.with_memory(lm.config, memory)
     cache = jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))
     used = set(policies_in(cache))

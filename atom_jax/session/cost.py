@@ -67,4 +67,4 @@ def _pools(layer: Any) -> int:
     if not isinstance(layer, PagedLayer):
         return 0
     pool = layer.pool
-    return params_lib.nbytes((pool.k, pool.v, pool.owner, pool.filled, pool.bias))
+    return params_lib.nbytes((pool.k, pool.v, pool.owner, pool.filled, pool.bias, pool.notes))

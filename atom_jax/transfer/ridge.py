@@ -141,7 +141,7 @@ def _logits(params: Any, batch: Batch, *, cfg: TransformerConfig) -> tuple[jax.A
 
 def learned(params: Any, cfg: TransformerConfig, new: dict[str, jax.Array]) -> Any:
     """Parameters in which `new` takes the place of what the policy has learned under these names."""
-    attn, name = params["layers"]["attn"], cfg.memory.name
+    attn, name = params["layers"]["attn"], cfg.memory.learned_as
     return {**params, "layers": {**params["layers"], "attn": {**attn, name: {**attn[name], **new}}}}
 
 

@@ -16,7 +16,7 @@ from atom_jax.kvcache import memory, policies, readings
 from atom_jax.kvcache.budget import Budget
 from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dmc.decide import Said
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.memory import Call, Layer, Memory, Sizes, Stack
 from atom_jax.kvcache.policies import empty, parse
 from atom_jax.kvcache.policy import PerLayer, Policy, policies_of, policy_of
@@ -36,6 +36,11 @@ DMC_FORMS = {
     "dmc-borrowed": DMC("borrowed", span=4, page=4, offset=0.0),
     "dmc-adapter": DMC("adapter", page=4, scale=1.0, offset=0.0, sinks=2, mass=True),
 }
+LOOKS = {"every": 4, "share": 0.9, "window": 5, "page": 4, "sinks": 2}
+REVISED = {
+    "revised-all": Revised(**LOOKS),
+    "revised-observed": Revised.of(DMS_FORMS["dms-observed"], **LOOKS),
+}
 TEXTS = {
     "snapkv": "window=4", "pyramidkv": "window=4", "adakv": "window=4", "streaming_llm": "sinks=2",
     "expected_attention": "sinks=2,future=5", "quest": "page=4", "sepllm": "sinks=2,window=3",
@@ -51,7 +56,7 @@ BUDGETS["razor_attention"] = dataclasses.replace(BUDGETS["razor_attention"], hea
 # Name: policy and window of the layer.
 CASES: dict[str, tuple[Policy | None, int | None]] = {
     "dense": (None, None), "ring": (None, 6),
-    **{name: (p, None) for name, p in (DMS_FORMS | DMC_FORMS | BUDGETS).items()},
+    **{name: (p, None) for name, p in (DMS_FORMS | DMC_FORMS | REVISED | BUDGETS).items()},
     "tova-sliding": (BUDGETS["tova"], 9),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", CASES)
@@ -73,7 +78,9 @@ def call(name: str, done: Any, real: Any, t: int, fresh: bool = False, rows: Any
     q = np.take_along_axis(q, at[:, None, None, :, None], 3)
     k, v, said = (np.take_along_axis(x, at[:, None, :, None][..., : x.ndim], 2) if x.ndim == 4
                   else np.take_along_axis(x, at[:, None], 2) for x in kv)  # fmt: skip
-    learned = {"observed": jnp.ones((3, H)) * jnp.array([[1.0], [-1.0], [0.1]])} if name == "dms-observed" else None
+    learned = (
+        {"observed": jnp.ones((3, H)) * jnp.array([[1.0], [-1.0], [0.1]])} if name.endswith("observed") else None
+    )
     if name in DMC_FORMS:
         said = Said(jnp.asarray(said), jnp.exp(said))
     segments = (np.arange(t)[None] < np.asarray(real)[:, None]).astype(np.int32)

@@ -10,5 +10,6 @@ def small(kind: type[Policy], budget: int = 3, **more) -> Policy:
     fields = {
         "budget": budget, "window": budget // 2, "sinks": 1, "page": 2, "least": budget // 3, "beta": 3,
         "floor": 0.4, "future": 5, "eps": 0.01, "offset": 0.0, "scale": 1.0,
+        "every": budget + 1, "share": 0.8,
     } | more  # fmt: skip
     return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields})

@@ -29,7 +29,7 @@ from tests.models.tiny_units import stream, weights
 STEPS = 3
 # What policies need besides, and the hardest forms of those that learn.
 SETTINGS = {"separators": tuple(range(32, 48)), "heads": ((0, 0), (1, 1))}
-HARDEST = {"dms": {"form": "observed"}, "dmc": {"form": "adapter", "mass": True}}
+HARDEST = {"dms": {"form": "observed"}, "revised": {"form": "observed"}, "dmc": {"form": "adapter", "mass": True}}
 
 
 def policy(name: str, budget: int = 6) -> Any:

@@ -30,7 +30,7 @@ NEGATIVE = {
 } | {
     ("HNetConfig", "window"), ("WorldConfig", "window"), ("HiPrune", "object_layer"), ("HiPrune", "deep_layer"),
     ("ReductionSettings", "inflections"),
-    *((name, field) for name in ("DMS", "DMC") for field in ("scale", "offset")),
+    *((name, field) for name in ("DMS", "DMC", "Revised") for field in ("scale", "offset")),
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Result, columns
 from atom_jax.evaluation.tasks import hyper_grid, hyper_plot, hyper_steps, kv
 from atom_jax.inference.scaling import reason
+from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.session import sampling
@@ -46,7 +47,8 @@ class HyperSettings:
         of `generate`.
     policies, budgets: as of `kv`, each policy with all budgets; all of them make one front. protect: "prompt" keeps
         the problem's own entries, beside which the others choose; "none" leaves them to the policy.
-    adapters: of this model, or checkpoints of it with learned memory; one front for each kind.
+    adapters: of this model, or checkpoints of it with learned memory; one front for each kind. learned: how each of
+        them runs: "model", as it has learned to, and policies with what it has learned, such as revised:form=model.
     rivals: checkpoints of other reasoners, one front for each.
     steps: chains of the program by which each kind of step is judged. rows: chains at a time. draws: of the
         bootstrap.
@@ -63,6 +65,7 @@ class HyperSettings:
     budgets: tuple[int, ...] = (96, 64, 48, 32)
     protect: str = "prompt"
     adapters: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ("model",)
     rivals: tuple[str, ...] = ()
     steps: int = 64
     rows: int = 64
@@ -146,17 +149,28 @@ def methods(lm: LM, settings: HyperSettings, prompt: int, problem: str) -> list[
             memory = dataclasses.replace(memory, sinks=prompt)
         out.append(Method(method.name.partition(":")[0], method.budget, registry.with_memory(plain, memory)))
     for path in settings.adapters:
-        learned = adapters.load_adapter(plain, path) if adapters.is_adapter(path) else checkpoint.load(path)
-        memory = registry.of(learned.config).memory(learned.config)
-        if memory is None:
-            raise AtomError(f"hyper.adapters: {path} has no learned memory")
-        if not _same(lm, learned):
-            raise AtomError(f"hyper.adapters: {path} was made for another model than this checkpoint's")
-        out.append(Method(getattr(memory, "name", "learned"), path, learned))
+        out += _learned(lm, path, settings)
     for path in settings.rivals:
         rival = checkpoint.load(path)
         check_words(rival, problem)
         out.append(Method(os.path.basename(os.path.normpath(path)), None, rival))
+    return out
+
+
+def _learned(lm: LM, path: str, settings: HyperSettings) -> list[Method]:
+    """A checkpoint with learned memory, as the settings run it."""
+    learned, out = adapters.load_adapter(lm, path) if adapters.is_adapter(path) else checkpoint.load(path), []
+    if registry.of(learned.config).memory(learned.config) is None:
+        raise AtomError(f"hyper.adapters: {path} has no learned memory")
+    if not _same(lm, learned):
+        raise AtomError(f"hyper.adapters: {path} was made for another model than this checkpoint's")
+    for name in kv.joined(settings.learned):
+        run = learned if name == "model" else registry.with_memory(learned, policies.parse(name))
+        if not registry.learned(run.config):
+            raise AtomError(f"hyper.learned: {name} uses nothing of what {path} has learned")
+        memory = registry.of(run.config).memory(run.config)
+        budget = path if name == "model" else f"{path} {name}"
+        out.append(Method(getattr(memory, "name", "learned"), budget, run))
     return out
 
 

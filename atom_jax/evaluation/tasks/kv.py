@@ -22,6 +22,7 @@ from atom_jax.evaluation.metrics import Result
 from atom_jax.evaluation.tasks import kv_cells, kv_plot, needle, planted, requests
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.policy import fitted
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.typing import LM, AtomError
@@ -146,6 +147,7 @@ def methods(settings: KvSettings, cfg: Any) -> list[Method]:
         policy = policies.parse(name)
         if policies.to_hf(policy, cfg.family):
             raise AtomError(f"kv.policies: {name} is learned: write model, for a checkpoint that has learned it")
+        policy = fitted(policy, None, own)
         out.append(Method(name, policy.budget if "budget" in set_already else None, policy))
     return out
 

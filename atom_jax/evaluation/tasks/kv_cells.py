@@ -71,7 +71,7 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     head; bytes: of one row's cache buffers. done: called with the number of tokens read.
     Raises AtomError when a log-probability is not finite.
     """
-    memory = cell.method.memory if lm.tokenizer is None else fitted(cell.method.memory, lm.tokenizer)
+    memory = fitted(cell.method.memory, lm.tokenizer, lm.config.memory)
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=memory))
     found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}
     most, nbytes = 0, []

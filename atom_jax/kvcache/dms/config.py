@@ -47,6 +47,7 @@ class Settings(Policy):
     """
 
     name: ClassVar[str] = "dms"
+    forms: ClassVar[tuple[str, ...]] = FORMS
     form: str = "adapter"
     window: int = 512
     scale: float = 100.0
@@ -63,8 +64,8 @@ class Settings(Policy):
 
     def __post_init__(self):
         config.check(self, separators=(0, 2**28), cr=(1, 1e6))
-        if self.form not in FORMS:
-            raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form not in self.forms:
+            raise AtomError(f"memory.form: expected one of {', '.join(self.forms)}, got {self.form!r}")
         if self.per not in PER:
             raise AtomError(f"memory.per: expected one of {', '.join(PER)}, got {self.per!r}")
         if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
@@ -77,7 +78,7 @@ class Settings(Policy):
     @property
     def late(self) -> bool:
         """Whether a token decides about the one before it."""
-        return self.form != "separators"
+        return self.form not in ("separators", "all")
 
     def spec(self, projections: Tree) -> Tree:
         """Parameters of one layer whose projections are "q" [d, n, k], "k" [d, h, k] and so on, in the forms that

@@ -39,7 +39,9 @@ class Decisions:
 def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
     """Decision logits of every token, float32 [b, h, t]: they speak of the token before, those of the form separators
     of the token itself. Of the observed form, the part that does not depend on attention."""
-    h = heads.k_bthk.shape[2]
+    b, t, h, _ = heads.k_bthk.shape
+    if cfg.form == "all":
+        return jnp.full((b, h, t), -SURE)
     if cfg.form == "separators":
         stays = separators.are(heads.ids, cfg.separators, "dms:form=separators")
         z = jnp.where(stays, -SURE, SURE)[:, None]

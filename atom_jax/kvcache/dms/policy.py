@@ -58,8 +58,8 @@ class DMS(Settings):
         return q, rotate(heads.k_bthk), heads.v_bthk, z
 
     def mode(self, key: jax.Array, layers: int, b: int, h: int, t: int) -> Mode:
-        """Relaxed, with logistic noise; what separates is known."""
-        if self.form == "separators":
+        """Relaxed, with logistic noise, where a token decides about another."""
+        if not self.late:
             return Mode()
         return Mode("relaxed", learned.logistic(key, (layers, b, h, t)))
 

@@ -84,6 +84,19 @@ class DMSLayer(PagedLayer):
 
     def _one(self, call: Call) -> tuple[jax.Array, DMSLayer]:
         """One token of every row."""
+        layer = self._placed(call)
+        ring, pool = layer.ring, layer.pool
+        if ring.stats is None and pool.by_kernel:
+            out = pool.attend_pages(call.q[..., 0, :])
+        else:
+            out, scores, _ = pool.attend_one(call.q[..., 0, :])
+        if ring.stats is not None:
+            ring = ring.replace(stats=self._observe(ring, scores, call))
+        return out[..., None, :].astype(call.q.dtype), layer.replace(ring=ring)
+
+    def _placed(self, call: Call, notes_bh: Any = None) -> DMSLayer:
+        """The layer with one token of every row in its place: that of the token that leaves the window, where this is
+        evicted. notes: as in the pool."""
         ring, size = self.ring, self.ring.slot.shape[-1]
         b, h = self.pool.n.shape
         live, place = call.real, (call.length % size)[:, None]
@@ -94,20 +107,15 @@ class DMSLayer(PagedLayer):
         evicted = self._evicted(gone, call.length[:, None] - size, call.learned)[..., 0]
         evicted &= (call.length >= size)[:, None]
         instead = jnp.where(evicted, gone.slot[..., 0], -1)
-        pool, slot = self.pool.put(call.k[:, :, 0], call.v[:, :, 0], instead, jnp.broadcast_to(live, (b, h)))
+        new, live = (call.k[:, :, 0], call.v[:, :, 0]), jnp.broadcast_to(live, (b, h))
+        pool, slot = self.pool.put(*new, instead, live, notes_bh=notes_bh)
         z = self._say(call)
         ring = Ring(
             jnp.where(here, slot[..., None], ring.slot),
             jnp.where(here, UNDECIDED if self.policy.late else call.said, z),
             None if ring.stats is None else jnp.where(here[..., None], 0.0, ring.stats),
         )
-        if ring.stats is None and pool.by_kernel:
-            out = pool.attend_pages(call.q[..., 0, :])
-        else:
-            out, scores = pool.attend_one(call.q[..., 0, :])
-        if ring.stats is not None:
-            ring = ring.replace(stats=self._observe(ring, scores, call))
-        return out[..., None, :].astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+        return self.replace(pool=pool, ring=ring)
 
     def _say(self, call: Call) -> jax.Array:
         """The ring's logits, with what the first new token of every row says of the token before it."""
@@ -136,14 +144,8 @@ class DMSLayer(PagedLayer):
         """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
         window, real = self.policy.window, call.real
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
-        ring = self.ring.replace(z=self._say(call))
-        known = ring.positions(call.length)
-        z = call.said
-        if self.policy.late:
-            # The decision of token t + 1 is about token t; none is about the last token of a row yet.
-            said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-            z = jnp.where(said[:, None], shift(z, UNDECIDED), UNDECIDED)
-        ring, stats = self._receive(ring, call, tokens)
+        known = self.ring.positions(call.length)
+        ring, z, stats = self._told(call, tokens)
         evict = self._decided(z, stats, tokens.positions, call.learned)
         keep = jnp.where(evict, NEGATIVE, 0.0)
         last = call.after - 1
@@ -153,13 +155,25 @@ class DMSLayer(PagedLayer):
             pool, _, to = self.pool.rebuild(None, call.k, call.v, alive)
             slot = ring.slot
         else:
-            until = self._until(ring, known, call.learned)
+            ends = self._ends(ring, known, call.learned)
+            until = self._by_entry(jnp.where((known >= 0)[:, None], ring.slot, NEVER), ends)
             out = attend_both(self.pool, call.q, call.k, call.v, tokens, keep, window, until)
             still = self.pool.there & (until > last[self.pool.row_of // call.k.shape[1]][:, None])
             pool, moved, to = self.pool.rebuild(still, call.k, call.v, alive)
             slot = moved[ring.slot]
         ring = self._renewed(ring.replace(slot=slot), Ring(to, z, stats), call)
         return out.astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+
+    def _told(self, call: Call, tokens: Tokens) -> tuple[Ring, jax.Array, Any]:
+        """The ring with what the new tokens say of its own, and what is said of the new ones: logits f32 [b, h, t],
+        and what they receive of each other (`_receive`)."""
+        z, real = call.said, call.real
+        if self.policy.late:
+            # The decision of token t + 1 is about token t; none is about the last token of a row yet.
+            said = jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
+            z = jnp.where(said[:, None], shift(z, UNDECIDED), UNDECIDED)
+        ring, stats = self._receive(self.ring.replace(z=self._say(call)), call, tokens)
+        return ring, z, stats
 
     def _receive(self, ring: Ring, call: Call, tokens: Tokens) -> tuple[Ring, Any]:
         """The ring with the attention that its keys receive from the new tokens, and that of the new keys, f32
@@ -185,13 +199,15 @@ class DMSLayer(PagedLayer):
         received = _take(stats[:, :, :size], jnp.broadcast_to(back[:, None], (b, h, size)))
         return ring.replace(stats=_combine(ring.stats, received)), stats[:, :, size:]
 
-    def _until(self, ring: Ring, known: jax.Array, learned: Any) -> jax.Array:
-        """i32 [p, c]: the first position that does not see an entry."""
-        pages, page = self.k.shape[:2]
+    def _ends(self, ring: Ring, known: jax.Array, learned: Any) -> jax.Array:
+        """i32 [b, h, R]: the first position that does not see a token of the ring."""
         evicted = self._evicted(ring, known, learned)
-        ends = jnp.where(evicted, (known + ring.slot.shape[-1])[:, None], NEVER)
-        at = jnp.where((known >= 0)[:, None], ring.slot, pages * page)
-        return jnp.full(pages * page, NEVER).at[at].set(ends, mode="drop").reshape(pages, page)
+        return jnp.where(evicted, (known + ring.slot.shape[-1])[:, None], NEVER)
+
+    def _by_entry(self, slot: jax.Array, ends: jax.Array) -> jax.Array:
+        """i32 [p, c]: these ends at the entries `slot`, flat indices (beyond the pages: nowhere), NEVER at others."""
+        pages, page = self.k.shape[:2]
+        return jnp.full(pages * page, NEVER).at[slot].set(ends, mode="drop").reshape(pages, page)
 
     def _renewed(self, ring: Ring, new: Ring, call: Call) -> Ring:
         """The ring after the new tokens `new` [b, h, t]: theirs where they are the last R of a row."""

@@ -14,7 +14,7 @@ from atom_jax.data.vocabulary import trained_tokenizer
 from atom_jax.evaluation.reports import chains as report
 from atom_jax.evaluation.tasks import EvalConfig, hyper, hyper_grid, hyper_steps
 from atom_jax.evaluation.tasks.hyper import Hyper, HyperSettings
-from atom_jax.kvcache.dms import DMS
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.models import transformer
 from atom_jax.session.queue import Made
 from atom_jax.tokenizers import ByteTokenizer
@@ -112,6 +112,21 @@ def test_an_adapter_is_put_on_the_model(lm, tmp_path):
     save_adapter(LM(cfg, params.unflatten(new | params.flatten(lm.params)), lm.tokenizer), tmp_path / "a")
     (_, _, own) = hyper.methods(lm, dataclasses.replace(SETTINGS, adapters=(str(tmp_path / "a"),)), 9, "a 5 ;")
     assert own.front == "dms" and own.lm.config.memory == cfg.memory and hyper._same(lm, own.lm)
+
+
+def test_what_an_adapter_has_learned_is_run_in_several_ways(lm, monkeypatch):
+    cfg = dataclasses.replace(lm.config, memory=DMS("adapter", window=4, scale=1.0, offset=0.0))
+    tree = params.flatten(params.init(jax.random.key(2), transformer.spec(cfg))) | params.flatten(lm.params)
+    adapted = LM(cfg, params.unflatten(tree), lm.tokenizer)
+    monkeypatch.setattr(hyper.checkpoint, "load", lambda path: adapted)
+    settings = dataclasses.replace(SETTINGS, policies=(), adapters=("x",))
+    ways = "model", "revised:form=model", "every=8", "share=0.3"
+    own, revised = hyper.methods(lm, dataclasses.replace(settings, learned=ways), 9, "a 5 ;")[-2:]
+    assert (own.front, own.budget, own.lm) == ("dms", "x", adapted)
+    assert (revised.front, revised.budget) == ("revised", "x revised:form=model,every=8,share=0.3")
+    assert revised.lm.config.memory == Revised.of(cfg.memory, every=8, share=0.3)
+    with pytest.raises(AtomError, match="uses nothing of what x has learned"):
+        hyper.methods(lm, dataclasses.replace(settings, learned=("revised",)), 9, "a 5 ;")
 
 
 def test_a_problem_is_thought_about_and_shown(lm):

@@ -13,6 +13,7 @@ from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import EvalConfig, kv, kv_cells, needle
 from atom_jax.inference.score import logprobs
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.tokenizers import ByteTokenizer
@@ -196,6 +197,16 @@ def test_policies_and_budgets(lm, monkeypatch):
     assert chosen("snapkv:window=8", "knorm", budgets=(9,)) == [
         none, ("snapkv:window=8", 9, SnapKV(budget=9, window=8)), ("knorm", 9, KNorm(budget=9)),
     ]  # fmt: skip
+
+
+def test_the_models_own_evictors_are_revised(lm, monkeypatch):
+    monkeypatch.setattr(policies, "POLICIES", {p.name: p for p in (DMS, Revised)})
+    settings = kv.KvSettings(policies=("revised:form=model", "share=0.2"))
+    own = DMS("adapter", window=4)
+    found = kv.methods(settings, dataclasses.replace(lm.config, memory=own))
+    assert found[1:] == [("revised:form=model,share=0.2", None, Revised.of(own, share=0.2))]
+    with pytest.raises(AtomError, match="with learned evictors"):
+        kv.methods(settings, lm.config)
 
 
 @pytest.mark.parametrize(
