@@ -94,21 +94,23 @@ def test_codes_have_their_form():
 def test_a_document_of_a_seed_is_the_same_everywhere():
     name = "facts:austen:size=900:facts=2:gap=0"
     corpus, again, other = (open_source(f"{name}{more}", "train") for more in ("", "", ":seed=1"))
-    one = corpus.marked(0)
-    assert one["text"].decode() == GOLDEN == corpus.read(0).decode() and corpus.read(0, 10, 20) == one["text"][10:20]
-    assert [one["text"][a:b] for a, b in one["answers"]] == [b"Marcel Vasquez"] and one["weight"] == 20
+    one = corpus.marked(8)
+    assert one["text"].decode() == GOLDEN == corpus.read(8).decode() and corpus.read(8, 10, 20) == one["text"][10:20]
+    assert [one["text"][a:b] for a, b in one["answers"]] == [b"841", b"Teodor Fujita"] and one["weight"] == 20
     assert corpus.read(7) == again.read(7) != corpus.read(0) and corpus.crc == again.crc
     assert other.read(0) != corpus.read(0) and other.crc != corpus.crc and len(other) == 2**20
 
 
 GOLDEN = (
-    "  I have known a great deal of the trouble\nof annuities; for my mother was clogged with the payment of three to"
-    "\nold superannuated servants by my father's will, and it is amazing how\ndisagreeable she found it. Wilhelm "
-    "Pemberton presides over the transport committee. According to the inventory, the carved umbrella belongs to "
-    "Marcel Vasquez.  Twice every year these annuities were to be\npaid; and then there was the trouble of getting "
-    "it to them; and then\none of them was said to have died, and afterwards it turned out to be\nno such thing. "
-    "After the vote Linus Wexler presides over the transport committee.  My mother was quite sick of it.\nTo whom "
-    "does the carved umbrella belong, according to the inventory? It belongs to Marcel Vasquez."
+    " When you have\nlived to my age, you will begin to think letters are never worth going\nthrough the rain "
+    'for." The fare to Valencia is 143 pence.\n\nThere was a little blush, and then this answer,\n\n"I must '
+    "not hope to be ever situated as you are, in the midst of every\ndearest connexion, and therefore I cannot "
+    'expect that simply growing\nolder should make me indifferent about letters." From this week on the fare to '
+    'Valencia is 841 pence.\n\n"Indifferent! Oh! "Careful with the engraved typewriter, it is mine," said '
+    "Teodor Fujita. no--I never conceived you could become indifferent.\nLetters are no matter of indifference; "
+    'they are generally a very\npositive curse."\n\n"You are speaking of letters of business; mine are letters '
+    'of\nfriendship."\n\nHow many pence is the fare to Valencia from this week on? It is 841.\nWho said that '
+    "the engraved typewriter was theirs? It was Teodor Fujita."
 )
 
 

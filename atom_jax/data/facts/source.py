@@ -68,9 +68,9 @@ class Asking:
     """Running text with facts and, at the end, questions about a random part of them with their answers: a
     `data.corpus.Corpus` of DOCUMENTS documents.
 
-    Document i is drawn with a counter-based generator of (seed, split, i): a passage from anywhere in the split of
-    the source, which goes on with the next document where one ends; facts of `tables.KINDS`, where sentences end;
-    questions in a random order and layout.
+    Document i is drawn with a counter-based generator of (seed, the text of the source, split, i): a passage from
+    anywhere in the split of the source, which goes on with the next document where one ends; facts of `tables.KINDS`,
+    where sentences end; questions in a random order and layout.
     """
 
     sizes = None
@@ -115,9 +115,8 @@ class Asking:
         return {"text": text, "answers": np.array(answers, np.int64), "weight": how.weight}
 
     def _generator(self, i: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=[self.how.seed, SPLITS.index(self.split)], counter=[0, 0, 0, i])
-        )
+        key = np.array([self.how.seed + (self.running.crc << 32), SPLITS.index(self.split)], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, i]))
 
     def _planted(self, facts: Sequence[Fact], text: bytes, draw: np.random.Generator) -> bytes:
         """A passage with the facts in it, the gap kept free at its end."""
