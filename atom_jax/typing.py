@@ -52,6 +52,7 @@ class Batch:
     loss_mask: bool [b, t] True where the target counts, or None.
     marks:     bool [b, t] unit ends that the data supplies (DataConfig.marks), or None.
     suffix:    Suffix, or None for models that don't look at subwords.
+    loss_weights: f32 [b, t] how many times a target counts, where it does, or None: once each.
     """
 
     ids: jax.Array
@@ -61,6 +62,7 @@ class Batch:
     loss_mask: jax.Array | None = None
     marks: jax.Array | None = None
     suffix: Suffix | None = None
+    loss_weights: jax.Array | None = None
 
 
 # What a kind of model is about.

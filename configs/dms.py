@@ -54,6 +54,27 @@ def smollm2_8x() -> Experiment:
     )  # fmt: skip
 
 
+def asks(exp: Experiment, size: int = 6000, facts: int = 8, gap: int = 1000) -> Experiment:
+    """The same retrofit, but half of the text (in bytes) has facts planted in it that are asked for later, `facts` in
+    a document of `size` bytes: there the loss feels what was evicted. The fit, and the threshold that is set in the
+    end, are of the rows that are full of running text alone."""
+    data, options = exp.data, f"size={size}:facts={facts}:gap={gap}"
+    asking = tuple(f"facts:{source}:{options}" for source in data.sources)
+    weights = data.weights or (1.0,) * len(data.sources)
+    data = dataclasses.replace(data, sources=(*data.sources, *asking), weights=(*weights, *weights))
+    return dataclasses.replace(exp, data=data)
+
+
+def smollm2_asks() -> Experiment:
+    """Untrained so far: whether these evictors recall more is not known."""
+    return asks(smollm2())
+
+
+def smollm2_asks_8x() -> Experiment:
+    """`smollm2_8x` after `smollm2_asks`, from runs/dms-asks. Untrained so far."""
+    return dataclasses.replace(asks(smollm2_8x()), init_from="runs/dms-asks")
+
+
 def smollm2_merged(entries: int = 512) -> Experiment:
     """Merging in place of eviction, in our form: means of keys after RoPE, with their mass."""
     return merged(smollm2(entries))
@@ -69,6 +90,12 @@ def merged(exp: Experiment) -> Experiment:
 
 def tiny_merged() -> Experiment:
     return merged(tiny())
+
+
+def tiny_asks() -> Experiment:
+    exp = tiny()
+    exp = dataclasses.replace(exp, data=DataConfig(seq_len=768, batch_size=8))
+    return asks(exp, size=700, facts=1, gap=100)
 
 
 def tiny() -> Experiment:
@@ -106,6 +133,16 @@ def qwen3_8b() -> Experiment:
     return published(model, "Qwen/Qwen3-8B", 32768, 8, mesh=MeshConfig(fsdp=8))
 
 
+def qwen3_1b7_asks() -> Experiment:
+    """Untrained so far."""
+    return asks(qwen3_1b7(), size=16_000, facts=20, gap=4000)
+
+
+def qwen3_8b_asks() -> Experiment:
+    """Untrained so far."""
+    return asks(qwen3_8b(), size=64_000, facts=80, gap=16_000)
+
+
 def qwen3_8b_pod() -> Experiment:
     """The same on 64 chips: two rows for every 16 chips, whose heads and positions are spread four ways each."""
     return dataclasses.replace(qwen3_8b(), mesh=MeshConfig(data=1, fsdp=4, context=4, tensor=4))
@@ -130,7 +167,8 @@ def english(seq_len: int) -> DataConfig:
 
 
 VARIANTS = {
-    "smollm2": smollm2, "smollm2_8x": smollm2_8x, "smollm2_merged": smollm2_merged, "tiny": tiny,
-    "tiny_merged": tiny_merged, "qwen3_1b7": qwen3_1b7, "qwen3_8b": qwen3_8b,
+    "smollm2": smollm2, "smollm2_8x": smollm2_8x, "smollm2_asks": smollm2_asks, "smollm2_asks_8x": smollm2_asks_8x,
+    "smollm2_merged": smollm2_merged, "tiny": tiny, "tiny_merged": tiny_merged, "tiny_asks": tiny_asks,
+    "qwen3_1b7": qwen3_1b7, "qwen3_1b7_asks": qwen3_1b7_asks, "qwen3_8b": qwen3_8b, "qwen3_8b_asks": qwen3_8b_asks,
     "qwen3_8b_pod": qwen3_8b_pod,
 }  # fmt: skip

@@ -50,7 +50,8 @@ class Scattered:
         """See `pipeline.reader`."""
         tokens = self.read(piece)
         ids, source = stochastok.scatter(tokens.ids, self.splits, self.share, _drawn(piece, self.seed, _STOCHASTOK))
-        return Tokens(ids, learned=None if tokens.learned is None else tokens.learned[source])
+        learned, weights = (None if x is None else x[source] for x in (tokens.learned, tokens.weights))
+        return Tokens(ids, learned=learned, weights=weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from atom_jax.tokenizers import is_trained
 from atom_jax.typing import AtomError
 
 SPLITS = ("train", "validation", "test", "all")
+FACTS = "facts:"
 # Order of what a text becomes whose middle is to be filled in: p, s, m for prefix, suffix and middle, P, S, M for the
 # token that stands before each.
 LAYOUTS = {"psm": "PpSsMm", "spm": "PSsMpm", "spm_bare": "SsMpm"}
@@ -28,6 +29,11 @@ class DataConfig:
             its field "text"; "FILE.jsonl#name" reads another; *.array_record*: one document per record, in UTF-8
         "reason:subset"  problems with reasoning that a program makes up, a million of them (data/puzzles);
                       "reason:subset:letters=6:high=20" sets how hard they are
+        "facts:SOURCE"  running text of another source, with facts planted in it and questions about them at its end,
+                      a million documents (data/facts). Tokens of answers count more in the loss, of objectives that
+                      know it. "facts:SOURCE:size=6000:facts=8:gap=1000:weight=20": bytes at most, facts, the least
+                      bytes between one and its question, and what an answer counts. Such a document is never cut,
+                      and left out where it is longer than a row
         "image:shapes", "image:sprites", "image:glyphs", "image:digits", "image:FILE.npz"  images, each of which is a
                       document of the bytes of its pixels (data/images), for tokenizers of images;
                       "image:shapes:size=32:most=9"
@@ -114,8 +120,18 @@ class DataConfig:
             raise AtomError(f"data.piece_bytes is {self.piece_bytes}: set 0, or {LEAST_PIECE} or more.")
         self._check_changes()
 
+    @property
+    def weighs(self) -> bool:
+        """Whether a source says that some targets count more than others."""
+        return any(source.startswith(FACTS) for source in self.sources)
+
     def _check_changes(self) -> None:
         """Raises AtomError for changes of texts that do not go with the other fields."""
+        for name in ("tokens", "chat", "fim"):
+            if self.weighs and getattr(self, name):
+                raise AtomError(
+                    f"data.sources: {FACTS} has documents with questions, which data.{name} does not know."
+                )
         for name in ("marks", "tokens"):
             if self.stochastok and getattr(self, name):
                 raise AtomError(f"data.stochastok cuts tokens in two, which data.{name} does not know.")

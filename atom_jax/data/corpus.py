@@ -38,6 +38,8 @@ class Corpus(Protocol):
     sizes: i64 [n] bytes of every document, or None where finding out means reading everything.
     crc:   CRC-32 of the text, wherever it lies: what tells one text from another.
     Where a program makes the documents, of which there are more than anybody reads, `endless` is True.
+    Where parts of a document count more than the rest, `marked(i)` gives {"text": bytes, "answers": i64 [n, 2], where
+    they begin and end, "weight": float, how many times their tokens count in the loss}; it is never cut.
     """
 
     what: str

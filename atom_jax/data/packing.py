@@ -21,23 +21,25 @@ Batch = dict[str, np.ndarray]
 
 class Tokens(NamedTuple):
     """Of a piece of text: ids i32 [n]; marks: bool [n], or None; learned: bool [n], those that are learned from, not
-    only read, or None for all."""
+    only read, or None for all; weights: f32 [n], how many times each counts in the loss, or None: once each."""
 
     ids: np.ndarray
     marks: Any = None
     learned: Any = None
+    weights: Any = None
 
 
 def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = None, prompt_end: str = "") -> Tokens:
     """Returns the tokens of {"text", "first", "last"}; given `units`, with their marks; what stands up to and with
-    `prompt_end` (all, where it does not occur) is not learned from.
+    `prompt_end` (all, where it does not occur) is not learned from. With "answers" (`Corpus.marked`) there are
+    weights: a token counts "weight" times that has a byte of an answer.
 
     The first piece of a document begins with what `beginning` says, the last ends with eos, where there is one.
     A token is marked when a piece of `units` ends with its last byte; bos and eos are not.
     """
     head, tail = ends(piece, tokenizer)
-    asks, marks = piece["first"] and prompt_end, None
-    if units is None and not asks:
+    asks, marks, answers = piece["first"] and prompt_end, None, piece.get("answers")
+    if units is None and not asks and answers is None:
         text = tokenizer.encode(piece["text"])
     else:
         text, spans = tokenizer.spans(piece["text"])
@@ -51,7 +53,12 @@ def piece_tokens(piece: dict, tokenizer: Tokenizer, units: Tokenizer | None = No
         before, found, _ = piece["text"].partition(prompt_end.encode())
         after = spans[:, 0] >= len(before) + len(found)
         learned = np.concatenate([np.zeros(len(head), bool), after, np.ones(len(tail), bool)])
-    return Tokens(ids.astype(np.int32, copy=False), marks, learned)
+    weights = None
+    if answers is not None:
+        inside = (spans[:, :1] < answers[:, 1]) & (spans[:, 1:] > answers[:, 0])
+        weights = np.where(inside.any(1), piece["weight"], 1.0).astype(np.float32)
+        weights = np.pad(weights, (len(head), len(tail)), constant_values=1)
+    return Tokens(ids.astype(np.int32, copy=False), marks, learned, weights)
 
 
 def ends(piece: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -72,9 +79,9 @@ def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
     return piece_tokens(piece, tokenizer).ids
 
 
-def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Batch:
+def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False, weights: bool = False) -> Batch:
     """Returns a batch of padding, [rows, seq_len] each: ids and targets are pad_id, the rest 0 or False.
-    marks: whether it has an array for them."""
+    marks, weights: whether it has an array for them."""
     shape = (rows, seq_len)
     batch = {
         "ids": np.full(shape, pad_id, np.int32),
@@ -83,24 +90,36 @@ def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False) -> Ba
         "targets": np.full(shape, pad_id, np.int32),
         "loss_mask": np.zeros(shape, bool),
     }
-    return batch | {"marks": np.zeros(shape, bool)} if marks else batch
+    batch |= {"marks": np.zeros(shape, bool)} if marks else {}
+    return batch | {"loss_weights": np.zeros(shape, np.float32)} if weights else batch
 
 
 def described(cfg: DataConfig) -> Batch:
     """Returns a batch of zeros as the iterator of a configuration has them, which takes no memory: for its shapes."""
     shape = cfg.batch_size, cfg.seq_len
-    one = {k: np.broadcast_to(x, shape) for k, x in empty_batch(1, 1, 0, marks=bool(cfg.marks)).items()}
+    one = empty_batch(1, 1, 0, bool(cfg.marks), cfg.weighs)
+    one = {k: np.broadcast_to(x, shape) for k, x in one.items()}
     if not cfg.tokens:
         return one
     more = {"suffix": shape, "state": shape[:1], "tokens": (shape[0], cfg.tokens), "lengths": (shape[0], cfg.tokens)}
     return one | {k: np.broadcast_to(np.int32(0), size) for k, size in more.items()}
 
 
-def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: int, learned: Any = None) -> None:
+def place(
+    batch: Batch,
+    row: int,
+    at: int,
+    segment: int,
+    ids: np.ndarray,
+    take: int,
+    learned: Any = None,
+    weights: Any = None,
+) -> None:
     """Writes ids[:take] into a row from column `at` on, as one segment.
 
     ids: i32 [n], n >= take; when n is greater, the last of them has a target too.
     learned: bool [n], those that count in the loss as targets; None: all.
+    weights: f32 [n], how many times each counts, for batches that have "loss_weights"; None: once.
     """
     end = at + take
     batch["ids"][row, at:end] = ids[:take]
@@ -109,3 +128,5 @@ def place(batch: Batch, row: int, at: int, segment: int, ids: np.ndarray, take: 
     targets = ids[1 : take + 1]
     batch["targets"][row, at : at + len(targets)] = targets
     batch["loss_mask"][row, at : at + len(targets)] = True if learned is None else learned[1 : take + 1]
+    if "loss_weights" in batch:
+        batch["loss_weights"][row, at : at + len(targets)] = 1 if weights is None else weights[1 : take + 1]

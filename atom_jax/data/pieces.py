@@ -16,7 +16,8 @@ class Pieces:
     """A random-access source of {"text": bytes, "first": bool, "last": bool}, each about `piece_bytes` long.
 
     `first` and `last` say whether the piece begins and ends its document. Pieces of a document joined give
-    the document again. Where the corpus doesn't know its sizes, a piece is a whole document.
+    the document again. Where the corpus doesn't know its sizes, a piece is a whole document, with whatever `marked`
+    says of it.
     """
 
     def __init__(self, corpus: Corpus, piece_bytes: int):
@@ -35,7 +36,9 @@ class Pieces:
 
     def __getitem__(self, k: int) -> dict:
         if self.ends is None:
-            return {"text": self.corpus.read(k), "first": True, "last": True}
+            marked = getattr(self.corpus, "marked", None)
+            document = {"text": self.corpus.read(k)} if marked is None else marked(k)
+            return document | {"first": True, "last": True}
         doc = int(np.searchsorted(self.ends, k, side="right"))
         begin = 0 if doc == 0 else int(self.ends[doc - 1])
         part, count = k - begin, int(self.ends[doc]) - begin

@@ -48,7 +48,8 @@ def make_iterator(
     kind: Callable[..., grain.DatasetIterator] | None = None,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of {"ids", "positions", "segments", "targets": i32, "loss_mask": bool}, and
-    "marks": bool when cfg.marks asks for them; with cfg.tokens, of what `BolmoTokenizer.spell` returns.
+    "marks": bool when cfg.marks asks for them, "loss_weights": f32 where a source has them (cfg.weighs); with
+    cfg.tokens, of what `BolmoTokenizer.spell` returns.
 
     Each array is [batch_size / process_count, seq_len]: rows process_index * that many and on of the global
     batch. Batches are prepared in a background thread. get_state() gives a dict for JSON, and set_state()
@@ -93,7 +94,7 @@ def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
     """What is to be said of the text before training: that it is hardly any, and the share of documents that
     `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are."""
     notes, sizes = [], []
-    if pieces > _FEW and not cfg.whole:
+    if pieces > _FEW and not cfg.whole and not cfg.weighs:
         return notes
     opened = open_pieces(cfg, tokenizer)
     known = [found.corpus.sizes for found in opened if found.corpus.sizes is not None]
@@ -102,7 +103,9 @@ def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
         rows = f"{cfg.batch_size} rows of {cfg.seq_len} tokens"
         notes.append(f"data: the {cfg.split} split is tiny, {total:,} bytes, and one batch has {rows}")
     tokens = reader(cfg, tokenizer)
-    for found in opened if cfg.whole else []:
+    for found in opened:
+        if not cfg.whole and not hasattr(found.corpus, "marked"):
+            continue
         sample = np.unique(np.linspace(0, len(found) - 1, 256).astype(np.int64))
         sizes += [len(tokens(found[int(k)]).ids) for k in sample]
     if sizes and (share := float(np.mean(np.array(sizes) > cfg.seq_len))):
@@ -184,11 +187,11 @@ class PackedRows(grain.DatasetIterator):
         self.units = trained_tokenizer(cfg.marks, cfg.sources) if cfg.marks else None
         self.identity = _identity(cfg, tokenizer, found)
         tokens = read or reader(cfg, tokenizer, self.units)
-        longest = cfg.seq_len if cfg.whole else None
-        self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool, longest) for r in numbers]
+        self.weighs = cfg.weighs
+        self.lanes = [_Lane(r, cfg.batch_size, stream, tokens, self.pool, cfg.seq_len, cfg.whole) for r in numbers]
 
     def __next__(self) -> Batch:
-        batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id, marks=self.units is not None)
+        batch = empty_batch(len(self.lanes), self.seq_len, self.pad_id, self.units is not None, self.weighs)
         for row, lane in enumerate(self.lanes):
             lane.fill(batch, row)
         return batch
@@ -229,8 +232,8 @@ class _SpelledRows(PackedRows):
 
 
 class _Lane:
-    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current. longest: no
-    piece is cut, and those with more tokens are left out; None: they are."""
+    """The endless tokens of one row: `piece` counts its pieces, `used` the tokens taken of the current. whole: no
+    piece is cut, and those with more tokens than `longest` are left out; so are those with weights in any case."""
 
     def __init__(
         self,
@@ -239,14 +242,15 @@ class _Lane:
         stream: grain.MapDataset,
         tokens: Callable[[dict], Tokens],
         pool: ThreadPoolExecutor,
-        longest: int | None = None,
+        longest: int,
+        whole: bool,
     ):
         self.row = row
         self.stride = stride
         self.stream = stream
         self.read = tokens
         self.pool = pool
-        self.longest = longest
+        self.longest, self.whole = longest, whole
         self.seek(0, 0)
 
     def seek(self, piece: int, used: int) -> None:
@@ -258,14 +262,15 @@ class _Lane:
     def fill(self, batch: Batch, row: int) -> None:
         at, segment, seq_len = 0, 0, batch["ids"].shape[1]
         while at < seq_len:
-            ids, marks, learned = self._load()
-            take = min(seq_len - at, len(ids) - self.used)
-            if self.longest is not None and take < len(ids):
+            tokens = self._load()
+            ids, marks, learned, weights = (None if x is None else x[self.used :] for x in tokens)
+            take = min(seq_len - at, len(ids))
+            if self._is_whole(tokens) and take < len(ids):
                 break
             segment += 1
-            place(batch, row, at, segment, ids[self.used :], take, None if learned is None else learned[self.used :])
+            place(batch, row, at, segment, ids, take, learned, weights)
             if marks is not None:
-                batch["marks"][row, at : at + take] = marks[self.used : self.used + take]
+                batch["marks"][row, at : at + take] = marks[:take]
             at += take
             self.used += take
 
@@ -283,13 +288,21 @@ class _Lane:
             self.tokens = self._tokens(self.piece)
             self.next = self.pool.submit(self._tokens, self.piece + 1)
         for _ in range(_EMPTY_LIMIT):
-            if self.used < len(self.tokens.ids) and len(self.tokens.ids) <= (self.longest or np.inf):
+            size = len(self.tokens.ids)
+            if self.used < size and (size <= self.longest or not self._is_whole(self.tokens)):
                 return self.tokens
             self.tokens = self.next.result()
             self.piece, self.used = self.piece + 1, 0
             self.next = self.pool.submit(self._tokens, self.piece + 1)
-        what = "without a token" if self.longest is None else f"that are empty or longer than {self.longest} tokens"
+        what = (
+            f"that are empty or longer than {self.longest} tokens"
+            if self._is_whole(self.tokens)
+            else "without a token"
+        )
         raise AtomError(f"The data sources gave {_EMPTY_LIMIT} documents in a row {what}.")
+
+    def _is_whole(self, tokens: Tokens) -> bool:
+        return self.whole or tokens.weights is not None
 
     def _tokens(self, piece: int) -> Tokens:
         number = self.row + piece * self.stride

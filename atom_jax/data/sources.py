@@ -10,7 +10,8 @@ from functools import partial
 
 import grain
 
-from atom_jax.data import builtin, formats, images, puzzles
+from atom_jax.data import builtin, facts, formats, images, puzzles
+from atom_jax.data.config import FACTS
 from atom_jax.data.conversations import conversation
 from atom_jax.data.corpus import Corpus, Files, Joined, Records, one_line, packing, record_text
 from atom_jax.data.images import labelled
@@ -40,6 +41,9 @@ def open_source(source: str, split: str, chat: bool = False) -> Corpus:
         corpus = _tfds(source, split)
     elif source.startswith("reason:"):
         corpus = puzzles.Generated(puzzles.parse(source.removeprefix("reason:")), split)
+    elif source.startswith(FACTS):
+        running, how = facts.parse(source.removeprefix(FACTS))
+        corpus = facts.Asking(how, open_source(running, split), split)
     elif source.startswith("image:"):
         corpus = images.corpus(images.parse(source.removeprefix("image:")), split)
     elif source.startswith("labelled:"):

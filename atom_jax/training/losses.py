@@ -60,14 +60,17 @@ def next_token(
     lengths: np.ndarray,
     z_loss: float = 0.0,
     focus: float = 0.0,
+    per_target: jax.Array | None = None,
     block: int | None = None,
 ) -> Sums:
     """Cross-entropy of `batch.targets` where `batch.loss_mask`, plus z_loss * log(Z)^2 and the model's own losses
-    (`aux["loss"]`, a mean over the batch) per target.
+    (`aux["loss"]`, a mean over the batch) per target. Where there are `batch.loss_weights`, what is minimised of the
+    cross-entropy is its mean over weights; `nats` are those of all targets alike.
 
     Args:
       key: PRNG key for models that draw while they train; None: no noise.
       focus: in the objective a target's cross-entropy counts (1 - p)^focus times, p its probability.
+      per_target: `weight_per_target` of the batch that this one is a part of; None: of this one.
       lengths: i32 [v], bytes per token id.
       block: as in `scoring.score`.
     """
@@ -81,17 +84,25 @@ def next_token(
     want = ["nats", *["log_z"] * bool(z_loss), *["entropy"] * (late is not None)]
     found = scoring.score(head, x_btd, goals, want, block=block)
     nats = jnp.sum(found["nats"] * mask)
+    weights = mask
+    if batch.loss_weights is not None:
+        weights = mask * batch.loss_weights / (weight_per_target(batch) if per_target is None else per_target)
     hard = jax.lax.stop_gradient(jnp.maximum(-jnp.expm1(-found["nats"]), 0.0)) ** focus if focus else 1.0
     penalty = z_loss * jnp.sum(jnp.square(found["log_z"]) * mask) if z_loss else 0.0
     own = aux.get("loss", 0.0) + (0.0 if late is None else late_loss(aux, found["entropy"], batch, cfg.chunking))
     count = jnp.sum(mask > 0, dtype=jnp.int32)
     return Sums(
-        objective=jnp.sum(hard * found["nats"] * mask) + penalty + own * count,
+        objective=jnp.sum(hard * found["nats"] * weights) + penalty + own * count,
         nats=nats,
         tokens=count,
         bytes=counted_bytes(lengths, batch),
         learned=aux.get("metrics", {}),
     )
+
+
+def weight_per_target(batch: Batch) -> jax.Array:
+    """The mean of `loss_weights` over the targets that count, f32 []."""
+    return jnp.sum(batch.loss_weights * batch.loss_mask) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
 
 
 def counted_bytes(lengths: np.ndarray, batch: Batch) -> jax.Array:

@@ -142,6 +142,8 @@ def check(exp: Experiment) -> None:
         raise AtomError(f"{name} and data.tokens need each other")
     if exp.data.tokens and not exp.objectives[-1].spelled:
         raise AtomError(f"data.tokens is {exp.data.tokens}, but {name} does not read rows of subwords")
+    if exp.data.weighs and not exp.objectives[-1].weighs:
+        raise AtomError(f"data.sources: facts: weighs targets, which {name} does not know")
     reads, learns = registry.kind(exp.model).reads, exp.objectives[-1].reads
     if reads != learns:
         raise AtomError(f"objective: {name} is about {learns}, but the model reads {reads}")

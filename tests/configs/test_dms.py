@@ -1,5 +1,6 @@
 """Retrofits with learned evictors: the recipes are complete, and the smallest one runs from fit to adapter."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,11 @@ import pytest
 
 import atom_jax
 from atom_jax import config, params, tokenizers
+from atom_jax.data import facts, pipeline
 from atom_jax.models import registry, transformer
+from atom_jax.sharding import make_mesh
 from atom_jax.training import loop, optim, start
+from atom_jax.training.program import Program
 from atom_jax.typing import LM
 from configs import dms
 
@@ -31,7 +35,45 @@ def test_published_recipes_train_only_evictors_of_the_published_sizes():
         assert params.count(spec) - added == count
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny_merged"])
+@pytest.mark.parametrize("name", [name for name in dms.VARIANTS if "asks" in name])
+def test_half_of_the_text_asks(name):
+    data, plain = dms.VARIANTS[name]().data, dms.VARIANTS[name.replace("_asks", "")]().data
+    n = len(data.sources) // 2
+    assert all(b.startswith(f"facts:{a}:") for a, b in zip(data.sources[:n], data.sources[n:]))
+    assert data.weighs and sum(data.weights[:n]) == sum(data.weights[n:])
+    assert name == "tiny_asks" or (data.sources[:n], data.seq_len) == (plain.sources, plain.seq_len)
+    for source in data.sources[n:]:
+        how = facts.parse(source.removeprefix("facts:"))[1]
+        # In tokens of three bytes, or of one.
+        assert how.size <= data.seq_len * (1 if name == "tiny_asks" else 3)
+
+
+def test_a_retrofit_that_asks_learns():
+    """The divergence falls by evictors that keep more, since no share is demanded."""
+    exp = dms.tiny_asks()
+    cfg = transformer.TransformerConfig(
+        vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, bos_id=256,
+        eos_ids=(257,), memory=exp.memory,
+    )  # fmt: skip
+    exp = dataclasses.replace(exp, model=cfg, memory=None, fit=None)
+    settings = ["init_from=", "mesh.data=1", "optim.learning_rate=0.1", "optim.warmup_steps=1", "distill.weight=0"]
+    exp = config.override(exp, settings)
+    data = pipeline.make_iterator(exp.data, tokenizers.from_name("bytes"))
+    rows = next(data)
+    data.close()
+    assert (rows["loss_weights"] == 20).any()
+    made = Program(exp, make_mesh(exp.mesh, jax.devices()[:1]), tokenizers.from_name("bytes"))
+    flat = params.flatten(params.init(jax.random.key(0), transformer.spec(cfg)))
+    # Attention that matters.
+    flat = {k: 3 * x if k.startswith("layers/attn/") and k[-2] == "/" else x for k, x in flat.items()}
+    state, found = made.initial(params.unflatten(flat)), []
+    for _ in range(8):
+        state, metrics = made.step(state, made.put(rows))
+        found.append(float(metrics["weighted_kl"]))
+    assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_merged", "tiny_asks"])
 def test_a_retrofit_from_fit_to_adapter(tmp_path, variant):
     cfg = transformer.TransformerConfig(
         vocab_size=264,
@@ -61,6 +103,7 @@ def test_a_retrofit_from_fit_to_adapter(tmp_path, variant):
     assert got[0].stats["kv_entries_peak"] < 200
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("kl" in line for line in lines)
+    assert any("weighted_kl" in line for line in lines) == (variant == "tiny_asks")
 
 
 def test_evictors_need_a_model_that_has_learned_something():

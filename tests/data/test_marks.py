@@ -68,7 +68,7 @@ def test_marks_of_longer_tokens(cfg):
     units = trained_tokenizer(cfg.marks, cfg.sources)
     tokens = trained_tokenizer("bpe:280", cfg.sources)
     text = WORDS.encode()
-    ids, marks, _ = piece_tokens({"text": text, "first": True, "last": True}, tokens, units)
+    ids, marks, *_ = piece_tokens({"text": text, "first": True, "last": True}, tokens, units)
     last = np.cumsum([len(tokens.decode_bytes([i])) for i in ids[1:-1]]) - 1
     assert len(marks) == len(ids) < len(text) and not marks[[0, -1]].any()
     np.testing.assert_array_equal(marks[1:-1], unit_ends(units, text)[last])

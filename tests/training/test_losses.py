@@ -53,6 +53,24 @@ def test_focus_weighs_targets_by_what_is_not_known(setting):
     np.testing.assert_array_equal(loss(params, batch, focus=1.5).nats, loss(params, batch).nats)
 
 
+def test_weights_of_targets(setting):
+    cfg, params, batch, loss = setting
+    weights = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.2, batch.ids.shape), 20.0, 1.0)
+    weighted, alike = batch.replace(loss_weights=weights), batch.replace(loss_weights=jnp.full_like(weights, 3.0))
+    logits = transformer.apply(params, batch, cfg=cfg)[0].logits
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    mean = jnp.average(each, weights=weights * batch.loss_mask)
+    sums, plain = loss(params, weighted), loss(params, batch)
+    np.testing.assert_allclose(sums.objective / sums.tokens, mean, rtol=1e-5)
+    assert sums.nats == plain.nats and sums.tokens == plain.tokens and sums.bytes == plain.bytes
+    np.testing.assert_allclose(loss(params, alike).objective, plain.objective, rtol=1e-6)
+    # Parts of a batch add up, whatever the weights in them.
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], weighted) for i in range(2)]
+    per_target = losses.weight_per_target(weighted)
+    total = sum(loss(params, part, per_target=per_target).objective for part in parts)
+    np.testing.assert_allclose(total, sums.objective, rtol=1e-5)
+
+
 def test_blocks_change_nothing(setting):
     _, params, batch, loss = setting
     run = lambda block: jax.value_and_grad(lambda p: loss(p, batch, z_loss=0.01, block=block).objective)(params)  # noqa: E731

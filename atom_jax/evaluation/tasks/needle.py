@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import string
 from typing import NamedTuple
 
 import numpy as np
 
+from atom_jax.data.facts.kinds import sentence_ends
 from atom_jax.evaluation.encode import Encoder, front
 from atom_jax.typing import AtomError
 
@@ -46,12 +46,7 @@ class Haystack:
     def of(cls, text: bytes, encoder: Encoder) -> Haystack:
         """The tokens of a text."""
         ids, spans = encoder.tokenizer.spans(text)
-        data = np.concatenate([np.frombuffer(text, np.uint8), np.zeros(1, np.uint8)])
-        white = np.isin(data, [ord(c) for c in string.whitespace])
-        stop = np.isin(data, [ord(c) for c in '.!?"'])
-        at = spans[:, 0]
-        before = np.maximum(at - 1, 0)
-        return cls(ids, (at > 0) & white[at] & (stop[before] | (data[before] == ord("\n"))))
+        return cls(ids, sentence_ends(text)[spans[:, 0]])
 
 
 def build(hay: Haystack, encoder: Encoder, length: int, depth: float, seed: tuple[int, ...]) -> Needle:

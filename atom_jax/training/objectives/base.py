@@ -55,13 +55,15 @@ class Objective:
 
     name: in messages and in `OBJECTIVES`. reads: what its models read (`models.family.Kind`). trains: whether it has
     a loss; what has none goes beside another one that does. spelled: whether it reads rows of two kinds of tokens
-    (`DataConfig.tokens`). z_loss: whether it knows `OptimConfig.z_loss`. pages: curves of what it reports.
+    (`DataConfig.tokens`). weighs: whether it knows `Batch.loss_weights`. z_loss: whether it knows
+    `OptimConfig.z_loss`. pages: curves of what it reports.
     """
 
     name: ClassVar[str] = ""
     trains: ClassVar[bool] = True
     reads: ClassVar[str] = TEXTS
     spelled: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
     z_loss: ClassVar[bool] = False
     pages: ClassVar[Pages] = {}
 

@@ -46,9 +46,10 @@ class Distill(Objective):
     remat: bool = True
 
     name: ClassVar[str] = "distill"
+    weighs: ClassVar[bool] = True
     pages: ClassVar[Pages] = {
         "distill": {
-            "KL in nats per token": {"kl": ""},
+            "KL in nats per token": {"kl": "all alike", "weighted_kl": "by weight"},
             "share of tokens or decisions": {"agreement": "equally likeliest", "evicted": "evicting"},
             "entries held": {"held": ""},
         }
@@ -105,12 +106,14 @@ class Distill(Objective):
 
 
 def counts(batch: Batch, cfg: transformer.TransformerConfig) -> dict[str, jax.Array]:
-    """f32 []: targets, those of them in the divergence, rows, and documents in them."""
+    """f32 []: targets, those of them in the divergence, the sum of the weights of these (1 each, where the batch has
+    none), rows, and documents in them."""
     documents = jnp.sum(jnp.max(batch.segments, axis=1), dtype=jnp.float32)
     compared = jnp.sum(_compared(batch, cfg), dtype=jnp.float32)
+    weights = compared if batch.loss_weights is None else jnp.sum(_compared(batch, cfg) * batch.loss_weights)
     targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
     rows = jnp.float32(batch.ids.shape[0])
-    return {"targets": targets, "compared": compared, "rows": rows, "documents": documents}
+    return {"targets": targets, "compared": compared, "weights": weights, "rows": rows, "documents": documents}
 
 
 def self_distillation(
@@ -125,12 +128,14 @@ def self_distillation(
     whole: dict[str, jax.Array] | None = None,
     block: int | None = None,
 ) -> Sums:
-    """Divergence from the same weights without eviction, plus the missing share of evictions.
+    """Divergence from the same weights without eviction, its mean over tokens or, where there are
+    `batch.loss_weights`, over these, plus the missing share of evictions.
 
     With a key, decisions are relaxed and drawn; without (validation), they are hard, and no share is demanded. The
     rest as for `losses.next_token`; positions whose input ends a text do not count in the divergence. whole: `counts`
-    of the batch that this one is a part of. `learned`: kl (nats per token), agreement (share of tokens where both
-    think the same token likeliest), evicted (share of decisions), held (entries per head at the end of a document).
+    of the batch that this one is a part of. `learned`: kl (nats per token, of all alike), weighted_kl (the mean over
+    weights, where there are some), agreement (share of tokens where both think the same token likeliest), evicted
+    (share of decisions), held (entries per head at the end of a document).
     """
     b, t = batch.ids.shape
     fade, before = None, 0.0
@@ -157,6 +162,7 @@ def self_distillation(
     divergence = sum(found[name] for name in how.directions) / len(how.directions)
     compared, own = _compared(batch, cfg), counts(batch, cfg)
     kl, agree = jnp.sum(divergence * compared), jnp.sum(found["agree"] * compared)
+    weighted = kl if batch.loss_weights is None else jnp.sum(divergence * compared * batch.loss_weights)
     real = (batch.segments > 0)[None, :, None].astype(jnp.float32)
     share_b = jnp.sum(aux["evict_soft"] * real, (0, 2, 3)) / jnp.maximum(
         jnp.sum(real, (0, 2, 3)) * cfg.n_layers * cfg.n_kv_heads, 1.0
@@ -165,7 +171,7 @@ def self_distillation(
     if key is not None and step is not None:
         missing = how.weight * jnp.sum(jnp.maximum(how.target(step) - share_b, 0.0))
     whole = own if whole is None else whole
-    loss = kl / jnp.maximum(whole["compared"], 1.0) + missing / whole["rows"]
+    loss = weighted / jnp.maximum(whole["weights"], 1.0) + missing / whole["rows"]
     held = jnp.sum(jnp.mean(aux["occupancy"].astype(jnp.float32), axis=(0, 2)))
     return Sums(
         objective=loss * whole["targets"],
@@ -177,7 +183,8 @@ def self_distillation(
             "agreement": jnp.stack([agree, own["compared"]]),
             "evicted": jnp.stack([jnp.sum(share_b), own["rows"]]),
             "held": jnp.stack([held, own["documents"]]),
-        },
+        }
+        | ({} if batch.loss_weights is None else {"weighted_kl": jnp.stack([weighted, own["weights"]])}),
     )
 
 

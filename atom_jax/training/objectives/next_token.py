@@ -30,10 +30,15 @@ class NextToken(Objective):
     focus: float = 0.0
 
     name: ClassVar[str] = "next_token"
+    weighs: ClassVar[bool] = True
     z_loss: ClassVar[bool] = True
 
     def __post_init__(self):
         config.check(self, focus=(0, 100))
+
+    def counts(self, batch: Batch, setting: Setting) -> jax.Array | None:
+        """`losses.weight_per_target`, where targets have weights."""
+        return None if batch.loss_weights is None else losses.weight_per_target(batch)
 
     def loss(
         self, params: Any, batch: Batch, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
@@ -41,7 +46,7 @@ class NextToken(Objective):
         """The model's own losses are means over a part, which count by its targets."""
         return losses.next_token(
             params, batch, None if self.hard else key, cfg=setting.exp.model, lengths=setting.lengths,
-            z_loss=setting.exp.optim.z_loss, focus=self.focus,
+            z_loss=setting.exp.optim.z_loss, focus=self.focus, per_target=counts,
         )  # fmt: skip
 
     def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:

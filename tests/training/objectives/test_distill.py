@@ -72,6 +72,38 @@ def test_directions_and_validation(case, monkeypatch):
     assert np.isfinite(hard.nats)
 
 
+def test_answers_may_count_more(case):
+    cfg, params, io = case
+    batch = tiny.batch(io["input_ids"])
+    batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
+    many = jnp.where(jnp.arange(batch.ids.size).reshape(batch.ids.shape) % 7 == 3, 20.0, 1.0)
+    how, lengths = distill.Distill(), np.ones(cfg.vocab_size, np.int32)
+
+    @jax.jit
+    def run(batch, whole=None):
+        return distill.self_distillation(params, batch, cfg=cfg, lengths=lengths, how=how, whole=whole)
+
+    weighted = batch.replace(loss_weights=many)
+    plain, sums = run(batch), run(weighted)
+    assert "weighted_kl" not in plain.learned and sums.tokens == plain.tokens and sums.nats == plain.nats
+    for name in ("kl", "agreement", "held"):
+        np.testing.assert_array_equal(sums.learned[name], plain.learned[name])
+    # One target at a time gives the divergences that are averaged.
+    each, places = [], np.argwhere(np.asarray(distill._compared(batch, cfg)))
+    for b, t in places:
+        only = np.zeros(batch.ids.shape, bool)
+        only[b, t] = True
+        each.append(float(run(batch.replace(loss_mask=only)).learned["kl"][0]))
+    mean = np.average(each, weights=np.asarray(many)[tuple(places.T)])
+    np.testing.assert_allclose(sums.objective / sums.tokens, mean, rtol=1e-4)
+    np.testing.assert_allclose(sums.learned["weighted_kl"][0] / sums.learned["weighted_kl"][1], mean, rtol=1e-4)
+    alike = run(batch.replace(loss_weights=jnp.full_like(many, 3.0)))
+    np.testing.assert_allclose(alike.objective, plain.objective, rtol=1e-5)
+    whole, rows = distill.counts(weighted, cfg), len(batch.ids)
+    parts = [run(jax.tree.map(lambda x, i=i: x[i : i + 1], weighted), whole).objective for i in range(rows)]
+    np.testing.assert_allclose(sum(parts), sums.objective, rtol=1e-4)
+
+
 def test_no_divergence_before_the_borrowed_channel_fades(golden, monkeypatch):
     case = tiny.load(golden / "dms" / "borrowed_neuron")
     out = sums(case, case[1], monkeypatch, 0.1, fade_steps=10)
