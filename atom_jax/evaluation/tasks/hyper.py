@@ -89,11 +89,13 @@ class HyperSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A model with a memory. front: the name of its front; budget: its entries, or what tells it from others."""
+    """A model with a memory. front: the name of its front; budget: its entries, or what tells it from others. judged:
+    whether what it says without a cache is not that of another method."""
 
     front: str
     budget: Any
     lm: LM
+    judged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +121,8 @@ class Hyper:
             found = [_sampled(method, puzzle, problems, prompts, settings, lines) for method in chosen]
         rows = [row for method, one in zip(chosen, found) for row in _rows(method, one, settings)]
         gaps = _gaps(chosen, found, settings)
-        own = [method for method in chosen if method.front == "none" or method.lm.params is not lm.params]
-        steps = {_name(m): hyper_steps.judge(m.lm, puzzle, settings.steps) for m in own} if settings.steps else {}
+        judged = [method for method in chosen if method.judged and settings.steps]
+        steps = {_name(m): hyper_steps.judge(m.lm, puzzle, settings.steps) for m in judged}
         notes = {"rows": rows, "fronts": _fronts(rows), "gaps": gaps, "steps": steps}
         if out is not None:
             hyper_plot.draw(rows, notes["fronts"], out.with_suffix(".png"))
@@ -147,13 +149,14 @@ def methods(lm: LM, settings: HyperSettings, prompt: int, problem: str) -> list[
         memory = method.memory
         if memory is not None and settings.protect == "prompt" and hasattr(memory, "sinks"):
             memory = dataclasses.replace(memory, sinks=prompt)
-        out.append(Method(method.name.partition(":")[0], method.budget, registry.with_memory(plain, memory)))
+        front = method.name.partition(":")[0]
+        out.append(Method(front, method.budget, registry.with_memory(plain, memory), judged=front == "none"))
     for path in settings.adapters:
         out += _learned(lm, path, settings)
     for path in settings.rivals:
         rival = checkpoint.load(path)
         check_words(rival, problem)
-        out.append(Method(os.path.basename(os.path.normpath(path)), None, rival))
+        out.append(Method(os.path.basename(os.path.normpath(path)), None, rival, judged=True))
     return out
 
 
@@ -170,7 +173,7 @@ def _learned(lm: LM, path: str, settings: HyperSettings) -> list[Method]:
             raise AtomError(f"hyper.learned: {name} uses nothing of what {path} has learned")
         memory = registry.of(run.config).memory(run.config)
         budget = path if name == "model" else f"{path} {name}"
-        out.append(Method(getattr(memory, "name", "learned"), budget, run))
+        out.append(Method(getattr(memory, "name", "learned"), budget, run, judged=name == "model"))
     return out
 
 

@@ -67,6 +67,7 @@ def test_a_comparison_is_resumed_and_drawn(lm, tmp_path, monkeypatch):
         assert row["reads"] <= sum(prompt + t for t in range(1, row["length"])) and row["held"] > prompt
     assert max(r["held"] for r in rows if r["policy"] == "streaming_llm") <= 11
     assert out.with_suffix(".png").stat().st_size > 10_000 and "steps right" in result.table
+    assert [*result.notes["steps"]] == ["none"]
     assert {g["cost"] for g in result.notes["gaps"]} == {"reads", "peak"}
     lines = [json.loads(line) for line in (tmp_path / "hyper.json.cells.jsonl").read_text().splitlines()]
     assert len(lines) == 6
@@ -122,8 +123,11 @@ def test_what_an_adapter_has_learned_is_run_in_several_ways(lm, monkeypatch):
     settings = dataclasses.replace(SETTINGS, policies=(), adapters=("x",))
     ways = "model", "revised:form=model", "every=8", "share=0.3"
     own, revised = hyper.methods(lm, dataclasses.replace(settings, learned=ways), 9, "a 5 ;")[-2:]
-    assert (own.front, own.budget, own.lm) == ("dms", "x", adapted)
-    assert (revised.front, revised.budget) == ("revised", "x revised:form=model,every=8,share=0.3")
+    assert (own.front, own.budget, own.lm, own.judged) == ("dms", "x", adapted, True)
+    assert not revised.judged and (revised.front, revised.budget) == (
+        "revised",
+        "x revised:form=model,every=8,share=0.3",
+    )
     assert revised.lm.config.memory == Revised.of(cfg.memory, every=8, share=0.3)
     with pytest.raises(AtomError, match="uses nothing of what x has learned"):
         hyper.methods(lm, dataclasses.replace(settings, learned=("revised",)), 9, "a 5 ;")
