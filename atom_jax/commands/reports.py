@@ -155,12 +155,14 @@ def memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", None, "the text")
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
+    known.add(flags.DEFINE_integer, "facts", 0, "so many facts are planted in the text, to see what is kept of them")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the decisions in")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
-    if values.tokens < 0:
-        raise AtomError(f"--tokens={values.tokens}: expected at least 0")
+    for name in ("tokens", "facts"):
+        if values[name].value < 0:
+            raise AtomError(f"--{name}={values[name].value}: expected at least 0")
     text = text_of(values.text, values.file)
 
     from atom_jax.checkpoint import load
@@ -169,7 +171,7 @@ def memory(argv: list[str]) -> None:
 
     if values.out is not None:
         picture.check(values.out)
-    memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens)
+    memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens, values.facts)
     if values.out is not None:
         memory_picture.draw(memory, values.out)
     print(memory_picture.summary(memory))

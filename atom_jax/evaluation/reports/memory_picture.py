@@ -11,7 +11,10 @@ import jax
 import numpy as np
 
 from atom_jax.evaluation import picture
+from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.reports.units import visible
+from atom_jax.evaluation.tasks import planted
+from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.inference.score import to_batch
 from atom_jax.kvcache.policy import policies_of
 from atom_jax.models import registry
@@ -21,7 +24,7 @@ from atom_jax.typing import LM, AtomError, Batch
 # Tokens that are read where nothing else is said, and rows of the summary's lists.
 _LONGEST = 2048
 _TOKENS, _HEADS = 20, 3
-_KEPT, _WAITS, _GONE = "#0072B2", "#B9D6EA", "#FFFFFF"
+_KEPT, _WAITS, _GONE, _FACT = "#0072B2", "#B9D6EA", "#FFFFFF", "#D55E00"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,15 @@ class Memory:
     """What was decided about a text of t tokens in l layers with h key/value heads.
 
     labels: the tokens' texts. evict: bool [l, h, t], whether the key is evicted once `window` tokens have followed.
-    total: tokens of the whole text, of which t were read.
+    total: tokens of the whole text, of which t were read. answers: bool [t], tokens of what planted facts say; None
+    where none are planted.
     """
 
     labels: tuple[str, ...]
     evict: np.ndarray
     window: int
     total: int
+    answers: np.ndarray | None = None
 
     @property
     def gone(self) -> np.ndarray:
@@ -57,11 +62,12 @@ class Memory:
         return np.arange(1, t + 1, dtype=np.int32) - late
 
 
-def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
+def read(lm: LM, text: str | bytes, length: int = 0, facts: int = 0) -> Memory:
     """Decisions about the keys of a text; of a long one about its first `length` tokens (0: what the model was made
-    for, but no more than 2048).
+    for, but no more than 2048). facts: so many are planted in these (`evaluation.tasks.planted`), evenly spread.
 
-    Raises AtomError for models without learned evictors or tokenizer, and when there is no text.
+    Raises AtomError for models without learned evictors or tokenizer, when there is no text, and when it is too short
+    for the facts.
     """
     memory = registry.of(lm.config).memory(lm.config)
     learned = [p for p in policies_of(memory) if p.learns and p.to_hf(lm.family)]
@@ -75,10 +81,17 @@ def read(lm: LM, text: str | bytes, length: int = 0) -> Memory:
     ids, spans = lm.tokenizer.spans(text)
     labels = ["".join(visible(data[a:b]).splitlines()) for a, b in spans]
     first = lm.tokenizer.front
+    total, answers = len(first) + len(ids), None
+    n = min(total, length or min(lm.config.max_length, _LONGEST))
+    if facts:
+        encoder = Encoder(lm.tokenizer, 1 << 20, False)
+        chosen = planted.facts((), facts, np.random.default_rng(0))
+        stream = planted.plant(Haystack.of(data, encoder), chosen, n - len(first), encoder)
+        ids, answers = stream.ids, np.pad(stream.wanted, (len(first), 0))
+        labels = ["".join(visible(lm.tokenizer.decode_bytes([i])).splitlines()) for i in ids.tolist()]
     ids, labels = np.concatenate([np.array(first, np.int32), ids]), [*["<front>"] * len(first), *labels]
-    n = min(len(ids), length or min(lm.config.max_length, _LONGEST))
     evict = _evict(lm.params, to_batch(lm, ids[None, :n]), cfg=lm.config)
-    return Memory(tuple(labels[:n]), np.asarray(evict)[:, 0], learned[0].window, len(ids))
+    return Memory(tuple(labels[:n]), np.asarray(evict)[:, 0], learned[0].window, total, answers)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -104,6 +117,12 @@ def summary(memory: Memory) -> str:
     if not old:
         return "\n".join([*lines, f"every token is still within the window of {memory.window} tokens"])
     keep = np.sum(~memory.evict[:, :, :old], axis=(0, 1))
+    if memory.answers is not None and memory.answers[:old].any():
+        said, others = (100 * keep[of].mean() / held.size for of in (memory.answers[:old], ~memory.answers[:old]))
+        lines.append(
+            f"what planted facts say, {memory.answers[:old].sum():,} tokens beyond the window: kept by {said:.0f}% of"
+            f" the heads on average, other tokens by {others:.0f}%"
+        )
     best = np.argsort(-keep, kind="stable")[:_TOKENS]
     lines.append(f"kept by most of the {held.size} heads, beyond the window of {memory.window}:")
     return "\n".join(lines + [f"  {keep[i]:>4}  position {i:>5}  {memory.labels[i]}" for i in best.tolist()])
@@ -133,7 +152,11 @@ def draw(memory: Memory, path: str | os.PathLike) -> None:
         top.set_ylabel(f"layer ({heads} heads each)")
         names = ((_KEPT, "kept"), (_WAITS, "leaves with the window"), (_GONE, "evicted"))
         handles = [Patch(facecolor=c, edgecolor="grey", label=text) for c, text in names]
-        top.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+        if memory.answers is not None:
+            at = np.flatnonzero(memory.answers) + 0.5
+            marks = {"color": _FACT, "markersize": 4, "clip_on": False, "label": "what facts say"}
+            handles += top.plot(at, np.zeros(len(at)), "v", **marks)
+        top.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, frameon=False)
         held = memory.held
         top.set_title(f"{held.mean():,.0f} of {t:,} entries per head ({held.min():,} to {held.max():,})", loc="left")
         _curves(bottom, memory)

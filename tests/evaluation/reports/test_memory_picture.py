@@ -9,6 +9,7 @@ import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
 from atom_jax.evaluation.reports import memory_picture
+from atom_jax.evaluation.tasks import planted
 from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
@@ -76,6 +77,24 @@ def test_short_and_long_texts(evictor, tmp_path):
     memory_picture.draw(short, tmp_path / "short.png")
 
 
+def test_planted_facts(evictor, tmp_path):
+    found = memory_picture.read(evictor, TEXT * 4, facts=1)
+    (fact,) = planted.facts((), 1, np.random.default_rng(0))
+    assert len(found.labels) == 128 and "".join(found.labels).count(fact.answer) == 1
+    assert "".join(label for label, said in zip(found.labels, found.answers) if said) == fact.answer
+    line = next(x for x in memory_picture.summary(found).splitlines() if x.startswith("what planted facts say"))
+    old = found.answers.copy()
+    old[128 - 1 - found.window :] = False
+    share = 100 * (~found.evict)[:, :, old].mean()
+    assert f"{old.sum()} tokens beyond the window: kept by {share:.0f}% of" in line
+    memory_picture.draw(found, tmp_path / "facts.png")
+    with Image.open(tmp_path / "facts.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == [0xD5, 0x5E, 0x00]).all(1).sum() > 10
+    with pytest.raises(AtomError, match="9 facts in 84 tokens"):
+        memory_picture.read(evictor, TEXT, facts=9)
+
+
 def test_picture(memory, tmp_path):
     memory_picture.draw(memory, tmp_path / "memory.png")
     with Image.open(tmp_path / "memory.png") as picture:
@@ -106,6 +125,8 @@ def test_command(evictor, lm, tmp_path, capsys, monkeypatch):
         (("--text=a",), "--checkpoint is missing"),
         (("--checkpoint=dms", "--text=a", "--out=a.jpg"), "must end in .png"),
         (("--checkpoint=dms", "--text=a", "--tokens=-1"), "--tokens=-1"),
+        (("--checkpoint=dms", "--text=a", "--facts=-1"), "--facts=-1"),
+        (("--checkpoint=dms", "--text=a", "--facts=1"), "1 facts in 1 tokens"),
     ):
         code, text, error = call(*arguments)
         assert code == 1 and text == "" and message in error and error.count("\n") == 1
