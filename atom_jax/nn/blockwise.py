@@ -22,6 +22,8 @@ from pallas_kernels.evict_attention.api import evict_attention
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 # Queries of the lowest tile.
 _LEAST = 8
+# Tiles along a row from which on it is worth a loop over rows, which takes half as long again to compile.
+_MANY = 8
 
 
 def blockwise(
@@ -86,7 +88,7 @@ def blockwise_lse(
 def _apart(run: Callable[..., Any], *args: Any, aligned: bool, tiles: int) -> Any:
     """`run` of arrays that have rows in front, row by row where tiles that only some rows see are worth leaving out:
     on a CPU, where one row fills it."""
-    if platform() != "cpu" or not (aligned and _local() and tiles > 1) or len(args[0]) == 1:
+    if platform() != "cpu" or not (aligned and _local() and tiles >= _MANY) or len(args[0]) == 1:
         return run(*args)
 
     def row(args):
