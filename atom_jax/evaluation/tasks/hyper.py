@@ -62,7 +62,7 @@ class HyperSettings:
     temperature: float = 1.0
     min_p: float = 0.4
     policies: tuple[str, ...] = ("none", "tova", "h2o", "streaming_llm", "quest:page=8")
-    budgets: tuple[int, ...] = (96, 64, 48, 32)
+    budgets: tuple[int, ...] = (192, 128, 96, 64, 48, 32)
     protect: str = "prompt"
     adapters: tuple[str, ...] = ()
     learned: tuple[str, ...] = ("model",)
