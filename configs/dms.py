@@ -56,12 +56,15 @@ def smollm2_8x() -> Experiment:
 
 def asks(exp: Experiment, size: int = 6000, facts: int = 8, gap: int = 1000) -> Experiment:
     """The same retrofit, but half of the text (in bytes) has facts planted in it that are asked for later, `facts` in
-    a document of `size` bytes: there the loss feels what was evicted. The fit, and the threshold that is set in the
-    end, are of the rows that are full of running text alone."""
+    a document of `size` bytes: there the loss feels what was evicted. Text is cut into pieces of about two rows, that
+    both kinds take turns. The fit, and the threshold that is set in the end, are of the rows that are full of one
+    piece of running text."""
     data, options = exp.data, f"size={size}:facts={facts}:gap={gap}"
     asking = tuple(f"facts:{source}:{options}" for source in data.sources)
     weights = data.weights or (1.0,) * len(data.sources)
-    data = dataclasses.replace(data, sources=(*data.sources, *asking), weights=(*weights, *weights))
+    data = dataclasses.replace(
+        data, sources=(*data.sources, *asking), weights=(*weights, *weights), piece_bytes=8 * data.seq_len
+    )
     return dataclasses.replace(exp, data=data)
 
 

@@ -65,6 +65,7 @@ def test_nothing_that_the_evaluation_asks_about_is_trained_on():
 
 def test_every_kind_is_as_the_tables_say():
     assert len(tables.KINDS) >= 35 and sum(len(kind.wordings) for kind in tables.KINDS.values()) >= 70
+    assert "".join([*OURS, *OUR_THINGS]).isascii()
     draw, longest = np.random.default_rng(0), 0
     for name, kind in tables.KINDS.items():
         assert len(set(kind.subjects)) == len(kind.subjects) >= 16, name

@@ -11,8 +11,9 @@ from atom_jax import params as params_lib
 from atom_jax.models import transformer
 from atom_jax.nn import scoring
 from atom_jax.tokenizers import ByteTokenizer
-from atom_jax.training import losses
-from atom_jax.typing import Batch
+from atom_jax.training import losses, program
+from atom_jax.training.objectives import NextToken
+from atom_jax.typing import AtomError, Batch
 from tests.training.tiny import batches, make
 
 
@@ -69,6 +70,14 @@ def test_weights_of_targets(setting):
     per_target = losses.weight_per_target(weighted)
     total = sum(loss(params, part, per_target=per_target).objective for part in parts)
     np.testing.assert_allclose(total, sums.objective, rtol=1e-5)
+
+
+def test_objectives_that_know_no_weights_are_refused(monkeypatch):
+    exp = make("data.sources=facts:austen:size=1000:facts=1:gap=0")
+    program.check(exp)
+    monkeypatch.setattr(NextToken, "weighs", False)
+    with pytest.raises(AtomError, match="facts: weighs targets, which next_token does not know"):
+        program.check(exp)
 
 
 def test_blocks_change_nothing(setting):
