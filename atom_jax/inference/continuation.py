@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.kvcache import branch
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.memory import Memory
@@ -19,8 +19,8 @@ from atom_jax.session.prompts import check_ids
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 
-# Continuations of shared contexts that are read at once, each after a copy of what is kept of its context.
-ROWS = 4
+# Continuations of shared contexts that are read at once.
+ROWS = 8
 
 
 class Scores(NamedTuple):
@@ -50,8 +50,8 @@ def score(
     Args:
       contexts: ids [b, t], padded on the right. lengths: their lengths [b], at least 1; None: t.
       continuations: ids [b, s], padded on the right. sizes: their lengths [b], at least 1; None: s.
-      of: [b], the row of the context that each of them continues; None: its own. A context is read once; no more
-        than ROWS copies of what is kept of it exist at a time.
+      of: [b], the row of the context that each of them continues; None: its own. A context is read once. Everything
+        kept is shared by its continuations; of what a policy keeps no more than ROWS copies exist at a time.
     Raises AtomError for wrong shapes, ids out of range, and models that are not transformers.
     """
     if not isinstance(lm.config, transformer.TransformerConfig):
@@ -66,19 +66,27 @@ def score(
     if of is None:
         x_bsd, held_after = _states(session, continuations, sizes)
     else:
-        more = continuations.shape[1]
-        session = dataclasses.replace(session, memory=memory_lib.grow(session.memory, more))
-        found = []
-        for at in range(0, len(of), ROWS):
-            # As many in every call, for one program.
-            rows = np.minimum(np.arange(at, at + ROWS), len(of) - 1)
-            found.append(_states(session.rows(np.asarray(of)[rows]), continuations[rows], sizes[rows]))
-        x_bsd, held_after = (
-            jnp.concatenate(x, axis)[(slice(None),) * axis + (slice(len(of)),)]
-            for x, axis in zip(zip(*found), (0, 1))
-        )
+        of, found, order = np.asarray(of), [], []
+        for context in dict.fromkeys(of.tolist()):
+            one = session if len(contexts) == 1 else session.rows([context])
+            mine = np.flatnonzero(of == context)
+            for some in np.array_split(mine, range(ROWS, len(mine), ROWS)):
+                # As many in every call, for one program.
+                rows = np.resize(some, ROWS)
+                x, held_after = _states(_futures(one, ROWS, continuations.shape[1]), continuations[rows], sizes[rows])
+                found.append((x[: len(some)], held_after[:, : len(some)]))
+                order += some.tolist()
+        back = np.argsort(order)
+        x_bsd, held_after = (jnp.concatenate(x, axis).take(back, axis) for x, axis in zip(zip(*found), (0, 1)))
     logprobs, hits = _judge(lm.params, x_bsd, continuations, sizes, cfg=lm.config)
     return Scores(*(np.asarray(x) for x in (logprobs, hits, held)), nbytes, np.asarray(held_after))
+
+
+def _futures(session: Session, n: int, room: int) -> Session:
+    """n futures of a session of one row, with room for so many tokens each; it stays as it is."""
+    memory = branch.fork(memory_lib.fit(session.usable(), room), n, room)
+    latest = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (session.token, session.x_bd, session.open_b))
+    return Session(session.lm, session.params, memory, *latest)
 
 
 def _states(session: Session, ids_bs: np.ndarray, sizes_b: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,6 @@ from atom_jax.data.envs import Environment
 from atom_jax.inference import planners
 from atom_jax.inference.planners import Futures, Plan, Planner
 from atom_jax.kvcache import branch, memory
-from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.policy import Policy, policies_of
 from atom_jax.models import registry, world
@@ -217,13 +216,9 @@ def read(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig) -> tuple
 
 def forked(state: WorldState, n: int, room: int) -> WorldState:
     """n futures of every row, one beside the other, with room for so many frames each. They share what full-attention
-    layers hold (`kvcache.branch`); everything else is copied, and small in a state that fits (`memory.fit`)."""
-
-    def one(layer: Any, length_b: jax.Array, axis: int) -> Any:
-        return branch.of(layer, n, room, length_b, axis) if isinstance(layer, DenseLayer) else None
-
+    layers hold; everything else is copied, and small in a state that fits (`memory.fit`)."""
     others = (jnp.repeat(x, n, axis=0) for x in (state.obs, state.length, state.units))
-    return settled(WorldState(memory.fork(state.cache, n, one), *others))
+    return settled(WorldState(branch.fork(state.cache, n, room), *others))
 
 
 def taken(state: WorldState, index: jax.Array) -> WorldState:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.memory import Call, Layer, Memory
 from atom_jax.nn.attention import NEGATIVE
 
 
@@ -85,3 +86,15 @@ def of(layer: Any, n: int, room: int, length_b: jax.Array, axis: int) -> Branch:
     own = DenseLayer(*(jnp.zeros(shape, x.dtype) for x in (layer.k, layer.v)))
     count = jnp.broadcast_to(length_b, (*layer.k.shape[:axis], *length_b.shape))
     return Branch(layer.k, layer.v, count, own)
+
+
+def fork(memory: Memory, n: int, room: int) -> Memory:
+    """n futures of every row, one beside the other, with room for so many tokens each in dense layers, whose prefix
+    they share; all else is copied, and small in a memory that fits (`memory.fit`)."""
+
+    def one(layer: Layer, length_b: jax.Array, axis: int) -> Layer:
+        if type(layer) is DenseLayer:
+            return of(layer, n, room, length_b, axis)
+        return layer.rows(jnp.repeat(jnp.arange(len(length_b), dtype=jnp.int32), n), axis)
+
+    return memory_lib.fork(memory, n, one)

@@ -274,20 +274,19 @@ def rows(memory: Memory, index_b: jax.Array) -> Memory:
     return _map_rows(memory, pick, lambda layer, length_b, axis: layer.rows(index_b, axis))
 
 
-def fork(memory: Memory, n: int, one: Callable[[Layer, jax.Array, int], Layer | None]) -> Memory:
-    """n copies of every row, one beside the other; `one` (layer, tokens i32 [b] in it, axis of its rows) may make
-    something else of a layer, or None."""
+def fork(memory: Memory, n: int, one: Callable[[Layer, jax.Array, int], Layer]) -> Memory:
+    """n copies of every row, one beside the other; those of a layer are made by `one` (layer, tokens i32 [b] in it,
+    axis of its rows)."""
     return _map_rows(memory, lambda a, axis: jnp.repeat(a, n, axis=axis), one)
 
 
-def _map_rows(memory: Memory, array: Callable, layer: Callable[[Layer, jax.Array, int], Layer | None]) -> Memory:
+def _map_rows(memory: Memory, array: Callable, layer: Callable[[Layer, jax.Array, int], Layer]) -> Memory:
     """The tree with `layer` of every layer, as in `fork`, and `array` (array, axis of its rows) of all else."""
 
     def state(x: Any, length_b: jax.Array, axis: int = 0) -> Any:
         if isinstance(x, Stack):
             return Stack(state(x.states, length_b, 1))
-        made = layer(x, length_b, axis) if isinstance(x, Layer) else None
-        return jax.tree.map(lambda a: array(a, axis), x) if made is None else made
+        return layer(x, length_b, axis) if isinstance(x, Layer) else jax.tree.map(lambda a: array(a, axis), x)
 
     def of(node: Memory) -> Memory:
         deep = lambda x: x if _is_memory(x) else state(x, node.length)  # noqa: E731
