@@ -68,12 +68,12 @@ def score(
     else:
         of, found, order = np.asarray(of), [], []
         for context in dict.fromkeys(of.tolist()):
-            one = session if len(contexts) == 1 else session.rows([context])
             mine = np.flatnonzero(of == context)
             for some in np.array_split(mine, range(ROWS, len(mine), ROWS)):
                 # As many in every call, for one program.
                 rows = np.resize(some, ROWS)
-                x, held_after = _states(_futures(one, ROWS, continuations.shape[1]), continuations[rows], sizes[rows])
+                futures = _futures(session.rows([context]), ROWS, continuations.shape[1])
+                x, held_after = _states(futures, continuations[rows], sizes[rows])
                 found.append((x[: len(some)], held_after[:, : len(some)]))
                 order += some.tolist()
         back = np.argsort(order)
@@ -83,8 +83,10 @@ def score(
 
 
 def _futures(session: Session, n: int, room: int) -> Session:
-    """n futures of a session of one row, with room for so many tokens each; it stays as it is."""
-    memory = branch.fork(memory_lib.fit(session.usable(), room), n, room)
+    """n futures of a session of one row, with room for so many tokens each. Uses it up."""
+    memory = session.usable()
+    memory = memory if session.lm.config.memory is None else memory_lib.fit(memory, room)
+    memory = branch.fork(memory, n, room)
     latest = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (session.token, session.x_bd, session.open_b))
     return Session(session.lm, session.params, memory, *latest)
 
