@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -254,7 +255,10 @@ def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[
     total = sum(cell.tokens for cell in cells)
     quick = 0.2 if sys.stderr.isatty() else 30
     with tqdm(total=total, initial=total - left, desc="kv", unit="tok", unit_scale=True, mininterval=quick) as bar:
-        for key, cell in zip(keys, cells):
+        for i, (key, cell) in enumerate(zip(keys, cells)):
+            # A process may map only so much memory (vm.max_map_count), and every policy has programs of its own.
+            if i and cell.method != cells[i - 1].method:
+                jax.clear_caches()
             if key in known:
                 continue
             bar.set_postfix_str(f"{cell.method.name} {cell.method.budget or ''} {cell.part}", refresh=False)
