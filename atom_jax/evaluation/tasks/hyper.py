@@ -21,8 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 from atom_jax import checkpoint, config
-from atom_jax import params as params_lib
-from atom_jax.checkpoint import adapters
 from atom_jax.data import puzzles
 from atom_jax.evaluation import cache, fronts
 from atom_jax.evaluation.encode import Encoder
@@ -162,11 +160,7 @@ def methods(lm: LM, settings: HyperSettings, prompt: int, problem: str) -> list[
 
 def _learned(lm: LM, path: str, settings: HyperSettings) -> list[Method]:
     """A checkpoint with learned memory, as the settings run it."""
-    learned, out = adapters.load_adapter(lm, path) if adapters.is_adapter(path) else checkpoint.load(path), []
-    if registry.of(learned.config).memory(learned.config) is None:
-        raise AtomError(f"hyper.adapters: {path} has no learned memory")
-    if not _same(lm, learned):
-        raise AtomError(f"hyper.adapters: {path} was made for another model than this checkpoint's")
+    learned, out = kv.with_learned(lm, path, "hyper.adapters"), []
     for name in kv.joined(settings.learned):
         run = learned if name == "model" else registry.with_memory(learned, policies.parse(name))
         if not registry.learned(run.config):
@@ -175,17 +169,6 @@ def _learned(lm: LM, path: str, settings: HyperSettings) -> list[Method]:
         budget = path if name == "model" else f"{path} {name}"
         out.append(Method(getattr(memory, "name", "learned"), budget, run, judged=name == "model"))
     return out
-
-
-def _same(lm: LM, other: LM) -> bool:
-    """Whether two models have the same parameters but for what memories learn."""
-    trees = []
-    for one in (lm, other):
-        learned = registry.learned(one.config)
-        trees.append({k: x for k, x in params_lib.flatten(one.params).items() if k not in learned})
-    return trees[0].keys() == trees[1].keys() and all(
-        a.shape == trees[1][k].shape and bool((a == trees[1][k]).all()) for k, a in trees[0].items()
-    )
 
 
 def _name(method: Method) -> str:

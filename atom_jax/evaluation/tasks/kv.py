@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from atom_jax import config
+from atom_jax import checkpoint, config
+from atom_jax import params as params_lib
+from atom_jax.checkpoint import adapters
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder, front
@@ -40,6 +42,7 @@ class KvSettings:
 
     policies: such as "none" (everything is kept), "model" (the checkpoint's own memory), "streaming_llm",
         "snapkv:window=64"; (): these and all that `kvcache.policies` knows. "none" is always among them.
+    adapters: of this model, or checkpoints of it with learned memory, one method each.
     budgets: entries per head; each policy that has a budget, and whose text sets none, runs with all of them.
     parts: "loss", "facts", "needle" and "lambada".
     sources: texts of "loss", as in DataConfig.sources: of "austen" and "pystdlib" the held-out splits, of others
@@ -55,6 +58,7 @@ class KvSettings:
     """
 
     policies: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     budgets: tuple[int, ...] = (1024, 512, 256)
     parts: tuple[str, ...] = ("loss", "facts")
     sources: tuple[str, ...] = ("austen",)
@@ -91,6 +95,10 @@ class Kv:
         "windows". With `out` finished cells are kept in OUT.cells.jsonl, and a picture is drawn next to it."""
         check(settings, lm.config.max_length)
         chosen = methods(settings, lm.config)
+        for path in settings.adapters:
+            found = with_learned(lm, path, "kv.adapters")
+            memory = registry.of(found.config).memory(found.config)
+            chosen.append(Method(pathlib.Path(path).name, getattr(memory, "budget", None), memory, found))
         texts = _texts(settings, encoder)
         cells = [Cell(m, part, source, asks) for m in chosen for (part, source), asks in texts.items()]
         path = out and out.with_name(out.name + ".cells.jsonl")
@@ -151,6 +159,28 @@ def methods(settings: KvSettings, cfg: Any) -> list[Method]:
         policy = fitted(policy, None, own)
         out.append(Method(name, policy.budget if "budget" in set_already else None, policy))
     return out
+
+
+def with_learned(lm: LM, path: str, flag: str) -> LM:
+    """The model with an adapter, or a checkpoint of it, that has learned memory. AtomError, which begins with `flag`,
+    for one that has not, or that was made for another model."""
+    found = adapters.load_adapter(lm, path) if adapters.is_adapter(path) else checkpoint.load(path)
+    if registry.of(found.config).memory(found.config) is None:
+        raise AtomError(f"{flag}: {path} has no learned memory")
+    if not _same(lm, found):
+        raise AtomError(f"{flag}: {path} was made for another model than this checkpoint's")
+    return found
+
+
+def _same(lm: LM, other: LM) -> bool:
+    """Whether two models have the same parameters but for what memories learn."""
+    trees = []
+    for one in (lm, other):
+        learned = registry.learned(one.config)
+        trees.append({k: x for k, x in params_lib.flatten(one.params).items() if k not in learned})
+    return trees[0].keys() == trees[1].keys() and all(
+        a.shape == trees[1][k].shape and bool((a == trees[1][k]).all()) for k, a in trees[0].items()
+    )
 
 
 def _has_budget(policy: Any) -> bool:
@@ -248,8 +278,8 @@ def _last_words(settings: KvSettings, encoder: Encoder) -> tuple[Ask, ...]:
 
 def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[dict[str, Any]]:
     """What was found in every cell; those that `lines` holds aren't measured again."""
-    model = fingerprint(lm)
-    keys = [cell.key(model, batch) for cell in cells]
+    models = {id(one): fingerprint(one) for one in [lm, *(cell.method.lm for cell in cells)] if one is not None}
+    keys = [cell.key(models[id(cell.method.lm or lm)], batch) for cell in cells]
     known = {row.get("key"): row["found"] for row in lines.rows if kv_cells.is_found(row.get("found"))}
     left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)
     total = sum(cell.tokens for cell in cells)

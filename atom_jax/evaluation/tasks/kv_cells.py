@@ -33,11 +33,13 @@ class Ask(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A policy as the table names it, its budget (None: it has none of its own), and what `config.memory` becomes."""
+    """A policy as the table names it, its budget (None: it has none of its own), and what `config.memory` becomes.
+    lm: the model that has learned it; None: the one that is evaluated."""
 
     name: str
     budget: int | None
     memory: Any
+    lm: LM | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ def measure(lm: LM, cell: Cell, batch: int, done: Callable[[int], Any]) -> dict[
     head; bytes: of one row's cache buffers. done: called with the number of tokens read.
     Raises AtomError when a log-probability is not finite.
     """
+    lm = cell.method.lm or lm
     memory = fitted(cell.method.memory, lm.tokenizer, lm.config.memory)
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory=memory))
     found: dict[str, list] = {n: [None] * len(cell.asks) for n in ("logprobs", "hits", "held", "held_after")}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import atom_jax
 from atom_jax import config
+from atom_jax import params as params_lib
 from atom_jax.data.fetch.evaldata import Layout
 from atom_jax.evaluation import run
 from atom_jax.evaluation.encode import Encoder
@@ -16,6 +18,7 @@ from atom_jax.kvcache import policies
 from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.snapkv import SnapKV
+from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import AtomError
 from tests.evaluation.conftest import rows
@@ -204,9 +207,30 @@ def test_the_models_own_evictors_are_revised(lm, monkeypatch):
     settings = kv.KvSettings(policies=("revised:form=model", "share=0.2"))
     own = DMS("adapter", window=4)
     found = kv.methods(settings, dataclasses.replace(lm.config, memory=own))
-    assert found[1:] == [("revised:form=model,share=0.2", None, Revised.of(own, share=0.2))]
+    assert found[1:] == [kv.Method("revised:form=model,share=0.2", None, Revised.of(own, share=0.2))]
     with pytest.raises(AtomError, match="with learned evictors"):
         kv.methods(settings, lm.config)
+
+
+def test_adapters_stand_beside_policies(lm, cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "POLICIES", {p.name: p for p in (DMS, Toy)})
+    own = dataclasses.replace(lm.config, memory=DMS("adapter", window=4, scale=1.0, offset=0.0))
+    new = params_lib.flatten(params_lib.init(jax.random.key(0), transformer.spec(own)))
+    new["layers/attn/dms/alpha"] = jax.random.normal(jax.random.key(1), new["layers/attn/dms/alpha"].shape)
+    own = dataclasses.replace(lm, config=own, params=params_lib.unflatten(new | params_lib.flatten(lm.params)))
+    atom_jax.save_adapter(own, tmp_path / "mine")
+    alone = run.evaluate(own, ["kv"], config.override(cfg, ["kv.policies=model"]))
+    both = run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.adapters={tmp_path / 'mine'}", "kv.policies=toy"]))
+    rows = lambda found: found["kv"].notes["rows"]  # noqa: E731
+    names = [row["policy"] for row in rows(both)]
+    assert set(names) == {"none", "toy", "mine"} and names[-1] == "mine"
+    expected, found = ([r for r in rows(x) if r["policy"] == n] for x, n in ((alone, "model"), (both, "mine")))
+    assert 5 < found[0]["held"] < 30
+    assert [dict(r, policy="") for r in found] == [dict(r, policy="") for r in expected]
+    other = dataclasses.replace(own, params=jax.tree.map(lambda x: x + 1, own.params))
+    atom_jax.save_hf(other, tmp_path / "other")
+    with pytest.raises(AtomError, match="made for another model"):
+        run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.adapters={tmp_path / 'other'}"]))
 
 
 @pytest.mark.parametrize(
