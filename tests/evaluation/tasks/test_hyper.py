@@ -12,7 +12,7 @@ from atom_jax.checkpoint import save_adapter
 from atom_jax.data.puzzles import Generated, Subset
 from atom_jax.data.vocabulary import trained_tokenizer
 from atom_jax.evaluation.reports import chains as report
-from atom_jax.evaluation.tasks import EvalConfig, hyper, hyper_grid, hyper_steps
+from atom_jax.evaluation.tasks import EvalConfig, hyper, hyper_grid, hyper_steps, kv
 from atom_jax.evaluation.tasks.hyper import Hyper, HyperSettings
 from atom_jax.kvcache.dms import DMS, Revised
 from atom_jax.models import transformer
@@ -104,7 +104,7 @@ def test_adapters_of_other_models_are_refused(lm, monkeypatch):
     rival = hyper.methods(lm, dataclasses.replace(SETTINGS, rivals=("runs/x/",)), 9, "a 5 ;")[-1]
     assert rival.front == "x" and rival.budget is None
     other = dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 1, lm.params))
-    assert not hyper._same(lm, other) and hyper._same(lm, lm)
+    assert not kv._same(lm, other) and kv._same(lm, lm)
 
 
 def test_an_adapter_is_put_on_the_model(lm, tmp_path):
@@ -112,7 +112,7 @@ def test_an_adapter_is_put_on_the_model(lm, tmp_path):
     new = params.flatten(params.init(jax.random.key(3), transformer.spec(cfg)))
     save_adapter(LM(cfg, params.unflatten(new | params.flatten(lm.params)), lm.tokenizer), tmp_path / "a")
     (_, _, own) = hyper.methods(lm, dataclasses.replace(SETTINGS, adapters=(str(tmp_path / "a"),)), 9, "a 5 ;")
-    assert own.front == "dms" and own.lm.config.memory == cfg.memory and hyper._same(lm, own.lm)
+    assert own.front == "dms" and own.lm.config.memory == cfg.memory and kv._same(lm, own.lm)
 
 
 def test_what_an_adapter_has_learned_is_run_in_several_ways(lm, monkeypatch):
