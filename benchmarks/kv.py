@@ -1,12 +1,14 @@
-"""Cache policies next to kvpress's, and what decoding gains: two tables in one run.
+"""Cache policies next to kvpress's, what they forget, and what decoding gains: three tables in one run.
 
     make smollm2 heldout install-kvpress
-    python -m benchmarks.kv [--parts=parity,speed] [--windows=2] [--budgets=512,256] [--out=FILE.json]
+    python -m benchmarks.kv [--parts=parity,recall,speed] [--windows=2] [--budgets=512,256] [--out=FILE.json]
 
 parity  The same weights in float32 and the same windows: a context is read and compressed, and the mean nats of the
         tokens after it are measured with what is left, by us and by kvpress in an environment of its own. They are
         to agree; a "*" marks those that don't, and the exit code is then 1. Policies that kvpress lacks, and learned
         evictors, stand in the same table. Without kvpress there is only our side.
+recall  Facts that are planted in as many contexts of the held-out novel, 24 in each, and asked for afterwards
+        (`eval.py --tasks=kv`, kv.parts=facts): the share of answers of which every token is the likeliest.
 speed   Steps of decoding after a long context: the dense cache, learned evictors and a budget policy, in turns.
         "faster" is the dense time over the method's, "by bytes" what to expect where reading the weights and the
         held entries takes all the time. The budget policy is also measured after fewer tokens.
@@ -59,7 +61,7 @@ def _numbers(flag: str, texts: list[str]) -> tuple[int, ...]:
 def _plan() -> Plan:
     settings = KvSettings(
         policies=tuple(POLICIES.value), budgets=_numbers("budgets", BUDGETS.value), sources=tuple(SOURCES.value),
-        context=CONTEXT.value, scored=SCORED.value, windows=WINDOWS.value,
+        context=CONTEXT.value, scored=SCORED.value, windows=WINDOWS.value, fact_texts=WINDOWS.value,
     )  # fmt: skip
     seen = _numbers("seen", SEEN.value) if SEEN.value else ()
     speed = Speed(SPEED_CONTEXT.value, _numbers("rows", ROWS.value), seen, REPEATS.value, NEW.value)

@@ -1,4 +1,4 @@
-"""Both tables of `benchmarks.kv`: what is measured, in which order, and how it is printed."""
+"""The tables of `benchmarks.kv`: what is measured, in which order, and how it is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 import atom_jax
-from atom_jax.evaluation.tasks.kv import KvSettings
+from atom_jax.evaluation.run import make_encoder
+from atom_jax.evaluation.tasks import EvalConfig
+from atom_jax.evaluation.tasks.kv import Kv, KvSettings
+from atom_jax.evaluation.tasks.kv_cells import table
 from atom_jax.files import write_text
 from atom_jax.kvcache import policies
 from atom_jax.models import registry
@@ -23,7 +26,7 @@ from benchmarks import kv_parity, kv_speed, machine
 from benchmarks.kv_speed import Speed
 from benchmarks.worker import Worker
 
-PARTS = ("parity", "speed")
+PARTS = ("parity", "recall", "speed")
 PEER = "benchmarks.press"
 
 
@@ -62,6 +65,8 @@ def measure(plan: Plan, out: pathlib.Path | None = None) -> bool:
         agreed = True
         if "parity" in plan.parts:
             agreed = _parity(plan, base, learned, windows, found)
+        if "recall" in plan.parts:
+            _recall(plan, base, found)
         if "speed" in plan.parts:
             _speed(plan, base, learned, found)
         found["complete"] = True
@@ -89,6 +94,16 @@ def _parity(plan: Plan, base: LM, learned: list, windows: tuple, found: dict[str
     if wrong:
         _print(f"\n* differs by more than {kv_parity.CLOSE} nats: {', '.join(wrong)}")
     return not wrong
+
+
+def _recall(plan: Plan, base: LM, found: dict[str, Any]) -> None:
+    settings = dataclasses.replace(
+        plan.settings, parts=("facts",), adapters=plan.adapters, fact_lengths=(plan.settings.context,)
+    )
+    rows = Kv().run(base, settings, make_encoder(base, EvalConfig()), None).notes["rows"]
+    found["recall"] = [row for row in rows if ":" not in row["part"]]
+    _print(f"\n{found['recall'][0]['windows']} facts, planted and asked for afterwards\n")
+    _print(table(found["recall"]))
 
 
 def _speed(plan: Plan, base: LM, learned: list, found: dict[str, Any]) -> None:

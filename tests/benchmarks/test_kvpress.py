@@ -161,8 +161,9 @@ def test_bad_speed_settings(settings, message):
 
 def plan(checkpoint, tmp_path, **changes):
     settings = KvSettings(
-        policies=("tova",), budgets=(8,), sources=(str(tmp_path / "text.txt"),), context=40, scored=8
-    )
+        policies=("tova",), budgets=(8,), sources=(str(tmp_path / "text.txt"),), context=120, scored=8, facts=1,
+        kinds=("code",),
+    )  # fmt: skip
     values = {
         "checkpoint": str(checkpoint), "adapters": (), "parts": ("parity",), "kvpress": str(tmp_path / "none"),
         "settings": settings, "speed": Speed(), "speed_policy": "",
@@ -174,10 +175,14 @@ def test_the_command(lm, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 20)
     atom_jax.save_hf(lm, tmp_path / "model")
     out = tmp_path / "kv.json"
-    assert kv_tables.measure(plan(tmp_path / "model", tmp_path), out)
+    assert kv_tables.measure(plan(tmp_path / "model", tmp_path, parts=("parity", "recall")), out)
     text, written = capsys.readouterr().out, json.loads(out.read_text())
     assert "make install-kvpress" in text and "tova" in text
     assert written["complete"] and [r["policy"] for r in written["parity"]] == ["none", "tova"]
+    recall = {(r["policy"], r["part"]): r for r in written["recall"]}
+    assert set(recall) == {(name, part) for name in ("none", "tova") for part in ("facts", "facts_nats")}
+    assert recall["none", "facts"]["held"] == 120 and recall["tova", "facts"]["held"] == 8
+    assert "1 facts, planted" in text
     with pytest.raises(AtomError, match="no part 'size'"):
         kv_tables.measure(plan(tmp_path / "model", tmp_path, parts=("size",)))
     with pytest.raises(AtomError, match="there is no directory"):
