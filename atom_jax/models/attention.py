@@ -125,7 +125,7 @@ def attention(
       "o" [n, k, d]; "q_norm" and "k_norm", of a head's size or of all heads' together; parameters that the policy has
       learned, under `Policy.learned_as`.
     x_btd: the residual stream at the layer's input. y_btd: what the projections read. others: see `Context.over`.
-    told: evidence of the layers below; None: there is none, and AtomError for policies that need it.
+    told: evidence of the layers below, in stacks whose policies have any.
     """
     policy, tokens, (number, noise) = kind.policy or PLAIN, context.tokens, others
     mode = context.mode_of(policy, noise)
@@ -137,9 +137,7 @@ def attention(
     plain, table = k, context.tables.get((kind.rotary, kind.rope))
     q, k, v, said = policy.prepare(heads, learned, lambda x: x if table is None else rope.rotate(x, *table), mode)
     b, t, n, size = q.shape
-    passes_on = policy.evidence(b, t) is not None
-    if passes_on and told is None:
-        raise AtomError(f"memory {policy.name}: layers of such models pass no evidence on; make shared 0")
+    passes_on = told is not None and policy.evidence(b, t) is not None
     q = q.reshape(b, t, kind.h, -1, size).transpose(0, 2, 3, 1, 4)
     plain, k, v = (a.transpose(0, 2, 1, 3) for a in (plain, k, v))
     call = Call(
