@@ -47,7 +47,8 @@ class Call:
     q: [b, h, g, t, k], k, v: [b, h, t, k], turned by RoPE. tokens: where they stand; padding (segment 0) comes last.
     length: i32 [b], tokens that the row had before.
     k_plain: [b, h, t, k], keys before RoPE. ids: i32 [b, t] or None. said: what the policy's `prepare` says of every
-    token, a pytree of arrays [b, h, t, ...], or None. learned: the policy's parameters of this layer, or None.
+    token, a pytree of arrays [b, h, t, ...], or None. evidence: f32 [b, t, c], what the layers below found about
+    tokens, or None (`Policy.evidence`). learned: the policy's parameters of this layer, or None.
     derived: what its `derive` made of the layer, or None. layer: i32 [], number of the layer in the model. mode: how
     decisions are made where there is no memory (`policy.Mode`).
     window: of a sliding layer, else None. fresh: nothing is stored yet. reading: how often the tokens were read
@@ -62,6 +63,7 @@ class Call:
     k_plain: Any = None
     ids: Any = None
     said: Any = None
+    evidence: Any = None
     learned: Any = None
     derived: Any = None
     layer: Any = 0
@@ -91,12 +93,13 @@ class Call:
     def one(self, i: jax.Array) -> Call:
         """The call with token i of every row alone, those before it being read."""
         cut = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)  # noqa: E731
-        tokens, ids = jax.tree.map(cut(1), (self.tokens, self.ids))
+        tokens, ids, evidence = jax.tree.map(cut(1), (self.tokens, self.ids, self.evidence))
         k, v, k_plain, said = jax.tree.map(cut(2), (self.k, self.v, self.k_plain, self.said))
         length = jnp.minimum(self.length + i, self.after)
         return self.replace(
-            q=cut(3)(self.q), k=k, v=v, k_plain=k_plain, said=said, tokens=tokens, ids=ids, length=length, fresh=False
-        )
+            q=cut(3)(self.q), k=k, v=v, k_plain=k_plain, said=said, evidence=evidence, tokens=tokens, ids=ids,
+            length=length, fresh=False,
+        )  # fmt: skip
 
 
 class Layer:
@@ -114,6 +117,10 @@ class Layer:
     def extend(self, call: Call) -> tuple[jax.Array, Layer]:
         """Attention [b, h, g, t, k] of the new tokens to what is stored and to each other (no future ones), and the
         memory afterwards. A padded token changes nothing; its output is meaningless."""
+        raise NotImplementedError
+
+    def passing(self, call: Call) -> tuple[jax.Array, Layer, jax.Array]:
+        """As `extend`, with the evidence for the layer above; of policies whose layers pass any on."""
         raise NotImplementedError
 
     def attend(self, call: Call) -> jax.Array:

@@ -59,7 +59,8 @@ class Heads:
 class Seen:
     """What attention without a memory is to see of a layer: keys and values [b, h, t, k]; keep: f32 [b, h, t], added
     to the scores of the key at t by queries more than `keep_window` (static) after it, or None; bias: f32 [b, h, t],
-    added to those by all queries, or None; aux: what is to be reported, by name."""
+    added to those by all queries, or None; aux: what is to be reported, by name; evidence: for the layer above, as in
+    `Call`."""
 
     k: jax.Array
     v: jax.Array
@@ -67,6 +68,7 @@ class Seen:
     keep_window: int = struct.field(pytree_node=False, default=0)
     bias: Any = None
     aux: dict[str, jax.Array] = struct.field(default_factory=dict)
+    evidence: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,12 @@ class Policy:
         """Queries [b, t, n, k], keys and values [b, t, h, k] as attention reads them, and what is said of every
         token, arrays [b, h, t, ...] or None. rotate: RoPE of the layer. learned: the policy's parameters of it."""
         return rotate(heads.q_btnk), rotate(heads.k_bthk), heads.v_bthk, None
+
+    def evidence(self, b: int, t: int) -> jax.Array | None:
+        """What the lowest layer is told about tokens, f32 [b, t, c], by policies whose layers pass on what they find
+        (`Call.evidence`; `Seen.evidence`, or `Layer.passing` where there is a memory); None: they pass on nothing.
+        What the t places are about, the policy says."""
+        return None
 
     def mode(self, key: jax.Array, layers: int, b: int, h: int, t: int) -> Mode:
         """How decisions are made in training, drawn with this key."""

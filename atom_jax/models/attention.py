@@ -105,15 +105,27 @@ def ranks(kinds: Iterable[Any]) -> list[tuple[int, int]]:
     return [(seen.count(policy), seen[:i].count(policy)) for i, policy in enumerate(seen)]
 
 
+def evidence(kinds: Iterable[Any], b: int, t: int) -> jax.Array | None:
+    """What the lowest layer of a stack is told, as its policies have it. Raises AtomError where two of them tell."""
+    every = dict.fromkeys(kind.policy for kind in kinds if isinstance(kind, Attention) and kind.policy)
+    found = [told for policy in every if (told := policy.evidence(b, t)) is not None]
+    if len(found) > 1:
+        raise AtomError("memory: layers pass on evidence by two different policies; one may")
+    return found[0] if found else None
+
+
 def attention(
-    p: Tree, x_btd: jax.Array, y_btd: jax.Array, state: Any, kind: Attention, context: Context, others: tuple
-) -> tuple[jax.Array, Any, dict[str, Any]]:
-    """Attention of one layer: outputs [b, t, d], the memory afterwards, and what is to be reported, by name.
+    p: Tree, x_btd: jax.Array, y_btd: jax.Array, state: Any, kind: Attention, context: Context, others: tuple,
+    told: jax.Array | None = None,
+) -> tuple[jax.Array, Any, dict[str, Any], jax.Array | None]:  # fmt: skip
+    """Attention of one layer: outputs [b, t, d], the memory afterwards, what is to be reported, by name, and what the
+    layer above is told.
 
     p: "q", "k", "v" [d, heads, k], or all of them as "qkv" ([d, n + 2 h, k], or [d, 3, n, k] as H-Nets have it), and
       "o" [n, k, d]; "q_norm" and "k_norm", of a head's size or of all heads' together; parameters that the policy has
       learned, under `Policy.learned_as`.
     x_btd: the residual stream at the layer's input. y_btd: what the projections read. others: see `Context.over`.
+    told: evidence of the layers below, in stacks whose policies have any.
     """
     policy, tokens, (number, noise) = kind.policy or PLAIN, context.tokens, others
     mode = context.mode_of(policy, noise)
@@ -125,11 +137,12 @@ def attention(
     plain, table = k, context.tables.get((kind.rotary, kind.rope))
     q, k, v, said = policy.prepare(heads, learned, lambda x: x if table is None else rope.rotate(x, *table), mode)
     b, t, n, size = q.shape
+    passes_on = told is not None and policy.evidence(b, t) is not None
     q = q.reshape(b, t, kind.h, -1, size).transpose(0, 2, 3, 1, 4)
     plain, k, v = (a.transpose(0, 2, 1, 3) for a in (plain, k, v))
     call = Call(
         q, k, v, tokens, jnp.zeros(b, jnp.int32) if state is None else context.length,
-        k_plain=plain, ids=context.ids, said=said, learned=learned,
+        k_plain=plain, ids=context.ids, said=said, evidence=told if passes_on else None, learned=learned,
         derived=p["derived"] if "derived" in p else policy.derive(separate(p)), layer=number, mode=mode,
         window=kind.window, fresh=context.fresh, reading=context.reading, rope=kind.rope,
         rotary=kind.rotary,
@@ -138,18 +151,22 @@ def attention(
     if state is None:
         seen = policy.train(call)
         report |= seen.aux
+        told = seen.evidence if passes_on else told
         if context.probe is not None:
             report["probe"] = context.probe(p, heads, call)
         out = self_attend(
             q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window,
             bias_bht=seen.bias,
         )  # fmt: skip
+    elif passes_on:
+        out, after, told = state.passing(call)
+        state = call if context.tentative else after
     elif context.tentative:
         out, state = state.attend(call), call
     else:
         out, state = state.extend(call)
     out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, size)
-    return project(out, p["o"], inputs=2), state, report
+    return project(out, p["o"], inputs=2), state, report, told
 
 
 def _projections(p: Tree, x_btd: jax.Array, kind: Attention) -> tuple[jax.Array, jax.Array, jax.Array]:

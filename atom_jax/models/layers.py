@@ -61,15 +61,15 @@ def states(kinds: tuple[Hashable, ...], empty: Callable[[Any, tuple[int, ...]], 
 
 
 def run_layers(
-    layer: Callable[..., tuple[jax.Array, Any, dict[str, Any]]],
+    layer: Callable[..., tuple[Any, Any, dict[str, Any]]],
     kinds: tuple[Hashable, ...],
     layers: Any,
-    x: jax.Array,
+    x: Any,
     states: tuple | None,
     others: Any = None,
     remat: bool = False,
-) -> tuple[jax.Array, tuple | None, dict[str, Any]]:
-    """Runs x through all layers of a stack.
+) -> tuple[Any, tuple | None, dict[str, Any]]:
+    """Runs x, an array or a pytree of arrays, through all layers of a stack.
 
     Args:
       layer: (kind, parameters, x, state or None, others) -> x, state, and what is to be reported, by name.
@@ -90,7 +90,7 @@ def run_layers(
     return x, None if states is None else tuple(new), _joined(reports)
 
 
-def _step(layer: Any, kinds: tuple, x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple[tuple, tuple]]:
+def _step(layer: Any, kinds: tuple, x: Any, inputs: tuple) -> tuple[Any, tuple[tuple, tuple]]:
     """The layers of one period. inputs: parameters, states and others of each; parameters or others that are grouped
     [period, ...] are taken apart here, which costs a scan nothing."""
     layers, states, others = inputs
@@ -103,9 +103,7 @@ def _step(layer: Any, kinds: tuple, x: jax.Array, inputs: tuple) -> tuple[jax.Ar
     return x, (tuple(new), tuple(said))
 
 
-def _run(
-    step: Any, run: Run, layers: Any, x: jax.Array, memory: Any, others: Any
-) -> tuple[jax.Array, tuple | None, tuple]:
+def _run(step: Any, run: Run, layers: Any, x: Any, memory: Any, others: Any) -> tuple[Any, tuple | None, tuple]:
     unrolled = isinstance(layers, tuple) and isinstance(layers[0], tuple)
     if not unrolled and run.repeats > 1:
         inputs = _unmarked(layers), None if memory is None else _unmarked(memory), others

@@ -165,7 +165,7 @@ class SelfAttention(Mixer):
 
     def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
         """As of `attention.attention`."""
-        return attention.attention(p, x_btd, y_btd, state, kind, context, others)
+        return attention.attention(p, x_btd, y_btd, state, kind, context, others)[:3]
 
     def operations(self, width: Width, positions: int) -> float:
         """Scores and weighted sums."""

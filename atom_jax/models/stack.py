@@ -69,6 +69,8 @@ def parts(layouts: Iterable[str], widths: Iterable[Width], memory: Any) -> tuple
             counts = isinstance(mixer.kind(width, None), Attention)
             chosen = (policy_of(memory, number + i, sees) if counts else None for i in range(n))
             kinds = tuple(mixer.kind(width, policy) for policy in chosen)
+            if attention.evidence(kinds, 1, 1) is not None:
+                raise AtomError("memory: layers of a stack of several kinds pass no evidence on; make shared 0")
             runs.append(Part(letter, kinds, number))
             number += n * counts
         out.append(tuple(runs))

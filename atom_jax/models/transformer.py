@@ -187,7 +187,8 @@ def blocks(
     context, others = context.over(cfg.attentions)
     states = None if cache is None else cache.layers
     layer = functools.partial(_layer, cfg, context)
-    x, states, seen = layers.run_layers(layer, cfg.attentions, stacked, x, states, others, context.remat)
+    told = attention.evidence(cfg.attentions, *tokens.positions.shape)
+    (x, _), states, seen = layers.run_layers(layer, cfg.attentions, stacked, (x, told), states, others, context.remat)
     if cache is None or tentative:
         return x, states, seen
     length = cache.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
@@ -246,15 +247,17 @@ def roomier(cfg: TransformerConfig) -> None:
 
 
 def _layer(
-    cfg: TransformerConfig, context: Context, kind: Attention, p: Any, x: jax.Array, state: Any, others: Any
-) -> tuple[jax.Array, Any, dict[str, Any]]:
+    cfg: TransformerConfig, context: Context, kind: Attention, p: Any, below: tuple, state: Any, others: Any
+) -> tuple[tuple, Any, dict[str, Any]]:
+    """below: the residual stream [b, t, d], and the evidence of the layers below, or None."""
+    x, told = below
     p = params.cast(p, x.dtype)
     p = lora.beside(p, cfg.lora) if "lora" in p else p
     post = FAMILIES[cfg.family].post_norm
     with jax.named_scope("attention"):
         y = x if post else rms_norm(x, p["attn_norm"], cfg.norm_eps)
         y = constrain(y, "batch", "length", None)
-        y, state, seen = attention.attention(p["attn"], x, y, state, kind, context, others)
+        y, state, seen, told = attention.attention(p["attn"], x, y, state, kind, context, others, told)
         y = share(y)
         x = x + (rms_norm(y, p["attn_norm"], cfg.norm_eps) if post else y)
     with jax.named_scope("mlp"):
@@ -262,4 +265,4 @@ def _layer(
         y = swiglu(p["mlp"], constrain(y, "batch", "length", None))
         y = share(y)
         x = x + (rms_norm(y, p["mlp_norm"], cfg.norm_eps) if post else y)
-    return constrain(x, "batch", "stored_length", None), state, seen
+    return (constrain(x, "batch", "stored_length", None), told), state, seen

@@ -4,6 +4,10 @@ For every layer, key/value head and key that leaves the window, the target is th
 later queries (`importance`), and the features are those of the decision itself: the normalised residual stream one
 token later and, for the observed form, the attention received within the window. A key is evicted when its predicted
 importance is under one threshold for all layers and heads, so that these share the budget among themselves.
+
+Where layers share evidence (`Settings.shared`), what they tell comes first: of c channels, channel j predicts the
+mean of a key's targets over all layers and heads from what the lowest (j + 1) / c of the layers saw it receive, of
+which a layer in between hears the part that lies below it. What it hears is one more feature of its own prediction.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from atom_jax.kvcache.dms import DMS, observed
-from atom_jax.kvcache.dms.config import LEARNED
+from atom_jax.kvcache.dms import DMS, decide, observed
+from atom_jax.kvcache.dms.config import FEATURES, LEARNED
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig
@@ -47,13 +52,23 @@ def fit(
         raise AtomError("fit: the model's memory must be dms of the form adapter or observed, with bias=true")
     if how.target == "output":
         raise AtomError("fit.target: output is of merging; evictors are fitted to attention or loss")
-    rows = iter(rows)
+    rows, kept = iter(rows), []
+
+    def target(batch: Batch, number: int) -> jax.Array:
+        return targets(params, batch, jax.random.key(how.seed + number), cfg=cfg, target=how.target)
+
+    def evidence_of(batch: Batch, number: int) -> dict[str, jax.Array]:
+        kept.append((batch, target(batch, number)))
+        return _joint_sums(params, *kept[-1], cfg=cfg)
 
     def sums_of(batch: Batch, number: int) -> dict[str, jax.Array]:
-        y = targets(params, batch, jax.random.key(how.seed + number), cfg=cfg, target=how.target)
+        y = kept[number][1] if kept else target(batch, number)
         return _sums(params, batch, y, cfg=cfg)
 
-    if (sums := ridge.gathered(sums_of, rows, cfg, how, say)) is not None:
+    if dms.shared and (sums := ridge.gathered(evidence_of, rows, cfg, how, say)) is not None:
+        params = ridge.learned(params, cfg, {"tell": jnp.asarray(tells(sums, cfg, how.ridge), jnp.float32)})
+    again = (batch for batch, _ in list(kept)) if kept else rows
+    if (sums := ridge.gathered(sums_of, again, cfg, how, say)) is not None:
         params = put(params, ridge.solve(sums, how.ridge), cfg, how.steepness, 0.0)
     return calibrate(params, cfg, rows, how, say)
 
@@ -128,13 +143,51 @@ def _loss_targets(params: Any, batch: Batch, key: jax.Array, *, cfg: Transformer
     return jnp.log(jnp.square(jax.grad(likelihood)(keep)) + FLOOR)
 
 
+def _counts(batch: Batch, cfg: TransformerConfig) -> jax.Array:
+    """f32 [b, t], 1 for the keys that a fit counts."""
+    tokens = Tokens(batch.positions, batch.segments)
+    counts = (batch.positions >= cfg.memory.sinks) & (tokens.left > cfg.memory.window + LEAST_QUERIES - 1)
+    return counts.astype(jnp.float32)
+
+
+@jax.jit(static_argnames="cfg")
+def _joint_sums(params: Any, batch: Batch, y_lbht: jax.Array, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
+    """Sums over keys of the products of what all heads of all layers saw, in this order, and 1, with each other (xx
+    [1, f, f]) and with the mean target (xy [1, f])."""
+
+    def probe(p, heads, call):
+        return observed.observe(call.q, call.k, call.tokens, cfg.memory.window)
+
+    seen = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
+    x = seen.transpose(1, 3, 0, 2, 4).reshape(*batch.ids.shape, -1)
+    x, counts = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1), _counts(batch, cfg)
+    y = y_lbht.mean((0, 2)) * counts
+    return {"xx": jnp.einsum("btd,bte,bt->de", x, x, counts)[None], "xy": jnp.einsum("btd,bt->d", x, y)[None]}
+
+
+def tells(sums: dict[str, np.ndarray], cfg: TransformerConfig, strength: float) -> np.ndarray:
+    """What layers tell, float64 [l, FEATURES + 1, h, c], from `_joint_sums`: ridge regressions, of channel j from the
+    lowest (j + 1) / c of the layers, whose sums up to any layer have the mean 0."""
+    layers, heads, channels = cfg.n_layers, cfg.n_kv_heads, cfg.memory.shared
+    xx, xy = (np.asarray(sums[name][0], np.float64) for name in ("xx", "xy"))
+    n, mean = xx[-1, -1], xx[-1, :-1] / xx[-1, -1]
+    a, b = xx[:-1, :-1] / n - np.outer(mean, mean), xy[:-1] / n - mean * xy[-1] / n
+    out = np.zeros((layers, heads, FEATURES + 1, channels))
+    for j in range(channels):
+        lowest = -(-layers * (j + 1) // channels)
+        f = lowest * heads * FEATURES
+        some = a[:f, :f]
+        weight = np.linalg.solve(some + strength * np.trace(some) / f * np.eye(f), b[:f])
+        parts = np.stack([weight, -weight * mean[:f]]).reshape(2, lowest, heads, FEATURES)
+        out[:lowest, :, :FEATURES, j], out[:lowest, :, FEATURES, j] = parts[0], parts[1].sum(-1)
+    return out.transpose(0, 2, 1, 3)
+
+
 @jax.jit(static_argnames="cfg")
 def _sums(params: Any, batch: Batch, y_lbht: jax.Array, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
     """Sums over keys that the normal equations need, for every layer: of the features common to all heads (xx), of
     those of single heads (oo), of both (xo), and with the target (xy, oy)."""
-    tokens = Tokens(batch.positions, batch.segments)
-    counts = (batch.positions >= cfg.memory.sinks) & (tokens.left > cfg.memory.window + LEAST_QUERIES - 1)
-    counts = counts.astype(jnp.float32)
+    counts = _counts(batch, cfg)
 
     def probe(p, heads, call):
         y = call.mode.noise
@@ -144,6 +197,10 @@ def _sums(params: Any, batch: Batch, y_lbht: jax.Array, *, cfg: TransformerConfi
         o = observed.observe(call.q, call.k, call.tokens, cfg.memory.window)
         if cfg.memory.form != "observed":
             o = jnp.zeros_like(o)
+        if cfg.memory.shared:
+            told = decide.from_observed(p["dms"], o, call.evidence, cfg.memory)[1]
+            told = jnp.broadcast_to(told[:, None], (*o.shape[:3], told.shape[-1]))
+            o = jnp.concatenate([o, told], axis=-1)
         return {
             "xx": jnp.einsum("btd,bte->de", x, x),
             "xo": jnp.einsum("btd,bhtf->hdf", x, o),
@@ -164,7 +221,9 @@ def put(params: Any, weights: tuple, cfg: TransformerConfig, steepness: float, t
         "bias": jnp.asarray(s * (threshold - constant) + cfg.memory.offset / cfg.memory.scale, jnp.float32),
     }
     if cfg.memory.form == "observed":
-        new["observed"] = jnp.asarray(-s * seen, jnp.float32)
+        new["observed"] = jnp.asarray(-s * seen[:, :FEATURES], jnp.float32)
+    if cfg.memory.shared:
+        new["hear"] = jnp.asarray(-s * seen[:, FEATURES:], jnp.float32)
     return ridge.learned(params, cfg, new)
 
 

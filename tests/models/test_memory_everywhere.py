@@ -32,7 +32,7 @@ from tests.models.tiny_units import MODELS, stream, weights
 pytestmark = pytest.mark.usefixtures("scanned")
 MIXED = ("sliding", "sliding", "full") * 2
 PROMPTS = [list(range(3, 43)), list(range(60, 45, -1)), [7]]
-LEARNED = DMS("observed", window=5, scale=1.0, offset=0.0, page=4)
+LEARNED = DMS("observed", window=5, scale=1.0, offset=0.0, shared=2, page=4)
 
 
 def build(kinds=MIXED, policy=None, family="olmo3"):
@@ -82,7 +82,7 @@ def test_room_for_everything_is_the_dense_cache(text):
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("policy", [LEARNED, dataclasses.replace(LEARNED, form="adapter", rank=2)])
+@pytest.mark.parametrize("policy", [LEARNED, dataclasses.replace(LEARNED, form="adapter", shared=0, rank=2)])
 def test_learned_evictors_beside_sliding_layers_decode_as_they_are_trained(policy, unroll):
     lm = build(policy=policy)
     ids = np.random.default_rng(0).integers(0, 264, (2, 60))
@@ -161,7 +161,7 @@ def over_units(name):
     if name == "bolmo":
         return bolmo_over(kept)
     cfg = dataclasses.replace(
-        MODELS[name], memory=dataclasses.replace(LEARNED, window=2) if name == "words" else kept
+        MODELS[name], memory=dataclasses.replace(LEARNED, window=2, shared=0) if name == "words" else kept
     )
     return LM(cfg, learned(weights(cfg)), None)
 
@@ -185,6 +185,12 @@ def test_evictors_over_units_decode_as_they_are_trained(name):
     forms = ids + FUSED * ends if pending else ids
     found = session.verify(forms[:, t - more - pending : t]).logits
     np.testing.assert_allclose(found, out.logits[:, t - more - pending - 1 : t], atol=2e-4)
+
+
+def test_layers_of_a_stack_of_many_kinds_pass_no_evidence_on():
+    cfg = dataclasses.replace(MODELS["words"], memory=LEARNED)
+    with pytest.raises(AtomError, match="make shared 0"):
+        registry.of(cfg).init_cache(cfg, 1, 8)
 
 
 def test_a_bolmo_with_room_for_everything():

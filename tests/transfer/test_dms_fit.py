@@ -20,9 +20,10 @@ from atom_jax.typing import AtomError, Batch
 T, WINDOW = 256, 12
 
 
-@pytest.fixture(scope="module", params=["observed", "adapter"])
+@pytest.fixture(scope="module", params=["observed", "adapter", "shared"])
 def model(request):
-    memory = DMS(form=request.param, window=WINDOW, scale=2.0, offset=0.5, bias=True, sinks=2)
+    form, shared = ("observed", 2) if request.param == "shared" else (request.param, 0)
+    memory = DMS(form=form, window=WINDOW, scale=2.0, offset=0.5, bias=True, shared=shared, sinks=2)
     cfg = transformer.TransformerConfig(
         vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
     )
@@ -56,6 +57,8 @@ def test_the_weights_are_those_of_least_squares(model):
     cfg, params = model
     batch = next(rows(1))
     y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target="attention")
+    told = jax.random.normal(jax.random.key(3), (2, 4, 2, cfg.memory.shared)) * 0.1
+    params = ridge.learned(params, cfg, {"tell": told} if cfg.memory.shared else {})
     alpha, constant, seen = ridge.solve(jax.device_get(dms_fit._sums(params, batch, y, cfg=cfg)), 1e-9)
 
     def probe(p, heads, call):
@@ -72,6 +75,9 @@ def test_the_weights_are_those_of_least_squares(model):
             if cfg.memory.form == "observed":
                 columns.append(o[layer, 0, head])
                 w.append(seen[layer, :, head])
+            if cfg.memory.shared:
+                everyone = np.concatenate([o[: layer + 1, 0], np.ones_like(o[: layer + 1, 0, ..., :1])], axis=-1)
+                columns.append(np.einsum("lhtf,lfhc->tc", everyone, told[: layer + 1]))
             a, b = np.concatenate(columns, 1)[used], np.asarray(y)[layer, 0, head][used]
             best = a @ np.linalg.lstsq(a, b, rcond=None)[0]
             np.testing.assert_allclose(a @ np.concatenate(w), best, atol=2e-2)
@@ -83,7 +89,7 @@ def test_a_fit_holds_the_entries_asked_for_and_prefers_important_keys(model, tar
     how = FitConfig(target=target, windows=2, calibration=2, entries=90)
     said = []
     fitted = dms_fit.fit(params, cfg, rows(8), how, said.append)
-    assert len(said) == 5
+    assert len(said) == (7 if cfg.memory.shared else 5)
     batch = next(rows(1))
     _, _, aux = transformer.hidden(fitted, batch, cfg=cfg)
     assert 70 < aux["occupancy"].mean() < 110
@@ -146,3 +152,23 @@ def test_documents_of_one_row_are_fitted_as_in_rows_of_their_own(model):
         np.testing.assert_allclose(got[name], wanted[name], rtol=2e-4, atol=2e-3)
     held = [ridge._logits(params, one, cfg=cfg)[1] for one in alone]
     np.testing.assert_allclose(ridge._logits(params, packed, cfg=cfg)[1], sum(held))
+
+
+@pytest.mark.parametrize("model", ["shared"], indirect=True)
+def test_what_layers_tell_predicts_the_mean_target_from_below(model):
+    cfg, params = model
+    batch = next(rows(1))
+    y = dms_fit.targets(params, batch, jax.random.key(0), cfg=cfg, target="attention")
+    told = dms_fit.tells(jax.device_get(dms_fit._joint_sums(params, batch, y, cfg=cfg)), cfg, 1e-9)
+    probe = lambda p, heads, call: observed.observe(call.q, call.k, call.tokens, WINDOW)  # noqa: E731
+    o = np.asarray(transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"])[:, 0]
+    used = slice(cfg.memory.sinks, T - WINDOW - ridge.LEAST_QUERIES)
+    o, mean = o[:, :, used], np.asarray(y)[:, 0, :, used].mean((0, 1))
+    found = np.einsum("lhtf,lfhc->ltc", np.concatenate([o, np.ones_like(o[..., :1])], axis=-1), told)
+    np.testing.assert_allclose(found.mean(1), 0, atol=1e-4)
+    assert not told[1, ..., 0].any()
+    for channel, layers in ((0, 1), (1, 2)):
+        columns = o[:layers].transpose(2, 0, 1, 3).reshape(len(mean), -1)
+        columns = np.concatenate([columns, np.ones_like(columns[:, :1])], axis=1)
+        best = columns @ np.linalg.lstsq(columns, mean, rcond=None)[0]
+        np.testing.assert_allclose(found[..., channel].sum(0) + mean.mean(), best, atol=2e-2)

@@ -38,6 +38,9 @@ class Settings(Policy):
     per: "head"; "layer": the first head decides for all heads of its layer; or "mean": the mean of their logits does,
         so that a token stays in all heads of a layer or in none (ours).
     bias: the projection has a bias per head.
+    shared: channels of evidence about a key (0: none), of the form observed: every layer adds what its heads saw the
+        key receive, and every head hears the sum over its own layer and all below. So heads agree about a key that
+        few of them have reason to keep by themselves (ours).
     rank: of the corrections to attention's projections (`corrected`); 0: none.
     sinks: positions at the start of a text whose keys are never evicted.
     separators: ids, of the form of that name; (): those of the model's tokenizer.
@@ -55,6 +58,7 @@ class Settings(Policy):
     tau: float = 0.1
     per: str = "head"
     bias: bool = False
+    shared: int = 0
     rank: int = 0
     sinks: int = 0
     separators: tuple[int, ...] = ()
@@ -70,6 +74,9 @@ class Settings(Policy):
             raise AtomError(f"memory.per: expected one of {', '.join(PER)}, got {self.per!r}")
         if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
             raise AtomError("memory: window, page and block_size must be at least 1, sinks and rank at least 0")
+        if not 0 <= self.shared <= 64 or (self.shared and self.form != "observed"):
+            expected = "expected 0 to 64, and 0 unless the form is observed"
+            raise AtomError(f"memory.shared: {expected}; got {self.shared} and {self.form}")
         if self.form not in LEARNED and self.rank:
             raise AtomError("memory.rank: corrections need the form adapter or observed")
         if not self.tau > 0:
@@ -94,6 +101,9 @@ class Settings(Policy):
             spec["bias"] = ParamSpec((h,), ("kv_heads",), zeros)
         if self.form == "observed":
             spec["observed"] = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
+        if self.shared:
+            spec["tell"] = ParamSpec((FEATURES + 1, h, self.shared), (None, "kv_heads", None), zeros)
+            spec["hear"] = ParamSpec((self.shared, h), (None, "kv_heads"), zeros)
         if self.rank:
             spec |= low_rank.spec(projections, low_rank.ATTENTION, self.rank)
         return spec

@@ -27,13 +27,14 @@ class Decisions:
     keep: f32 [b, h, t], added to the scores of the key at t by queries beyond the window; None: all stay.
     evict: bool [b, h, t], whether the key at t is evicted (`observed`: of keys still in the window, as it looks so
     far). soft: f32 [b, h, t], the decisions made at t, 0 or 1 with the gradient of their probabilities. z: f32
-    [b, h, t], the logits of the keys at t.
+    [b, h, t], the logits of the keys at t. evidence: f32 [b, t, c], about every key, for the layer above, or None.
     """
 
     keep: Any
     evict: jax.Array
     soft: jax.Array
     z: jax.Array
+    evidence: Any = None
 
 
 def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
@@ -61,24 +62,35 @@ def lend(q_btnk: jax.Array, h: int, fade: Any = None) -> jax.Array:
     return q_btnk * factor[None, None]
 
 
-def from_observed(p: Tree, seen_bhtf: jax.Array, cfg: Settings) -> jax.Array:
-    """The part of the logits that attention contributes, float32 [b, h, t]; seen_bhtf: features of `observed`."""
-    return jnp.einsum("bhtf,fh->bht", seen_bhtf, p["observed"].astype(jnp.float32)) * cfg.scale
+def from_observed(
+    p: Tree, seen_bhtf: jax.Array, evidence_btc: Any, cfg: Settings
+) -> tuple[jax.Array, jax.Array | None]:
+    """The part of the logits that attention contributes, float32 [b, h, t], and the evidence about these keys with
+    what is seen here; seen_bhtf: features of `observed`. evidence_btc: f32, of the layers below, or None."""
+    p = {name: p[name].astype(jnp.float32) for name in ("observed", "tell", "hear") if name in p}
+    z = jnp.einsum("bhtf,fh->bht", seen_bhtf, p["observed"])
+    if evidence_btc is not None:
+        seen_bhtf = jnp.concatenate([seen_bhtf, jnp.ones_like(seen_bhtf[..., :1])], axis=-1)
+        evidence_btc = evidence_btc + jnp.einsum("bhtf,fhc->btc", seen_bhtf, p["tell"])
+        z += jnp.einsum("btc,ch->bht", evidence_btc, p["hear"])
+    return z * cfg.scale, evidence_btc
 
 
 def decide(
-    p: Tree, z_bht: jax.Array, q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, cfg: Settings, mode: Mode
-) -> Decisions:
+    p: Tree, z_bht: jax.Array, q_bhgtk: jax.Array, k_bhtk: jax.Array, tokens: Tokens, cfg: Settings, mode: Mode,
+    evidence_btc: Any = None,
+) -> Decisions:  # fmt: skip
     """Decisions about all keys of a pass without a cache.
 
-    z_bht: from `logits`. q_bhgtk, k_bhtk: after RoPE, for the observed form.
+    z_bht: from `logits`. q_bhgtk, k_bhtk: after RoPE, for the observed form. evidence_btc: of the layers below.
     """
     relaxed = mode.kind == "relaxed"
     noise = 0.0 if not relaxed or mode.noise is None else mode.noise
     tau = cfg.tau if mode.cool is None else cfg.tau * mode.cool
     if cfg.form == "observed":
         seen = jax.lax.stop_gradient(observe(q_bhgtk, k_bhtk, tokens, cfg.window))
-        z = agreed(shift(z_bht, -1e9) + from_observed(p, seen, cfg), cfg)
+        more, evidence_btc = from_observed(p, seen, evidence_btc, cfg)
+        z = agreed(shift(z_bht, -1e9) + more, cfg)
         said = agreed((z + noise) / tau, cfg) if relaxed else z
         of_key = said
     elif not cfg.late:
@@ -90,14 +102,14 @@ def decide(
     evict = (of_key > 0) & ~sink
     hard = (said > 0).astype(jnp.float32)
     if mode.kind == "off":
-        return Decisions(None, jnp.zeros_like(evict), jnp.zeros_like(hard), z)
+        return Decisions(None, jnp.zeros_like(evict), jnp.zeros_like(hard), z, evidence_btc)
     if mode.kind == "given":
-        return Decisions(mode.noise, jnp.zeros_like(evict), jnp.zeros_like(hard), z)
+        return Decisions(mode.noise, jnp.zeros_like(evict), jnp.zeros_like(hard), z, evidence_btc)
     if not relaxed:
-        return Decisions(jnp.where(evict, NEGATIVE, 0.0), evict, hard, z)
+        return Decisions(jnp.where(evict, NEGATIVE, 0.0), evict, hard, z, evidence_btc)
     soft = jax.nn.sigmoid(said)
     keep = jnp.where(sink, 0.0, jax.nn.log_sigmoid(-of_key))
-    return Decisions(keep, evict, straight_through(soft, hard), z)
+    return Decisions(keep, evict, straight_through(soft, hard), z, evidence_btc)
 
 
 def agreed(z_bht: jax.Array, cfg: Settings) -> jax.Array:

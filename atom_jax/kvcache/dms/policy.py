@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from atom_jax import config
 from atom_jax.fields import Fields
@@ -57,6 +58,11 @@ class DMS(Settings):
             q = rotate(q)
         return q, rotate(heads.k_bthk), heads.v_bthk, z
 
+    def evidence(self, b: int, t: int) -> jax.Array | None:
+        """`shared` channels: where there is no memory, about the keys of the t tokens; else, for every one of these,
+        about the key that leaves the window as it is read."""
+        return jnp.zeros((b, t, self.shared)) if self.shared else None
+
     def mode(self, key: jax.Array, layers: int, b: int, h: int, t: int) -> Mode:
         """Relaxed, with logistic noise, where a token decides about another."""
         if not self.late:
@@ -66,14 +72,16 @@ class DMS(Settings):
     def train(self, call: Call) -> Seen:
         """Reports `evict`, bool [b, h, t] (by the key), `evict_soft`, f32 of that shape (`Decisions.soft`),
         `evict_logits` and `occupancy`, i32 [b, h]."""
-        chosen = decide.decide(call.learned, call.said, call.q, call.k, call.tokens, self, call.mode)
+        chosen = decide.decide(
+            call.learned, call.said, call.q, call.k, call.tokens, self, call.mode, call.evidence
+        )  # fmt: skip
         aux = {
             "evict": chosen.evict,
             "evict_soft": chosen.soft,
             "evict_logits": chosen.z,
             "occupancy": decide.occupancy(chosen.evict, call.tokens, self.window),
         }
-        return Seen(call.k, call.v, chosen.keep, self.window, aux=aux)
+        return Seen(call.k, call.v, chosen.keep, self.window, aux=aux, evidence=chosen.evidence)
 
     def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> serve.DMSLayer:
         """An empty paged cache."""

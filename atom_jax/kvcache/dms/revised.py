@@ -146,7 +146,7 @@ class Account:
 class RevisedLayer(DMSLayer):
     """The memory of one layer; the notes of its pool are an `Account`."""
 
-    def _one(self, call: Call) -> tuple[jax.Array, RevisedLayer]:
+    def _one(self, call: Call) -> tuple[jax.Array, RevisedLayer, Any]:
         """One token of every row, before it a look where it is time for one."""
         b, h, g, _, _ = call.q.shape
 
@@ -156,7 +156,7 @@ class RevisedLayer(DMSLayer):
 
         # A loop of at most one round: a branch would copy the pages where nobody looks.
         layer, _ = jax.lax.while_loop(lambda loop: loop[1], look, (self, jnp.any(self._looks(call))))
-        layer = layer._placed(call, Account.new(jnp.broadcast_to(call.length[:, None], (b, h))))
+        layer, evidence = layer._placed(call, Account.new(jnp.broadcast_to(call.length[:, None], (b, h))))
         pool, ring, account = layer.pool, layer.ring, layer.pool.notes
         out, scores, lse = pool.attend_one(call.q[..., 0, :])
         if ring.stats is not None:
@@ -165,41 +165,47 @@ class RevisedLayer(DMSLayer):
         got = jnp.exp(scores - lse.reshape(-1, g)[pool.row_of][..., None]).sum(1)
         due = g / jnp.maximum(pool.n, 1).reshape(-1)[pool.row_of][:, None]
         account = account.add(got, due, pool.there & (account.pos + self.policy.window < here))
-        return out[..., None, :].astype(call.q.dtype), layer.replace(pool=pool.replace(notes=account), ring=ring)
+        layer = layer.replace(pool=pool.replace(notes=account), ring=ring)
+        return out[..., None, :].astype(call.q.dtype), layer, evidence
 
-    def _decided(self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any) -> jax.Array:
+    def _decided(
+        self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any, evidence_btc: Any
+    ) -> tuple[jax.Array, Any]:
         if self.policy.form == "all":
-            return jnp.zeros(z_bht.shape, bool)
-        return super()._decided(z_bht, stats_bhtf, positions_bt, learned)
+            return jnp.zeros(z_bht.shape, bool), None
+        return super()._decided(z_bht, stats_bhtf, positions_bt, learned, evidence_btc)
 
-    def _many(self, call: Call) -> tuple[jax.Array, RevisedLayer]:
+    def _many(self, call: Call) -> tuple[jax.Array, RevisedLayer, Any]:
         """Several tokens of every row, from look to look."""
         every, (b, h, g, t, size) = self.policy.every, call.q.shape
         begun, width = call.length % every, min(every, t)
         parts = -(-t // every) if call.fresh else -(-(t + every - 1) // every)
         first = lambda i: jnp.maximum(i * every - begun, 0)  # noqa: E731
 
-        def read(layer: RevisedLayer, i: jax.Array) -> tuple[RevisedLayer, jax.Array]:
+        def read(layer: RevisedLayer, i: jax.Array) -> tuple[RevisedLayer, tuple[jax.Array, Any]]:
             return layer._part(_cut(call, first(i), first(i + 1), width))
 
-        layer, out = jax.lax.scan(read, self, jnp.arange(parts))
+        layer, (out, evidence) = jax.lax.scan(read, self, jnp.arange(parts))
         column = jnp.arange(t)[None]
         part = (column + begun[:, None]) // every
         at = part * width + column - jnp.maximum(part * every - begun[:, None], 0)
         out = jnp.moveaxis(out, 0, 3).reshape(b, h, g, parts * width, size)
-        return jnp.take_along_axis(out, at[:, None, None, :, None], axis=3), layer
+        if evidence is not None:
+            evidence = jnp.moveaxis(evidence, 0, 1).reshape(b, parts * width, -1)
+            evidence = jnp.take_along_axis(evidence, at[..., None], axis=1)
+        return jnp.take_along_axis(out, at[:, None, None, :, None], axis=3), layer, evidence
 
-    def _part(self, call: Call) -> tuple[RevisedLayer, jax.Array]:
+    def _part(self, call: Call) -> tuple[RevisedLayer, tuple[jax.Array, Any]]:
         """Several tokens of every row, before the first of them a look where it is time for one. All are put into the
         pages, whatever is to become of them, and attend to what is there then."""
         policy, real, shape = self.policy, call.real, call.k.shape[:3]
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
         known = self.ring.positions(call.length)
         ring, z, stats = self._told(call, tokens)
-        evict = self._decided(z, stats, tokens.positions, call.learned)
+        evict, old, evidence = self._leaving(ring, known, z, stats, tokens, call)
         pos = jnp.broadcast_to(tokens.positions[:, None], shape)
         ends = jnp.where(evict, pos + policy.window + 1, NEVER)
-        ends = jnp.concatenate([self._ends(ring, known, call.learned), ends], axis=2)
+        ends = jnp.concatenate([old, ends], axis=2)
         added = jnp.broadcast_to(real[:, None], shape)
         looked, falls = self._looked(call)
         stays = looked.pool.there & ~falls
@@ -217,7 +223,7 @@ class RevisedLayer(DMSLayer):
         layer = layer.replace(pool=pool.replace(notes=account.add(got, due)))
         if policy.form != "all":
             layer = layer._without(until < layer._by_page(call.after))
-        return layer, (out / total[..., None]).astype(call.q.dtype)
+        return layer, ((out / total[..., None]).astype(call.q.dtype), evidence)
 
     def _since(self, x_bht: jax.Array, first_pc: jax.Array) -> jax.Array:
         """f32 [p, c]: sums over the tokens of an entry's row from token `first` on."""
@@ -275,8 +281,10 @@ def _cut(call: Call, first_b: jax.Array, end_b: jax.Array, width: int) -> Call:
         return jnp.take_along_axis(x, index, axis=axis)
 
     k, v, said = jax.tree.map(lambda x: take(x, 2), (call.k, call.v, call.said))
+    evidence = None if call.evidence is None else take(call.evidence, 1)
     tokens = Tokens(take(call.tokens.positions, 1), real.astype(jnp.int32))
     length = jnp.minimum(call.length + first_b, call.after)
     return call.replace(
-        q=take(call.q, 3), k=k, v=v, said=said, k_plain=None, ids=None, tokens=tokens, length=length, fresh=False
-    )
+        q=take(call.q, 3), k=k, v=v, said=said, evidence=evidence, k_plain=None, ids=None, tokens=tokens,
+        length=length, fresh=False,
+    )  # fmt: skip

@@ -55,6 +55,10 @@ class DMSLayer(PagedLayer):
 
     def extend(self, call: Call) -> tuple[jax.Array, DMSLayer]:
         """Reads new tokens; see `memory.Layer`."""
+        return self.passing(call)[:2]
+
+    def passing(self, call: Call) -> tuple[jax.Array, DMSLayer, Any]:
+        """As `extend`, with the evidence about the keys that leave the window meanwhile."""
         return self._one(call) if call.q.shape[3] == 1 else self._many(call)
 
     def store(self, call: Call) -> DMSLayer:
@@ -71,20 +75,20 @@ class DMSLayer(PagedLayer):
         ring = jax.tree.map(lambda *x: jnp.concatenate(x), self.ring, later)
         return self.replace(pool=self.pool.joined(other.pool), ring=ring)
 
-    def _evicted(self, ring: Ring, positions_br: jax.Array, learned: Any) -> jax.Array:
-        """bool [b, h, R]: what is decided about the ring's tokens."""
-        return self._decided(ring.z, ring.stats, positions_br, learned)
-
-    def _decided(self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any) -> jax.Array:
+    def _decided(
+        self, z_bht: jax.Array, stats_bhtf: Any, positions_bt: jax.Array, learned: Any, evidence_btc: Any
+    ) -> tuple[jax.Array, Any]:
+        """bool [b, h, t], what is decided about keys, and the evidence about them with what was seen here."""
         if self.policy.form == "observed":
             seen = observed.features(*(stats_bhtf[..., i] for i in range(FEATURES)))
-            z_bht = z_bht + decide.from_observed(learned, seen, self.policy)
+            more, evidence_btc = decide.from_observed(learned, seen, evidence_btc, self.policy)
+            z_bht = z_bht + more
         z_bht = decide.agreed(z_bht, self.policy)
-        return (z_bht > 0) & (positions_bt >= self.policy.sinks)[:, None]
+        return (z_bht > 0) & (positions_bt >= self.policy.sinks)[:, None], evidence_btc
 
-    def _one(self, call: Call) -> tuple[jax.Array, DMSLayer]:
+    def _one(self, call: Call) -> tuple[jax.Array, DMSLayer, Any]:
         """One token of every row."""
-        layer = self._placed(call)
+        layer, evidence = self._placed(call)
         ring, pool = layer.ring, layer.pool
         if ring.stats is None and pool.by_kernel:
             out = pool.attend_pages(call.q[..., 0, :])
@@ -92,11 +96,11 @@ class DMSLayer(PagedLayer):
             out, scores, _ = pool.attend_one(call.q[..., 0, :])
         if ring.stats is not None:
             ring = ring.replace(stats=self._observe(ring, scores, call))
-        return out[..., None, :].astype(call.q.dtype), layer.replace(ring=ring)
+        return out[..., None, :].astype(call.q.dtype), layer.replace(ring=ring), evidence
 
-    def _placed(self, call: Call, notes_bh: Any = None) -> DMSLayer:
+    def _placed(self, call: Call, notes_bh: Any = None) -> tuple[DMSLayer, Any]:
         """The layer with one token of every row in its place: that of the token that leaves the window, where this is
-        evicted. notes: as in the pool."""
+        evicted; and the evidence about the latter. notes: as in the pool."""
         ring, size = self.ring, self.ring.slot.shape[-1]
         b, h = self.pool.n.shape
         live, place = call.real, (call.length % size)[:, None]
@@ -104,8 +108,10 @@ class DMSLayer(PagedLayer):
         # The token that leaves the window, whose place in the ring is the new one's.
         at = jnp.broadcast_to(place[:, None], (b, h, 1))
         gone = jax.tree.map(lambda x: _take(x, at), ring)
-        evicted = self._evicted(gone, call.length[:, None] - size, call.learned)[..., 0]
-        evicted &= (call.length >= size)[:, None]
+        evicted, evidence = self._decided(
+            gone.z, gone.stats, call.length[:, None] - size, call.learned, call.evidence
+        )
+        evicted = evicted[..., 0] & (call.length >= size)[:, None]
         instead = jnp.where(evicted, gone.slot[..., 0], -1)
         new, live = (call.k[:, :, 0], call.v[:, :, 0]), jnp.broadcast_to(live, (b, h))
         pool, slot = self.pool.put(*new, instead, live, notes_bh=notes_bh)
@@ -115,7 +121,7 @@ class DMSLayer(PagedLayer):
             jnp.where(here, UNDECIDED if self.policy.late else call.said, z),
             None if ring.stats is None else jnp.where(here[..., None], 0.0, ring.stats),
         )
-        return self.replace(pool=pool, ring=ring)
+        return self.replace(pool=pool, ring=ring), evidence
 
     def _say(self, call: Call) -> jax.Array:
         """The ring's logits, with what the first new token of every row says of the token before it."""
@@ -140,13 +146,13 @@ class DMSLayer(PagedLayer):
         late = jnp.where((distance > window // 2)[:, None], weights.sum(-1), 0.0)
         return _combine(ring.stats, jnp.stack([weights.max(-1), weights.sum(-1), late], axis=-1))
 
-    def _many(self, call: Call) -> tuple[jax.Array, DMSLayer]:
+    def _many(self, call: Call) -> tuple[jax.Array, DMSLayer, Any]:
         """Several tokens of every row: attention to each other and to the pool, which is then laid out anew."""
         window, real = self.policy.window, call.real
         tokens = Tokens(call.tokens.positions, real.astype(jnp.int32))
         known = self.ring.positions(call.length)
         ring, z, stats = self._told(call, tokens)
-        evict = self._decided(z, stats, tokens.positions, call.learned)
+        evict, ends, evidence = self._leaving(ring, known, z, stats, tokens, call)
         keep = jnp.where(evict, NEGATIVE, 0.0)
         last = call.after - 1
         alive = real[:, None] & (~evict | ((last[:, None] - tokens.positions) <= window)[:, None])
@@ -155,14 +161,33 @@ class DMSLayer(PagedLayer):
             pool, _, to = self.pool.rebuild(None, call.k, call.v, alive)
             slot = ring.slot
         else:
-            ends = self._ends(ring, known, call.learned)
             until = self._by_entry(jnp.where((known >= 0)[:, None], ring.slot, NEVER), ends)
             out = attend_both(self.pool, call.q, call.k, call.v, tokens, keep, window, until)
             still = self.pool.there & (until > last[self.pool.row_of // call.k.shape[1]][:, None])
             pool, moved, to = self.pool.rebuild(still, call.k, call.v, alive)
             slot = moved[ring.slot]
         ring = self._renewed(ring.replace(slot=slot), Ring(to, z, stats), call)
-        return out.astype(call.q.dtype), self.replace(pool=pool, ring=ring)
+        return out.astype(call.q.dtype), self.replace(pool=pool, ring=ring), evidence
+
+    def _leaving(
+        self, ring: Ring, known: jax.Array, z: jax.Array, stats: Any, tokens: Tokens, call: Call
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """What is decided about the new tokens, bool [b, h, t], the first position that does not see a token of the
+        ring, i32 [b, h, R], and the evidence about what leaves the window meanwhile: first the ring's tokens, from
+        the oldest on, then the new ones."""
+        size, t = ring.slot.shape[-1], call.k.shape[2]
+        order = (call.length[:, None] + jnp.arange(size)[None]) % size
+        old = new = None
+        if call.evidence is not None:
+            old, new = jnp.split(jnp.pad(call.evidence, ((0, 0), (0, size), (0, 0))), [size], axis=1)
+            old = jnp.zeros_like(old).at[jnp.arange(len(order))[:, None], order].set(old)
+        gone, old = self._decided(ring.z, ring.stats, known, call.learned, old)
+        evict, new = self._decided(z, stats, tokens.positions, call.learned, new)
+        ends = jnp.where(gone, (known + size)[:, None], NEVER)
+        if old is None:
+            return evict, ends, None
+        old = jnp.take_along_axis(old, order[..., None], axis=1)
+        return evict, ends, jnp.concatenate([old, new], axis=1)[:, :t]
 
     def _told(self, call: Call, tokens: Tokens) -> tuple[Ring, jax.Array, Any]:
         """The ring with what the new tokens say of its own, and what is said of the new ones: logits f32 [b, h, t],
@@ -198,11 +223,6 @@ class DMSLayer(PagedLayer):
         back = (jnp.arange(size)[None] - call.length[:, None]) % size
         received = _take(stats[:, :, :size], jnp.broadcast_to(back[:, None], (b, h, size)))
         return ring.replace(stats=_combine(ring.stats, received)), stats[:, :, size:]
-
-    def _ends(self, ring: Ring, known: jax.Array, learned: Any) -> jax.Array:
-        """i32 [b, h, R]: the first position that does not see a token of the ring."""
-        evicted = self._evicted(ring, known, learned)
-        return jnp.where(evicted, (known + ring.slot.shape[-1])[:, None], NEVER)
 
     def _by_entry(self, slot: jax.Array, ends: jax.Array) -> jax.Array:
         """i32 [p, c]: these ends at the entries `slot`, flat indices (beyond the pages: nowhere), NEVER at others."""

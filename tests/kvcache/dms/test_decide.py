@@ -160,7 +160,8 @@ def test_corrections_hold_only_where_keys_may_be_evicted():
 
 
 @pytest.mark.parametrize(
-    "field,value", [("form", "x"), ("per", "token"), ("window", 0), ("tau", 0.0), ("sinks", -1), ("rank", -1)]
+    "field,value",
+    [("form", "x"), ("per", "token"), ("window", 0), ("tau", 0.0), ("sinks", -1), ("rank", -1), ("shared", 1)],
 )
 def test_senseless_configurations_are_refused(field, value):
     with pytest.raises(AtomError, match=field):

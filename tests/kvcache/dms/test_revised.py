@@ -176,7 +176,7 @@ def lm():
     """A model with evictors."""
     cfg = transformer.TransformerConfig(
         vocab_size=48, d_model=32, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=48, max_length=4096,
-        memory=DMS("observed", window=6, scale=1.0, offset=0.0, sinks=2, page=4),
+        memory=DMS("observed", window=6, scale=1.0, offset=0.0, shared=2, sinks=2, page=4),
     )  # fmt: skip
     params = init(jax.random.key(0), transformer.spec(cfg))
     learned = params["layers"]["attn"]["dms"]

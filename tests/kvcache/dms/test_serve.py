@@ -150,6 +150,7 @@ POLICIES = [
     DMS("observed", window=5, scale=1.0, offset=0.0, per="layer", bias=True, page=8),
     DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4, rank=2),
     DMS("observed", window=6, scale=1.0, offset=0.0, per="mean", sinks=2, page=4),
+    DMS("observed", window=6, scale=1.0, offset=0.0, shared=3, sinks=2, page=4),
 ]
 
 
@@ -168,6 +169,8 @@ def untrained(memory):
     if memory.form == "observed":
         # Around the middle of what is observed.
         learned["observed"] *= jnp.array([1.0, -1.0, 0.1])[None, :, None]
+    if memory.shared:
+        learned["tell"] *= jnp.array([0.1, -0.1, 0.1, 0.1])[None, :, None, None]
     return cfg, params
 
 
@@ -205,6 +208,8 @@ CASES = {
     "observed-parts": (POLICIES[0], PARTS, False),
     "layer-turns": (POLICIES[1], TURNS, False),
     "adapter-parts": (POLICIES[2], PARTS, True),
+    "shared-turns": (POLICIES[4], TURNS, False),
+    "shared-parts-apart": (POLICIES[4], PARTS, True),
     "mean-parts": (POLICIES[3], [*PARTS[:5], [1, 1, 1]], False),
 }
 

@@ -12,6 +12,7 @@ from atom_jax import params as params_lib
 from atom_jax.checkpoint import families
 from atom_jax.kvcache import learned
 from atom_jax.kvcache.dmc import DMC
+from atom_jax.kvcache.dms import DMS
 from atom_jax.models import transformer
 from atom_jax.training.objectives import distill
 from atom_jax.typing import AtomError
@@ -157,3 +158,27 @@ def test_merging_is_retrofitted_in_the_same_way():
     assert half.learned["kl"][0] > 0 and 0.3 < share < 0.7
     # What doesn't merge is held.
     np.testing.assert_allclose(held, 24 * (1 - share), rtol=1e-5)
+
+
+def test_what_layers_tell_each_other_is_learned_through_the_layers_between():
+    memory = DMS("observed", window=4, scale=1.0, offset=0.0, tau=0.5, bias=True, shared=2)
+    cfg = transformer.TransformerConfig(
+        vocab_size=40, d_model=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
+    )
+    params = params_lib.init(jax.random.key(0), transformer.spec(cfg))
+    learned = params["layers"]["attn"]["dms"]
+    hear = jnp.zeros_like(learned["hear"]).at[2].set(0.3)
+    learned |= {"tell": jax.random.normal(jax.random.key(1), learned["tell"].shape) * 0.1, "hear": hear}
+    batch = tiny.batch(np.random.default_rng(0).integers(0, 40, (2, 24)))
+    batch = batch.replace(targets=jnp.roll(batch.ids, -1, 1), loss_mask=jnp.ones(batch.ids.shape, bool))
+    how = distill.Distill(cr_start=4.0, cr_end=8.0)
+
+    @jax.jit
+    def loss(params):
+        return distill.self_distillation(
+            params, batch, jax.random.key(0), jnp.int32(0), cfg=cfg, lengths=np.ones(40, np.int32), how=how
+        ).objective
+
+    found = jax.grad(loss)(params)["layers"]["attn"]["dms"]
+    # The lowest layer tells the highest, which alone listens.
+    assert all(jnp.abs(found["tell"][i]).max() > 1e-6 for i in range(3)) and jnp.abs(found["hear"]).max() > 1e-4
