@@ -55,7 +55,8 @@ def load(path: str | os.PathLike, cfg: Any) -> Tree:
             raise AtomError(f"{path}: {e}") from None
     else:
         raise AtomError(f"{path}: no heads are there ({CONFIG}, or the checkpoints of a run that trained some)")
-    return params_lib.cast({name: jnp.asarray(x) for name, x in p.items()}, cfg.dtype)
+    # On no device in particular: they follow the model's arrays.
+    return params_lib.cast({name: jnp.asarray(np.asarray(x)) for name, x in p.items()}, cfg.dtype)
 
 
 def of_run(path: str | os.PathLike) -> tuple[Any, Tree]:

@@ -88,7 +88,7 @@ class Drafter:
         """Where that lies which it has learned (`checkpoint.heads`); "" where it learns nothing beforehand."""
         return ""
 
-    def longest(self, learned: Any) -> int | None:
+    def reach(self, learned: Any) -> int | None:
         """The most tokens that a draft can have; None: any number."""
         return None
 

@@ -43,7 +43,7 @@ class MTP(Drafter):
         """See `Drafter`."""
         return self.heads
 
-    def longest(self, learned: Any) -> int:
+    def reach(self, learned: Any) -> int:
         """One token of every head."""
         return mtp.count(learned)
 

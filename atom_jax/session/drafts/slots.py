@@ -37,7 +37,7 @@ class DraftSlots(Slots):
     ):  # fmt: skip
         super().__init__(session, choice, beside)
         self._program, self._drafter, self._until = loop.compiled(), drafter, until
-        most = min(most, drafter.longest(learned) or most)
+        most = min(most, drafter.reach(learned) or most)
         self.pace, self._ahead = Pace(most), most + 1
         self._ready: dict[int, list[Any]] = {}
         b = len(texts)
@@ -55,7 +55,7 @@ class DraftSlots(Slots):
         own = loop.Own(text, known, jnp.full(b, loop.START, jnp.float32))
         # What lies elsewhere would be compiled for once more.
         self._own = jax.device_put(own, token.sharding) if token.committed else own
-        self._learned = jax.device_put(learned, token.sharding) if token.committed else learned
+        self._learned = learned
 
     def prepare(self, until: Any) -> None:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles."""
