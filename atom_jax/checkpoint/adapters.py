@@ -51,8 +51,7 @@ def save_adapter(lm: LM, directory: str | os.PathLike, card: str = "", name: str
     if not learned:
         raise AtomError(f"the model has no learned evictors of its own ({_named(memory)}), so it has no adapter")
     source = families.ExportSource(lm.config, lm.params, learned)
-    base = {"family": lm.family, **_sizes(lm.config), "name": name}
-    table = {"format": FORMAT, "base": base, "memory": config.to_json(memory)}
+    table = {"format": FORMAT, "base": base_of(lm.config, name), "memory": config.to_json(memory)}
     with staged(directory) as staging:
         write_file({k: np.asarray(source.read(k), np.float32, order="C") for k in source.infos}, staging / TENSORS)
         (staging / CONFIG).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
@@ -154,16 +153,26 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
-def _with_adapter(cfg: Any, fields: Fields) -> Any:
-    """`cfg` with the policy of an adapter.json, which must be made for models like it."""
-    if fields.data.get("format") != FORMAT:
-        raise AtomError(f"format is {str(fields.data.get('format'))[:60]}; only {FORMAT} is known")
+def base_of(cfg: Any, name: str) -> dict[str, Any]:
+    """What an adapter says of the model that it was trained for, whose name is for readers."""
+    return {"family": cfg.family, **_sizes(cfg), "name": name}
+
+
+def check_base(cfg: Any, fields: Fields) -> None:
+    """Raises AtomError where these fields of an adapter are of one for a model unlike `cfg`."""
     base = fields.table("base")
     ours = {"family": cfg.family, **_sizes(cfg)}
     there = {k: base.size(k) if isinstance(v, int) else base.data.get(k) for k, v in ours.items()}
     wrong = [f"{k} is {v} in the adapter and {ours[k]} in the model" for k, v in there.items() if v != ours[k]]
     if wrong:
         raise AtomError(", ".join(wrong))
+
+
+def _with_adapter(cfg: Any, fields: Fields) -> Any:
+    """`cfg` with the policy of an adapter.json, which must be made for models like it."""
+    if fields.data.get("format") != FORMAT:
+        raise AtomError(f"format is {str(fields.data.get('format'))[:60]}; only {FORMAT} is known")
+    check_base(cfg, fields)
     memory = config.from_json(object, fields.data.get("memory"), "memory")
     policies.check(memory)
     family = registry.of(cfg)

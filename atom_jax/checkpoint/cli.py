@@ -14,11 +14,11 @@ import numpy as np
 
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
-from atom_jax.checkpoint import adapters
+from atom_jax.checkpoint import adapters, heads
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.fields import Expression
-from atom_jax.models import lora, registry
+from atom_jax.models import lora, mtp, registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
@@ -62,9 +62,13 @@ def merge(source: str, target: str, adapter: str | None) -> str:
 
 
 def adapter(source: str, target: str) -> str:
-    """Writes what a run has trained beside its model, LoRA or learned evictors, and returns a sentence about it;
-    errors as of `merge`, and AtomError where the run trained more than that."""
+    """Writes what a run has trained beside its model, LoRA, learned evictors or multi-token heads, and returns a
+    sentence about it; errors as of `merge`, and AtomError where the run trained more than that."""
     _refuse_old(target)
+    if heads.trained(source):
+        cfg, p = heads.of_run(source)
+        heads.save(target, cfg, p)
+        return f"{target}: {mtp.count(p)} multi-token heads for a {cfg.family}"
     lm = checkpoint.load(source, merge=False)
     with_lora = getattr(lm.config, "lora", None) is not None
     _refuse_loss(source, lm.config, lora.paths(lm.config) if with_lora else registry.learned(lm.config))
@@ -114,9 +118,9 @@ def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool
     this as texts (a list of them where several have one name), and the tensors as a list.
     Raises AtomError where it is not a whole, supported checkpoint, or not what was written.
     """
-    if adapters.is_adapter(source):
-        path, kind = adapters.find(source), "adapter"
-        name, said, stored = adapters.about(source)
+    if heads.is_directory(source) or adapters.is_adapter(source):
+        path = Path(source) if heads.is_directory(source) else adapters.find(source)
+        kind, (name, said, stored) = "adapter", _about(path)
         rows = _stored(stored)
         fields = [("path", source), ("format", f"adapter: {name}"), *said, *_sizes(rows)]
     else:
@@ -140,6 +144,10 @@ def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool
     return "\n".join(lines)
 
 
+def _about(path: Path) -> tuple[str, list[tuple[str, str]], SafetensorsSource]:
+    return heads.about(path) if heads.is_directory(path) else adapters.about(path)
+
+
 def _verified(path: Path, kind: str) -> str:
     """What was compared with checksums, and the seconds that it took."""
     from atom_jax.checkpoint import store
@@ -149,7 +157,7 @@ def _verified(path: Path, kind: str) -> str:
         step, size = store.verify(path)
         where = f" of {step.name}" if step.name.isdigit() else ""
     elif kind != "gguf":
-        source = adapters.about(path)[2] if kind == "adapter" else SafetensorsSource(path)
+        source = _about(path)[2] if kind == "adapter" else SafetensorsSource(path)
         for name in source.infos:
             source.read(name)
         size = sum(source.infos[name].nbytes for name in source.crcs if name in source.infos)

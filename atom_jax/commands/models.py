@@ -36,7 +36,7 @@ def adapter(argv: list[str]) -> None:
     """Takes an adapter out of a run. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags(
         "adapter WORKDIR DST",
-        "Writes what a run has trained beside its model: LoRA, as PEFT has it, or learned evictors.",
+        "Writes what a run has trained beside its model: LoRA, as PEFT has it, learned evictors, or heads for mtp.",
     )
     _, (source, target) = known.parse(argv, 2)
 

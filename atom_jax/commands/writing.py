@@ -105,7 +105,8 @@ def _generate_flags() -> Flags:
               "nearest=1024,temperature=0,weight=0.05")  # fmt: skip
     known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
     known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
-    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle or spine")
+    known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle, spine, "
+              "mtp:heads=PATH or, in models with units, local")  # fmt: skip
     known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from atom_jax import config
+from atom_jax.checkpoint import heads
 from atom_jax.inference.stream import TextStream
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import LEVELS
 from atom_jax.models import registry
-from atom_jax.session import laid_out, reading, sampling
+from atom_jax.session import laid_out, programs, reading, sampling
 from atom_jax.session.decode import CHUNK, Choice, Made
 from atom_jax.session.drafts import drafters
 from atom_jax.session.drafts.drafter import Drafter
@@ -91,9 +92,10 @@ def generate(
       after: such a result, whose rows the prompts continue: only they are read. Learned memory is given up then, and
         the result cannot be continued again. A stop id that ended a row stays part of it.
       draft: who guesses at what follows, so that the model reads several tokens in one call: a name of
-        `drafts.drafters` ("ngram", "recycle", "spine") or a drafter. The ids are those without drafts. Where drafts
-        cost more than they gain, and in models that read one token at a time (with units of their own), there are
-        none. draft_tokens: their greatest length.
+        `drafts.drafters` ("ngram", "recycle", "spine", "mtp:heads=PATH", "local") or a drafter. The ids are those
+        without drafts. Where drafts cost more than they gain, and in models that can't read several tokens in one
+        call, there are none; of models with units of their own these are Bolmo, and those with a cache policy.
+        draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
         stand before the prompts, which then get no front, and its states are mixed into what is said of every token.
         It stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread:
@@ -115,6 +117,7 @@ def generate(
     longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
     _check_length(lm, longest, max_new_tokens)
     keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
+    learned = heads.load(drafter.source, lm.config) if drafter is not None and drafter.source else None
     parts = 1 if keep_memory or before is not None else _parts(lm, len(rows))
     runs = []
     for part in np.split(np.arange(len(rows)), parts):
@@ -123,11 +126,13 @@ def generate(
         session = _read(lm, mine, before, own, memory, min(max_new_tokens, ROOM), int(lengths.max()))
         choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
-        if drafter is None or registry.of(lm.config).commit is None:
+        if drafter is None or not programs.together(session.memory, cfg=lm.config):
             slots = Slots(session, choice, parts > 1)
         else:
             texts = mine if after is None else [np.append(after.ids[i], rows[i]).astype(np.int32) for i in part]
-            slots = DraftSlots(session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens)
+            slots = DraftSlots(
+                session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens, learned
+            )  # fmt: skip
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)

@@ -138,6 +138,12 @@ class Family(Kind):
     step(p, batch, *, cfg, cache) -> (states [b, 1, d], cache, ready bool [b]): the next token of every row.
     commit(cache, pending, count_b): the cache after the first count_b of the tokens for which `hidden(...,
         tentative=True)` gave `pending` in its place; None where it can't try tokens.
+    together(cfg): of models without `commit`: the configuration with which `hidden` reads several tokens in one call
+        as `step` reads them one after another (where no layer has a cache policy, which may tell these apart), so
+        that a draft can be tried and what stays of it read again; None where there is none.
+    stale(p, batch, *, cfg, cache) -> (states [b, 1, d], cache): a guess at what `step` gives, by some of the layers;
+        the cache, for further ones only, is at first `outer(cache)`, what they need of one in which no row waits.
+        Both None where there is no such part.
     decode_params(p, cfg, unroll): parameters laid out for generation.
     roomier(cfg): the same model with room for more units, or None where it loses none.
     codec(cfg): what its ids mean.
@@ -156,6 +162,9 @@ class Family(Kind):
     roomier: Callable[[Any], Any]
     codec: Callable[[Any], Codec] = lambda cfg: Codec()
     commit: Callable[..., Memory] | None = None
+    together: Callable[[Any], Any] = lambda cfg: None
+    stale: Callable[..., tuple[jax.Array, Memory]] | None = None
+    outer: Callable[[Memory], Memory] | None = None
     published: Published | None = None
     memory: Callable[[Any], Any] = lambda cfg: cfg.memory
     with_memory: Callable[[Any, Any], Any] = lambda cfg, memory: dataclasses.replace(cfg, memory=memory)

@@ -149,16 +149,16 @@ def begin(
 
 def advance(
     params: Any, state: State, choice: Choice, live_b: jax.Array, *, cfg: Any
-) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+) -> tuple[State, jax.Array, jax.Array, jax.Array, jax.Array]:
     """One step of the rows `live_b`: the state after it; the tokens i32 [b] that were chosen, -1 for a stop id; the
-    rows that have one, bool [b]; and what the model says in these, f32 [b, v]."""
+    rows that have one, bool [b]; and what the model says in these, f32 [b, v], from final states [b, 1, d]."""
     model = registry.of(cfg)
     batch = Batch(state.token[:, None], state.memory.length[:, None], live_b[:, None].astype(jnp.int32))
     x_b1d, memory, ready = model.step(params, batch, cfg=cfg, cache=state.memory)
     logits_bv = model.logits(params, x_b1d, cfg=cfg)[:, 0]
     token, stopped = choice.take(logits_bv, state.made)
     kept, done = jnp.where(ready, token, state.token), state.done | (ready & stopped)
-    return State(memory, kept, done, state.made + ready), jnp.where(stopped, -1, token), ready, logits_bv
+    return State(memory, kept, done, state.made + ready), jnp.where(stopped, -1, token), ready, logits_bv, x_b1d
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -180,7 +180,7 @@ def decode(params: Any, state: State, choice: Choice, until: jax.Array, *, cfg: 
 
     def step(loop: tuple[State, Made]) -> tuple[State, Made]:
         state, made = loop
-        after, token, ready, logits_bv = advance(params, state, choice, live(state), cfg=cfg)
+        after, token, ready, logits_bv, _ = advance(params, state, choice, live(state), cfg=cfg)
         held_b, read_b = memory_lib.use(after.memory)
         told = made.said
         # Past the end, where nothing is written, in rows without a new token.

@@ -66,11 +66,11 @@ def _finish(
 def attempt(params: Any, memory: Memory, ids_bn: jax.Array, count_b: jax.Array, *, cfg: Any) -> tuple[jax.Array, Any]:
     """The final states [b, n, d] of the next `count_b`, i32 [b], tokens of every row, and what `commit` takes."""
     model = registry.of(cfg)
-    offsets = jnp.broadcast_to(jnp.arange(ids_bn.shape[1], dtype=jnp.int32)[None], ids_bn.shape)
-    if model.commit is None:
+    if not together(memory, cfg=cfg):
         return _in_turn(params, memory, ids_bn, count_b, cfg)[0], ()
-    real = (offsets < count_b[:, None]).astype(jnp.int32)
-    batch = Batch(ids_bn, memory.length[:, None] + offsets, real)
+    batch = _after(memory, ids_bn, count_b)
+    if model.commit is None:
+        return model.hidden(params, batch, cfg=model.together(cfg), cache=memory)[0], ()
     return model.hidden(params, batch, cfg=cfg, cache=memory, tentative=True)[:2]
 
 
@@ -78,16 +78,31 @@ def attempt(params: Any, memory: Memory, ids_bn: jax.Array, count_b: jax.Array, 
 def commit(params: Any, memory: Memory, pending: Any, ids_bn: jax.Array, count_b: jax.Array, *, cfg: Any) -> Memory:
     """The memory after the first `count_b`, i32 [b], of the tokens that were tried."""
     model = registry.of(cfg)
-    if model.commit is None:
+    if not together(memory, cfg=cfg):
         return _in_turn(params, memory, ids_bn, count_b, cfg)[1]
+    if model.commit is None:
+        batch = _after(memory, ids_bn, count_b)
+        return model.hidden(params, batch, cfg=model.together(cfg), cache=memory)[1]
     return model.commit(memory, pending, count_b)
+
+
+def together(memory: Memory, *, cfg: Any) -> bool:
+    """Whether drafts are read in one call, for them to gain by it, with this memory; else token after token."""
+    model = registry.of(cfg)
+    return model.commit is not None or (model.together(cfg) is not None and not any(memory_lib.policies(memory)))
+
+
+def _after(memory: Memory, ids_bn: jax.Array, count_b: jax.Array) -> Batch:
+    """The next `count_b` tokens of every row."""
+    offsets = jnp.broadcast_to(jnp.arange(ids_bn.shape[1], dtype=jnp.int32)[None], ids_bn.shape)
+    return Batch(ids_bn, memory.length[:, None] + offsets, (offsets < count_b[:, None]).astype(jnp.int32))
 
 
 def _in_turn(
     params: Any, memory: Memory, ids_bn: jax.Array, count_b: jax.Array, cfg: Any
 ) -> tuple[jax.Array, Memory]:
-    """States [b, n, d] and the memory after tokens that are read one after another, as models with units of their own
-    do."""
+    """States [b, n, d] and the memory after tokens that are read one after another, where they can't be read
+    together."""
 
     def one(memory: Memory, i: jax.Array) -> tuple[Memory, jax.Array]:
         x_bd, memory = _finish(params, memory, ids_bn[:, i], i < count_b, None, cfg)

@@ -10,6 +10,9 @@ wait for each other (`waiting.step`).
 from atom_jax.units.memory import Latest, Parts
 from atom_jax.units.report import late_loss, report
 from atom_jax.units.stage import Notes, Place, Stage, find, run, spread
-from atom_jax.units.waiting import step
+from atom_jax.units.waiting import stale, step, waits, without_inside
 
-__all__ = ["Latest", "Notes", "Parts", "Place", "Stage", "find", "late_loss", "report", "run", "spread", "step"]
+__all__ = [
+    "Latest", "Notes", "Parts", "Place", "Stage", "find", "late_loss", "report", "run", "spread", "stale", "step",
+    "waits", "without_inside",
+]  # fmt: skip

@@ -61,6 +61,36 @@ def step(
     return x_b1d, memory, ready
 
 
+def waits(memory: Memory) -> jax.Array:
+    """bool [b]: rows that wait in `step`; none in models without units."""
+    latest = getattr(memory.parts, "latest", None)
+    return jnp.zeros(memory.length.shape, bool) if latest is None else latest.behind > 0
+
+
+def stale(stage: Stage, seen: Seen, memory: Memory) -> tuple[jax.Array, Memory]:
+    """Reads the next position of every row as if it neither began nor ended a unit: nothing inside runs.
+
+    seen: as for `step`. memory: of rows that don't wait; it may lack what is inside (`without_inside`). Returns:
+    states [b, 1, d], those of `step` up to the first position that begins or ends a unit; and the memory for the next
+    position, which is for this function only.
+    """
+    (encoder, decoder), parts, place = memory.layers, memory.parts, Place.after(memory, seen)
+    h_b1d, encoder, _ = stage.encode(seen.h, encoder, place)
+    boundary, parts, seen = _decide(stage, seen.replace(h=h_b1d), memory, seen.tokens.segments[:, 0] > 0, None)
+    boundary = boundary.replace(mark=jnp.zeros_like(boundary.mark))
+    plan, u_b1kd, parts = find(stage, seen, boundary, parts)
+    nothing = jnp.zeros(u_b1kd.shape, jnp.float32)
+    y_b1d, _ = spread(stage, nothing, seen.h, boundary, plan, parts.newest)
+    x_b1d, decoder, _ = stage.decode(y_b1d, decoder, place)
+    length = memory.length + seen.tokens.segments[:, 0]
+    return x_b1d, memory.replace(layers=(encoder, decoder), length=length, parts=parts, fresh=False)
+
+
+def without_inside(memory: Memory) -> Memory:
+    """The memory as `stale` needs it."""
+    return memory.replace(parts=memory.parts.replace(inside=None), fresh=False)
+
+
 def enough(outer: Any, inner: Any, memory: Memory, capacity: float) -> int:
     """How many rows should wait, by what is read on both sides (weights, as trees, and memory) and the share of
     positions that there is room for."""

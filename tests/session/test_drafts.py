@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from atom_jax import params
+from atom_jax.checkpoint import heads
 from atom_jax.inference.generate import generate
 from atom_jax.kvcache.policy import PerLayer
 from atom_jax.models import registry, transformer
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import laid_out, sampling
+from atom_jax.session import sampling
 from atom_jax.session.decode import Choice
 from atom_jax.session.drafts import loop
 from atom_jax.session.drafts.drafter import Draft, Drafter, Read, Text
 from atom_jax.session.drafts.drafters import DRAFTERS, parse
+from atom_jax.session.drafts.local import Local
+from atom_jax.session.drafts.mtp import MTP
 from atom_jax.session.drafts.ngram import NGram
 from atom_jax.session.drafts.pace import Pace
 from atom_jax.session.drafts.recycle import Recycle
@@ -27,7 +30,8 @@ from atom_jax.session.drafts.spine import Spine
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 from tests.kvcache.test_protocol import BUDGETS, DMC_FORMS, DMS_FORMS
-from tests.models.tiny_units import MODELS, capacity, weights
+from tests.models.tiny_units import MODELS, capacity, stream, weights
+from tests.session.taught import taught
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (21, 4, 13)]
@@ -65,10 +69,10 @@ class Given(Drafter):
     ids: ClassVar[np.ndarray]
     count: ClassVar[np.ndarray]
 
-    def init(self, text, vocab):
+    def init(self, text, vocab, learned=None):
         return jnp.asarray(self.ids, jnp.int32), jnp.asarray(self.count, jnp.int32)
 
-    def propose(self, state, text, n):
+    def propose(self, state, text, n, model=None):
         ids, count = state
         at = jnp.minimum(text.length[:, None] + jnp.arange(n)[None], ids.shape[1] - 1)
         return Draft(jnp.take_along_axis(ids, at, axis=1), jnp.take_along_axis(count, at[:, :1], axis=1)[:, 0])
@@ -101,6 +105,21 @@ def costs(monkeypatch, price):
 def free(monkeypatch):
     """Drafts cost nothing, and so are tried wherever there are any."""
     costs(monkeypatch, 0.0)
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    """(name, number) -> a drafter of this name for model(number)."""
+
+    @functools.cache
+    def build(name, number):
+        if name == "mtp":
+            path, lm = tmp_path_factory.mktemp("heads") / "heads", model(number)
+            heads.save(path, lm.config, taught(lm, 100))
+            return MTP(str(path))
+        return DRAFTERS[name]()
+
+    return build
 
 
 def make(lm, how, **options):
@@ -178,9 +197,51 @@ def test_a_row_ends_inside_a_draft_and_a_call_anywhere(monkeypatch, free):
     assert [new[new >= 0].tolist() for new in made] == [plain.ids[2][1:5], plain.ids[0][1:9]]
 
 
-def test_models_with_units_read_drafts_in_turn(monkeypatch, free):
-    monkeypatch.setattr(laid_out, "unrolls", lambda lm: False)
-    lm = LM(capacity(MODELS["words"], 1.0), weights(MODELS["words"]), None)
+def units(name, **fields):
+    return LM(dataclasses.replace(capacity(MODELS[name], 1.0), **fields), weights(MODELS[name]), None)
+
+
+# Marks that come first (in two stages) and last: of a router, white space, places, a predictor, a model of bytes.
+@pytest.mark.parametrize("name", ["hnet-2", "words", "megabyte", "gumbel", "blt"])
+def test_models_with_units_read_drafts_together(name, monkeypatch, free, scanned):
+    lm, prompts = units(name), [stream(n, start).tolist() for n, start in ((9, 0), (1, 30), (14, 11))]
+    for how in ("greedy", "drawn"):
+        options = {"key": jax.random.key(2), "stop_ids": (), "keep_memory": True, **HOWS[how]}
+        for rows, draft in ((prompts[:1], "local"), (prompts, Given())):
+            plain = generate(lm, rows, NEW, **options)
+            give(monkeypatch, [a + b for a, b in zip(rows, plain.ids)], "random")
+            made = generate(lm, rows, NEW, draft=draft, draft_tokens=N, **options)
+            assert made.ids == plain.ids, (how, draft)
+            # Rows that wait for others have none.
+            assert max(made.acceptance) > 0.2
+            np.testing.assert_array_equal(made.memory.use()[0], plain.memory.use()[0])
+            np.testing.assert_allclose(made.memory.step().logits, plain.memory.step().logits, atol=5e-4)
+
+
+def test_drafts_of_the_byte_level_are_right_up_to_the_end_of_a_unit(monkeypatch, free, scanned):
+    """And the networks inside run less often than once per unit where they are right beyond."""
+    lm, prompt = units("megabyte"), [stream(9, 0).tolist()]
+    text, drafted = generate(lm, prompt, 31, stop_ids=()).ids[0], []
+    propose = Local.propose
+
+    def kept(self, state, text, n, model=None):
+        draft = propose(self, state, text, n, model)
+        jax.debug.callback(lambda at, ids: drafted.append((int(at), ids.tolist())), text.length[0], draft.tokens[0])
+        return draft
+
+    monkeypatch.setattr(Local, "propose", kept)
+    made = generate(lm, prompt, 31, stop_ids=(), draft=Local(), draft_tokens=5)
+    jax.effects_barrier()
+    assert made.ids[0] == text and len(drafted) < 25 and made.stats["tokens_per_call"] > 1.2
+    for at, ids in drafted:
+        # The unread byte is number `at - 1`; units end at every third.
+        sure = 2 - (at - 1) % 3
+        right = (prompt[0] + text)[at : at + sure]
+        assert ids[: len(right)] == right
+
+
+def test_models_that_cannot_read_together_read_drafts_in_turn(monkeypatch, free, scanned):
+    lm = units("words", memory=BUDGETS["tova"])
     plain = generate(lm, PROMPTS, 9, stop_ids=())
     give(monkeypatch, texts(plain), "random")
     rows = slots(lm, Given())
@@ -195,11 +256,26 @@ def test_models_with_units_read_drafts_in_turn(monkeypatch, free):
     assert made.ids == plain.ids and made.acceptance is None
 
 
+# Heads see what every kind of memory gives, others the text alone.
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, i) for name in DRAFTERS for i in ((0, -2, -1) if name == "mtp" else (0,))]
+)
+def test_every_drafter_leaves_ids_and_memory_as_they_are(name, number, drafter, free):
+    number %= len(groups())
+    lm, draft = model(number), drafter(name, number)
+    for how in HOWS:
+        plain, made = make(lm, how), make(lm, how, draft=draft, draft_tokens=N)
+        assert made.ids == plain.ids, how
+        np.testing.assert_array_equal(made.memory.use()[0], plain.memory.use()[0])
+        np.testing.assert_allclose(made.memory.step().logits, plain.memory.step().logits, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_drafters_guess_at_text_that_repeats_itself(name, free):
-    lm = model(0)
-    plain = generate(lm, PROMPTS, 60, stop_ids=())
-    made = generate(lm, PROMPTS, 60, stop_ids=(), draft=name, draft_tokens=N)
+def test_drafters_guess_at_text_that_repeats_itself(name, drafter, free):
+    lm = units("gumbel") if name == "local" else model(0)
+    prompts = PROMPTS[: 1 if name == "local" else None]
+    plain = generate(lm, prompts, 60, stop_ids=())
+    made = generate(lm, prompts, 60, stop_ids=(), draft=drafter(name, 0), draft_tokens=N)
     assert made.ids == plain.ids
     assert max(made.acceptance) > 0.3 and made.stats["tokens_per_call"] > 1.3
 
@@ -237,7 +313,8 @@ def test_recycle_follows_what_the_model_said():
     rows = text([4, 5, 6, 4], [9])
     table = Recycle().init(rows, 10)
     assert drafts(Recycle().propose(table, rows, 4)) == [[5, 6, 4, 5], []]
-    read = Read(jnp.array([[6, 4], [9, 1]]), jnp.array([1, 2]), jax.nn.one_hot(jnp.array([[2, 0], [1, 9]]), 10))
+    says, none = jax.nn.one_hot(jnp.array([[2, 0], [1, 9]]), 10), jnp.zeros((2, 2, 4))
+    read = Read(jnp.array([[6, 4], [9, 1]]), jnp.array([1, 2]), says, none, jnp.array([1, 1]))
     table = Recycle().observe(table, read)
     assert drafts(Recycle().propose(table, rows, 4)) == [[5, 6, 2], [1, 9, 1, 9]]
     more = text([4, 5, 6, 4, 5], [7, 9, 3, 7, 9])
@@ -269,9 +346,11 @@ def test_the_length_of_drafts_follows_their_gain():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "n-gram"}, "draft 'n-gram': expected none, ngram, recycle, spine"),
+        ({"draft": "n-gram"}, "draft 'n-gram': expected none, ngram, recycle, spine, mtp, local"),
         ({"draft": "ngram:size=4"}, "draft ngram: no field 'size'"),
         ({"draft": "spine:least=9"}, "least"),
+        ({"draft": "mtp"}, "draft mtp: which heads"),
+        ({"draft": "mtp:heads=nowhere"}, "nowhere: no heads are there"),
         ({"draft": "ngram", "draft_tokens": 0}, "draft_tokens is 0"),
     ],
 )
@@ -283,3 +362,4 @@ def test_bad_input_is_one_sentence(options, message):
 
 def test_drafters_are_named():
     assert parse("ngram:longest=3,least=1") == NGram(3, 1) and parse("none") is None and parse(Spine()) == Spine()
+    assert parse("mtp:heads=some/where") == MTP("some/where")

@@ -10,9 +10,10 @@ from atom_jax.models.flops import matrices
 from atom_jax.models.hnet import ports
 from atom_jax.models.hnet.config import HNetConfig, roomier, spec
 from atom_jax.models.hnet.examples import examples
-from atom_jax.models.hnet.forward import apply, hidden, logits, step
+from atom_jax.models.hnet.forward import apply, hidden, logits, stale, step, together
 from atom_jax.models.hnet.memory import decode_params, init_cache, nodes
 from atom_jax.models.hnet.published import PUBLISHED
+from atom_jax.units import without_inside
 
 
 def flops(cfg: HNetConfig, length: int) -> float:
@@ -60,5 +61,6 @@ def _units(chunking: Chunking) -> str:
 FAMILY = Family(
     name="hnet", config=HNetConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
     nodes=nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
-    examples=examples, published=PUBLISHED,
+    examples=examples, published=PUBLISHED, together=together, stale=stale,
+    outer=without_inside,
 )  # fmt: skip

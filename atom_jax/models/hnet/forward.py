@@ -83,6 +83,22 @@ def step(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.
     return units.step(stage(0, Call(p, cfg)), Seen(x_b1d, tokens, batch.ids), cache, live, enough(p, cfg, cache))
 
 
+def stale(p: Tree, batch: Batch, *, cfg: HNetConfig, cache: Memory) -> tuple[jax.Array, Memory]:
+    """Reads the next byte of every row, of which none waits, by the layers of stage 0 alone (`units.stale`): states
+    [b, 1, d], and the cache for the next byte, which is for this function only. batch: [b, 1], as for `step`."""
+    tokens = Tokens(cache.length[:, None], batch.segments)
+    x_b1d, latest, _ = ports.of(cfg).inlet(p, batch, tokens, cache.parts.port, cfg)
+    cache = cache.replace(parts=cache.parts.replace(port=latest))
+    return units.stale(stage(0, Call(p, cfg)), Seen(x_b1d, tokens, batch.ids), cache)
+
+
+def together(cfg: HNetConfig) -> HNetConfig | None:
+    """See `Family`: with room for a unit of every byte. None where a rule looks ahead."""
+    if not cfg.chunking or any(rules.looks_ahead(c.rule) for c in cfg.chunking):
+        return None
+    return dataclasses.replace(cfg, chunking=tuple(dataclasses.replace(c, capacity=1.0) for c in cfg.chunking))
+
+
 def enough(p: Tree, cfg: HNetConfig, cache: Memory) -> int:
     """How many rows should wait in `step`."""
     head = p["unembed"] if "unembed" in p else p["embed"]

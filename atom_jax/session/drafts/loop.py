@@ -17,9 +17,12 @@ from flax import struct
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.models import registry
+from atom_jax.nn.embedding import lookup
 from atom_jax.session import programs
 from atom_jax.session.decode import CHUNK, Choice, Made, State, advance, beside
-from atom_jax.session.drafts.drafter import Draft, Drafter, Read, Text
+from atom_jax.session.drafts.drafter import Draft, Drafter, Model, Read, Text
+from atom_jax.typing import Batch
+from atom_jax.units import waits
 
 # Credit of a row, in calls of one token: how much drafts may cost before they have gained anything; the most that a
 # row saves up; and what it gets for every call without a draft, a share of that call's time.
@@ -71,13 +74,13 @@ class Said:
 
 
 def decode(
-    params: Any, state: State, own: Own, choice: Choice, until: jax.Array, price: jax.Array,
+    params: Any, learned: Any, state: State, own: Own, choice: Choice, until: jax.Array, price: jax.Array,
     *, cfg: Any, drafter: Drafter, n: int,
 ) -> tuple[State, Own, Made, Tally]:  # fmt: skip
     """As `session.decode.decode`, with drafts of up to n tokens.
 
-    price: f32 [], what a call with drafts costs more than one with a single token, as a share of the latter;
-    negative: there are to be no drafts.
+    learned: the drafter's own arrays, or None. price: f32 [], what a call with drafts costs more than one with a
+    single token, as a share of the latter; negative: there are to be no drafts.
     """
     b = len(state.token)
     rows, before = jnp.arange(b), state.made
@@ -88,19 +91,30 @@ def decode(
     def going(loop: tuple) -> jax.Array:
         return jnp.any(live(loop[0])) & ~short(loop[0], until, n)
 
+    def propose(memory: Any, known: Any, text: Text, made_b: jax.Array) -> Draft:
+        return drafter.propose(known, text, n, asked(params, learned, memory, made_b, choice, cfg))
+
+    def nothing(*_: Any) -> Draft:
+        return Draft(jnp.zeros((b, n), jnp.int32), jnp.zeros(b, jnp.int32))
+
     def step(loop: tuple) -> tuple:
         state, own, made, tally = loop
         live_b = live(state)
-        draft = drafter.propose(own.drafter, own.text, n)
+        # A draft is read together, by rows of which none waits for others.
+        fits = ~jnp.any((memory_lib.full(state.memory, n + 1) | waits(state.memory)) & live_b)
+        # Making drafts may cost something, too.
+        tries = fits & (price >= 0) & jnp.any(live_b & (own.credit > 0))
+        draft = jax.lax.cond(
+            tries, functools.partial(propose, state.memory), nothing, own.drafter, own.text, state.made
+        )
         count_b = jnp.where(live_b, jnp.minimum(draft.count, until - state.made - 1), 0)
         draft = Draft(draft.tokens, count_b)
         eager_b = (count_b > 0) & (own.credit > 0)
-        fits = ~jnp.any(memory_lib.full(state.memory, n + 1) & live_b)
-        wide = jnp.any(eager_b) & fits & (price >= 0)
-        after, learned, said = _either(
+        wide = tries & jnp.any(eager_b)
+        after, known, said = _either(
             wide,
-            lambda state, learned: _verify(params, cfg, drafter, choice, state, learned, draft, live_b),
-            lambda state, learned: _single(params, cfg, drafter, choice, state, learned, draft, live_b),
+            lambda state, known: _verify(params, cfg, drafter, choice, state, known, draft, live_b),
+            lambda state, known: _single(params, cfg, drafter, choice, state, known, draft, live_b),
             state, own.drafter, Said(jnp.zeros((b, n + 1), jnp.int32), jnp.zeros(b, jnp.int32)),
         )  # fmt: skip
         took = after.made - state.made
@@ -109,7 +123,7 @@ def decode(
         earned_b = jnp.where(wide, accepted_b - cost_b, jnp.where(own.credit < START, REFUND, 0.0))
         own = Own(
             own.text.add(jnp.maximum(said.tokens, 0), said.count),
-            learned,
+            known,
             jnp.minimum(own.credit + jnp.where(live_b, earned_b, 0.0), MOST),
         )
         held_b, read_b = memory_lib.use(after.memory)
@@ -139,6 +153,28 @@ def decode(
     return jax.lax.while_loop(going, step, (state, own, Made.nothing(b), Tally.zero(b, n)))
 
 
+def asked(params: Any, learned: Any, memory: Any, made_b: jax.Array, choice: Choice, cfg: Any) -> Model:
+    """The model as drafters ask it, with this memory, where so many tokens, i32 [b], have been chosen."""
+    model = registry.of(cfg)
+
+    def embed(token_b: jax.Array) -> jax.Array:
+        return lookup(params["embed"], token_b[:, None], cfg.dtype)[:, 0]
+
+    def logits(x_bd: jax.Array) -> jax.Array:
+        return model.logits(params, x_bd[:, None], cfg=cfg)[:, 0]
+
+    def stale(memory: Any, token_b: jax.Array) -> tuple[jax.Array, Any]:
+        batch = Batch(token_b[:, None], memory.length[:, None], jnp.ones((len(token_b), 1), jnp.int32))
+        x_b1d, memory = model.stale(params, batch, cfg=cfg, cache=memory)
+        return x_b1d[:, 0], memory
+
+    def choose(logits_bv: jax.Array, i: Any) -> jax.Array:
+        return choice.take(logits_bv, made_b + i)[0]
+
+    apart = (lambda: model.outer(memory), stale) if model.stale is not None else (None, None)
+    return Model(learned, embed, logits, choose, *apart)
+
+
 def short(state: State, until: jax.Array, n: int) -> jax.Array:
     """bool []: whether a row that goes on to `until` tokens has no room for the next one, or for a draft of n, where
     it makes more tokens than that."""
@@ -150,9 +186,7 @@ def short(state: State, until: jax.Array, n: int) -> jax.Array:
 lacks_room = jax.jit(short, static_argnames="n")
 
 
-def _either(
-    first: jax.Array, one: Any, other: Any, state: State, learned: Any, said: Said
-) -> tuple[State, Any, Said]:
+def _either(first: jax.Array, one: Any, other: Any, state: State, known: Any, said: Said) -> tuple[State, Any, Said]:
     """What `one` of the state gives where `first`, else what the `other` gives.
 
     As loops of one turn or none, which XLA computes in place: a conditional would copy the memory.
@@ -164,23 +198,24 @@ def _either(
 
         return jax.lax.while_loop(lambda carry: carry[0], turn, (on, *carry))[1:]
 
-    return loop(~first, other, loop(first, one, (state, learned, said)))
+    return loop(~first, other, loop(first, one, (state, known, said)))
 
 
 def _single(
     params: Any, cfg: Any, drafter: Drafter, choice: Choice,
-    state: State, learned: Any, draft: Draft, live_b: jax.Array,
+    state: State, known: Any, draft: Draft, live_b: jax.Array,
 ) -> tuple[State, Any, Said]:  # fmt: skip
     """The step without drafts."""
-    after, token, ready, logits_bv = advance(params, state, choice, live_b, cfg=cfg)
-    read = Read(state.token[:, None], ready.astype(jnp.int32), logits_bv[:, None])
+    after, token, ready, logits_bv, x_b1d = advance(params, state, choice, live_b, cfg=cfg)
+    one_b = ready.astype(jnp.int32)
+    read = Read(state.token[:, None], one_b, logits_bv[:, None], x_b1d, one_b)
     tokens = jnp.pad(token[:, None], ((0, 0), (0, draft.tokens.shape[1])))
-    return after, drafter.observe(learned, read), Said(tokens, ready.astype(jnp.int32))
+    return after, drafter.observe(known, read), Said(tokens, one_b)
 
 
 def _verify(
     params: Any, cfg: Any, drafter: Drafter, choice: Choice,
-    state: State, learned: Any, draft: Draft, live_b: jax.Array,
+    state: State, known: Any, draft: Draft, live_b: jax.Array,
 ) -> tuple[State, Any, Said]:  # fmt: skip
     """The step that reads drafts, and keeps what is accepted of them."""
     model = registry.of(cfg)
@@ -201,8 +236,8 @@ def _verify(
     after = State(
         memory, jnp.where(live_b, newest, state.token), state.done | (live_b & stopped), state.made + taken_b
     )
-    learned = drafter.observe(learned, Read(ids_bn, count_b, logits_bnv))
-    return after, learned, Said(jnp.where(stops_bn, -1, token_bn), taken_b)
+    known = drafter.observe(known, Read(ids_bn, count_b, logits_bnv, x_bnd, taken_b))
+    return after, known, Said(jnp.where(stops_bn, -1, token_bn), taken_b)
 
 
 @functools.cache

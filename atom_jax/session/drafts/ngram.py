@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from atom_jax import config
-from atom_jax.session.drafts.drafter import Draft, Drafter, Text
+from atom_jax.session.drafts.drafter import Draft, Drafter, Model, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NGram(Drafter):
     def __post_init__(self):
         config.check(self, longest=(1, 64), least=(1, self.longest))
 
-    def propose(self, state: Any, text: Text, n: int) -> Draft:
+    def propose(self, state: Any, text: Text, n: int, model: Model | None = None) -> Draft:
         """See `Drafter`."""
         (b, t), at, last = text.ids.shape, jnp.arange(text.ids.shape[1])[None], text.length[:, None] - 1
         same = at < last

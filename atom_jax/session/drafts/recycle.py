@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.session import sampling
-from atom_jax.session.drafts.drafter import Draft, Drafter, Read, Text
+from atom_jax.session.drafts.drafter import Draft, Drafter, Model, Read, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Recycle(Drafter):
 
     name: ClassVar[str] = "recycle"
 
-    def init(self, text: Text, vocab: int) -> jax.Array:
+    def init(self, text: Text, vocab: int, learned: Any = None) -> jax.Array:
         """The table, i32 [b, v]; -1: nothing is known."""
         table = np.full((len(text.ids), vocab), -1, np.int32)
         for row, ids, length in zip(table, np.asarray(text.ids), np.asarray(text.length)):
             row[ids[: length - 1]] = ids[1:length]
         return jnp.asarray(table)
 
-    def propose(self, state: jax.Array, text: Text, n: int) -> Draft:
+    def propose(self, state: jax.Array, text: Text, n: int, model: Model | None = None) -> Draft:
         """See `Drafter`."""
         return follow(state, text.last, jnp.zeros((len(text.ids), n), jnp.int32), jnp.zeros_like(text.length))
 

@@ -26,17 +26,18 @@ class DraftSlots(Slots):
     """As `Slots`, and makes the same tokens.
 
     texts: i32 [n] of every row, what is known of its text, the latest token last. drafter, most: who makes drafts,
-    and their longest. until: tokens that rows are to have in the end.
+    and their longest. until: tokens that rows are to have in the end. learned: the drafter's own arrays, or None.
     tried, accepted: i64 [b], tokens of drafts so far. steps: i64 [b], calls of the model in which the row took part.
     queries: f64, entries that all queries read, drafts included, where each reads by itself.
     """
 
     def __init__(
         self, session: Session, choice: Choice, beside: bool, texts: Sequence[np.ndarray], drafter: Drafter,
-        most: int, until: int,
+        most: int, until: int, learned: Any = None,
     ):  # fmt: skip
         super().__init__(session, choice, beside)
         self._program, self._drafter, self._until = loop.compiled(), drafter, until
+        most = min(most, drafter.reach(learned) or most)
         self.pace, self._ahead = Pace(most), most + 1
         self._ready: dict[int, list[Any]] = {}
         b = len(texts)
@@ -50,10 +51,11 @@ class DraftSlots(Slots):
         new = np.asarray(self._state.made)
         ids[np.arange(b), length + new - 1] = np.asarray(self._state.token)
         text = Text(jnp.asarray(ids), jnp.asarray(length + new))
-        own = loop.Own(text, drafter.init(text, self._lm.config.vocab_size), jnp.full(b, loop.START, jnp.float32))
-        token = self._state.token
+        known, token = drafter.init(text, self._lm.config.vocab_size, learned), self._state.token
+        own = loop.Own(text, known, jnp.full(b, loop.START, jnp.float32))
         # What lies elsewhere would be compiled for once more.
         self._own = jax.device_put(own, token.sharding) if token.committed else own
+        self._learned = learned
 
     def prepare(self, until: Any) -> None:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles."""
@@ -91,7 +93,7 @@ class DraftSlots(Slots):
     def _call(self, until: np.ndarray) -> tuple[State, Made]:
         n, price = self.pace.n, np.float32(self.pace.price(self.pace.n))
         state, self._own, made, self._tally = self._program(
-            self._params, self._state, self._own, self.choice, until, price, cfg=self._lm.config,
+            self._params, self._learned, self._state, self._own, self.choice, until, price, cfg=self._lm.config,
             drafter=self._drafter, n=n,
         )  # fmt: skip
         return state, made

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax
 
-from atom_jax.session.drafts.drafter import Draft, Text
+from atom_jax.session.drafts.drafter import Draft, Model, Text
 from atom_jax.session.drafts.ngram import NGram
 from atom_jax.session.drafts.recycle import Recycle, follow
 
@@ -31,7 +31,7 @@ class Spine(Recycle):
     def _ngram(self) -> NGram:
         return NGram(self.longest, self.least)
 
-    def propose(self, state: jax.Array, text: Text, n: int) -> Draft:
+    def propose(self, state: jax.Array, text: Text, n: int, model: Model | None = None) -> Draft:
         """See `Drafter`."""
         found = self._ngram.propose((), text, n)
         return follow(state, text.last, found.tokens, found.count)

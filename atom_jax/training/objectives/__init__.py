@@ -11,9 +11,10 @@ from atom_jax.training.objectives.fit import Fit
 from atom_jax.training.objectives.foresee import Foresee
 from atom_jax.training.objectives.hypernet import TrainHypernet
 from atom_jax.training.objectives.images import Images
+from atom_jax.training.objectives.mtp import MultiToken
 from atom_jax.training.objectives.next_token import NextToken
 
 __all__ = [
-    "OBJECTIVES", "Alm", "Byteify", "Classify", "Distill", "Fit", "Foresee", "Images", "NextToken", "Objective",
-    "Setting", "TrainHypernet", "register",
+    "OBJECTIVES", "Alm", "Byteify", "Classify", "Distill", "Fit", "Foresee", "Images", "MultiToken", "NextToken",
+    "Objective", "Setting", "TrainHypernet", "register",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from atom_jax.transfer.byteify import Stage1
 from atom_jax.transfer.hypernet import Projector
 from atom_jax.typing import LM
 from configs import bolmo, image, world
+from configs.mtp import HEADS
 from configs.transfer import MAKER, TEACHER
 from tests.training.tiny import make
 
@@ -87,6 +88,8 @@ def example(source, tmp_path_factory):
             net = Projector(1 if exp.model.tie_embeddings else 2, exp.model.d_model, length=3)
             objective = cls(net=net, sampling=Sampling(vocabulary=320, texts=8))
             return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=MAKER), objective=objective)
+        if name == "mtp":
+            return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, groups=HEADS), objective=cls())
         return dataclasses.replace(exp, objective=cls())
 
     return build
