@@ -114,17 +114,22 @@ bench-kv: $(VENV)/.installed-$(EXTRAS) smollm2 heldout install-kvpress  ## cache
 bench-transplant: $(VENV)/.installed-$(EXTRAS) smollm2 install-mergekit  ## rows of a new vocabulary next to mergekit's; TOKENIZER=PATH
 	$(BIN)/python -m benchmarks.transplant --tokenizer=$(TOKENIZER)
 
-# One environment holds both compilers; where one of them cannot be had, the other still runs.
-$(AOT)/.installed: $(VENV)/.installed-core
+# One environment holds the compilers of TARGETS; where one of them cannot be had, the other still runs. A call of cuDNN
+# is lowered for the version that is there; what cuDNN itself depends on it does without.
+INSTALL_tpu = $$pip "jax[tpu]==$$version"
+INSTALL_cuda = $$pip "jax==$$version" jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version && \
+  $$pip --no-deps nvidia-cudnn-cu12
+COMMA := ,
+COMPILERS := $(sort $(patsubst v%,tpu,$(subst h100,cuda,$(subst $(COMMA), ,$(TARGETS)))))
+
+$(AOT)/.installed-%: $(VENV)/.installed-core
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
-	for packages in "jax[tpu]==$$version" "jax==$$version jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version"; do \
-	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $$packages || true; \
-	done; \
-	$(AOT)/bin/python -c 'import jax' && touch $@
+	pip='$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check'; $(INSTALL_$*) && touch $@
 
 aot: $(VENV)/.installed-core  ## compile every kernel for TPUs and an H100 that need not be there; one table (minutes)
-	@if $(MAKE) --no-print-directory $(AOT)/.installed; then \
+	@$(MAKE) --no-print-directory --keep-going -j1 $(COMPILERS:%=$(AOT)/.installed-%) || true
+	@if $(AOT)/bin/python -c 'import jax'; then \
 	  $(AOT)/bin/python -m pallas_kernels.compile_report --targets=$(TARGETS) $(AOTFLAGS); \
 	else echo "aot: jax's compilers for TPU and CUDA cannot be installed here, so nothing was compiled"; fi
 

@@ -3,7 +3,7 @@
     python -m pallas_kernels.compile_report [--targets=v5e,h100] [--only=ssd_chunk,...] [--forward] [--markdown=FILE]
 
 Exits with 1 when anything is refused. A target whose compiler is not installed is left out with a line that says so.
-On TPU the kernels are compiled, on an H100 the references.
+On TPU the kernels are compiled, on an H100 the references and attention's kernels.
 """
 
 from __future__ import annotations

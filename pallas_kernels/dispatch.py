@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -20,15 +21,27 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
-def choose(implementation: str | None) -> str:
-    """One of IMPLEMENTATIONS; for None the TPU kernel on TPU and the reference elsewhere. Raises ValueError for an
-    unknown name."""
+def nvidia() -> bool:
+    """Whether it is compiled for an NVIDIA GPU of compute capability 8.0 (Ampere) or later. Of one that is not there,
+    the abstract device of the current mesh, only the name is known; it counts as such."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    here = jax.local_devices()[0]
+    if device is not None and device.device_kind != here.device_kind:
+        return device.device_kind.startswith("NVIDIA")
+    # Another maker's are no numbers.
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(here, "compute_capability", "")))
+    return capability is not None and int(capability[1]) >= 8
+
+
+def choose(implementation: str | None, more: tuple[str, ...] = ()) -> str:
+    """One of IMPLEMENTATIONS, or of `more` that an operation has; for None the TPU kernel on TPU and the reference
+    elsewhere. Raises ValueError for an unknown name."""
     implementation = implementation or DEFAULT
     if implementation is None:
         return "tpu" if platform() == "tpu" else "reference"
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (*IMPLEMENTATIONS, *more):
         raise ValueError(
-            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}"
+            f"implementation: expected one of {', '.join((*IMPLEMENTATIONS, *more))} or None, got {implementation!r}"
         )
     return implementation
 

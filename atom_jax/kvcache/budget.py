@@ -26,10 +26,9 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache import observe
-from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.dense import alone, bucket
 from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
 from atom_jax.kvcache.policy import Policy
-from atom_jax.nn.attention import attend
 from atom_jax.typing import AtomError
 
 # Beyond any position.
@@ -243,7 +242,7 @@ class BudgetLayer(Layer):
         bias = None if self.bias is None else jnp.zeros(pos.shape)
         new = Entries(call.k, call.v, pos, self.policy.token_score(call), bias)
         if call.fresh:
-            out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True)
+            out = alone(call, call.window)
             new = new.replace(score=self.policy.prompt(new, call))
             layer, new, keep, limit = self.policy.compact(self, new, call.after, self.policy.allow(self, call))
             return out, layer._put(new, keep).replace(limit=self.policy.later(limit))

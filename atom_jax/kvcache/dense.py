@@ -63,7 +63,7 @@ class DenseLayer(Layer):
         """Stores the new tokens, and attends; see `memory.Layer`."""
         state = self.write(call.k, call.v, call.length)
         if call.fresh and call.q.shape[3] > 1:
-            return attend(call.q, call.k, call.v, call.tokens, call.tokens, window=call.window, aligned=True), state
+            return alone(call, call.window), state
         here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
         return state._attend(call.q, here, call.after, call.window), state
 
@@ -102,6 +102,11 @@ class DenseLayer(Layer):
     def held(self, length_b: jax.Array) -> jax.Array:
         """Every token."""
         return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
+
+
+def alone(call: Call, window: int | None) -> jax.Array:
+    """Attention [b, h, g, t, k] of the first tokens of every row to each other, fewer than `window` places back."""
+    return attend(call.q, call.k, call.v, call.tokens, call.tokens, window=window, aligned=True, single=True)
 
 
 def put(old_bhck: jax.Array, new_bhtk: jax.Array, at_bt: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.kvcache.dense import bucket, put, widen
+from atom_jax.kvcache.dense import alone, bucket, put, widen
 from atom_jax.kvcache.memory import Call, Layer
 from atom_jax.nn.attention import Tokens, attend
 
@@ -43,8 +43,7 @@ class WindowLayer(Layer):
             held = state._held(call.after)
             return attend(call.q, state.k, state.v, Tokens(positions, real), held, window=self.window), state
         if call.fresh:
-            out = attend(call.q, call.k, call.v, call.tokens, call.tokens, window=self.window, aligned=True)
-            return out, self._write(call)
+            return alone(call, self.window), self._write(call)
         held = self._held(call.length)
         k, v = (
             jnp.concatenate([old, new.astype(old.dtype)], axis=2) for old, new in ((self.k, call.k), (self.v, call.v))

@@ -80,6 +80,7 @@ def attend(
     keep_window: int = 0,
     bias_bhs: jax.Array | None = None,
     start: jax.Array | None = None,
+    single: bool = False,
 ) -> jax.Array:
     """Softmax attention with scores over sqrt(k), float32 softmax; memory linear in t and s for long inputs.
 
@@ -90,6 +91,8 @@ def attend(
       aligned: True promises that key i stands where query i stands, and that neighbours in a segment stand one place
         apart, so that blocks above the diagonal or outside the window are never computed. start: i32 [], with it key
         start + i stands where query i stands.
+      single: True promises of aligned rows that each holds one segment, with padding after it, if any: its tokens see
+        none of that in any case, so that kernels need no segments.
       keep_bhs: added to the scores that a key gets from queries more than `keep_window` positions after it: the log-
         probability that it was kept (Dynamic Memory Sparsification), 0 or less; None: every key is kept.
       bias_bhs: added to the scores of every key, see `with_bias`; None: nothing.
@@ -97,14 +100,16 @@ def attend(
     """
     if bias_bhs is not None:
         options = {"window": window, "aligned": aligned, "keep_bhs": keep_bhs, "keep_window": keep_window}
-        return attend(*with_bias(q_bhgtk, k_bhsk, v_bhsk, bias_bhs), q, k, start=start, **options)[..., :-1]
+        wider = with_bias(q_bhgtk, k_bhsk, v_bhsk, bias_bhs)
+        return attend(*wider, q, k, start=start, single=single, **options)[..., :-1]
     t, s = q_bhgtk.shape[3], k_bhsk.shape[2]
     if t == 1 and keep_bhs is None:
         return _attend_one(q_bhgtk[..., 0, :], k_bhsk, v_bhsk, mask(q, k, window)[:, None])[..., None, :]
     block = block_size(s, len(q_bhgtk))
     if t * s > block * block:
         places = (q.positions, q.segments, k.positions, k.segments)
-        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, keep_bhs, keep_window, start)
+        rest = (keep_bhs, keep_window, start, single)
+        return blockwise(q_bhgtk, k_bhsk, v_bhsk, places, window, aligned, block, *rest)
     scores = jnp.einsum("bhgtk,bhsk->bhgts", q_bhgtk, k_bhsk, preferred_element_type=jnp.float32)
     scores = scores * q_bhgtk.shape[-1] ** -0.5
     if keep_bhs is not None:

@@ -1,7 +1,8 @@
 """Attention in blocks with an online softmax: memory linear in length, forward and backward.
 
 The scheme is FlashAttention's (Dao et al., 2022; Rabe & Staats, 2021) in plain jnp, with a custom gradient that
-recomputes the scores of a block instead of storing them. On TPU, sequences attend to themselves in a kernel.
+recomputes the scores of a block instead of storing them. On TPUs, and on NVIDIA GPUs in bfloat16, sequences attend to
+themselves in a kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from atom_jax.sharding import partition
-from pallas_kernels.dispatch import NEGATIVE, choose, platform
-from pallas_kernels.evict_attention.api import evict_attention
+from pallas_kernels.dispatch import NEGATIVE, platform
+from pallas_kernels.evict_attention.api import choose, evict_attention
 
 Places = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 # Queries of the lowest tile.
@@ -37,18 +38,21 @@ def blockwise(
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
     start: jax.Array | None = None,
+    single: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention as `attention.attend` defines it, one [block, block] tile of scores at a time; fewer queries than
     that make lower tiles.
 
     places: query positions [b, t], query segments [b, t], key positions [b, s], key segments [b, s], all i32.
-    implementation: of aligned sequences, as in `evict_attention`; None is its kernel on TPU.
+    single: as in `attend`. implementation: of aligned sequences, as in `evict_attention`.
     Returns [b, h, g, t, k] in the dtype of the queries.
     """
-    if aligned and choose(implementation) != "reference":
-        args = (q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, start, implementation)
-        return _kernel(*args)[0]
+    if aligned:
+        segments = None if single else (places[1], places[3])
+        out = _kernel(q_bhgtk, k_bhsk, v_bhsk, segments, window, keep_bhs, keep_window, start, False, implementation)
+        if out is not None:
+            return out[0]
     blocks = _blocks(q_bhgtk.shape[3], aligned, block)
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
     start = jnp.int32(0) if start is None else start
@@ -72,8 +76,11 @@ def blockwise_lse(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t]; no gradient."""
-    if aligned and choose(implementation) != "reference":
-        return _kernel(q_bhgtk, k_bhsk, v_bhsk, places, window, keep_bhs, keep_window, None, implementation)
+    if aligned:
+        segments = (places[1], places[3])
+        out = _kernel(q_bhgtk, k_bhsk, v_bhsk, segments, window, keep_bhs, keep_window, None, True, implementation)
+        if out is not None:
+            return out
     t = q_bhgtk.shape[3]
     blocks = _blocks(t, aligned, block)
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
@@ -103,23 +110,26 @@ def _local() -> bool:
     return mesh.size <= 1 or AxisType.Manual in mesh.axis_types
 
 
-def _kernel(q, k, v, places, window, keep, keep_window, start, implementation):
-    """Both results by `evict_attention`, on the devices that hold the rows and heads."""
+def _kernel(q, k, v, segments, window, keep, keep_window, start, with_lse, implementation):
+    """Both results of `evict_attention`, on the devices that hold the rows and heads; None where no kernel takes such
+    arrays."""
+    given = {"keep": keep is not None, "segments": segments is not None, "offset": start is not None}
+    chosen = choose(q, k, **given, with_lse=with_lse, implementation=implementation)
+    if chosen == "reference":
+        return None
 
-    def run(q, k, v, keep, segments):
+    def run(q, k, v, keep, segments, start):
         return evict_attention(
             q, k, v, keep, keep_window=keep_window, window=window, segments=segments,
-            q_start=0 if start is None else start, implementation=implementation,
+            q_start=0 if start is None else start, with_lse=with_lse, implementation=chosen,
         )  # fmt: skip
 
-    args = (q, k.astype(q.dtype), v.astype(q.dtype), keep, (places[1], places[3]))
+    args = (q, k.astype(q.dtype), v.astype(q.dtype), keep, segments, start)
     if _local():
         return run(*args)
     mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = partition(k.shape[:2], ("batch", "kv_heads"), mesh)
-    specs = (P(rows, heads), P(rows, heads), P(rows, heads), P(rows, heads), P(rows))
-    specs = specs if keep is not None else (*specs[:3], None, specs[4])
-    return jax.shard_map(run, in_specs=specs, out_specs=(P(rows, heads),) * 2, check_vma=False)(*args)
+    both, rows = (partition(k.shape[:n], ("batch", "kv_heads")[:n], mesh) for n in (2, 1))
+    return jax.shard_map(run, in_specs=(both, both, both, both, rows, P()), out_specs=both, check_vma=False)(*args)
 
 
 def _blocks(t: int, aligned: bool, block: int) -> tuple[int, int]:

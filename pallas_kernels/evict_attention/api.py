@@ -11,11 +11,45 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import check_kind, check_shape, choose, pad_axis
-from pallas_kernels.evict_attention import kernel, kernel_bwd, plan, ref, tuning
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import check_kind, check_shape, pad_axis
+from pallas_kernels.evict_attention import kernel, kernel_bwd, nvidia, plan, ref, tuning
 from pallas_kernels.evict_attention.ref import NEGATIVE, NOTHING
 from pallas_kernels.evict_attention.tiles import LOG2E, Form
 from pallas_kernels.evict_attention.tuning import Blocks
+
+# What there is besides what every operation has.
+MORE = ("triton", "triton_interpret", "cudnn")
+
+
+def choose(
+    q_bhgtk: jax.Array,
+    k_bhsk: jax.Array,
+    *,
+    keep: bool = False,
+    segments: bool = False,
+    offset: bool = False,
+    with_lse: bool = True,
+    implementation: str | None = None,
+) -> str:
+    """What `evict_attention` runs for such arrays: `implementation` where it is given, else the kernel on TPU, cuDNN
+    or the Triton kernel on an NVIDIA GPU (`dispatch.nvidia`) where they take them, and the reference elsewhere.
+
+    keep, segments: whether they are given; offset: whether `q_start` is anything but 0; with_lse: as there. Raises
+    ValueError for an unknown name, and for "cudnn" where it does not take this.
+    """
+    wanted = nvidia.Wanted(
+        q_bhgtk.shape[3], k_bhsk.shape[2], q_bhgtk.shape[4], q_bhgtk.dtype, keep, segments, offset, with_lse
+    )
+    chosen = dispatch.choose(implementation, MORE)
+    if chosen == "reference" and implementation is None and dispatch.DEFAULT is None and dispatch.nvidia():
+        return nvidia.choose(wanted)
+    if chosen == "cudnn" and not nvidia.cudnn_takes(wanted):
+        raise ValueError(
+            "implementation: cuDNN takes bfloat16 sequences of one even length, heads of a multiple of 8 up to 128, "
+            f"and no keep_bhs, segments, q_start or log-sum-exp, got {wanted}"
+        )
+    return chosen
 
 
 def evict_attention(
@@ -28,9 +62,10 @@ def evict_attention(
     window: int | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
     q_start: int | jax.Array = 0,
+    with_lse: bool = True,
     implementation: str | None = None,
     blocks: Blocks | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Softmax attention with scores over sqrt(k), and the log-sum-exp of the scores; memory linear in t and s.
 
     Query i stands at q_start + i, key j at j. A query sees the keys of its own segment that are not after it.
@@ -43,8 +78,9 @@ def evict_attention(
       segments: i32 [b, t] of queries and [b, s] of keys, 0 or less for padding, which sees nothing and is not seen.
         Tokens of one segment should stand together, or time is lost. None: one segment.
       q_start: where the first query stands, one integer or i32 [b]. May be negative.
-      implementation: "reference", "tpu", "interpret" (the TPU kernel's program on any machine), "triton" (for NVIDIA
-        GPUs), "triton_interpret", or None: the kernel on TPU, the reference elsewhere. Chosen while tracing.
+      with_lse: False leaves out the second result, which cuDNN does not give.
+      implementation: "reference", "tpu", "interpret" (the TPU kernel's program on any machine), for NVIDIA GPUs
+        "triton" and "cudnn", "triton_interpret", or None: see `choose`. Chosen while tracing.
       blocks: sizes of the kernel's blocks, None for those of `tuning`.
     Returns: [b, h, g, t, k] in the dtype of the queries, and f32 [b, h, g, t] in nats. Queries that see nothing get
       zeros and -1e30. Two parts of the keys are merged by weights exp(lse - the larger lse), or -1e30 as the larger
@@ -78,14 +114,20 @@ def evict_attention(
     if keep_window < 0 or (window is not None and window < 1):
         raise ValueError(f"keep_window, window: expected 0 or more and 1 or more, got {keep_window} and {window}")
     start_b = jnp.broadcast_to(start.astype(jnp.int32), (b,))
-    triton = implementation in ("triton", "triton_interpret")
-    chosen = implementation if triton else choose(implementation)
+    keep, apart, offset = keep_bhs is not None, segments is not None, not (isinstance(q_start, int) and q_start == 0)
+    chosen = choose(
+        q_bhgtk, k_bhsk, keep=keep, segments=apart, offset=offset, with_lse=with_lse, implementation=implementation
+    )
+    if chosen == "cudnn":
+        return nvidia.fused(q_bhgtk, k_bhsk, v_bhsk, window), None
     if chosen == "reference":
-        return ref.attention(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_window)
+        out, lse = ref.attention(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, window, keep_window)
+        return out, lse if with_lse else None
+    triton = chosen.startswith("triton")
     blocks = blocks or (tuning.TRITON if triton else tuning.blocks(t, s, g, q_bhgtk.dtype))
-    interpret = chosen.endswith("interpret")
-    form = Form(s, window, keep_window, segments is not None, keep_bhs is not None, blocks, triton, interpret)
-    return _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, form)
+    form = Form(s, window, keep_window, apart, keep, blocks, triton, chosen.endswith("interpret"))
+    out, lse = _attend(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, segments, start_b, form)
+    return out, lse if with_lse else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -1,5 +1,6 @@
 """Shapes at which `evict_attention` is compiled: training and prefill of an 8B model (32 heads in 8 groups, head size
-128, a window of 512), and of a small one (9 heads in 3 groups, head size 64); and JAX's own kernel for comparison."""
+128, a window of 512), and of a small one (9 heads in 3 groups, head size 64); and JAX's own kernel for TPU for
+comparison."""
 
 from __future__ import annotations
 
@@ -51,6 +52,7 @@ class Case(NamedTuple):
             if self.packed:
                 options["segments"] = options.pop("q_seg"), options.pop("k_seg")
             options |= {"keep_window": self.keep_window or 0, "window": self.window}
+            options["with_lse"] = implementation != "cudnn"
             return evict_attention(**options, implementation=implementation)
 
         return run
@@ -83,7 +85,7 @@ def _gradient(run: Callable, n: int) -> Callable:
 
     def total(*arrays: jax.Array) -> tuple:
         out, lse = run(*arrays)
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse), (out, lse)
+        return jnp.sum(out.astype(jnp.float32)) + (0.0 if lse is None else jnp.sum(lse)), (out, lse)
 
     return jax.grad(total, argnums=tuple(range(n)), has_aux=True)
 
@@ -110,6 +112,11 @@ def tpu() -> Specs:
 
 
 def cuda() -> Specs:
-    """The same of what can run on an H100: the Triton kernel, and the reference, which runs by default."""
-    names = ["8b", "8b_packed", "small_packed"]
-    return _specs("reference", names) | {f"triton_{n}": x for n, x in _specs("triton", names).items()}
+    """The same of what runs on an H100 in bfloat16, cuDNN or the Triton kernel, and of the reference."""
+    names = {
+        "reference": ["8b", "8b_dense", "8b_packed", "8b_sliding", "small_packed"],
+        "triton": [name for name, case in CASES.items() if case.dtype == "bfloat16"],
+        "cudnn": ["8b_dense", "8b_sliding"],
+    }
+    specs = _specs("reference", names.pop("reference"))
+    return specs | {f"{kind}_{n}": x for kind, some in names.items() for n, x in _specs(kind, some).items()}

@@ -128,9 +128,10 @@ def test_kernel_equals_reference(name, implementation):
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_kernel_equals_reference_in_bfloat16():
+@pytest.mark.parametrize("implementation", ["interpret", "triton_interpret"])
+def test_kernel_equals_reference_in_bfloat16(implementation):
     arrays, options = inputs(257, 257, h=1, dtype=jnp.bfloat16), {"keep_window": 64}
-    got = results(arrays, "interpret", **options)
+    got = results(arrays, implementation, **options)
     exact = results([x.astype(jnp.float32) for x in arrays], "reference", **options)
     for x, expected in zip(got, exact):
         np.testing.assert_allclose(np.float32(x), expected, atol=2e-2 * max(1, float(jnp.abs(expected).max())))

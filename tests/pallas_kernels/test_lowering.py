@@ -23,6 +23,13 @@ def test_becomes_a_tpu_program(name):
     assert "tpu_custom_call" in text
 
 
+@pytest.mark.parametrize("name", [name for name in aot.cuda() if "/triton_" in name])
+def test_becomes_a_gpu_program(name):
+    function, shapes = aot.cuda()[name]
+    text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "evict_attention_forward" in text and "triton" in text
+
+
 def test_every_operation_has_shapes_for_both_platforms():
     for specs in (aot.tpu(), aot.cuda()):
         assert {name.split("/")[0] for name in specs} == set(aot.operations())
