@@ -33,7 +33,7 @@ def choose(
     implementation: str | None = None,
 ) -> str:
     """What `evict_attention` runs for such arrays: `implementation` where it is given, else the kernel on TPU, cuDNN
-    or the Triton kernel on an NVIDIA GPU (`dispatch.nvidia`) where they take them, and the reference elsewhere.
+    on an NVIDIA GPU (`dispatch.nvidia`) where it takes them, and the reference elsewhere.
 
     keep, segments: whether they are given; offset: whether `q_start` is anything but 0; with_lse: as there. Raises
     ValueError for an unknown name, and for "cudnn" where it does not take this.

@@ -1,6 +1,6 @@
-"""The same attention for NVIDIA GPUs, through Triton.
+"""The same attention for NVIDIA GPUs, through Triton; on request only, as it has not run on a GPU yet.
 
-JAX 0.11 deprecates this way to Triton: where it is gone, the reference runs.
+JAX 0.11 deprecates this way to Triton: when it goes, delete this file and what names it in `api`.
 
 Every program has a tile of queries (or of keys, for their gradients) and loops over the tiles that it sees. All tiles
 are masked alike; tiles without a key that is kept are skipped.

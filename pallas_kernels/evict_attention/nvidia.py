@@ -1,21 +1,17 @@
-"""Which kernel an NVIDIA GPU runs, and cuDNN's fused attention.
+"""What an NVIDIA GPU runs, and cuDNN's fused attention.
 
 cuDNN, through `jax.nn.dot_product_attention`, knows causal and sliding attention of whole sequences. It takes no
 segments: the offsets by which it tells documents apart are not to be reached from there (and need the largest number
 of documents per row), and a mask is as large as the scores. Its log-sum-exp is rounded to the dtype of the queries.
-What it does not take is for the Triton kernel.
+What it does not take is for jnp, until the Triton kernel has run on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-# Sizes of heads that fill the Triton kernel's tiles, which are powers of two.
-TRITON_HEADS = (16, 32, 64, 128)
 
 
 class Wanted(NamedTuple):
@@ -33,13 +29,8 @@ class Wanted(NamedTuple):
 
 
 def choose(wanted: Wanted) -> str:
-    """The kernel that takes it, "cudnn" or "triton", and "reference" where neither does."""
-    if cudnn_takes(wanted):
-        return "cudnn"
-    # The Triton kernel multiplies float32 in float32, which is not for the matrix units.
-    if wanted.dtype == jnp.bfloat16 and wanted.size in TRITON_HEADS and _has_triton():
-        return "triton"
-    return "reference"
+    """ "cudnn" where it takes that, else "reference"."""
+    return "cudnn" if cudnn_takes(wanted) else "reference"
 
 
 def cudnn_takes(wanted: Wanted) -> bool:
@@ -60,8 +51,3 @@ def fused(
         is_causal=True, local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
     )  # fmt: skip
     return out.reshape(b, t, h, g, k).transpose(0, 2, 3, 1, 4)
-
-
-def _has_triton() -> bool:
-    """Whether this jax still has the way to Triton that the kernel takes."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None

@@ -43,12 +43,12 @@ def shapes(t=1024, s=None, k=128, dtype=jnp.bfloat16):
     [
         ({}, {"with_lse": False}, "cudnn"),
         ({"k": 96}, {"with_lse": False}, "cudnn"),
-        ({"t": 1023}, {"with_lse": False}, "triton"),
-        ({"s": 2048}, {"with_lse": False}, "triton"),
-        ({}, {"with_lse": False, "segments": True}, "triton"),
-        ({}, {"with_lse": False, "offset": True}, "triton"),
-        ({}, {"with_lse": False, "keep": True}, "triton"),
-        ({"k": 64}, {}, "triton"),
+        ({"t": 1023}, {"with_lse": False}, "reference"),
+        ({"s": 2048}, {"with_lse": False}, "reference"),
+        ({}, {"with_lse": False, "segments": True}, "reference"),
+        ({}, {"with_lse": False, "offset": True}, "reference"),
+        ({}, {"with_lse": False, "keep": True}, "reference"),
+        ({"k": 64}, {}, "reference"),
         ({"k": 96}, {}, "reference"),
         ({"k": 129}, {"with_lse": False}, "reference"),
         ({"k": 256}, {"with_lse": False}, "reference"),
@@ -61,13 +61,6 @@ def test_what_is_chosen(sizes, options, expected):
         assert choose(*arrays, **options) == expected
         assert choose(*arrays, **options, implementation="reference") == "reference"
     assert choose(*arrays, **options) == "reference"
-
-
-def test_what_is_chosen_without_a_way_to_triton(monkeypatch):
-    monkeypatch.setattr(nvidia, "_has_triton", lambda: False)
-    with H100():
-        assert choose(*shapes(), keep=True) == "reference"
-        assert choose(*shapes(), with_lse=False) == "cudnn"
 
 
 @pytest.mark.parametrize("kind", ["Tesla T4", "AMD Instinct MI300X", "TPU v5 lite", "cpu"])
@@ -156,8 +149,8 @@ def test_single_documents_need_no_segments(window, monkeypatch):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_what_a_layer_runs(many, monkeypatch):
-    """Prompts go to cuDNN, packed rows and those that evict to Triton, what neither takes to plain jnp; also under a
-    mesh of several GPUs."""
+    """Prompts go to cuDNN, what it does not take to plain jnp, and on request to Triton; also under a mesh of several
+    GPUs."""
     called = []
     monkeypatch.setattr(nvidia, "fused", lambda q, *rest: called.append("cudnn") or q)
     tokens = jax.tree.map(lambda _: jax.ShapeDtypeStruct((2, 1024), jnp.int32), Tokens(0, 0))
@@ -180,12 +173,15 @@ def test_what_a_layer_runs(many, monkeypatch):
             AbstractMesh((2, 1, 1, 2), names, axis_types=(AxisType.Auto,) * 4, abstract_device=gpu)
         )
     with mesh:
-        assert "evict_attention_back_k" in program() and not called
-        assert "evict_attention_back_k" in program(window=100) and not called
-        assert "evict_attention_back_k" in program(single=True, keep=True) and not called
+        assert "evict_attention" not in program() and not called
+        assert "evict_attention" not in program(single=True, keep=True) and not called
         assert "evict_attention" not in program(jnp.float32, single=True) and not called
         assert "evict_attention" not in program(single=True) and called
-    called.clear()
+        called.clear()
+        monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+        for options in ({}, {"window": 100}, {"single": True, "keep": True}):
+            assert "evict_attention_back_k" in program(**options) and not called
+        monkeypatch.undo()
     assert "evict_attention" not in program(single=True) and not called
 
 
