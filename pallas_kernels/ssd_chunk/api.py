@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import check_kind, check_shape, choose
-from pallas_kernels.ssd_chunk import kernel, ref
+from pallas_kernels.ssd_chunk import kernel, kernel_bwd, ref
 
 
 def ssd_chunk(
@@ -27,8 +27,8 @@ def ssd_chunk(
     """S_t = exp(decay_t) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t for every head, in blocks (Dao & Gu, 2024,
     "Transformers are SSMs", section 6).
 
-    Products inside a block run in the dtype of x with float32 sums; states and decays are float32. The kernel's
-    gradient is computed by the reference, from the inputs.
+    Products inside a block run in the dtype of x with float32 sums; states and decays are float32. On TPU the
+    gradient is kernels too; nothing but the inputs is kept for it.
 
     Args:
       x_bthk: [b, t, h, k]. dt_bth, decay_bth: f32 [b, t, h], time steps and log decays (0 or less).
@@ -75,11 +75,8 @@ def _ssd_forward(parts, s_bhkn, interpret):
 
 
 def _ssd_backward(interpret, saved, g):
-    parts, s_bhkn = saved
-    *floats, documents = parts
-    _, back = jax.vjp(lambda floats, s: ref.ssd((*floats, documents), s, kernel.BLOCK), floats, s_bhkn)
-    to_floats, to_s = back(g)
-    return (*to_floats, None), to_s
+    dx, ddt, ddecay, db, dc, ds = kernel_bwd.ssd_back(*saved, g, interpret)
+    return (dx, ddt, ddecay, db, dc, None), ds
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)

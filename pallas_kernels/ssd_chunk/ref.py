@@ -29,9 +29,9 @@ def ssd(parts: Parts, s_bhkn: jax.Array, size: int) -> tuple[jax.Array, jax.Arra
 
 def decay(exponent: jax.Array, seen: jax.Array) -> jax.Array:
     """exp(exponent) where seen, else 0. Sums of decays fall, so that an exponent that counts is above 0 by rounding
-    only."""
+    only; at 0, where nothing decays, the gradient is that of exp."""
     seen = jnp.broadcast_to(seen, exponent.shape)
-    return jnp.where(seen, jnp.exp(jnp.where(seen, jnp.minimum(exponent, 0.0), 0.0)), 0.0)
+    return jnp.where(seen, jnp.exp(jnp.where(seen & ~(exponent > 0), exponent, 0.0)), 0.0)
 
 
 def _block(carry: tuple[jax.Array, jax.Array], parts: Parts) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
