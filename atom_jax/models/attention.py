@@ -142,7 +142,7 @@ def attention(
             report["probe"] = context.probe(p, heads, call)
         out = self_attend(
             q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window,
-            bias_bht=seen.bias,
+            bias_bht=seen.bias, newest=seen.newest,
         )  # fmt: skip
     elif context.tentative:
         out, state = state.attend(call), call

@@ -1,11 +1,12 @@
 """Merging fitted in closed form, without training: ridge regressions on what the dense model loses where two tokens
 share an entry.
 
-For every layer, key/value head and token, two numbers are predicted from the normalised residual stream at the token.
-The first is the logarithm of the error of attention's outputs if this token, and nothing else, were merged with the
-one before it (`costs`); it is merged where that is under one threshold for all layers and heads. The second is the
-logarithm of the attention that the token receives, its weight in the mean: values averaged by the attention that they
-get change the output least.
+For every layer, key/value head and token, two numbers are predicted from the normalised residual stream at the token
+and, of the form observed, from the attention that it received while it was among the newest. The first is the
+logarithm of the error of attention's outputs if this token, and nothing else, were merged with the one before it
+(`costs`); it is merged where that is under one threshold for all layers and heads. The second is the logarithm of the
+attention that the token receives, its weight in the mean: values averaged by the attention that they get change the
+output least. Both count the queries that would see the mean: those that stand `window` tokens or more after it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from atom_jax.kvcache.dmc import DMC, serve
 from atom_jax.kvcache.dmc.decide import Said
 from atom_jax.kvcache.dmc.pooling import pooled
+from atom_jax.kvcache.dms import observed
 from atom_jax.kvcache.memory import Call
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
@@ -48,8 +50,8 @@ def fit(
     AtomError for a model without projections to fit, or documents that are too short.
     """
     dmc = cfg.memory
-    if not isinstance(dmc, DMC) or dmc.form != "adapter" or not dmc.bias:
-        raise AtomError("fit: the model's memory must be dmc of the form adapter, with bias=true")
+    if not isinstance(dmc, DMC) or dmc.form == "borrowed" or not dmc.bias:
+        raise AtomError("fit: the model's memory must be dmc of the form adapter or observed, with bias=true")
     if how.target != "output":
         raise AtomError(f"fit.target: merging is fitted to output, got {how.target!r}")
     rows = iter(rows)
@@ -72,17 +74,19 @@ def calibrate(
         bias = params["layers"]["attn"]["dmc"]["bias"]
         return ridge.learned(params, cfg, {"bias": bias + move / cfg.memory.scale})
 
-    return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks + 1, 0, shifted)
+    return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks + 1, cfg.memory.window, shifted)
 
 
 def put(params: Any, found: dict[str, np.ndarray], cfg: TransformerConfig, how: FitConfig) -> Any:
     """Parameters whose decision logit is minus the predicted error, times the steepness, and whose weights are the
     predicted attention, from the `sums`."""
     of = lambda name: {**found, "xy": found[f"x{name}"], "oy": found[f"o{name}"]}  # noqa: E731
-    cost, cost_constant, _ = ridge.solve(of("cost"), how.ridge)
-    weight, _, _ = ridge.solve(of("weight"), how.ridge)
+    cost, cost_constant, cost_seen = ridge.solve(of("cost"), how.ridge)
+    weight, _, weight_seen = ridge.solve(of("weight"), how.ridge)
     s, shift = how.steepness / cfg.memory.scale, cfg.memory.offset / cfg.memory.scale
     new = {"alpha": -s * cost, "bias": shift - s * cost_constant, "weight": weight}
+    if cfg.memory.form == "observed":
+        new |= {"alpha_observed": -s * cost_seen, "weight_observed": weight_seen}
     return ridge.learned(params, cfg, {name: jnp.asarray(x, jnp.float32) for name, x in new.items()})
 
 
@@ -90,7 +94,7 @@ def put(params: Any, found: dict[str, np.ndarray], cfg: TransformerConfig, how: 
 def sums(params: Any, batch: Batch, *, cfg: TransformerConfig) -> dict[str, jax.Array]:
     """What `ridge.solve` needs for both predictions, called "cost" and "weight"."""
     tokens = Tokens(batch.positions, batch.segments)
-    counts = (batch.positions > cfg.memory.sinks) & (tokens.left >= LEAST_QUERIES)
+    counts = (batch.positions > cfg.memory.sinks) & (tokens.left >= cfg.memory.window + LEAST_QUERIES)
     counts = counts.astype(jnp.float32)
 
     def probe(p, heads, call):
@@ -99,20 +103,24 @@ def sums(params: Any, batch: Batch, *, cfg: TransformerConfig) -> dict[str, jax.
         size = jnp.mean(jnp.square(heads.x_btd.astype(jnp.float32)).sum(-1))
         cost, weight = costs(call, p["o"], cfg.memory)
         cost = jnp.log(cost / size + ERROR_FLOOR)
-        h, d = cost.shape[1], x.shape[2]
-        empty = {"xo": jnp.zeros((h, d, 0)), "oo": jnp.zeros((h, 0, 0))}
-        empty |= dict.fromkeys(("ocost", "oweight"), jnp.zeros((h, 0)))
-        xx = jnp.einsum("btd,bte->de", x, x)
-        xcost, xweight = (jnp.einsum("btd,bht->hd", x, y) for y in (cost, weight))
-        return {"xx": xx, "xcost": xcost, "xweight": xweight, **empty}
+        if cfg.memory.form == "observed":
+            o = observed.observe(call.q, call.k, tokens, cfg.memory.window - 1) * counts[:, None, :, None]
+        else:
+            o = jnp.zeros((*cost.shape, 0))
+        out = {"xx": jnp.einsum("btd,bte->de", x, x), "xo": jnp.einsum("btd,bhtf->hdf", x, o)}
+        out["oo"] = jnp.einsum("bhtf,bhtg->hfg", o, o)
+        for name, y in (("cost", cost), ("weight", weight)):
+            out |= {f"x{name}": jnp.einsum("btd,bht->hd", x, y), f"o{name}": jnp.einsum("bhtf,bht->hf", o, y)}
+        return out
 
     return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
 
 
 def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array]:
     """For every token, f32 [b, h, t]: the squared error of attention's contributions to the
-    residual stream, summed over the group's heads and all queries from the token on, if it alone were merged with the
-    one before it; and the log of the attention that it receives from later queries.
+    residual stream, summed over the group's heads and all queries `dmc.window` tokens or more after it, if it alone
+    were merged with the one before it; and the log of the attention that it receives from these (of the others after
+    its own, without a window), on average.
 
     o_nkd: the output projection. The entry of both is what `dmc` makes of two tokens whose weights are the attention
     that they receive.
@@ -121,7 +129,7 @@ def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array]
     (b, h, g, t, size), scale = q.shape, q.shape[-1] ** -0.5
     places = (call.tokens.positions, call.tokens.segments) * 2
     out, lse = blockwise_lse(q, k, v, places, None, True, min(t, BLOCK))
-    received = _attention(q, k, lse, call.tokens, scale)
+    received = _attention(q, k, lse, call.tokens, max(dmc.window, 1))
     before = lambda x: jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)  # noqa: E731
     weight = received + ATTENTION_FLOOR
     merging = call.replace(said=Said(weight, weight), mode=Mode("off"))
@@ -139,8 +147,8 @@ def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array]
     def some(i: jax.Array) -> jax.Array:
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3)  # noqa: E731
         q_i, out_i, lse_i = cut(q), cut(out.astype(jnp.float32)), cut(lse)[..., None]
-        # Queries from the token on see what it became.
-        seen = jnp.broadcast_to(_after(call.tokens, i, 0)[:, None, None], (b, h, g, BLOCK, t))
+        # Without a window, the token's own query sees what it became.
+        seen = jnp.broadcast_to(_after(call.tokens, i, dmc.window)[:, None, None], (b, h, g, BLOCK, t))
         attend = lambda k: jnp.einsum("bhgtk,bhsk->bhgts", q_i, k) * scale - lse_i  # noqa: E731
         p = jnp.exp(jnp.where(seen, attend(k), NEGATIVE))
         p_new = jnp.exp(jnp.where(seen, attend(k_new) + bias, NEGATIVE))
@@ -167,15 +175,15 @@ def _after(tokens: Tokens, i: jax.Array, least: int) -> jax.Array:
     return same & (here.positions - tokens.positions[:, None] >= least)
 
 
-def _attention(q: jax.Array, k: jax.Array, lse: jax.Array, tokens: Tokens, scale: float) -> jax.Array:
-    """Attention f32 [b, h, t] that every key receives from the queries after its own, per query."""
-    t = k.shape[2]
+def _attention(q: jax.Array, k: jax.Array, lse: jax.Array, tokens: Tokens, least: int) -> jax.Array:
+    """Attention f32 [b, h, t] that every key receives from queries at least so many tokens after it, per query."""
+    t, scale = k.shape[2], q.shape[-1] ** -0.5
 
     def some(i: jax.Array) -> jax.Array:
         q_i, lse_i = (jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 3) for x in (q, lse))
         scores = jnp.einsum("bhgtk,bhsk->bhgts", q_i, k) * scale - lse_i[..., None]
-        seen = jnp.broadcast_to(_after(tokens, i, 1)[:, None, None], scores.shape)
+        seen = jnp.broadcast_to(_after(tokens, i, least)[:, None, None], scores.shape)
         return jnp.exp(jnp.where(seen, scores, NEGATIVE)).sum((2, 3))
 
     received = jax.lax.map(some, jnp.arange(t // BLOCK)).sum(0)
-    return received / jnp.maximum(tokens.left, 1)[:, None]
+    return received / jnp.maximum(tokens.left - least + 1, 1)[:, None]

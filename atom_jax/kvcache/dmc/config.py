@@ -6,11 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 from atom_jax import config
+from atom_jax.kvcache.dms.config import FEATURES
 from atom_jax.kvcache.policy import Policy
 from atom_jax.params import ParamSpec, Tree, ones, zeros
 from atom_jax.typing import AtomError
 
-FORMS = ("borrowed", "adapter")
+FORMS = ("borrowed", "adapter", "observed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Settings(Policy):
 
     form: "borrowed": the last channel of a key, less `offset`, is the logit, and the logistic function of that of the
         group's queries on average, plus `offset`, the weight (the published models); "adapter" (ours): both are
-        projections of the normalised residual stream, of which the weight's is a logarithm.
+        projections of the normalised residual stream, of which the weight's is a logarithm; "observed" (ours): these,
+        each plus a linear function of the attention that the token received while it was among the newest.
+    window: the newest tokens, so many with the one that reads, stand for themselves: a token joins an entry, or opens
+        one, when it is no longer one of them (ours). 0: at once, so that its own query sees what became of it.
     span: an entry is the mean of its last `span` tokens (12 in the published models); 0: of all.
     turned: means are those of keys after RoPE, each where its token stands (ours).
     mass: an entry is attended to like the tokens that it stands for, were they alike: the entropy of their weights,
@@ -39,9 +43,8 @@ class Settings(Policy):
     """
 
     name: ClassVar[str] = "dmc"
-    # Every query after a token's own sees what became of it.
-    window: ClassVar[int] = 0
     form: str = "adapter"
+    window: int = 0
     span: int = 0
     turned: bool = False
     mass: bool = False
@@ -54,7 +57,7 @@ class Settings(Policy):
     cr: float = 4.0
 
     def __post_init__(self):
-        config.check(self, span=(0, 4096), cr=(1, 1e6))
+        config.check(self, span=(0, 4096), window=(0, 2**20), cr=(1, 1e6))
         if self.form not in FORMS:
             raise AtomError(f"memory.form: expected one of {', '.join(FORMS)}, got {self.form!r}")
         if self.page < 1 or self.sinks < 0:
@@ -63,6 +66,8 @@ class Settings(Policy):
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
         if self.form == "borrowed" and self.bias:
             raise AtomError("memory.bias: the form borrowed has no projections")
+        if self.form == "observed" and self.window < 2:
+            raise AtomError(f"memory.window: the form observed needs at least 2, got {self.window}")
 
     def spec(self, projections: Tree) -> Tree:
         """Parameters of one layer whose projections are "q" [d, n, k], "k" [d, h, k] and so on, in the form that has
@@ -72,4 +77,7 @@ class Settings(Policy):
         d, h, _ = projections["k"].shape
         matrix = ParamSpec((d, h), ("embed", "kv_heads"), zeros)
         spec = {"norm": ParamSpec((d,), (None,), ones), "alpha": matrix, "weight": matrix}
+        if self.form == "observed":
+            seen = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
+            spec |= {"alpha_observed": seen, "weight_observed": seen}
         return spec | ({"bias": ParamSpec((h,), ("kv_heads",), zeros)} if self.bias else {})

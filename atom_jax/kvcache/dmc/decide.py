@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from atom_jax.kvcache.dmc.config import Settings
+from atom_jax.kvcache.dms.config import FEATURES
+from atom_jax.kvcache.dms.observed import features
 from atom_jax.kvcache.learned import project, shift, straight_through
 from atom_jax.kvcache.policy import Heads, Mode
 from atom_jax.nn.attention import NEGATIVE, Tokens
@@ -16,6 +18,7 @@ from atom_jax.params import Tree
 
 # Limits of a logarithm of a weight.
 STEEPEST = 20.0
+_PREDICTED = ("alpha", "weight")
 
 
 @struct.dataclass
@@ -50,8 +53,19 @@ def say(p: Tree, heads: Heads, cfg: Settings) -> Said:
         mean = q.reshape(*q.shape[:2], h, -1).mean(-1).transpose(0, 2, 1)
         # As in the released code: a weight is never 0.
         return Said(z, jax.nn.sigmoid(mean + cfg.offset) + float(jnp.finfo(heads.q_btnk.dtype).eps))
+    # Of the form observed, without what attention says.
     z = project(heads, p["norm"], p["alpha"], p["bias"] if cfg.bias else None) * cfg.scale - cfg.offset
     return Said(z, jnp.exp(jnp.clip(project(heads, p["norm"], p["weight"]), -STEEPEST, STEEPEST)))
+
+
+def observed(said: Said, stats_bhtf: jax.Array | None, p: Tree, cfg: Settings) -> Said:
+    """What is known of tokens that are no longer among the newest: of the form observed, with the attention that they
+    received meanwhile, f32 [b, h, t, 3] as of `dms.observed.received`."""
+    if cfg.form != "observed":
+        return said
+    seen = features(*(stats_bhtf[..., i] for i in range(FEATURES)))
+    z, log_w = (jnp.einsum("bhtf,fh->bht", seen, p[f"{name}_observed"].astype(jnp.float32)) for name in _PREDICTED)
+    return Said(said.z + z * cfg.scale, said.w * jnp.exp(jnp.clip(log_w, -STEEPEST, STEEPEST)))
 
 
 def lend(x: jax.Array, cfg: Settings, fade: Any = None) -> jax.Array:

@@ -21,6 +21,8 @@ from tests.kvcache.dms.test_serve import PARTS, TURNS, batch_of, follow, whole
 
 MASS = DMC("adapter", scale=1.0, offset=0.0, mass=True, turned=True, bias=True, sinks=2, page=4)
 
+WINDOW = dataclasses.replace(MASS, form="observed", window=6)
+
 
 def untrained(memory, **sizes):
     """A model with random weights that merges about half of its tokens."""
@@ -39,6 +41,12 @@ def untrained(memory, **sizes):
 CASES = {
     "mass-turns-apart": (MASS, TURNS, True),
     "span-parts": (DMC("borrowed", span=5, offset=0.0, page=4), PARTS, False),
+    "window-turns": (WINDOW, TURNS, False),
+    "window-span-parts-apart": (
+        DMC("adapter", scale=1.0, offset=0.0, window=9, span=5, page=4, mass=True),
+        PARTS,
+        True,
+    ),
 }
 
 
