@@ -24,9 +24,10 @@ HOW = FitConfig(target="output", windows=2, calibration=1, entries=120)
 
 ADAPTER = DMC("adapter", scale=2.0, offset=0.5, bias=True, sinks=2, mass=True, turned=True)
 OBSERVED = dataclasses.replace(ADAPTER, form="observed", window=16)
+EITHER = dataclasses.replace(OBSERVED, evicts=True)
 
 
-@pytest.fixture(scope="module", params=[ADAPTER, OBSERVED], ids=["adapter", "observed"])
+@pytest.fixture(scope="module", params=[ADAPTER, OBSERVED, EITHER], ids=["adapter", "observed", "either"])
 def model(request):
     memory = request.param
     cfg = transformer.TransformerConfig(
@@ -61,7 +62,7 @@ def test_costs_are_the_errors_of_single_merges(dmc):
     new = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     call = Call(new(q), new(turned), new(v), Tokens(place, place * 0 + 1), jnp.zeros(1, jnp.int32), k_plain=new(k))
     projection = jnp.asarray(o, jnp.float32).reshape(h * g, size, d)
-    found, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
+    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
     later, least = np.tril(np.ones((t, t), bool)), max(dmc.window, 1)
 
     def outputs(keys, bias, seen):
@@ -85,6 +86,11 @@ def test_costs_are_the_errors_of_single_merges(dmc):
         change = np.einsum("hgts,hsk->hgtk", merged, values) - np.einsum("hgts,hsk->hgtk", p, v)
         expected = np.square(np.einsum("hgtk,hgkd->hgtd", change[:, :, i + dmc.window :], o)).sum((1, 2, 3))
         np.testing.assert_allclose(found[0, :, i], expected, rtol=2e-3)
+        without = outputs(turned, 0.0, later & (np.arange(t) != i))
+        change = np.einsum("hgts,hsk->hgtk", without - p, v)[:, :, i + least :]
+        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change, o)).sum((1, 2, 3))
+        if dmc.window:
+            np.testing.assert_allclose(alone[0, :, i], expected, rtol=2e-3)
 
 
 def test_planted_weights_are_found():
@@ -117,7 +123,7 @@ def test_a_fit_holds_the_entries_asked_for_and_merges_what_costs_little(model):
     y = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
     # What is reported at a token is that the next one merges.
     merges = np.asarray(aux["evict"])[..., 3:180]
-    y = np.log(np.asarray(y))[..., 4:181]
+    y = np.log(np.asarray(y) + dmc_fit.ERROR_FLOOR)[..., 4:181]
     assert y[merges].mean() < y[~merges].mean()
     learned = fitted["layers"]["attn"]["dmc"]
     assert all(np.asarray(learned[name]).any() for name in learned)

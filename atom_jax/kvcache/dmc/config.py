@@ -34,6 +34,8 @@ class Settings(Policy):
     mass: an entry is attended to like the tokens that it stands for, were they alike: the entropy of their weights,
         the logarithm of their number where they weigh the same, is added to its scores (ours; Bolya et al., 2023,
         "Token merging", add the logarithm in vision).
+    evicts: a token may also leave without joining, and the entry before it stays as it is: where the logit of that, a
+        projection of its own, is positive and larger than that of merging (ours).
     scale, offset: logit = projection * scale - offset, of the adapter.
     tau: temperature of the relaxed decisions in training.
     bias: the decision has a bias per head (a factor on all weights of a head would change no mean).
@@ -48,6 +50,7 @@ class Settings(Policy):
     span: int = 0
     turned: bool = False
     mass: bool = False
+    evicts: bool = False
     scale: float = 100.0
     offset: float = 5.0
     tau: float = 0.1
@@ -66,6 +69,8 @@ class Settings(Policy):
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
         if self.form == "borrowed" and self.bias:
             raise AtomError("memory.bias: the form borrowed has no projections")
+        if self.evicts and (self.form == "borrowed" or self.span or not self.turned):
+            raise AtomError("memory.evicts: expected projections, no span, and turned=true")
         if self.form == "observed" and self.window < 2:
             raise AtomError(f"memory.window: the form observed needs at least 2, got {self.window}")
 
@@ -76,8 +81,21 @@ class Settings(Policy):
             return {}
         d, h, _ = projections["k"].shape
         matrix = ParamSpec((d, h), ("embed", "kv_heads"), zeros)
-        spec = {"norm": ParamSpec((d,), (None,), ones), "alpha": matrix, "weight": matrix}
+        spec = {"norm": ParamSpec((d,), (None,), ones)}
+        spec |= dict.fromkeys(self.predicted, matrix)
         if self.form == "observed":
             seen = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
-            spec |= {"alpha_observed": seen, "weight_observed": seen}
-        return spec | ({"bias": ParamSpec((h,), ("kv_heads",), zeros)} if self.bias else {})
+            spec |= {f"{name}_observed": seen for name in self.predicted}
+        if self.bias:
+            spec |= dict.fromkeys(self.biases, ParamSpec((h,), ("kv_heads",), zeros))
+        return spec
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Names of the projections: the logit of merging, the logarithm of the weight, the logit of eviction."""
+        return ("alpha", "weight", *(["evict"] if self.evicts else []))
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of the biases of the logits, where they have any."""
+        return ("bias", *(["evict_bias"] if self.evicts else []))

@@ -39,7 +39,7 @@ class Newest:
         k = jnp.zeros((*shape, sizes.k), sizes.dtype)
         no = jnp.zeros(shape, jnp.float32)
         stats = jnp.zeros((*shape, FEATURES), jnp.float32) if cfg.form == "observed" else None
-        return cls(k, k, None if cfg.turned else k, decide.Said(no, no), stats)
+        return cls(k, k, None if cfg.turned else k, decide.Said(no, no, no if cfg.evicts else None), stats)
 
     def extend(self, call: Call, cfg: Settings) -> tuple[Call, Newest, tuple[jax.Array, jax.Array]]:
         """What happens when t new tokens are read: a call with the t tokens that are no longer among the newest as

@@ -57,14 +57,14 @@ class DMC(Settings):
         call = call.replace(said=decide.observed(call.said, stats, call.learned, self))
         chosen = decide.decide(call.said, call.tokens, self, mode)
         if merging := mode.kind in ("hard", "relaxed"):
-            entries = pooled(serve.tokens(chosen.p, call, self), self.span)
+            entries = pooled(serve.tokens(chosen.p, chosen.w, call, self), self.span)
             k, v, bias = serve.seen(entries, call, self)
             newest = Newest(call.k, call.v, self.window) if self.window else None
         left = (call.tokens.left < self.window)[:, None]
         aux = {
             "evict": learned_lib.shift(chosen.merges, False),
             "evict_soft": chosen.soft,
-            "evict_logits": call.said.z,
+            "evict_logits": call.said.leaves,
             "occupancy": jnp.sum(call.real[:, None] & (~chosen.merges | left), axis=2, dtype=jnp.int32),
         }
         keep_window = 0 if merging else max(self.window - 1, 0)
@@ -80,7 +80,7 @@ class DMC(Settings):
 
     def describe(self) -> str:
         """What was learned, and for what."""
-        mass = " with their mass" if self.mass else ""
+        mass = (" with their mass" if self.mass else "") + (", or eviction" if self.evicts else "")
         late = f", window {self.window}" if self.window else ""
         return f"learned merging of tokens{mass}, form {self.form}{late}, made for compression by {self.cr:g}"
 

@@ -43,8 +43,8 @@ class DMCLayer(PagedLayer):
         old, newest, near = call, None, None
         if cfg.window:
             old, newest, near = self.newest.extend(call, cfg)
-        merges = decide.merges(old.said.z, old.tokens, cfg)
-        new = tokens(merges, old, cfg)
+        merges = decide.merges(old.said.leaves, old.tokens, cfg)
+        new = tokens(merges, old.said.weights(merges), old, cfg)
         every = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), tail, new)
         entries, r = pooled(every, cfg.span), tail.p.shape[2]
         own = jax.tree.map(lambda x: x[:, :, r:], entries)
@@ -114,10 +114,10 @@ class DMCLayer(PagedLayer):
         return self.replace(pool=self.pool.joined(other.pool), tail=tail, last=last, newest=newest)
 
 
-def tokens(p_bht: jax.Array, call: Call, cfg: Settings) -> Element:
-    """The elements of a call's tokens, which merge with probability p."""
+def tokens(p_bht: jax.Array, w_bht: jax.Array, call: Call, cfg: Settings) -> Element:
+    """The elements of a call's tokens, which merge with probability p and have weights w."""
     k = call.k if cfg.turned else decide.lend(call.k_plain, cfg, _fade(call))
-    return Element.tokens(p_bht, call.said.w, k, call.v)
+    return Element.tokens(p_bht, w_bht, k, call.v)
 
 
 def seen(entries: Element, call: Call, cfg: Settings) -> tuple[jax.Array, jax.Array, jax.Array | None]:
