@@ -79,15 +79,17 @@ def smollm2_asks_8x() -> Experiment:
 
 
 def smollm2_merged(entries: int = 512) -> Experiment:
-    """Merging in place of eviction, in our form: means of keys after RoPE, with their mass."""
+    """Merging in place of eviction, in our form: means of keys after RoPE, with their mass, which tokens join when
+    they leave the window."""
     return merged(smollm2(entries))
 
 
 def merged(exp: Experiment) -> Experiment:
     """The same retrofit with merging."""
     memory = DMC(
-        "adapter", turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=4, cr=exp.memory.cr
-    )
+        "observed", window=exp.memory.window, turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True,
+        sinks=4, cr=exp.memory.cr,
+    )  # fmt: skip
     return dataclasses.replace(exp, memory=memory, fit=dataclasses.replace(exp.fit, target="output"))
 
 

@@ -125,8 +125,9 @@ def dmc_4x() -> Experiment:
     """Merging in place of eviction."""
     exp = retrofit(100, 4.0)
     memory = DMC(
-        "adapter", turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=1, cr=4.0, page=16
-    )
+        "observed", window=16, turned=True, mass=True, scale=1.0, offset=0.0, tau=0.5, bias=True, sinks=1, cr=4.0,
+        page=16,
+    )  # fmt: skip
     optim = dataclasses.replace(exp.optim, groups=(Group(r"(?!layers/attn/dmc/).*"),))
     return dataclasses.replace(exp, memory=memory, fit=dataclasses.replace(exp.fit, target="output"), optim=optim)
 

@@ -13,7 +13,7 @@ from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Layer, Memory
 from atom_jax.kvcache.pool import Pool, coarse, fine
 from atom_jax.nn.attention import Tokens, block_size, with_bias
-from atom_jax.nn.blockwise import blockwise_lse
+from atom_jax.nn.blockwise import blockwise_lse, one_softmax
 
 # Tokens per row for which there is room after `grow` for a few tokens; for more at once, room is found coarsely.
 AHEAD = 64
@@ -152,19 +152,26 @@ def _pages(pool: Pool, more: int, have: int) -> int:
 
 def attend_both(
     pool: Pool, q_bhgtk: jax.Array, k_bhtk: jax.Array, v_bhtk: jax.Array, tokens: Tokens, keep_bht: jax.Array,
-    keep_window: int, until_pc: jax.Array, bias_bht: jax.Array | None = None,
+    keep_window: int, until_pc: jax.Array | None, bias_bht: jax.Array | None = None, keys: Tokens | None = None,
+    near: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:  # fmt: skip
-    """Attention [b, h, g, t, k] of new tokens to each other and to the pool, as one softmax. keep, keep_window: as in
-    `attention.attend`; until: i32 [p, c], the first position that does not see an entry of the pool; bias: of the new
-    tokens, as the pool has it."""
-    places = (tokens.positions, tokens.segments) * 2
+    """Attention [b, h, g, t, k] of queries to new entries, of which key i stands where query i stands, and to the
+    pool, as one softmax.
+
+    tokens: where the queries stand; keys: the new entries, None: the same. keep, keep_window: as in
+    `attention.attend`. until: i32 [p, c], the first position that does not see an entry of the pool; None: the pool
+    is empty. bias: of the new entries, as the pool has it. near: outputs and log-sum-exps of the queries over keys
+    that are in neither.
+    """
+    keys = tokens if keys is None else keys
+    places = (tokens.positions, tokens.segments, keys.positions, keys.segments)
     new = (q_bhgtk, k_bhtk, v_bhtk) if bias_bht is None else with_bias(q_bhgtk, k_bhtk, v_bhtk, bias_bht)
     own, lse = blockwise_lse(
         *new, places, None, True, block_size(k_bhtk.shape[2], len(k_bhtk)), keep_bht, keep_window
     )
-    own = own[..., : k_bhtk.shape[3]]
-    total, top, out = pool.attend_many(q_bhgtk, tokens.positions, until_pc)
-    highest = jnp.maximum(lse, top)
-    w_own, w_pool = jnp.exp(lse - highest), jnp.exp(top - highest)
-    mixed = w_own[..., None] * own.astype(jnp.float32) + w_pool[..., None] * out
-    return mixed / (w_own + w_pool * total)[..., None]
+    parts = [(own[..., : k_bhtk.shape[3]], lse)] + ([] if near is None else [near])
+    if until_pc is not None:
+        total, top, out = pool.attend_many(q_bhgtk, tokens.positions, until_pc)
+        total = jnp.maximum(total, 1e-30)
+        parts.append((out / total[..., None], top + jnp.log(total)))
+    return one_softmax(parts)

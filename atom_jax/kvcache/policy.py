@@ -14,6 +14,7 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache.memory import Call, Layer, Sizes
 from atom_jax.naming import Rule
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.self_attention import Newest
 from atom_jax.params import Tree
 from atom_jax.tokenizers import Tokenizer
 from atom_jax.typing import AtomError
@@ -59,14 +60,15 @@ class Heads:
 class Seen:
     """What attention without a memory is to see of a layer: keys and values [b, h, t, k]; keep: f32 [b, h, t], added
     to the scores of the key at t by queries more than `keep_window` (static) after it, or None; bias: f32 [b, h, t],
-    added to those by all queries, or None; aux: what is to be reported, by name; evidence: for the layer above, as in
-    `Call`."""
+    added to those by all queries, or None; newest: other keys and values, of the newest places (`Newest`), or None:
+    `keep_window` is 0 then; aux: what is to be reported, by name; evidence: for the layer above, as in `Call`."""
 
     k: jax.Array
     v: jax.Array
     keep: Any = None
     keep_window: int = struct.field(pytree_node=False, default=0)
     bias: Any = None
+    newest: Newest | None = None
     aux: dict[str, jax.Array] = struct.field(default_factory=dict)
     evidence: Any = None
 

@@ -156,7 +156,7 @@ def attention(
             report["probe"] = context.probe(p, heads, call)
         out = self_attend(
             q, seen.k, seen.v, tokens, window=kind.window, keep_bht=seen.keep, keep_window=seen.keep_window,
-            bias_bht=seen.bias,
+            bias_bht=seen.bias, newest=seen.newest,
         )  # fmt: skip
     elif passes_on:
         out, after, told = state.passing(call)

@@ -8,7 +8,7 @@ themselves in a kernel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ def blockwise(
     start = jnp.int32(0) if start is None else start
 
     def run(*args):
-        return _attend(*args, start, (window, keep_window), aligned, blocks)
+        return _attend(*args, start, (window, keep_window), aligned, blocks)[0]
 
     return _apart(run, *args, aligned=aligned, tiles=args[0].shape[3] // blocks[0])[..., : q_bhgtk.shape[3], :]
 
@@ -74,22 +74,35 @@ def blockwise_lse(
     keep_bhs: jax.Array | None = None,
     keep_window: int = 0,
     implementation: str | None = None,
+    start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t]; no gradient."""
+    """What `blockwise` returns, and the log-sum-exp of every query's scores, float32 [b, h, g, t] (at most -1e30
+    where it sees no key). Differentiable through both."""
     if aligned:
         segments = (places[1], places[3])
-        out = _kernel(q_bhgtk, k_bhsk, v_bhsk, segments, window, keep_bhs, keep_window, None, True, implementation)
+        out = _kernel(q_bhgtk, k_bhsk, v_bhsk, segments, window, keep_bhs, keep_window, start, True, implementation)
         if out is not None:
             return out
     t = q_bhgtk.shape[3]
     blocks = _blocks(t, aligned, block)
     args = _padded(q_bhgtk, k_bhsk, v_bhsk, keep_bhs, places, blocks)
 
+    start = jnp.int32(0) if start is None else start
+
     def run(*args):
-        return _forward(*args, jnp.int32(0), (window, keep_window), aligned, blocks)
+        return _attend(*args, start, (window, keep_window), aligned, blocks)
 
     out, lse = _apart(run, *args, aligned=aligned, tiles=args[0].shape[3] // blocks[0])
     return out[..., :t, :], lse[..., :t]
+
+
+def one_softmax(parts: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Attention over all keys, float32 [b, h, g, t, k], from outputs and log-sum-exps, as of `blockwise_lse`, over
+    disjoint parts of them; finite and meaningless for queries that see no key of any part."""
+    highest = functools.reduce(jnp.maximum, [lse for _, lse in parts])
+    weights = [jnp.exp(lse - highest) for _, lse in parts]
+    out = sum(w[..., None] * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts))
+    return out / sum(weights)[..., None]
 
 
 def _apart(run: Callable[..., Any], *args: Any, aligned: bool, tiles: int) -> Any:
@@ -209,7 +222,7 @@ def _tiles(places: Places, i: jax.Array, j: jax.Array, blocks: tuple[int, int]) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _attend(q, k, v, keep, places, start, windows, aligned, blocks):
-    return _forward(q, k, v, keep, places, start, windows, aligned, blocks)[0]
+    return _forward(q, k, v, keep, places, start, windows, aligned, blocks)
 
 
 def _keep_tile(keep, j, block):
@@ -253,14 +266,15 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
 
 def _forward_rule(q, k, v, keep, places, start, windows, aligned, blocks):
     out, lse = _forward(q, k, v, keep, places, start, windows, aligned, blocks)
-    return out, (q, k, v, keep, places, start, out, lse)
+    return (out, lse), (q, k, v, keep, places, start, out, lse)
 
 
-def _backward_rule(windows, aligned, blocks, saved, d_out):
+def _backward_rule(windows, aligned, blocks, saved, gradients):
     q, k, v, keep, places, start, out, lse = saved
     rows, block = blocks
     first, last = _spans(places, start, windows[0], aligned, blocks).queries
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_out, d_lse = gradients
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
 
     def one(d_q, j):
         k_j, v_j = _tile(k, j, 2, block), _tile(v, j, 2, block)

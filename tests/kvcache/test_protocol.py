@@ -35,6 +35,7 @@ DMS_FORMS = {
 DMC_FORMS = {
     "dmc-borrowed": DMC("borrowed", span=4, page=4, offset=0.0),
     "dmc-adapter": DMC("adapter", page=4, scale=1.0, offset=0.0, sinks=2, mass=True),
+    "dmc-observed": DMC("observed", window=5, page=4, scale=1.0, offset=0.0, sinks=2, mass=True, turned=True),
 }
 LOOKS = {"every": 4, "share": 0.9, "window": 5, "page": 4, "sinks": 2}
 REVISED = {
@@ -78,9 +79,9 @@ def call(name: str, done: Any, real: Any, t: int, fresh: bool = False, rows: Any
     q = np.take_along_axis(q, at[:, None, None, :, None], 3)
     k, v, said = (np.take_along_axis(x, at[:, None, :, None][..., : x.ndim], 2) if x.ndim == 4
                   else np.take_along_axis(x, at[:, None], 2) for x in kv)  # fmt: skip
-    learned = (
-        {"observed": jnp.ones((3, H)) * jnp.array([[1.0], [-1.0], [0.1]])} if name.endswith("observed") else None
-    )
+    seen = jnp.ones((3, H)) * jnp.array([[1.0], [-1.0], [0.1]])
+    names = "observed", "alpha_observed", "weight_observed"
+    learned = dict.fromkeys(names, seen) if name.endswith("observed") else None
     if name in DMC_FORMS:
         said = Said(jnp.asarray(said), jnp.exp(said))
     segments = (np.arange(t)[None] < np.asarray(real)[:, None]).astype(np.int32)

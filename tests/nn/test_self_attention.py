@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atom_jax.nn.attention import Tokens, attend
-from atom_jax.nn.self_attention import self_attend
+from atom_jax.nn.self_attention import Newest, self_attend
 from atom_jax.sharding import MeshConfig, make_mesh
 
 
@@ -49,3 +49,41 @@ def test_spread_equals_whole(t, window, kept, sizes):
     np.testing.assert_allclose(jnp.where(real, found, 0), jnp.where(real, expected, 0), atol=1e-5)
     for a, b in zip(gradients, slopes):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_the_newest_places_have_other_keys(sizes):
+    """Next to one softmax over both kinds of keys under dense masks, forward and backward."""
+    t, window = 90, 7
+    q, k, v, keep, tokens = inputs(t)
+    k_new, v_new, bias = k[..., ::-1] + 0.1, 2 * v, jnp.roll(keep, 3, axis=2)
+    real = (tokens.segments > 0)[:, None, None, :, None]
+    distance = tokens.positions[:, :, None] - tokens.positions[:, None]
+    same = (tokens.segments[:, :, None] == tokens.segments[:, None]) & (distance >= 0)
+    near, far = ((same & x)[:, None, None] for x in (distance < window, distance >= window))
+    later = (distance > window)[:, None, None]
+
+    def dense(q, k, v, keep, bias, k_new, v_new):
+        scores = lambda k: jnp.einsum("bhgtk,bhsk->bhgts", q, k) * q.shape[-1] ** -0.5  # noqa: E731
+        old = scores(k) + bias[:, :, None, None] + jnp.where(later, keep[:, :, None, None], 0.0)
+        both = [jnp.where(near, scores(k_new), -1e30), jnp.where(far, old, -1e30)]
+        return jax.nn.softmax(jnp.concatenate(both, axis=-1)) @ jnp.concatenate([v_new, v], axis=2)[:, :, None]
+
+    def ours(q, k, v, keep, bias, k_new, v_new):
+        return self_attend(q, k, v, tokens, keep_bht=keep, bias_bht=bias, newest=Newest(k_new, v_new, window))
+
+    def run(form):
+        def loss(*args):
+            return jnp.sum(jnp.where(real, jnp.sin(form(*args)), 0.0))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(7)))(q, k, v, keep, bias, k_new, v_new)
+
+    expected, slopes = run(dense)
+    if sizes is None:
+        found, gradients = run(ours)
+    else:
+        with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:8])):
+            found, gradients = run(ours)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for a, b in zip(gradients, slopes):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -22,9 +22,14 @@ T = 256
 HOW = FitConfig(target="output", windows=2, calibration=1, entries=120)
 
 
-@pytest.fixture(scope="module")
-def model():
-    memory = DMC("adapter", scale=2.0, offset=0.5, bias=True, sinks=2, mass=True, turned=True)
+ADAPTER = DMC("adapter", scale=2.0, offset=0.5, bias=True, sinks=2, mass=True, turned=True)
+OBSERVED = dataclasses.replace(ADAPTER, form="observed", window=16)
+EITHER = dataclasses.replace(OBSERVED, evicts=True)
+
+
+@pytest.fixture(scope="module", params=[ADAPTER, OBSERVED, EITHER], ids=["adapter", "observed", "either"])
+def model(request):
+    memory = request.param
     cfg = transformer.TransformerConfig(
         vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, memory=memory
     )
@@ -42,7 +47,12 @@ def rows(n, seed=0):
     return iter([whole(jnp.asarray(draw.integers(0, 40, (1, T)), jnp.int32)) for _ in range(n)])
 
 
-@pytest.mark.parametrize("dmc", [DMC(mass=True, turned=True), DMC()], ids=["ours", "published"])
+FORMS = {
+    "ours": DMC(mass=True, turned=True), "published": DMC(), "window": DMC(mass=True, turned=True, window=9)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dmc", FORMS.values(), ids=list(FORMS))
 def test_costs_are_the_errors_of_single_merges(dmc):
     rng, (h, g, t, size, d) = np.random.default_rng(0), (2, 2, 128, 8, 16)
     q, k, v, o = (rng.normal(size=s) for s in ((h, g, t, size), (h, t, size), (h, t, size), (h, g, size, d)))
@@ -52,8 +62,8 @@ def test_costs_are_the_errors_of_single_merges(dmc):
     new = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     call = Call(new(q), new(turned), new(v), Tokens(place, place * 0 + 1), jnp.zeros(1, jnp.int32), k_plain=new(k))
     projection = jnp.asarray(o, jnp.float32).reshape(h * g, size, d)
-    found, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
-    later = np.tril(np.ones((t, t), bool))
+    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
+    later, least = np.tril(np.ones((t, t), bool)), max(dmc.window, 1)
 
     def outputs(keys, bias, seen):
         scores = np.einsum("hgtk,hsk->hgts", q, keys) * size**-0.5 + bias
@@ -61,7 +71,7 @@ def test_costs_are_the_errors_of_single_merges(dmc):
         return p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
 
     p = outputs(turned, 0.0, later)
-    got = np.where(np.tril(later, -1), p, 0.0).sum((1, 2)) / np.maximum(t - 1 - np.arange(t), 1)
+    got = np.where(np.tril(later, -least), p, 0.0).sum((1, 2)) / np.maximum(t - least - np.arange(t), 1)
     np.testing.assert_allclose(weight[0], np.log(got + 1e-6), atol=1e-3)
     for i in (1, 17, 60, 120):
         share = ((got[:, i] + 1e-6) / (got[:, i] + got[:, i - 1] + 2e-6))[:, None]
@@ -74,8 +84,13 @@ def test_costs_are_the_errors_of_single_merges(dmc):
             bias[:, 0, 0, i] = -(share * np.log(share) + (1 - share) * np.log(1 - share))[:, 0]
         merged = outputs(keys, bias, later & (np.arange(t) != i - 1))
         change = np.einsum("hgts,hsk->hgtk", merged, values) - np.einsum("hgts,hsk->hgtk", p, v)
-        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change[:, :, i:], o)).sum((1, 2, 3))
+        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change[:, :, i + dmc.window :], o)).sum((1, 2, 3))
         np.testing.assert_allclose(found[0, :, i], expected, rtol=2e-3)
+        without = outputs(turned, 0.0, later & (np.arange(t) != i))
+        change = np.einsum("hgts,hsk->hgtk", without - p, v)[:, :, i + least :]
+        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change, o)).sum((1, 2, 3))
+        if dmc.window:
+            np.testing.assert_allclose(alone[0, :, i], expected, rtol=2e-3)
 
 
 def test_planted_weights_are_found():
@@ -108,8 +123,10 @@ def test_a_fit_holds_the_entries_asked_for_and_merges_what_costs_little(model):
     y = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
     # What is reported at a token is that the next one merges.
     merges = np.asarray(aux["evict"])[..., 3:180]
-    y = np.log(np.asarray(y))[..., 4:181]
+    y = np.log(np.asarray(y) + dmc_fit.ERROR_FLOOR)[..., 4:181]
     assert y[merges].mean() < y[~merges].mean()
+    learned = fitted["layers"]["attn"]["dmc"]
+    assert all(np.asarray(learned[name]).any() for name in learned)
     assert fitted["embed"] is params["embed"]
 
 
@@ -120,5 +137,5 @@ def test_other_models_and_targets_are_refused(model):
         dmc_fit.fit(params, borrowed, rows(1), HOW)
     with pytest.raises(AtomError, match="fitted to output"):
         dmc_fit.fit(params, cfg, rows(1), FitConfig())
-    with pytest.raises(AtomError, match=r"fit\.entries: 300 is impossible with documents of 256 tokens"):
+    with pytest.raises(AtomError, match=r"fit\.entries: 300 is impossible with .*documents of 256 tokens"):
         dmc_fit.calibrate(params, cfg, rows(1), dataclasses.replace(HOW, entries=300), lambda line: None)

@@ -5,6 +5,7 @@ published names of tensors, and fields of config.json
 config    the forms of the decision, and their sizes
 decide    decisions and weights of tokens, and what they mean for attention
 pooling   the means that entries are
+newest    tokens that share no entry yet, where that waits for a window
 serve     the cache: prompts in parts, one token at a time, several turns
 """
 

@@ -16,9 +16,11 @@ from atom_jax.kvcache import learned as learned_lib
 from atom_jax.kvcache.dmc import decide, published, serve
 from atom_jax.kvcache.dmc.config import Settings
 from atom_jax.kvcache.dmc.pooling import pooled
+from atom_jax.kvcache.dms import observed
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
+from atom_jax.nn.self_attention import Newest
 from atom_jax.params import Tree
 
 
@@ -47,31 +49,40 @@ class DMC(Settings):
     def train(self, call: Call) -> Seen:
         """Reports `evict`, bool [b, h, t] (whether the entry of the token goes into the next one's), `evict_soft`,
         f32 of that shape (`Decisions.soft`), `evict_logits` and `occupancy`, i32 [b, h]."""
-        mode, k, v, bias = call.mode, call.k, call.v, None
+        mode, k, v, bias, newest = call.mode, call.k, call.v, None, None
+        stats = None
+        if self.form == "observed":
+            received = observed.received(call.q, call.k, call.tokens, call.tokens, self.window - 1)
+            stats = jax.lax.stop_gradient(jnp.stack(received, axis=-1))
+        call = call.replace(said=decide.observed(call.said, stats, call.learned, self))
         chosen = decide.decide(call.said, call.tokens, self, mode)
-        if mode.kind in ("hard", "relaxed"):
-            entries = pooled(serve.tokens(chosen.p, call, self), self.span)
+        if merging := mode.kind in ("hard", "relaxed"):
+            entries = pooled(serve.tokens(chosen.p, chosen.w, call, self), self.span)
             k, v, bias = serve.seen(entries, call, self)
+            newest = Newest(call.k, call.v, self.window) if self.window else None
+        left = (call.tokens.left < self.window)[:, None]
         aux = {
             "evict": learned_lib.shift(chosen.merges, False),
             "evict_soft": chosen.soft,
-            "evict_logits": call.said.z,
-            "occupancy": jnp.sum(call.real[:, None] & ~chosen.merges, axis=2, dtype=jnp.int32),
+            "evict_logits": call.said.leaves,
+            "occupancy": jnp.sum(call.real[:, None] & (~chosen.merges | left), axis=2, dtype=jnp.int32),
         }
-        return Seen(k, v, chosen.keep, bias=bias, aux=aux)
+        keep_window = 0 if merging else max(self.window - 1, 0)
+        return Seen(k, v, chosen.keep, keep_window, bias, newest, aux)
 
     def init(self, sizes: Sizes, capacity: int, numbers: tuple[int, ...]) -> serve.DMCLayer:
         """An empty paged cache."""
         return serve.init(self, sizes, capacity, len(numbers))
 
     def expected(self, length: int) -> int:
-        """One entry for `cr` tokens."""
-        return math.ceil(length / self.cr)
+        """One entry for `cr` tokens, besides the newest."""
+        return min(length, math.ceil(length / self.cr) + self.window)
 
     def describe(self) -> str:
         """What was learned, and for what."""
-        mass = " with their mass" if self.mass else ""
-        return f"learned merging of tokens{mass}, form {self.form}, made for compression by {self.cr:g}"
+        mass = (" with their mass" if self.mass else "") + (", or eviction" if self.evicts else "")
+        late = f", window {self.window}" if self.window else ""
+        return f"learned merging of tokens{mass}, form {self.form}{late}, made for compression by {self.cr:g}"
 
     def rules(self) -> tuple[Rule, ...]:
         """Our own names."""

@@ -20,8 +20,13 @@ RULES = (
     Rule("dmc_alpha.weight", "alpha", 1),
     Rule("dmc_alpha.bias", "bias"),
     Rule("dmc_weight.weight", "weight", 1),
+    Rule("dmc_evict.weight", "evict", 1),
+    Rule("dmc_evict.bias", "evict_bias"),
+    Rule("dmc_evict_observed.weight", "evict_observed", 1),
+    Rule("dmc_alpha_observed.weight", "alpha_observed", 1),
+    Rule("dmc_weight_observed.weight", "weight_observed", 1),
 )
-_OWN = ("form", "turned", "mass", "scale", "bias", "sinks", "page")
+_OWN = ("form", "window", "turned", "mass", "evicts", "scale", "bias", "sinks", "page")
 FIELDS = frozenset({"dmc_window_size", "dmc_init_val", "dmc_temp", "dmc_cr", *(f"atom_dmc_{name}" for name in _OWN)})
 
 
@@ -40,8 +45,10 @@ def from_hf(fields: Fields) -> dict[str, Any] | None:
         tau=fields.number("dmc_temp", Settings.tau),
         cr=fields.number("dmc_cr", Settings.cr),
         form=fields.one_of("atom_dmc_form", FORMS, "borrowed"),
+        window=fields.size("atom_dmc_window", 0, least=0),
         turned=fields.flag("atom_dmc_turned", False),
         mass=fields.flag("atom_dmc_mass", False),
+        evicts=fields.flag("atom_dmc_evicts", False),
         scale=fields.number("atom_dmc_scale", Settings.scale, positive=False),
         bias=fields.flag("atom_dmc_bias", False),
         sinks=fields.size("atom_dmc_sinks", 0, least=0),

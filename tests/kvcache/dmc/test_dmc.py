@@ -14,12 +14,15 @@ from atom_jax.kvcache.dmc import DMC, decide, serve
 from atom_jax.kvcache.memory import Call, Sizes
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
-from atom_jax.nn.attention import Tokens
+from atom_jax.nn.attention import Tokens, attend
+from atom_jax.nn.self_attention import self_attend
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM, AtomError
 from tests.kvcache.dms.test_serve import PARTS, TURNS, batch_of, follow, whole
 
 MASS = DMC("adapter", scale=1.0, offset=0.0, mass=True, turned=True, bias=True, sinks=2, page=4)
+WINDOW = dataclasses.replace(MASS, form="observed", window=6)
+EITHER = dataclasses.replace(WINDOW, evicts=True)
 
 
 def untrained(memory, **sizes):
@@ -30,7 +33,7 @@ def untrained(memory, **sizes):
     })  # fmt: skip
     tree = params.init(jax.random.key(0), transformer.spec(cfg))
     learned = tree["layers"]["attn"].get("dmc", {})
-    for key, name in zip(jax.random.split(jax.random.key(1), 4), sorted(learned)):
+    for key, name in zip(jax.random.split(jax.random.key(1), 9), sorted(learned)):
         if name != "norm":
             learned[name] = jax.random.normal(key, learned[name].shape) * 0.5
     return cfg, tree
@@ -39,6 +42,9 @@ def untrained(memory, **sizes):
 CASES = {
     "mass-turns-apart": (MASS, TURNS, True),
     "span-parts": (DMC("borrowed", span=5, offset=0.0, page=4), PARTS, False),
+    "window-turns": (WINDOW, TURNS, False),
+    "evicts-turns": (EITHER, TURNS, True),
+    "window-span-parts-apart": (DMC("adapter", scale=1.0, offset=0.0, window=9, span=5, page=4), PARTS, True),
 }
 
 
@@ -70,6 +76,43 @@ def test_what_never_merges_is_the_model_itself():
     assert aux["evict"].any() and not aux["evict"][..., 24].any()
 
 
+def test_the_newest_tokens_stand_for_themselves():
+    """A query that sees nothing but them answers as without merging, and the first one after it does not."""
+    cfg, tree = untrained(WINDOW, n_layers=1)
+    batch = batch_of(np.random.default_rng(0).integers(0, 48, (2, 40)))
+    out, aux = whole(tree, batch, cfg=cfg)
+    plain, _ = whole(tree, batch, cfg=dataclasses.replace(cfg, memory=None))
+    merged = np.asarray(aux["evict"])[0].any(1)
+    # The token at t + 1 merges with that at t once the query stands 6 places after it.
+    first = merged.argmax(1) + 1 + WINDOW.window
+    change = np.abs(out - plain).max(-1)
+    for row, at in enumerate(first):
+        assert change[row, :at].max() < 1e-5 < change[row, at]
+
+
+def test_eviction_alone_hides_keys_beyond_the_window():
+    """As `attend` does for Dynamic Memory Sparsification."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 2, 3, 30, 8), (1, 2, 30, 8), (1, 2, 30, 8)))
+    e = jnp.asarray(rng.normal(size=(1, 2, 30)), jnp.float32)
+    place = jnp.arange(30, dtype=jnp.int32)[None]
+    said = decide.Said(jnp.full_like(e, -9.0), jnp.ones_like(e), e)
+    places = Tokens(place, place * 0 + 1)
+    memory = dataclasses.replace(EITHER, form="adapter")
+    call = Call(q, k, v, places, jnp.zeros(1, jnp.int32), k_plain=k, said=said, rotary=0, mode=Mode())
+    seen = memory.train(call)
+    out = self_attend(q, seen.k, seen.v, places, keep_bht=seen.keep, bias_bht=seen.bias, newest=seen.newest)
+    gone = (e > 0) & (place > memory.sinks)[:, None]
+    keep = jnp.where(gone, -1e30, 0.0)
+    expected = attend(q, k, v, places, places, keep_bhs=keep, keep_window=memory.window - 1)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    layer = jax.tree.map(lambda x: x[0], serve.init(memory, Sizes(1, 1, 2, 3, 8, jnp.float32), 30, 1))
+    served, layer = layer.one_by_one(call)
+    np.testing.assert_allclose(served, expected, atol=1e-6)
+    np.testing.assert_array_equal(layer.held(jnp.array([30])), seen.aux["occupancy"])
+    assert int(seen.aux["occupancy"].sum()) < 50
+
+
 @pytest.mark.parametrize("mass", [True, False])
 def test_with_its_mass_an_entry_of_equal_tokens_is_attended_to_as_they_are(mass):
     rng = np.random.default_rng(0)
@@ -92,8 +135,9 @@ def test_with_its_mass_an_entry_of_equal_tokens_is_attended_to_as_they_are(mass)
     assert int(layer.pool.n[0, 0]) == 7
 
 
-def test_relaxed_decisions_have_gradients_and_come_near_the_hard_ones():
-    cfg, tree = untrained(dataclasses.replace(MASS, tau=1e-3))
+@pytest.mark.parametrize("memory", [MASS, WINDOW, EITHER], ids=["at-once", "window", "either"])
+def test_relaxed_decisions_have_gradients_and_come_near_the_hard_ones(memory):
+    cfg, tree = untrained(dataclasses.replace(memory, tau=1e-3))
     batch = batch_of(np.random.default_rng(0).integers(0, 48, (1, 20)))
 
     @jax.jit
@@ -102,14 +146,14 @@ def test_relaxed_decisions_have_gradients_and_come_near_the_hard_ones():
 
     hard, relaxed = outs(tree)
     np.testing.assert_allclose(hard, relaxed, atol=2e-3)
-    soft = dataclasses.replace(cfg, memory=dataclasses.replace(MASS, tau=1.0))
+    soft = dataclasses.replace(cfg, memory=dataclasses.replace(memory, tau=1.0))
     states = lambda tree: transformer.hidden(tree, batch, cfg=soft, mode=Mode("relaxed"))[0]  # noqa: E731
     grads = jax.jit(jax.grad(lambda tree: jnp.square(states(tree) - hard).sum()))(tree)["layers"]["attn"]["dmc"]
-    for name in ("alpha", "weight", "bias"):
+    for name in grads.keys() - {"norm"}:
         assert np.isfinite(grads[name]).all() and float(jnp.abs(grads[name]).max()) > 1e-4, name
 
 
-@pytest.mark.parametrize("memory", [dataclasses.replace(MASS, cr=3.0, scale=2.0), DMC("borrowed", span=12)])
+@pytest.mark.parametrize("memory", [dataclasses.replace(EITHER, cr=3.0, scale=2.0), DMC("borrowed", span=12)])
 def test_checkpoints(tmp_path, memory):
     cfg, tree = untrained(memory, vocab_size=264, max_length=64)
     checkpoint.save_hf(LM(cfg, tree, ByteTokenizer()), tmp_path)
@@ -117,12 +161,17 @@ def test_checkpoints(tmp_path, memory):
     assert again.config == cfg
     jax.tree.map(np.testing.assert_array_equal, again.params, tree)
     own = "atom_dmc" in (tmp_path / "config.json").read_text()
-    assert own == (memory.form == "adapter")
+    assert own == (memory.form == "observed")
 
 
 @pytest.mark.parametrize(
-    "field,value", [("form", "x"), ("span", -1), ("tau", 0.0), ("sinks", -1), ("page", 0), ("bias", True)]
+    "field,value",
+    [("form", "x"), ("span", -1), ("tau", 0.0), ("sinks", -1), ("page", 0), ("bias", True), ("window", -1)],
 )
 def test_senseless_configurations_are_refused(field, value):
     with pytest.raises(AtomError, match=field):
         DMC(**{"form": "borrowed", field: value})
+    with pytest.raises(AtomError, match=r"memory\.window: the form observed needs at least 2, got 1"):
+        DMC("observed", window=1)
+    with pytest.raises(AtomError, match=r"memory\.evicts: expected projections, no span, and turned=true"):
+        DMC("adapter", evicts=True)
