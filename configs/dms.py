@@ -74,8 +74,8 @@ def smollm2_asks() -> Experiment:
 
 
 def smollm2_asks_8x() -> Experiment:
-    """`smollm2_8x` after `smollm2_asks`, from runs/dms-asks: 24 minutes. The adapter smollm2-135m-dms-8x had 70 further
-    steps (its card says how)."""
+    """`smollm2_8x` after `smollm2_asks`, from runs/dms-asks: 24 minutes. The adapter smollm2-135m-dms-8x had 70
+    further steps (its card says how)."""
     return dataclasses.replace(asks(smollm2_8x()), init_from="runs/dms-asks")
 
 
