@@ -349,11 +349,6 @@ def passes(memory: Memory) -> int:
     return max((p.passes for p in policies(memory)), default=1)
 
 
-def shrinks(memory: Memory) -> bool:
-    """Whether it may become smaller."""
-    return any(p.shrinks for p in policies(memory))
-
-
 def _is_memory(x: Any) -> bool:
     return isinstance(x, Memory)
 

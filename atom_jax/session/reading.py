@@ -42,10 +42,10 @@ class Plan(NamedTuple):
 def plan(cfg: Any) -> Plan:
     """Of the model with this configuration."""
     cache = jax.eval_shape(lambda: registry.of(cfg).init_cache(cfg, 1, 1))
-    passes, part = memory.passes(cache), memory.part(cache)
-    waits = cache.parts != ()
-    whole = waits or any(policy.part is None for policy in memory.policies(cache))
-    return Plan(part if passes == 1 and not waits else None, passes, memory.shrinks(cache), waits, not whole)
+    passes, part, policies = memory.passes(cache), memory.part(cache), list(memory.policies(cache))
+    waits, shrinks = cache.parts != (), any(policy.shrinks for policy in policies)
+    whole = waits or any(policy.part is None for policy in policies)
+    return Plan(part if passes == 1 and not waits else None, passes, shrinks, waits, not whole)
 
 
 def read(

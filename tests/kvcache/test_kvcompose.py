@@ -39,7 +39,7 @@ def read(p, lengths=LENGTHS):
         seen.append((once, twice))
     stack = lambda states: Stack(jax.tree.map(lambda *x: jnp.stack(x), *states))  # noqa: E731
     one = Memory((stack(first),), jnp.asarray(lengths))
-    assert memory.passes(one) == 2 and memory.shrinks(one)
+    assert memory.passes(one) == 2 and all(policy.shrinks for policy in memory.policies(one))
     settle = jax.jit(readings.settle)
     return settle(one, Memory((stack(again),), jnp.asarray(2 * lengths))), seen
 
