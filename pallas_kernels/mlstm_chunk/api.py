@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import check_kind, check_shape, choose
-from pallas_kernels.mlstm_chunk import kernel, ref
+from pallas_kernels.mlstm_chunk import kernel, kernel_bwd, ref
 from pallas_kernels.mlstm_chunk.ref import State
 
 
@@ -29,8 +29,8 @@ def mlstm_chunk(
     F = exp(forget + m_{t-1} - m_t), I = exp(gate - m_t), m_t = max(forget + m_{t-1}, gate) and q over sqrt(k)
     (Beck et al., 2024, "xLSTM", 2.3, and the chunkwise form of its kernels).
 
-    All of it runs in float32, apart from the kernel's products for bfloat16 q, k, v. The kernel's gradient is
-    computed by the reference, from the inputs.
+    All of it runs in float32, apart from the kernel's products for bfloat16 q, k, v. On TPU the gradient is
+    kernels too, from inputs and results.
 
     Args:
       q_bhtk, k_bhtk: [b, h, t, k]. v_bhtv: [b, h, t, v] of the same dtype.
@@ -74,14 +74,13 @@ def _mlstm(parts: ref.Parts, state: State, interpret: Any) -> tuple[jax.Array, S
 
 
 def _mlstm_forward(parts, state, interpret):
-    return _mlstm(parts, state, interpret), (parts, state)
+    out = _mlstm(parts, state, interpret)
+    return out, (parts, state, out)
 
 
 def _mlstm_backward(interpret, saved, g):
-    (*floats, documents), state = saved
-    _, back = jax.vjp(lambda floats, state: ref.mlstm((*floats, documents), state, kernel.BLOCK), floats, state)
-    to_floats, to_state = back(g)
-    return (*to_floats, None), to_state
+    floats, to_state = kernel_bwd.mlstm_back(*saved, g, interpret)
+    return (*floats, None), to_state
 
 
 _mlstm.defvjp(_mlstm_forward, _mlstm_backward)

@@ -14,14 +14,16 @@ from tests.pallas_kernels.simulated import run
 forward = jax.jit(mlstm_chunk, static_argnames=("chunk", "implementation"))
 
 
-def case(t, k=8, v=16, dtype="float32"):
-    """Two rows of two heads and several documents, whose first continues a state."""
+def case(t, k=8, v=16, dtype="float32", starts=None):
+    """Two rows of two heads and several documents (which begin at `starts`, or somewhere), whose first continues a
+    state."""
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype="float32"):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    documents = jnp.asarray(np.cumsum(rng.random((2, t)) < 0.03, axis=1), jnp.int32)
+    begins = rng.random((2, t)) < 0.03 if starts is None else np.isin(np.arange(t), starts)[None].repeat(2, 0)
+    documents = jnp.asarray(np.cumsum(begins, axis=1), jnp.int32)
     state = (normal(2, 2, k, v), normal(2, 2, k), normal(2, 2))
     qkv = [normal(2, 2, t, size, dtype=dtype) for size in (k, k, v)]
     return *qkv, 3 * normal(2, 2, t), jax.nn.log_sigmoid(2 * normal(2, 2, t) + 2), documents, state
@@ -94,6 +96,91 @@ def test_official_gradients(official, implementation):
         np.testing.assert_allclose(have, want, atol=5e-5 * float(jnp.abs(want).max()), err_msg=name)
 
 
+def scan(floats, documents, state):
+    """`recurrence` for autodiff, whose gradient goes through m as well."""
+
+    def one(carry, now):
+        (c, n, m, before), (q, k, v, gate, forget, document) = carry, now
+        same = (document == before)[:, None]
+        c, n, m = (jnp.where(same.reshape(2, *[1] * (a.ndim - 1)), a, 0.0) for a in (c, n, m))
+        new = jnp.maximum(forget + m, gate)
+        keep, enter = jnp.exp(forget + m - new)[..., None], jnp.exp(gate - new)[..., None]
+        c = keep[..., None] * c + (enter * k)[..., None] * v[:, :, None]
+        n = keep * n + enter * k
+        q = q * q.shape[-1] ** -0.5
+        below = jnp.maximum(jnp.abs((q * n).sum(-1)), jnp.exp(-new)) + 1e-6
+        return (c, n, new, document), jnp.einsum("bhk,bhkv->bhv", q, c) / below[..., None]
+
+    inputs = (*(jnp.moveaxis(a.astype(jnp.float32), 2, 0) for a in floats), documents.T)
+    (*state, _), h = jax.lax.scan(one, (*state, jnp.zeros(2, documents.dtype)), inputs)
+    return jnp.moveaxis(h, 0, 2), tuple(state)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def gradients(args, g, implementation):
+    """Of every float, from those of outputs and state."""
+    *floats, documents, state = args
+
+    def run(floats, state):
+        if implementation is None:
+            return scan(floats, documents, state)
+        return mlstm_chunk(*floats, documents, state, chunk=64, implementation=implementation)
+
+    return jax.tree.leaves(jax.vjp(run, floats, state)[1](g))
+
+
+def cotangents(args, of_state=True):
+    """Random gradients of outputs, less where denominators are small, which magnify errors; and of the state."""
+    _, below, _ = recurrence(*args)
+    h, state = forward(*args)
+    g = jax.random.normal(jax.random.key(1), h.shape) * jnp.asarray(np.minimum(below, 1.0) ** 2, jnp.float32)
+    key = jax.random.key(2)
+    return g, jax.tree.map(lambda a: jax.random.normal(key, a.shape) if of_state else jnp.zeros_like(a), state)
+
+
+def same_gradients(got, want, tolerance):
+    for n, (have, wanted) in enumerate(zip(got, want)):
+        have = np.asarray(have.astype(jnp.float32))
+        np.testing.assert_allclose(have, wanted, atol=tolerance * float(jnp.abs(wanted).max()), err_msg=str(n))
+
+
+# One position; documents that begin nowhere, inside of blocks, at their borders and next to them; large heads.
+SHAPES = [
+    (1, 8, 16, ()),
+    (300, 8, 16, ()),
+    (300, 8, 16, (5, 70, 200)),
+    (300, 8, 16, (128, 256)),
+    (300, 8, 16, (1, 127, 129, 255, 299)),
+    (130, 128, 256, None),
+]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients(shape, dtype, tolerance, implementation):
+    args = case(*shape[:3], dtype, shape[3])
+    g = cotangents(args)
+    got = gradients(args, g, implementation)
+    assert [a.dtype for a in got] == [a.dtype for a in (*args[:5], *args[6])]
+    same_gradients(got, gradients(args, g, None), tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+def test_gradients_without_those_of_the_state(implementation):
+    args = case(300)
+    g = cotangents(args, of_state=False)
+    same_gradients(gradients(args, g, implementation), gradients(args, g, None), 1e-4)
+
+
+def test_gradients_go_in_equal_parts_where_exponents_are_equal():
+    """As in the reference, where a maximum is taken twice."""
+    *qkv, gate, forget, documents, state = case(150)
+    args = (*qkv, jnp.zeros_like(gate), jnp.zeros_like(forget), documents, state)
+    g = cotangents(args)
+    same_gradients(gradients(args, g, "interpret"), gradients(args, g, "reference"), 5e-5)
+
+
 def test_positions_that_do_not_count():
     """A gate of -1e30 keeps a position out, and a forget gate of 0 lets nothing fade."""
     q, k, v, gate, forget, documents, state = case(20)
@@ -110,6 +197,8 @@ def test_nothing_races(capfd):
     h, below, state = recurrence(*args)
     np.testing.assert_allclose(got[0] * below, h * below, atol=2e-5 * np.abs(h * below).max())
     np.testing.assert_allclose(got[1][0], state[0], atol=2e-5 * np.abs(state[0]).max())
+    g = cotangents(args)
+    same_gradients(run(capfd, lambda *a: gradients(*a, "tpu"), args, g), gradients(args, g, None), 1e-4)
 
 
 def test_bad_input():
