@@ -35,7 +35,7 @@ from atom_jax.transfer import ridge
 from atom_jax.transfer.ridge import BLOCK, LEAST_QUERIES, FitConfig
 from atom_jax.typing import AtomError, Batch
 
-# Added to errors, which are relative to the size of the residual stream, and to attention, before their logarithms.
+# Added to errors, relative to the residual stream of the query, and to attention, before their logarithms.
 ERROR_FLOOR, ATTENTION_FLOOR = 1e-9, 1e-6
 
 
@@ -106,9 +106,10 @@ def sums(params: Any, batch: Batch, *, cfg: TransformerConfig) -> dict[str, jax.
     def probe(p, heads, call):
         x = rms_norm(heads.x_btd, p["dmc"]["norm"], cfg.norm_eps).astype(jnp.float32)
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1) * counts[..., None]
-        size = jnp.mean(jnp.square(heads.x_btd.astype(jnp.float32)).sum(-1))
-        merged, evicted, weight = costs(call, p["o"], cfg.memory)
-        merged, evicted = (jnp.log(x / size + ERROR_FLOOR) for x in (merged, evicted))
+        # Some tokens, the first above all, have a residual stream that is larger than others' by orders of magnitude.
+        size = jnp.square(heads.x_btd.astype(jnp.float32)).sum(-1)
+        merged, evicted, weight = costs(call, p["o"], size, cfg.memory)
+        merged, evicted = (jnp.log(x + ERROR_FLOOR) for x in (merged, evicted))
         targets = {"alpha": merged, "weight": weight, "evict": evicted}
         if cfg.memory.form == "observed":
             o = observed.observe(call.q, call.k, tokens, cfg.memory.window - 1) * counts[:, None, :, None]
@@ -124,14 +125,14 @@ def sums(params: Any, batch: Batch, *, cfg: TransformerConfig) -> dict[str, jax.
     return transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
 
 
-def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array, jax.Array]:
+def costs(call: Call, o_nkd: jax.Array, size_bt: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For every token, f32 [b, h, t]: the squared error of attention's contributions to the residual stream, summed
     over the group's heads and all queries `dmc.window` tokens or more after it, if it alone were merged with the one
     before it; the same if it alone were evicted; and the log of the attention that it receives from these queries
     (without a window, from those after its own), on average.
 
-    o_nkd: the output projection. The entry of two is what `dmc` makes of tokens whose weights are the attention that
-    they receive.
+    o_nkd: the output projection. size_bt: what the error of each query is divided by. The entry of two is what `dmc`
+    makes of tokens whose weights are the attention that they receive.
     """
     q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
     (b, h, g, t, size), scale = q.shape, q.shape[-1] ** -0.5
@@ -171,7 +172,8 @@ def costs(call: Call, o_nkd: jax.Array, dmc: DMC) -> tuple[jax.Array, jax.Array,
         error = x_out**2 * out_out + x_last**2 * last(vv) + x_own**2 * vv
         error += 2.0 * x_out * (x_last * last(out_v) + x_own * out_v) + 2.0 * x_last * x_own * v_last[:, :, :, None]
         alone = jnp.square(p / jnp.maximum(1.0 - p, 1e-6)) * (out_out - 2.0 * out_v + vv)
-        total = lambda x: jnp.sum(jnp.where(seen, jnp.maximum(x, 0.0), 0.0), axis=(2, 3))  # noqa: E731
+        size_i = jax.lax.dynamic_slice_in_dim(size_bt, i * BLOCK, BLOCK, 1)[:, None, None, :, None]
+        total = lambda x: jnp.sum(jnp.where(seen, jnp.maximum(x, 0.0), 0.0) / size_i, axis=(2, 3))  # noqa: E731
         return total(error / left**2), total(alone)
 
     merged, evicted = (x.sum(0) for x in jax.lax.map(some, jnp.arange(t // BLOCK)))

@@ -61,8 +61,9 @@ def test_costs_are_the_errors_of_single_merges(dmc):
     turned = np.asarray(rope.rotate(jnp.asarray(k, jnp.float32)[None], cos, sin))[0]
     new = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     call = Call(new(q), new(turned), new(v), Tokens(place, place * 0 + 1), jnp.zeros(1, jnp.int32), k_plain=new(k))
+    sizes = jnp.asarray(rng.uniform(1.0, 100.0, t), jnp.float32)
     projection = jnp.asarray(o, jnp.float32).reshape(h * g, size, d)
-    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=2)(call, projection, dmc)
+    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=3)(call, projection, sizes[None], dmc)
     later, least = np.tril(np.ones((t, t), bool)), max(dmc.window, 1)
 
     def outputs(keys, bias, seen):
@@ -84,11 +85,13 @@ def test_costs_are_the_errors_of_single_merges(dmc):
             bias[:, 0, 0, i] = -(share * np.log(share) + (1 - share) * np.log(1 - share))[:, 0]
         merged = outputs(keys, bias, later & (np.arange(t) != i - 1))
         change = np.einsum("hgts,hsk->hgtk", merged, values) - np.einsum("hgts,hsk->hgtk", p, v)
-        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change[:, :, i + dmc.window :], o)).sum((1, 2, 3))
+        error = np.square(np.einsum("hgtk,hgkd->hgtd", change, o)).sum((1, 3)) / sizes
+        expected = error[:, i + dmc.window :].sum(1)
         np.testing.assert_allclose(found[0, :, i], expected, rtol=2e-3)
         without = outputs(turned, 0.0, later & (np.arange(t) != i))
-        change = np.einsum("hgts,hsk->hgtk", without - p, v)[:, :, i + least :]
-        expected = np.square(np.einsum("hgtk,hgkd->hgtd", change, o)).sum((1, 2, 3))
+        change = np.einsum("hgts,hsk->hgtk", without - p, v)
+        error = np.square(np.einsum("hgtk,hgkd->hgtd", change, o)).sum((1, 3)) / sizes
+        expected = error[:, i + least :].sum(1)
         if dmc.window:
             np.testing.assert_allclose(alone[0, :, i], expected, rtol=2e-3)
 
@@ -118,7 +121,7 @@ def test_a_fit_holds_the_entries_asked_for_and_merges_what_costs_little(model):
     assert 100 < aux["occupancy"].mean() < 140
 
     def probe(p, heads, call):
-        return dmc_fit.costs(call, p["o"], cfg.memory)[0]
+        return dmc_fit.costs(call, p["o"], jnp.square(heads.x_btd).sum(-1), cfg.memory)[0]
 
     y = transformer.hidden(params, batch, cfg=cfg, mode=Mode("off"), probe=probe)[2]["probe"]
     # What is reported at a token is that the next one merges.
