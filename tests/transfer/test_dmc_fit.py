@@ -61,9 +61,9 @@ def test_costs_are_the_errors_of_single_merges(dmc):
     turned = np.asarray(rope.rotate(jnp.asarray(k, jnp.float32)[None], cos, sin))[0]
     new = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     call = Call(new(q), new(turned), new(v), Tokens(place, place * 0 + 1), jnp.zeros(1, jnp.int32), k_plain=new(k))
-    sizes = jnp.asarray(rng.uniform(1.0, 100.0, t), jnp.float32)
+    sizes = rng.uniform(1.0, 100.0, t)
     projection = jnp.asarray(o, jnp.float32).reshape(h * g, size, d)
-    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=3)(call, projection, sizes[None], dmc)
+    found, alone, weight = jax.jit(dmc_fit.costs, static_argnums=3)(call, projection, new(sizes), dmc)
     later, least = np.tril(np.ones((t, t), bool)), max(dmc.window, 1)
 
     def outputs(keys, bias, seen):
