@@ -91,11 +91,9 @@ def generate(
         that has been read.
       after: such a result, whose rows the prompts continue: only they are read. Learned memory is given up then, and
         the result cannot be continued again. A stop id that ended a row stays part of it.
-      draft: who guesses at what follows, so that the model reads several tokens in one call: a name of
-        `drafts.drafters` ("ngram", "recycle", "spine", "mtp:heads=PATH", "local") or a drafter. The ids are those
-        without drafts. Where drafts cost more than they gain, and in models that can't read several tokens in one
-        call, there are none; of models with units of their own these are Bolmo, and those with a cache policy.
-        draft_tokens: their greatest length.
+      draft: who guesses at what follows, so that the model reads several tokens in one call: a name in
+        `drafts.drafters` or a drafter. The ids are those without. There are none where they cost more than they gain,
+        in a Bolmo, and in other models with units under a cache policy. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
         stand before the prompts, which then get no front, and its states are mixed into what is said of every token.
         It stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread:
@@ -118,8 +116,7 @@ def generate(
     _check_length(lm, longest, max_new_tokens)
     keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
     learned = heads.load(drafter.source, lm.config) if drafter is not None and drafter.source else None
-    parts = 1 if keep_memory or before is not None else _parts(lm, len(rows))
-    runs = []
+    parts, runs = 1 if keep_memory or before is not None else _parts(lm, len(rows)), []
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
         own = memory.front(len(mine)) if ahead else None
@@ -130,9 +127,7 @@ def generate(
             slots = Slots(session, choice, parts > 1)
         else:
             texts = mine if after is None else [np.append(after.ids[i], rows[i]).astype(np.int32) for i in part]
-            slots = DraftSlots(
-                session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens, learned
-            )  # fmt: skip
+            slots = DraftSlots(session, choice, parts > 1, texts, drafter, draft_tokens, max_new_tokens, learned)
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)

@@ -95,10 +95,10 @@ class Kv:
         "windows". With `out` finished cells are kept in OUT.cells.jsonl, and a picture is drawn next to it."""
         check(settings, lm.config.max_length)
         chosen = methods(settings, lm.config)
-        for path in settings.adapters:
+        for path in dict.fromkeys(settings.adapters):
             found = with_learned(lm, path, "kv.adapters")
             memory = registry.of(found.config).memory(found.config)
-            chosen.append(Method(pathlib.Path(path).name, getattr(memory, "budget", None), memory, found))
+            chosen.append(Method(path, getattr(memory, "budget", None), memory, found))
         texts = _texts(settings, encoder)
         cells = [Cell(m, part, source, asks) for m in chosen for (part, source), asks in texts.items()]
         path = out and out.with_name(out.name + ".cells.jsonl")
@@ -287,7 +287,7 @@ def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[
     with tqdm(total=total, initial=total - left, desc="kv", unit="tok", unit_scale=True, mininterval=quick) as bar:
         for i, (key, cell) in enumerate(zip(keys, cells)):
             # A process may map only so much memory (vm.max_map_count), and every policy has programs of its own.
-            if i and cell.method != cells[i - 1].method:
+            if i and cell.method is not cells[i - 1].method:
                 jax.clear_caches()
             if key in known:
                 continue

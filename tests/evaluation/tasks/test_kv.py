@@ -223,8 +223,9 @@ def test_adapters_stand_beside_policies(lm, cfg, tmp_path, monkeypatch):
     both = run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.adapters={tmp_path / 'mine'}", "kv.policies=toy"]))
     rows = lambda found: found["kv"].notes["rows"]  # noqa: E731
     names = [row["policy"] for row in rows(both)]
-    assert set(names) == {"none", "toy", "mine"} and names[-1] == "mine"
-    expected, found = ([r for r in rows(x) if r["policy"] == n] for x, n in ((alone, "model"), (both, "mine")))
+    mine = str(tmp_path / "mine")
+    assert set(names) == {"none", "toy", mine} and names[-1] == mine
+    expected, found = ([r for r in rows(x) if r["policy"] == n] for x, n in ((alone, "model"), (both, mine)))
     assert 5 < found[0]["held"] < 30
     assert [dict(r, policy="") for r in found] == [dict(r, policy="") for r in expected]
     other = dataclasses.replace(own, params=jax.tree.map(lambda x: x + 1, own.params))
