@@ -79,6 +79,27 @@ def smollm2_asks_8x() -> Experiment:
     return dataclasses.replace(asks(smollm2_8x()), init_from="runs/dms-asks")
 
 
+def smollm2_far() -> Experiment:
+    """The adapter smollm2-135m-dms-4x: what `smollm2_asks_8x` has learned, with other thresholds."""
+    return far(smollm2_asks_8x(), "runs/dms-asks-8x", 2048)
+
+
+def smollm2_far_8x() -> Experiment:
+    return far(smollm2_asks_8x(), "runs/dms-asks-8x", 1024)
+
+
+def far(exp: Experiment, init_from: str, entries: int, seq_len: int = 8192) -> Experiment:
+    """A retrofit of which nothing is trained any more: after one step that changes nothing the threshold, and its
+    slopes for what lies beyond the rows before, are moved to where this share of rows of any length stays."""
+    return dataclasses.replace(
+        exp, init_from=init_from, distill=None, data=english(seq_len),
+        memory=dataclasses.replace(exp.memory, beyond=exp.data.seq_len, cr=seq_len / entries),
+        fit=dataclasses.replace(exp.fit, windows=0, calibration=4, entries=entries),
+        optim=OptimConfig(learning_rate=0.0, warmup_steps=0),
+        train=TrainConfig(steps=1, log_every=1, eval_every=0),
+    )  # fmt: skip
+
+
 def smollm2_merged(entries: int = 512) -> Experiment:
     """Merging in place of eviction, in our form: means of keys after RoPE, with their mass, which tokens join when
     they leave the window."""
@@ -102,6 +123,13 @@ def tiny_asks() -> Experiment:
     exp = tiny()
     exp = dataclasses.replace(exp, data=DataConfig(seq_len=768, batch_size=8))
     return asks(exp, size=700, facts=1, gap=100)
+
+
+def tiny_far() -> Experiment:
+    before = tiny()
+    exp = far(before, before.init_from, 160, 640)
+    fit = dataclasses.replace(before.fit, entries=160)
+    return dataclasses.replace(exp, data=DataConfig(seq_len=640, batch_size=8), fit=fit)
 
 
 def tiny() -> Experiment:
@@ -174,7 +202,8 @@ def english(seq_len: int) -> DataConfig:
 
 VARIANTS = {
     "smollm2": smollm2, "smollm2_8x": smollm2_8x, "smollm2_asks": smollm2_asks, "smollm2_asks_8x": smollm2_asks_8x,
-    "smollm2_merged": smollm2_merged, "tiny": tiny, "tiny_merged": tiny_merged, "tiny_asks": tiny_asks,
+    "smollm2_far": smollm2_far, "smollm2_far_8x": smollm2_far_8x, "smollm2_merged": smollm2_merged, "tiny": tiny,
+    "tiny_merged": tiny_merged, "tiny_asks": tiny_asks, "tiny_far": tiny_far,
     "qwen3_1b7": qwen3_1b7, "qwen3_1b7_asks": qwen3_1b7_asks, "qwen3_8b": qwen3_8b, "qwen3_8b_asks": qwen3_8b_asks,
     "qwen3_8b_pod": qwen3_8b_pod,
 }  # fmt: skip

@@ -13,6 +13,7 @@ which a layer in between hears the part that lies below it. What it hears is one
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -44,8 +45,9 @@ def fit(
 ) -> Any:
     """Parameters whose evictors are fitted; the others are as they were.
 
-    rows: at least `windows` + 3 `calibration` batches of one length, with one document in a row or several. Raises
-    AtomError for a model without a projection to fit, or documents that are too short for the window or the entries.
+    rows: at least `windows` + 3 `calibration` batches (6 with `Settings.beyond`) of one length, with one document
+    in a row or several. Raises AtomError for a model without a projection to fit, or documents that are too short for
+    the window or the entries.
     """
     dms = cfg.memory
     if not isinstance(dms, DMS) or dms.form not in LEARNED or not dms.bias:
@@ -80,9 +82,20 @@ def calibrate(
     how: FitConfig,
     say: Callable[[str], None] = print,
 ) -> Any:
-    """See `ridge.calibrate`."""
-    move = lambda params, by: shifted(params, by, cfg)  # noqa: E731
-    return ridge.calibrate(params, cfg, rows, how, say, cfg.memory.sinks, cfg.memory.window + 1, move)
+    """See `ridge.calibrate`. Where slopes (`Settings.beyond`) begin within rows, the same share is to be left of what
+    lies before and of whole rows: first the threshold is moved by as many rows' beginnings, then the slopes."""
+    rows, beyond = iter(rows), cfg.memory.beyond
+    row = next(rows)
+    rows, t = itertools.chain([row], rows), row.ids.shape[1]
+    ends = (cfg.memory.sinks, cfg.memory.window + 1)
+    move = lambda name: lambda params, by: shifted(params, by, cfg, name)  # noqa: E731
+    if ridge.thresholds(cfg.memory, t) == 1:
+        return ridge.calibrate(params, cfg, rows, how, say, *ends, move("bias"))
+    cut = (jax.tree.map(lambda x: x[:, :beyond], row) for row in rows)
+    share = dataclasses.replace(how, entries=round(how.entries * beyond / t))
+    params = ridge.calibrate(params, cfg, cut, share, say, *ends, move("bias"))
+    doublings = lambda positions: np.log2(np.maximum(positions / beyond, 1.0))  # noqa: E731
+    return ridge.calibrate(params, cfg, rows, how, say, *ends, move("slope"), doublings)
 
 
 def targets(params: Any, batch: Batch, key: jax.Array, *, cfg: TransformerConfig, target: str) -> jax.Array:
@@ -227,7 +240,8 @@ def put(params: Any, weights: tuple, cfg: TransformerConfig, steepness: float, t
     return ridge.learned(params, cfg, new)
 
 
-def shifted(params: Any, move: float, cfg: TransformerConfig) -> Any:
-    """Parameters whose decision logits are all larger by `move`."""
-    bias = params["layers"]["attn"]["dms"]["bias"]
-    return ridge.learned(params, cfg, {"bias": bias + move / cfg.memory.scale})
+def shifted(params: Any, move: float, cfg: TransformerConfig, name: str = "bias") -> Any:
+    """Parameters whose decision logits are all larger by `move`; name "slope": by so much per doubling of the
+    position."""
+    there = params["layers"]["attn"]["dms"][name]
+    return ridge.learned(params, cfg, {name: there + move / cfg.memory.scale})

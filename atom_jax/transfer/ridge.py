@@ -93,29 +93,37 @@ def solve(sums: dict[str, np.ndarray], ridge: float) -> tuple[np.ndarray, np.nda
     return out[:, : d - 1], out[:, d - 1], out[:, d:]
 
 
+def thresholds(memory: Any, t: int) -> int:
+    """How many thresholds are moved by rows of t tokens: that of all tokens, and that of those beyond
+    `DMS.beyond`."""
+    return 2 if 0 < getattr(memory, "beyond", 0) < t else 1
+
+
 def calibrate(
     params: Any, cfg: TransformerConfig, rows: Iterable[Batch], how: FitConfig, say: Callable[[str], None],
     first: int, rest: int, shifted: Callable[[Any, float], Any],
+    weight: Callable[[np.ndarray], np.ndarray] = np.ones_like,
 ) -> Any:  # fmt: skip
     """Moves the threshold of all heads together until `how.entries` keys per head are left after a document, on
     average.
 
     Three times, because what is decided in one layer changes the decisions of those above. first, rest: tokens at the
-    start and the end of a document about which nothing is decided. shifted: parameters whose decision logits are all
-    larger by a number.
+    start and the end of a document about which nothing is decided. shifted: parameters whose decision logits are
+    larger by a number, times the weight f64 [n] (0 or more) of the position i32 [n] of the token.
     """
     rows = iter(rows)
     for _ in range(3):
-        logits, held = [], []
+        logits, places, held = [], [], []
         # Of all documents: tokens that stay in any case, and those about which is decided.
         sure = open_ = documents = 0
         for _ in range(how.calibration):
-            batch = take(rows)
+            batch = next(rows)
             z, entries = _logits(params, batch, cfg=cfg)
             tokens = Tokens(batch.positions, batch.segments)
             real = np.asarray(tokens.segments) > 0
             decided = real & np.asarray((tokens.positions >= first) & (tokens.left >= rest))
-            logits.append(np.moveaxis(np.asarray(z), 1, 2)[:, :, decided].ravel())
+            logits.append(np.moveaxis(np.asarray(z), 1, 2)[:, :, decided].reshape(-1, int(decided.sum())))
+            places.append(np.asarray(tokens.positions)[decided])
             held.append(float(entries))
             documents += int(np.asarray(batch.segments).max(1).sum())
             open_ += int(decided.sum())
@@ -125,10 +133,21 @@ def calibrate(
             window = f"a window of {cfg.memory.window} and " if cfg.memory.window else ""
             mean = (sure + open_) / max(documents, 1)
             raise AtomError(f"fit.entries: {how.entries} is impossible with {window}documents of {mean:.0f} tokens")
-        move = -float(np.quantile(np.concatenate(logits), kept))
+        move = _move(np.concatenate(logits, axis=1), weight(np.concatenate(places).astype(np.float64)), kept)
         params = shifted(params, move)
         say(f"fit: {np.sum(held) / documents:.0f} entries held, threshold moved by {move:.3f}")
     return params
+
+
+def _move(logits: np.ndarray, weights: np.ndarray, kept: float) -> float:
+    """What is added, times `weights` [t], to decision logits [n, t], so that a share `kept` of all is negative."""
+    moved = weights > 0
+    fixed = np.count_nonzero(logits[:, ~moved] <= 0)
+    share = (kept * logits.size - fixed) / max(logits[:, moved].size, 1)
+    if not 0 < share < 1:
+        there = f"{fixed / logits.size:.0%} of the keys stay for which no slope counts"
+        raise AtomError(f"fit.entries: {kept:.0%} of all keys would have to stay, but {there}")
+    return -float(np.quantile(logits[:, moved] / weights[moved], share))
 
 
 @jax.jit(static_argnames="cfg")

@@ -33,6 +33,7 @@ OBSERVED = DMS(
     tau=0.5,
     per="mean",
     bias=True,
+    beyond=64,
     shared=3,
     rank=2,
     sinks=4,
@@ -97,7 +98,16 @@ def test_observed_evictors_survive_every_format(tmp_path, family):
     saved = read_json(tmp_path / "hf" / "config.json")
     assert saved["architectures"] == ["Qwen3ForCausalLMDMS" if family == "qwen3" else FAMILIES[family].architecture]
     assert saved["dms_separate_alpha"] is True and saved["dms_cr"] == 4.5
-    own = {"form": "observed", "per": "mean", "bias": True, "shared": 3, "rank": 2, "sinks": 4, "page": 16}
+    own = {
+        "form": "observed",
+        "per": "mean",
+        "bias": True,
+        "beyond": 64,
+        "shared": 3,
+        "rank": 2,
+        "sinks": 4,
+        "page": 16,
+    }
     assert {k: v for k, v in saved.items() if k.startswith("atom_dms")} == {
         f"atom_dms_{k}": v for k, v in own.items()
     }

@@ -46,7 +46,11 @@ def test_export_of_load_is_bit_equal(golden, in_memory, family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(golden, in_memory, family):
     cfg, _ = published(golden, family)
-    every = {"tie_embeddings": False, "layer_types": (), "memory": DMS(form="observed", bias=True, shared=2, rank=2)}
+    every = {
+        "tie_embeddings": False,
+        "layer_types": (),
+        "memory": DMS(form="observed", bias=True, beyond=64, shared=2, rank=2),
+    }
     cfg = dataclasses.replace(cfg, **every)
     spec = params_lib.flatten(transformer.spec(cfg))
     assert {rule.path for rule in registry.of(cfg).published.rules(cfg)} == set(spec)

@@ -73,29 +73,37 @@ def test_a_retrofit_that_asks_learns():
     assert found[-1] < 0.7 * found[0]
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny_merged", "tiny_asks"])
-def test_a_retrofit_from_fit_to_adapter(tmp_path, variant):
+@pytest.fixture
+def base(tmp_path):
+    """A model on the disk, and in memory."""
     cfg = transformer.TransformerConfig(
-        vocab_size=264,
-        d_model=32,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=8,
-        d_ff=48,
-        bos_id=256,
+        vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, bos_id=256,
         eos_ids=(257,),
-    )
-    base = LM(cfg, params.init(jax.random.key(0), transformer.spec(cfg)), tokenizers.from_name("bytes"))
-    atom_jax.save_hf(base, tmp_path / "base")
-    exp = start.configure(f"configs/dms.py:{variant}", [f"init_from={tmp_path / 'base'}"])
+    )  # fmt: skip
+    lm = LM(cfg, params.init(jax.random.key(0), transformer.spec(cfg)), tokenizers.from_name("bytes"))
+    atom_jax.save_hf(lm, tmp_path / "base")
+    return tmp_path / "base", lm
+
+
+def test_thresholds_of_short_and_of_long_rows_alone(tmp_path, base):
+    exp = start.configure("configs/dms.py:tiny_far", [f"init_from={base[0]}"])
+    loop.fit(exp, tmp_path / "run")
+    learned = atom_jax.load(tmp_path / "run").params["layers"]["attn"]["dms"]
+    slope = np.asarray(learned["slope"])
+    assert slope.all() and np.ptp(slope) < 1e-5 and learned["alpha"].any()
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_merged", "tiny_asks"])
+def test_a_retrofit_from_fit_to_adapter(tmp_path, variant, base):
+    there, base = base
+    exp = start.configure(f"configs/dms.py:{variant}", [f"init_from={there}"])
     result = loop.fit(exp, tmp_path / "run")
     assert result.step == exp.train.steps and {"kl", "agreement", "held"} <= set(result.validation)
     lm = atom_jax.load(tmp_path / "run")
     for name, x in params.flatten(base.params).items():
         np.testing.assert_array_equal(params.flatten(lm.params)[name], x)
     atom_jax.save_adapter(lm, tmp_path / "adapter")
-    again = atom_jax.load(tmp_path / "base", adapter=str(tmp_path / "adapter"))
+    again = atom_jax.load(there, adapter=str(tmp_path / "adapter"))
     assert again.config.memory == exp.memory
     text = [list(np.random.default_rng(0).integers(0, 256, 200))]
     got = [atom_jax.generate(one, text, max_new_tokens=4) for one in (lm, again)]

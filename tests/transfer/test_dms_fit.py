@@ -111,6 +111,30 @@ def test_the_threshold_alone_can_be_moved(model):
     assert moves.min() > 0 and np.ptp(moves) < 1e-5
 
 
+def test_with_slopes_the_same_share_stays_of_short_and_of_long_rows(model):
+    cfg, params = model
+    how = FitConfig(target="attention", windows=2, calibration=2, entries=90)
+    fitted = dms_fit.fit(params, cfg, rows(8), how, lambda line: None)
+    sloped = dataclasses.replace(cfg, memory=dataclasses.replace(cfg.memory, beyond=64))
+    fitted = ridge.learned(fitted, sloped, {"slope": jnp.zeros((2, 2))})
+    how = dataclasses.replace(how, windows=0, entries=140)
+    more = dms_fit.fit(fitted, sloped, rows(12), how, lambda line: None)
+    old, new = (p["layers"]["attn"]["dms"] for p in (fitted, more))
+    for name in ("slope", "bias"):
+        moves = np.asarray(new[name] - old[name])
+        assert np.abs(moves).min() > 0 and np.ptp(moves) < 1e-5
+    batch = next(rows(1))
+    for t in (64, T):
+        part = Batch(*(x[:, :t] for x in (batch.ids, batch.positions, batch.segments)))
+        held = transformer.hidden(more, part, cfg=sloped)[2]["occupancy"]
+        assert abs(held.mean() - t * 140 / T) < 0.1 * t
+
+
+def test_what_no_slope_moves_may_be_too_much():
+    with pytest.raises(AtomError, match=r"fit\.entries: 50% .* but 88% of the keys stay for which no slope counts"):
+        ridge._move(-np.ones((2, 8)), np.array([0.0] * 7 + [1.0]), 0.5)
+
+
 @pytest.mark.parametrize("entries", [WINDOW, T + 1])
 def test_impossible_numbers_of_entries_are_refused(model, entries):
     cfg, params = model

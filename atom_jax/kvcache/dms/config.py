@@ -38,6 +38,8 @@ class Settings(Policy):
     per: "head"; "layer": the first head decides for all heads of its layer; or "mean": the mean of their logits does,
         so that a token stays in all heads of a layer or in none (ours).
     bias: the projection has a bias per head.
+    beyond: positions from which on the logits change by a learned slope per head with every doubling of the position
+        (0: none): what a layer sees of a key drifts along a text, and with it the share of keys that stay (ours).
     shared: channels of evidence about a key (0: none), of the form observed: every layer adds what its heads saw the
         key receive, and every head hears the sum over its own layer and all below. So heads agree about a key that
         few of them have reason to keep by themselves (ours).
@@ -58,6 +60,7 @@ class Settings(Policy):
     tau: float = 0.1
     per: str = "head"
     bias: bool = False
+    beyond: int = 0
     shared: int = 0
     rank: int = 0
     sinks: int = 0
@@ -72,13 +75,16 @@ class Settings(Policy):
             raise AtomError(f"memory.form: expected one of {', '.join(self.forms)}, got {self.form!r}")
         if self.per not in PER:
             raise AtomError(f"memory.per: expected one of {', '.join(PER)}, got {self.per!r}")
-        if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank) < 0:
-            raise AtomError("memory: window, page and block_size must be at least 1, sinks and rank at least 0")
+        if min(self.window, self.page, self.block_size) < 1 or min(self.sinks, self.rank, self.beyond) < 0:
+            raise AtomError(
+                "memory: window, page and block_size must be at least 1, sinks, rank and beyond at least 0"
+            )
         if not 0 <= self.shared <= 64 or (self.shared and self.form != "observed"):
             expected = "expected 0 to 64, and 0 unless the form is observed"
             raise AtomError(f"memory.shared: {expected}; got {self.shared} and {self.form}")
-        if self.form not in LEARNED and self.rank:
-            raise AtomError("memory.rank: corrections need the form adapter or observed")
+        for name, what in ("rank", "corrections"), ("beyond", "slopes"):
+            if self.form not in LEARNED and getattr(self, name):
+                raise AtomError(f"memory.{name}: {what} need the form adapter or observed")
         if not self.tau > 0:
             raise AtomError(f"memory.tau: expected a positive temperature, got {self.tau}")
 
@@ -99,6 +105,8 @@ class Settings(Policy):
         }
         if self.bias:
             spec["bias"] = ParamSpec((h,), ("kv_heads",), zeros)
+        if self.beyond:
+            spec["slope"] = ParamSpec((h,), ("kv_heads",), zeros)
         if self.form == "observed":
             spec["observed"] = ParamSpec((FEATURES, h), (None, "kv_heads"), zeros)
         if self.shared:

@@ -51,6 +51,9 @@ def logits(p: Tree, heads: Heads, cfg: Settings) -> jax.Array:
         z = heads.q_btnk[:, :, :: heads.q_btnk.shape[2] // h, -1].astype(jnp.float32).transpose(0, 2, 1)
     else:
         z = project(heads, p["norm"], p["alpha"], p["bias"] if cfg.bias else None)
+        if cfg.beyond:
+            doublings = jnp.log2(jnp.maximum(heads.tokens.positions / cfg.beyond, 1.0))
+            z += doublings[:, None] * p["slope"].astype(jnp.float32)[None, :, None]
     return z * cfg.scale - cfg.offset
 
 

@@ -1,8 +1,8 @@
 """Learned evictors in whole checkpoints: fields of config.json <-> Settings, and the names of tensors.
 
 Published are the dms_ fields. What only this library has is written as atom_dms_form, atom_dms_per, atom_dms_bias,
-atom_dms_shared, atom_dms_rank, atom_dms_sinks, atom_dms_page and atom_dms_separators, where it differs from the
-published layout, and overrides it.
+atom_dms_beyond, atom_dms_shared, atom_dms_rank, atom_dms_sinks, atom_dms_page and atom_dms_separators, where it
+differs from the published layout, and overrides it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ RULES = (
     Rule("dms_proj_alpha_norm.weight", "norm"),
     Rule("dms_observed.weight", "observed", 1),
     Rule("dms_proj_alpha.bias", "bias"),
+    Rule("dms_slope", "slope"),
     Rule("dms_tell", "tell"),
     Rule("dms_hear", "hear"),
     *(Rule(f"{n}_proj.lora_A.weight", f"{n}_a", inputs) for n, inputs in low_rank.ATTENTION.items()),
@@ -30,7 +31,7 @@ _OBEYED = {
     "dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset", "dms_separate_alpha", "dms_alpha_per",
     "dms_tau", "dms_cr", "dms_paged_attention_block_size", "dms_disable_eviction",
     "atom_dms_form", "atom_dms_per", "atom_dms_bias", "atom_dms_rank", "atom_dms_sinks", "atom_dms_page",
-    "atom_dms_separators", "atom_dms_shared",
+    "atom_dms_separators", "atom_dms_shared", "atom_dms_beyond",
 }  # fmt: skip
 # How the published code runs, not what it computes.
 _HARMLESS = {
@@ -66,6 +67,7 @@ def from_hf(fields: Fields) -> dict[str, Any] | None:
         tau=fields.number("dms_tau", Settings.tau),
         per=fields.one_of("atom_dms_per", PER, fields.one_of("dms_alpha_per", ("head", "layer"), "head")),
         bias=fields.flag("atom_dms_bias", False),
+        beyond=fields.size("atom_dms_beyond", 0, least=0),
         shared=fields.size("atom_dms_shared", 0, least=0),
         rank=fields.size("atom_dms_rank", 0, least=0),
         sinks=fields.size("atom_dms_sinks", 0, least=0),
@@ -97,4 +99,6 @@ def to_hf(family: str, dms: Settings) -> dict[str, Any]:
     if dms.separators:
         out["atom_dms_separators"] = list(dms.separators)
     differs = lambda name: getattr(dms, name) != getattr(Settings, name)  # noqa: E731
-    return out | {f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "shared", "rank", "sinks", "page") if differs(k)}
+    return out | {
+        f"atom_dms_{k}": getattr(dms, k) for k in ("bias", "beyond", "shared", "rank", "sinks", "page") if differs(k)
+    }

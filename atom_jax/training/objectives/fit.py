@@ -13,7 +13,7 @@ from atom_jax.kvcache.dmc import DMC
 from atom_jax.params import Tree
 from atom_jax.training.objectives.base import Objective, Rows, Setting, register
 from atom_jax.transfer import dmc_fit, dms_fit
-from atom_jax.transfer.ridge import FitConfig
+from atom_jax.transfer.ridge import FitConfig, thresholds
 from atom_jax.typing import AtomError, Batch
 
 
@@ -29,15 +29,19 @@ class Fit(FitConfig, Objective):
         """Fits the decisions. Raises AtomError for parameters that are not there yet."""
         if params is None:
             raise AtomError("fit: set init_from; evictors are fitted to a model that has learned something")
-        with tqdm(total=self.windows + 3 * self.calibration, desc="fit", unit="row", mininterval=1) as bar:
+        with tqdm(total=self.windows + self._moves(setting), desc="fit", unit="row", mininterval=1) as bar:
             rows = _rows(data, bar, setting.exp.data.whole)
             return _of(setting).fit(params, setting.exp.model, rows, self, bar.set_postfix_str), []
 
     def finish(self, setting: Setting, params: Any, data: Iterator[Rows]) -> Any:
         """Moves the threshold to where `entries` keys stay."""
-        with tqdm(total=3 * self.calibration, desc="threshold", unit="row", mininterval=1) as bar:
+        with tqdm(total=self._moves(setting), desc="threshold", unit="row", mininterval=1) as bar:
             rows = _rows(data, bar, setting.exp.data.whole)
             return _of(setting).calibrate(params, setting.exp.model, rows, self, bar.set_postfix_str)
+
+    def _moves(self, setting: Setting) -> int:
+        """Rows that thresholds take."""
+        return 3 * self.calibration * thresholds(setting.exp.model.memory, setting.exp.data.seq_len)
 
 
 def _of(setting: Setting) -> Any:

@@ -159,9 +159,36 @@ def test_corrections_hold_only_where_keys_may_be_evicted():
     np.testing.assert_allclose(states(Mode("off")), before, atol=1e-5)
 
 
+def test_logits_change_with_every_doubling_of_the_position_beyond():
+    cfg = transformer.TransformerConfig(
+        vocab_size=50, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
+        memory=DMS("observed", window=5, scale=2.0, offset=1.0, bias=True, beyond=8),
+    )  # fmt: skip
+    params = params_lib.init(jax.random.key(0), transformer.spec(cfg))
+    batch = tiny.batch(np.random.default_rng(0).integers(0, 50, (1, 40)))
+    places = np.concatenate([np.arange(25), np.arange(15)])
+    batch = batch.replace(positions=places[None], segments=1 + (np.arange(40) >= 25)[None])
+    logits = lambda p: transformer.hidden(p, batch, cfg=cfg, mode=Mode("off"))[2]["evict_logits"]  # noqa: E731
+    before, learned = logits(params), params["layers"]["attn"]["dms"]
+    learned["slope"] = slope = jax.random.normal(jax.random.key(1), learned["slope"].shape)
+    # The decision about a key is taken by the token after it.
+    doublings = np.log2(np.maximum(places[1:] / 8, 1.0))
+    expected = 2.0 * doublings * np.asarray(slope)[:, None, :, None]
+    np.testing.assert_allclose((logits(params) - before)[..., :-1], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "field,value",
-    [("form", "x"), ("per", "token"), ("window", 0), ("tau", 0.0), ("sinks", -1), ("rank", -1), ("shared", 1)],
+    [
+        ("form", "x"),
+        ("per", "token"),
+        ("window", 0),
+        ("tau", 0.0),
+        ("sinks", -1),
+        ("rank", -1),
+        ("shared", 1),
+        ("beyond", -1),
+    ],
 )
 def test_senseless_configurations_are_refused(field, value):
     with pytest.raises(AtomError, match=field):

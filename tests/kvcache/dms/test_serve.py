@@ -148,7 +148,7 @@ def test_official_whole_sequence(official):
 POLICIES = [
     DMS("observed", window=6, scale=1.0, offset=0.0, sinks=2, page=4),
     DMS("observed", window=5, scale=1.0, offset=0.0, per="layer", bias=True, page=8),
-    DMS("adapter", window=6, scale=1.0, offset=0.0, sinks=3, page=4, rank=2),
+    DMS("adapter", window=6, scale=1.0, offset=0.0, beyond=8, sinks=3, page=4, rank=2),
     DMS("observed", window=6, scale=1.0, offset=0.0, per="mean", sinks=2, page=4),
     DMS("observed", window=6, scale=1.0, offset=0.0, shared=3, sinks=2, page=4),
 ]
