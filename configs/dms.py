@@ -69,13 +69,13 @@ def asks(exp: Experiment, size: int = 6000, facts: int = 8, gap: int = 1000) -> 
 
 
 def smollm2_asks() -> Experiment:
-    """The adapter smollm2-135m-dms-4x: 25 minutes on two CPU cores."""
+    """The adapter smollm2-135m-dms-4x-v2: 25 minutes on two CPU cores."""
     return asks(smollm2())
 
 
 def smollm2_asks_8x() -> Experiment:
     """`smollm2_8x` after `smollm2_asks`, from runs/dms-asks: 24 minutes. The adapter smollm2-135m-dms-8x had 70
-    further steps (its card says how)."""
+    further steps, and slopes (its card says how)."""
     return dataclasses.replace(asks(smollm2_8x()), init_from="runs/dms-asks")
 
 

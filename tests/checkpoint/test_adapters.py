@@ -51,7 +51,7 @@ def test_what_is_written(saved):
     sizes = {"family": "llama", "n_layers": 2, "d_model": 16, "n_kv_heads": 2, "n_heads": 4, "head_dim": 8}
     assert table["format"] == 1 and table["memory"]["class"] == "DMS" and table["base"] == {**sizes, "name": "a/base"}
     source = SafetensorsSource(path / "adapter.safetensors")
-    assert len(source.infos) == 8 + 4 + 16 and {i.dtype.name for i in source.infos.values()} == {"float32"}
+    assert len(source.infos) == 8 + 6 + 16 and {i.dtype.name for i in source.infos.values()} == {"float32"}
     alpha = source.read("model.layers.1.self_attn.dms_proj_alpha.weight")
     np.testing.assert_array_equal(alpha, np.asarray(lm.params["layers"]["attn"]["dms"]["alpha"][1]).T)
     adapters.save_adapter(lm, path)
@@ -152,7 +152,7 @@ def test_an_adapter_replaces_earlier_evictors(saved):
         ({"memory": {"window": 0}}, r"adapter\.json: memory: window, page and block_size must be at least 1"),
         ({"memory": {"window": "x"}}, r"adapter\.json: memory\.window: expected int"),
         (
-            {"memory": {"form": "borrowed", "shared": 0, "rank": 0}},
+            {"memory": {"form": "borrowed", "beyond": 0, "shared": 0, "rank": 0}},
             "form borrowed.* has no parameters of its own: it needs",
         ),
         ({"memory": {"bias": False}}, r"2 unexpected tensors \(.*bias.*\) for a llama of this adapter\.json"),

@@ -26,9 +26,10 @@ def test_they_are_small_and_have_cards():
 DIGESTS = {
     "reason-subset-dms-4x": "f56413f631a8b9e4adf2724a7da3e1dcf00438df075116125c83f3df44aa28bb",
     "reason-subset-dms-8x": "aee454e9dbe0f80190c28c6240481da3921b4703670fc48a500c9912fcb0d3f2",
-    "smollm2-135m-dms-4x": "3e55cb95caecb4119c2223a86de66dab2f52e6e98fc2e9e1e769eae73d0a820d",
+    "smollm2-135m-dms-4x": "e26c30a70c391472e8276712ebdc45b0a6a7c1adb708126913d8252e9734ce37",
     "smollm2-135m-dms-4x-v1": "a0f94c40920f6a8a8169fdd700e9f8cda5ee9047277c0ef05e2c44933278917a",
-    "smollm2-135m-dms-8x": "feb77f6f0123fa22c33041699e38f2f5b2f4d561aecb7f1f271489c3177207fe",
+    "smollm2-135m-dms-4x-v2": "3e55cb95caecb4119c2223a86de66dab2f52e6e98fc2e9e1e769eae73d0a820d",
+    "smollm2-135m-dms-8x": "634b5c8b99969093f56463a3e2173fcddc947b6d40b43d1ec348709d589a55ce",
     "smollm2-135m-dms-8x-v1": "e0d3daf338582d82034178ca1bc08d8146660874c72fd6514a77e1be87331af8",
 }
 
