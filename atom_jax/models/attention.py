@@ -197,8 +197,13 @@ def separate(p: Tree) -> Tree:
 
 
 def laid_out(kind: Attention, p: Tree) -> Tree:
-    """Parameters of one attention layer for generation: as its policy has them, else as they are."""
-    return p if kind.policy is None else kind.policy.laid_out(separate(p))
+    """Parameters of one attention layer for generation: as its policy has them, or, where that changes nothing, as
+    they are."""
+    if kind.policy is None:
+        return p
+    parts = separate(p)
+    out = kind.policy.laid_out(parts)
+    return p if out is parts else out
 
 
 def with_learned(attn: Tree, kinds: Iterable[Any]) -> Tree:

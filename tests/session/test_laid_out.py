@@ -1,7 +1,8 @@
-"""Generation holds the weights once: what is laid out for it is the model's own memory, wherever that is possible."""
+"""Generation on a CPU holds the weights once, and a first call compiles few programs."""
 
 import dataclasses
 import gc
+import re
 import weakref
 
 import jax
@@ -14,7 +15,7 @@ from atom_jax.inference.generate import generate
 from atom_jax.models import transformer
 from atom_jax.models.lora import LoRA
 from atom_jax.models.transformer import TransformerConfig
-from atom_jax.session import laid_out, reading
+from atom_jax.session import laid_out, queue, reading
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import LM
 
@@ -102,3 +103,16 @@ def test_with_the_model_goes_its_hold_on_the_memory():
     assert kept() is None
     jax.jit(lambda p: jax.tree.map(lambda x: -x, p), donate_argnums=0)(weights)
     assert all(x.is_deleted() for x in jax.tree.leaves(weights))
+
+
+def test_a_batch_of_another_size_compiles_few_programs(caplog, monkeypatch):
+    monkeypatch.setattr(queue, "SHARED", 0)  # rows stay together
+    lm = model(dataclasses.replace(CFG, max_length=509))
+    with jax.log_compiles():
+        generate(lm, ["a"] * 5, 4, stop_ids=())
+    names = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert {"read_prompt", "decode"} < set(names)
+    expected = ("_folded", "read_prompt", "_pick", "use", "_each", "begin", "short", "decode")
+    # And what makes the key, where nothing has made one before.
+    assert len([name for name in names if name not in expected]) <= 4, names
+    assert all(names.count(name) <= 1 for name in expected), names
