@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Tree = Any
@@ -115,6 +116,19 @@ def cast(tree: Tree, dtype: Any) -> Tree:
 def unstack(tree: Tree) -> tuple:
     """A tuple of trees, one for each entry of the leading axis that all arrays of `tree` share."""
     return tuple(_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0]))
+
+
+def apart(tree: Tree) -> tuple:
+    """As `unstack`, of arrays on one CPU device. Where an entry begins at a multiple of 64 bytes, its array is a
+    part of the same memory, which lasts as long as any of them, and no program is given it before; others are copies.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    entries = [jax.device_put(list(np.asarray(x)), _place(x)) for x in leaves]
+    return tuple(jax.tree.unflatten(form, entry) for entry in zip(*entries, strict=True))
+
+
+def _place(x: Any) -> Any:
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
 
 
 @jax.jit

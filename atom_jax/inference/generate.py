@@ -121,7 +121,7 @@ def generate(
         mine = [rows[i] for i in part]
         own = memory.front(len(mine)) if ahead else None
         session = _read(lm, mine, before, own, memory, min(max_new_tokens, ROOM), int(lengths.max()))
-        choice = Choice(keys[part], how, ends, registry.of(lm.config).codec(lm.config))
+        choice = Choice(keys if parts == 1 else keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
         if drafter is None or not programs.together(session.memory, cfg=lm.config):
             slots = Slots(session, choice, parts > 1)

@@ -121,9 +121,9 @@ def attention(
     """Attention of one layer: outputs [b, t, d], the memory afterwards, what is to be reported, by name, and what the
     layer above is told.
 
-    p: "q", "k", "v" [d, heads, k], or all of them as "qkv" ([d, n + 2 h, k], or [d, 3, n, k] as H-Nets have it), and
-      "o" [n, k, d]; "q_norm" and "k_norm", of a head's size or of all heads' together; parameters that the policy has
-      learned, under `Policy.learned_as`.
+    p: "q", "k", "v" [d, heads, k], or all of them as "qkv" [d, 3, n, k], as H-Nets have it, and "o" [n, k,
+      d]; "q_norm" and "k_norm", of a head's size or of all heads' together; parameters that the policy has learned,
+      under `Policy.learned_as`.
     x_btd: the residual stream at the layer's input. y_btd: what the projections read. others: see `Context.over`.
     told: evidence of the layers below, in stacks whose policies have any.
     """
@@ -173,11 +173,9 @@ def _projections(p: Tree, x_btd: jax.Array, kind: Attention) -> tuple[jax.Array,
     """Queries [b, t, n, k], keys and values [b, t, h, k], normalised where there are weights for it."""
     if "qkv" not in p:
         q, k, v = (constrain(project(x_btd, p[name]), "batch", "length", "heads", None) for name in "qkv")
-    elif p["qkv"].ndim == 4:
+    else:
         qkv = constrain(project(x_btd, p["qkv"]), "batch", "length", None, "heads", None)
         q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))
-    else:
-        q, k, v = jnp.split(project(x_btd, p["qkv"]), [kind.n, kind.n + kind.h], axis=2)
     return _normalise(q, p.get("q_norm"), kind.eps), _normalise(k, p.get("k_norm"), kind.eps), v
 
 
@@ -192,19 +190,20 @@ def _normalise(x_btnk: jax.Array, weight: jax.Array | None, eps: float) -> jax.A
 
 def separate(p: Tree) -> Tree:
     """The same parameters with "q", "k" and "v" [d, heads, k] in place of "qkv" [d, 3, n, k]."""
-    if "qkv" not in p or p["qkv"].ndim != 4:
+    if "qkv" not in p:
         return p
     parts = {name: p["qkv"][:, i] for i, name in enumerate("qkv")}
     return {**{name: x for name, x in p.items() if name != "qkv"}, **parts}
 
 
-def laid_out(kind: Attention, p: Tree, side_by_side: bool) -> Tree:
-    """Parameters of one attention layer for generation: as the policy has them, `side_by_side` as one "qkv"
-    [d, n + 2 h, k], which is no layout for heads that are spread over devices."""
-    p = dict((kind.policy or PLAIN).laid_out(separate(p)))
-    if side_by_side:
-        p["qkv"] = jnp.concatenate([p.pop(name) for name in "qkv"], axis=1)
-    return p
+def laid_out(kind: Attention, p: Tree) -> Tree:
+    """Parameters of one attention layer for generation: as its policy has them, or, where that changes nothing, as
+    they are."""
+    if kind.policy is None:
+        return p
+    parts = separate(p)
+    out = kind.policy.laid_out(parts)
+    return p if out is parts else out
 
 
 def with_learned(attn: Tree, kinds: Iterable[Any]) -> Tree:

@@ -84,7 +84,7 @@ def run_layers(
         step = functools.partial(_step, layer, kinds[run.first : run.first + run.period])
         step = jax.checkpoint(step) if remat else step
         memory = None if states is None else states[number]
-        x, after, said = _run(step, run, mine, x, memory, _cut(others, run))
+        x, after, said = _run(step, run, mine, x, memory, _cut(_within(others, run), run))
         new.append(after)
         reports += [(run.numbers(i), one) for i, one in enumerate(said)]
     return x, None if states is None else tuple(new), _joined(reports)
@@ -125,17 +125,22 @@ def _run(step: Any, run: Run, layers: Any, x: Any, memory: Any, others: Any) -> 
 
 
 def _grouped(layers: Any, run: Run, number: int) -> Any:
-    return layers[number] if isinstance(layers, tuple) else _cut(layers, run)
+    """The parameters of a run. Of a period of one layer they lie as the stack has them: for an axis of length 1, XLA
+    on a CPU writes all of them into a second array before every scan."""
+    if isinstance(layers, tuple):
+        return layers[number]
+    mine = _within(layers, run)
+    return (Stack(mine),) if run.period == 1 else _cut(mine, run)
+
+
+def _within(tree: Any, run: Run) -> Any:
+    """[all layers, ...] to [layers of a run, ...]."""
+    return jax.tree.map(lambda a: a if (run.first, run.end) == (0, len(a)) else a[run.first : run.end], tree)
 
 
 def _cut(tree: Any, run: Run) -> Any:
-    """[all layers, ...] to [repeats, period, ...] of a run."""
-
-    def cut(a: jax.Array) -> jax.Array:
-        a = a if (run.first, run.end) == (0, len(a)) else a[run.first : run.end]
-        return a.reshape(run.repeats, run.period, *a.shape[1:])
-
-    return jax.tree.map(cut, tree)
+    """[layers of a run, ...] to [repeats, period, ...]."""
+    return jax.tree.map(lambda a: a.reshape(run.repeats, run.period, *a.shape[1:]), tree)
 
 
 def _pick(tree: Any, i: int) -> Any:
@@ -182,35 +187,27 @@ def store(states: tuple, calls: tuple, count_b: jax.Array) -> tuple:
 def laid_out(
     kinds: tuple[Hashable, ...],
     layers: Tree,
-    lay: Callable[[Any, Tree, bool], Tree],
+    lay: Callable[[Any, Tree], Tree],
     unroll: bool,
     dtype: str | None = None,
 ) -> tuple:
     """The parameters of a stack for generation.
 
-    lay: (kind, parameters of a layer, unroll) -> what generation reads of the layer. unroll: the layers apart, for a
-    device that holds all of them; else they lie stacked. dtype: what they are cast to first; None: they are not.
+    lay: (kind, parameters of a layer) -> what generation reads of the layer. unroll: the layers apart, on one CPU,
+    where what is neither cast nor laid out anew is the stack's own memory (`params.apart`); else they lie stacked.
+    dtype: what they are cast to first; None: they are not.
     """
-    out = []
+    layers = layers if dtype is None else params.cast(layers, dtype)
+    apart, out = params.apart(layers) if unroll else (), []
     for run in runs(kinds):
         places = []
         for i in range(run.period):
             kind, numbers = kinds[run.first + i], run.numbers(i)
             if unroll:
-                # One small program, run for every layer: slicing all of them in one program compiles for seconds.
-                places.append(tuple(_lay(layers, n, kind, lay, dtype) for n in numbers))
+                places.append(tuple(lay(kind, apart[n]) for n in numbers))
             else:
                 cut = slice(numbers[0], numbers[-1] + 1, run.period)
                 mine = layers if len(numbers) == len(kinds) else jax.tree.map(lambda a, cut=cut: a[cut], layers)
-                places.append(Stack(jax.vmap(lambda p, kind=kind: lay(kind, p, False))(_cast(mine, dtype))))
+                places.append(Stack(jax.vmap(functools.partial(lay, kind))(mine)))
         out.append(tuple(places))
     return tuple(out)
-
-
-@functools.partial(jax.jit, static_argnames=("kind", "lay", "dtype"))
-def _lay(layers: Tree, i: int, kind: Any, lay: Any, dtype: str | None) -> Tree:
-    return lay(kind, _cast(_pick(layers, i), dtype), True)
-
-
-def _cast(tree: Tree, dtype: str | None) -> Tree:
-    return tree if dtype is None else params.cast(tree, dtype)

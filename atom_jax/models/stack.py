@@ -169,5 +169,5 @@ def laid_out(p: Tree, runs: tuple[Part, ...], unroll: bool) -> Tree:
     return out | {name: x for name, x in p.items() if name not in out}
 
 
-def _lay(kind: Any, p: Tree, side_by_side: bool) -> Tree:
-    return {**p, "mixer": attention.laid_out(kind, p["mixer"], side_by_side)} if isinstance(kind, Attention) else p
+def _lay(kind: Any, p: Tree) -> Tree:
+    return {**p, "mixer": attention.laid_out(kind, p["mixer"])} if isinstance(kind, Attention) else p

@@ -223,9 +223,9 @@ def logits(p: params.Tree, x_btd: jax.Array, *, cfg: TransformerConfig) -> jax.A
 def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> params.Tree:
     """Parameters laid out for generation, in the compute dtype; `hidden` and `logits` take them as they are.
 
-    unroll: separate layers whose query, key and value matrices, and gate and up matrices, lie side by side.
-      One token through an unrolled stack reads every weight once; the scan copies each layer out first, which
-      doubles the traffic on a CPU. A small table that is also the head's gets a transposed copy "unembed".
+    unroll: separate layers. One token through an unrolled stack reads every weight once; the scan copies each layer
+      out first, which doubles the traffic on a CPU. What has the compute dtype and is not changed by a policy or LoRA
+      is not copied: it is the memory of p. A small table that is also the head's gets a transposed copy "unembed".
     """
     p = lora.merged(p, cfg.lora)
     tables = {name: params.cast(p[name], cfg.dtype) for name in ("embed", "unembed") if name in p}
@@ -234,12 +234,8 @@ def decode_params(p: params.Tree, cfg: TransformerConfig, unroll: bool) -> param
     return {**p, **tables, "layers": layers.laid_out(cfg.attentions, p["layers"], _lay, unroll, cfg.dtype)}
 
 
-def _lay(kind: Attention, layer: params.Tree, side_by_side: bool) -> params.Tree:
-    layer = {**layer, "attn": attention.laid_out(kind, layer["attn"], side_by_side)}
-    if side_by_side:
-        mlp = dict(layer["mlp"])
-        layer["mlp"] = {"gate_up": jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=1), **mlp}
-    return layer
+def _lay(kind: Attention, layer: params.Tree) -> params.Tree:
+    return {**layer, "attn": attention.laid_out(kind, layer["attn"])}
 
 
 def roomier(cfg: TransformerConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from atom_jax.nn.linear import project
 from atom_jax.params import ParamSpec, normal
@@ -20,12 +19,6 @@ def swiglu_spec(d: int, f: int, out_scale: float = 1.0) -> dict[str, ParamSpec]:
 
 
 def swiglu(params: dict[str, jax.Array], x_btd: jax.Array) -> jax.Array:
-    """SwiGLU (Shazeer, 2020): (silu(x gate) * (x up)) down; [b, t, d] to [b, t, d] in the dtype of x.
-
-    `params` has "gate" and "up", or both side by side as "gate_up" [d, 2f]: one product instead of two.
-    """
-    if "gate_up" in params:
-        gate_btf, up_btf = jnp.split(project(x_btd, params["gate_up"]), 2, axis=-1)
-    else:
-        gate_btf, up_btf = project(x_btd, params["gate"]), project(x_btd, params["up"])
+    """SwiGLU (Shazeer, 2020): (silu(x gate) * (x up)) down; [b, t, d] to [b, t, d] in the dtype of x."""
+    gate_btf, up_btf = project(x_btd, params["gate"]), project(x_btd, params["up"])
     return project(constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "length", "mlp"), params["down"])

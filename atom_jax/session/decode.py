@@ -51,10 +51,7 @@ class Choice:
     @property
     def each(self) -> Choice:
         """The same with a sampler and stop ids for every row."""
-        b, ends = len(self.keys), jnp.asarray(self.stop_ids, jnp.int32)
-        ends = ends if ends.ndim == 2 else jnp.tile(ends[None], (b, 1))
-        how, asks = jax.tree.map(lambda x: jnp.broadcast_to(x, (b,)), (self.how, self.asks))
-        return self.replace(how=how, stop_ids=ends, asks=asks)
+        return _each(self)
 
     def map(self, fn: Callable[..., jax.Array], *others: Choice) -> Choice:
         """The choice whose arrays are `fn` of those of this one, and of others; all have rows, as `each` gives."""
@@ -69,6 +66,14 @@ class Choice:
     def draw(self, step: jax.Array) -> sampling.Draw:
         """One choice in every row. step: i32, one for all rows or [b]."""
         return sampling.Draw(self.keys, step, self.how)
+
+
+@jax.jit
+def _each(choice: Choice) -> Choice:
+    b, ends = len(choice.keys), jnp.asarray(choice.stop_ids, jnp.int32)
+    ends = ends if ends.ndim == 2 else jnp.tile(ends[None], (b, 1))
+    how, asks = jax.tree.map(lambda x: jnp.broadcast_to(x, (b,)), (choice.how, choice.asks))
+    return choice.replace(how=how, stop_ids=ends, asks=asks)
 
 
 @struct.dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from atom_jax.typing import AtomError
@@ -51,7 +53,7 @@ def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p:
         raise AtomError(f"top_p is {top_p}; expected more than 0 and at most 1")
     if not 0 <= min_p <= 1:
         raise AtomError(f"min_p is {min_p}; expected between 0 and 1")
-    return Sampler(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
+    return Sampler(np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(min_p))
 
 
 def row_keys(key: jax.Array | None, rows: int) -> jax.Array:
@@ -66,10 +68,15 @@ def row_keys(key: jax.Array | None, rows: int) -> jax.Array:
         except (TypeError, ValueError) as e:
             raise AtomError(f"key: expected a key such as jax.random.key(0) ({e})") from None
     if key.ndim == 0:
-        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
+        return _folded(key, rows)
     if key.shape != (rows,):
         raise AtomError(f"key has shape {list(key.shape)}; expected one key, or one for each of the {rows} prompts")
     return key
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _folded(key: jax.Array, rows: int) -> jax.Array:
+    return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
 
 
 @struct.dataclass

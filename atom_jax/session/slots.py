@@ -41,7 +41,9 @@ class Slots:
         latest = session.token, session.x_bd, session.open_b
         token, done, made, told = begin(self._params, memory.length, *latest, self.choice, cfg=self._lm.config)
         self._state = State(memory, token, done, made)
-        self.first, self.told = np.where((made > 0) & ~done, token, -1), jax.tree.map(np.asarray, told)
+        # On the host: for operations of their own, arrays of every new shape are compiled.
+        chosen = (self.made > 0) & ~self.done
+        self.first, self.told = np.where(chosen, np.asarray(token), -1), jax.tree.map(np.asarray, told)
 
     @property
     def done(self) -> np.ndarray:
@@ -60,7 +62,8 @@ class Slots:
 
     def end(self, rows_b: np.ndarray) -> None:
         """Ends rows, bool [b]."""
-        self._state = self._state.replace(done=self._state.done | rows_b)
+        if (rows_b & ~self.done).any():
+            self._state = self._state.replace(done=self._state.done | rows_b)
 
     def prepare(self, until: Any) -> None:
         """Makes room, where one of the rows that go on to `until` tokens has none, and compiles `decode`."""
@@ -76,8 +79,7 @@ class Slots:
 
     def _short(self, until: np.ndarray) -> bool:
         """Whether a row that goes on has no room."""
-        state = self._state
-        return bool(programs.short(state.memory, ~state.done & (state.made < until)))
+        return bool(programs.short(self._state.memory, ~self.done & (self.made < until)))
 
     def decode(self, until: Any) -> Made:
         """Chooses tokens until every row that hasn't ended has `until` of them, i32 [] or [b]; or fewer: at most

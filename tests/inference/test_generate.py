@@ -282,7 +282,7 @@ def test_prepared_parameters_follow_the_model(tiny):
     lm.params["unembed"] = -lm.params["unembed"]
     assert generate(lm, [[1, 2]], 8).ids != before
     # They go with the model.
-    kept = weakref.ref(laid_out.of(lm)["layers"][0][0][0]["attn"]["qkv"])
+    kept = weakref.ref(laid_out.of(lm)["layers"][0][0][0]["attn"]["q"])
     assert kept() is not None
     del lm
     gc.collect()

@@ -38,8 +38,7 @@ def test_every_layer_has_its_parameters_its_memory_and_its_turn(kinds, unroll):
         report = {"square": jnp.square(other)} if kind == "a" else {}
         return 3 * x + p["w"] + ord(kind), (None if state is None else state + 10 * other), report
 
-    def lay(kind, p, side_by_side):
-        assert side_by_side == unroll
+    def lay(kind, p):
         return {"w": 2 * p["w"]}
 
     laid_out = layers.laid_out(kinds, weights, lay, unroll)

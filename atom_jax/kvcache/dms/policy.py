@@ -44,7 +44,7 @@ class DMS(Settings):
 
     def laid_out(self, p: Tree) -> Tree:
         """Corrected once."""
-        return super().laid_out(corrected(p) if self.rank else p)
+        return super().laid_out(jax.jit(corrected)(p) if self.rank else p)
 
     def prepare(
         self, heads: Heads, learned: Tree, rotate: Callable[[jax.Array], jax.Array], mode: Mode

@@ -47,5 +47,5 @@ def decode_params(p: Tree, cfg: BolmoConfig, unroll: bool) -> Tree:
     return {**p, **tables, **local, "main": main}
 
 
-def _as_it_is(kind: None, layer: Tree, side_by_side: bool) -> Tree:
+def _as_it_is(kind: None, layer: Tree) -> Tree:
     return layer
