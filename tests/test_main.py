@@ -158,6 +158,10 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--dtype=int8"], "int8"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=oracle"], "draft 'oracle': expected none"),
         (
+            ["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=local"],
+            "--draft=local: is for models with un",
+        ),
+        (
             ["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=ngram", "--draft_tokens=65"],
             "draft_tokens is 65",
         ),

@@ -38,6 +38,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
     from atom_jax.lasting.store import KNN
+    from atom_jax.models import registry
     from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
 
@@ -46,6 +47,10 @@ def generate(argv: list[str]) -> int | None:
         lasting.there(values.memory_dir)
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
+    if isinstance(draft, drafters.Local) and registry.of(lm.config).stale is None:
+        raise AtomError(
+            f"--draft=local: is for models with units of their own; this is a {lm.family}, use ngram or spine"
+        )
     choice = config.build(Choice, values.choice, "--choice:")
     near = config.build(Neighbours, values.neighbours, "--neighbours:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
