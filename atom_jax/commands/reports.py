@@ -18,9 +18,11 @@ def summary(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
+    from atom_jax import config
     from atom_jax.evaluation.reports import summary
 
-    result = summary.summarize(workdir, values.prompt, values.sample_tokens)
+    tokens = config.in_range("--sample_tokens", values.sample_tokens, int, 1)
+    result = summary.summarize(workdir, values.prompt, tokens)
     print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
 
 

@@ -17,7 +17,7 @@ from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference import transplant as lib
 from atom_jax.transfer import initialisers
 from atom_jax.transfer.transplant import LABELS, Report
-from atom_jax.typing import LM
+from atom_jax.typing import LM, AtomError
 
 REPORT, PICTURE = "transplant.json", "transplant.png"
 _COLORS = ("#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#999999")
@@ -99,8 +99,11 @@ def draw(report: Report, result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def documents(source: str, split: str, nbytes: int) -> list[bytes]:
-    """Documents of a split, cut off after so many bytes in all (0: nowhere), at the end of a line."""
+    """Documents of a split, cut off after so many bytes in all (0: nowhere), at the end of a line. Raises AtomError
+    where all of a source is wanted that a program makes without an end."""
     corpus, out, left = open_source(source, split), [], nbytes or 1 << 40
+    if not nbytes and getattr(corpus, "endless", False):
+        raise AtomError(f"{source}: a program makes it without an end; name a text")
     for i in range(len(corpus)):
         if left <= 0:
             break
