@@ -89,7 +89,8 @@ def override(cfg: T, settings: Sequence[str]) -> T:
 def build(cls: type[T], settings: Sequence[str], flag: str) -> T:
     """An instance of a dataclass without parts, from settings such as "budget=512", read as by `override`.
 
-    Raises AtomError, whose message begins with `flag`, for an unknown name or an unreadable value.
+    Raises AtomError, whose message begins with `flag` or its first word, for an unknown name, an unreadable value, or
+    values that do not go together.
     """
     hints, names = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
     values = {}
@@ -100,7 +101,11 @@ def build(cls: type[T], settings: Sequence[str], flag: str) -> T:
         if name not in names:
             raise AtomError(f"{flag} no field {name!r}; valid names here: {', '.join(names)}")
         values[name] = _parse(text, hints[name], f"{flag} {setting}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except AtomError as e:
+        first = flag.split()[0].rstrip(":")
+        raise e if str(e).startswith(first) else AtomError(f"{flag} {e}") from None
 
 
 def load_file(reference: str) -> Any:

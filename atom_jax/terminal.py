@@ -49,6 +49,14 @@ def run(name: str, command: Callable[[], Any]) -> int:
         return _complain(name, str(AtomError(f"there is not enough memory on the device ({e})")))
 
 
+def received(read: Callable[[], str]) -> str:
+    """What `read`, a method of sys.stdin, returns. Raises AtomError for bytes that are no text."""
+    try:
+        return read()
+    except UnicodeDecodeError as e:
+        raise AtomError(f"the input is not valid {e.encoding.upper()} ({e.reason})") from None
+
+
 def is_utf8() -> bool:
     """Whether the output is written in UTF-8."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"

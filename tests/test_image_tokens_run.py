@@ -115,7 +115,7 @@ def test_what_is_wrong_is_said_in_a_sentence(trained, pictures, run, tmp_path):
         ((image, "--tokens=3"), "--checkpoint is missing"),
         ((checkpoint, image), "give --error or --tokens"),
         ((checkpoint, image, "--tokens=3", "--error=0.1"), "give --error or --tokens, not both"),
-        ((checkpoint, image, "--error=0.1", "--allocate=gain"), "expected same, or gain with --tokens"),
+        ((checkpoint, image, "--error=0.1", "--allocate=gain"), "--allocate has no meaning without --tokens"),
         ((checkpoint, image, "--tokens=3", "--save=codes"), "--save=codes: the name must end in .npz"),
         ((checkpoint, image, "--tokens=3", "--out=a.gif"), "its name must end in .png"),
         ((checkpoint, image, "--tokens=0"), "tokens is 0: this tokenizer offers 1 to 4"),

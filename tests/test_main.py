@@ -143,7 +143,7 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--checkpoint=nowhere", "--prompt=x"], "nowhere"),
         (["generate", "--checkpoint=CHECKPOINT", "--adapter=nothing", "--prompt=x"], "adapter 'nothing' is neither"),
         (["generate", "--colour=red"], "colour"),
-        (["generate", "--checkpoint=CHECKPOINT", "--question=x"], "--question: --file is missing"),
+        (["generate", "--checkpoint=CHECKPOINT", "--question=x"], "--question has no meaning without --file"),
         (["generate", "--checkpoint=CHECKPOINT", "--file=x"], "--question or --prompt is missing"),
         (["generate", "--checkpoint=CHECKPOINT", "--file=nowhere", "--prompt=x"], "--file=nowhere: No such file"),
         (["generate", "--checkpoint=CHECKPOINT", "--file=/dev/null", "--prompt=x"], "--file=/dev/null"),
@@ -157,7 +157,14 @@ def test_units_of_a_model_without_its_own_are_tokens(run, checkpoint):
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--top_p=2"], "top_p"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--dtype=int8"], "int8"),
         (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=oracle"], "draft 'oracle': expected none"),
-        (["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft_tokens=65"], "draft_tokens is 65"),
+        (
+            ["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=local"],
+            "--draft=local: is for models with un",
+        ),
+        (
+            ["generate", "--checkpoint=CHECKPOINT", "--prompt=x", "--draft=ngram", "--draft_tokens=65"],
+            "draft_tokens is 65",
+        ),
         (["units", "--text=x"], "--checkpoint is missing"),
         (["units", "--checkpoint=CHECKPOINT"], "--text or --file is missing"),
         (["units", "--checkpoint=CHECKPOINT", "--text=x", "--file=y"], "--text and --file were given"),
@@ -184,6 +191,20 @@ def test_bad_input_is_one_sentence_and_exit_code_one(run, checkpoint, args, word
     code, out, err = run(*(a.replace("CHECKPOINT", checkpoint) for a in args))
     assert code == 1 and out == ""
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["generate", "--prompt=x"], ["chat"], ["reason"]])
+def test_files_that_are_no_text(run, checkpoint, args, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"caf\xc3\xa9 \xff")
+    code, out, err = run(*args, f"--checkpoint={checkpoint}", f"--file={path}")
+    assert (code, out, err) == (1, "", f"error: --file={path}: not valid UTF-8 at byte 6\n")
+
+
+def test_input_that_is_no_text(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
+    code, out, err = run("generate", f"--checkpoint={checkpoint}", "--prompt=-")
+    assert code == 1 and out == "" and err.startswith("error: the input is not valid UTF-8") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

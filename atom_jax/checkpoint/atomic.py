@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from atom_jax.files import check_output
 from atom_jax.typing import AtomError
 
 
@@ -42,10 +43,27 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
 
 
 def check_target(directory: str | Path) -> None:
-    """Raises AtomError where something else than a directory is in the way of one."""
+    """Raises AtomError where something else than a directory is in the way of one, or none can be made, as far as it
+    can be told before there is anything to write."""
     target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise AtomError(f"{target}: cannot save there, it is a file")
+    try:
+        if target.exists() and not target.is_dir():
+            raise AtomError(f"{target}: cannot save there, it is a file")
+        check_output(target / "any", parents=True)
+    except (OSError, ValueError) as e:
+        raise AtomError(f"{target}: cannot save there ({getattr(e, 'strerror', None) or e})") from None
+
+
+def check_new(directory: str | Path, flag: str = "") -> None:
+    """Raises AtomError, which begins with `flag`, where something is in the way of a new directory, or none can be
+    made: before the work whose result is to go there."""
+    target = Path(directory)
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise AtomError(f"{flag}{directory}: already exists; name a new directory")
+    try:
+        check_target(target)
+    except AtomError as e:
+        raise AtomError(f"{flag}{e}") from None
 
 
 def _flush(staging: Path) -> None:

@@ -64,6 +64,8 @@ def of_run(path: str | os.PathLike) -> tuple[Any, Tree]:
     none, or its checkpoints cannot be read."""
     from atom_jax.checkpoint import store  # imports Orbax, which takes a second
 
+    if not trained(path):
+        raise AtomError(f"{path}: the run trained no multi-token heads, so there is nothing to draft with")
     cfg = checkpoint.load_config(path)[0]
 
     def described(objective: Any, where: str) -> tuple[None, Tree]:

@@ -186,6 +186,8 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / SINGLE).exists():
         return [path / SINGLE]
+    if path.suffix == ".safetensors" and not path.exists():
+        raise AtomError(f"{path}: no such file")
     if not (path / INDEX).exists():
         raise AtomError(f"{path}: neither {SINGLE} nor {INDEX} is there")
     index = path / INDEX

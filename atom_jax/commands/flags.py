@@ -21,16 +21,19 @@ class Flags:
 
     def __init__(self, usage: str, purpose: str):
         self.purpose, self.values = purpose, flags.FlagValues()
-        self._usage, self._lines = usage, {}
+        self._usage, self._lines, self._beside = usage, {}, {}
 
-    def add(self, define: Callable[..., Any], name: str, default: Any, text: str) -> None:
-        """Defines a flag with one of absl's DEFINE functions."""
+    def add(self, define: Callable[..., Any], name: str, default: Any, text: str, beside: str = "") -> None:
+        """Defines a flag with one of absl's DEFINE functions. beside: the flag without which it is refused."""
+        if beside:
+            text, self._beside[name] = f"with --{beside}: {text}", beside
         define(name, default, text, flag_values=self.values)
         said = default is not None and default is not False and default not in ("", [])
         self._lines[name] = f"{text} (default {default})" if said else text
 
     def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
-        """Returns the flags and the arguments left over, of which there must be `positional` (None: any number)."""
+        """Returns the flags and the arguments left over, of which there must be `positional` (None: any number).
+        Raises AtomError for another number, and for a flag that has no meaning without one that is missing."""
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print(self._help())
             raise Done(self)
@@ -38,6 +41,9 @@ class Flags:
         if positional is not None and len(rest) != positional:
             given = " ".join(rest) or "nothing"
             raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
+        for name, other in self._beside.items():
+            if self.values[name].present and _is_missing(self.values[other].value):
+                raise AtomError(f"--{name} has no meaning without --{other}")
         return self.values, rest
 
     def _help(self) -> str:
@@ -84,6 +90,11 @@ class Done(Exception):
         self.known = known
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a flag has the value of one that was not given: 0 is a value."""
+    return value is None or value is False or value in ([], "")
+
+
 def text_of(text: str | None, file: str | None) -> str | bytes:
     """What --text or --file says."""
     if (text is None) == (file is None):
@@ -94,6 +105,19 @@ def text_of(text: str | None, file: str | None) -> str | bytes:
         return read_regular(file).removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise AtomError(f"--file={file}: {e.strerror}") from None
+
+
+def document_of(file: str) -> str:
+    """The text of --file. Raises AtomError where it cannot be read, or is not UTF-8."""
+    return utf8(f"--file={file}", text_of(None, file))
+
+
+def utf8(where: str, data: bytes) -> str:
+    """Bytes as text. Raises AtomError, which begins with `where`, for what is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise AtomError(f"{where}: not valid UTF-8 at byte {e.start}") from None
 
 
 def check_writable(flag: str, path: str | None, parents: bool = False) -> None:

@@ -18,9 +18,7 @@ def tokens(argv: list[str]) -> None:
     known.add(
         flags.DEFINE_integer, "tokens", None, "instead: so many tokens of each image, or the next fewer on offer"
     )
-    known.add(
-        flags.DEFINE_string, "allocate", "same", "with --tokens: same, or gain (a mean, to where it helps most)"
-    )
+    known.add(flags.DEFINE_string, "allocate", "same", "same, or gain (a mean, to where it helps most)", "tokens")
     known.add(flags.DEFINE_string, "save", None, "an .npz file for the codes")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the images with 1, 2, 4 ... tokens in")
     values, _ = known.parse(argv, 0)
@@ -28,8 +26,8 @@ def tokens(argv: list[str]) -> None:
         raise AtomError(f"--{'image' if values.checkpoint else 'checkpoint'} is missing")
     if (values.error is None) == (values.tokens is None):
         raise AtomError("give --error or --tokens" if values.error is None else "give --error or --tokens, not both")
-    if values.allocate not in ("same", "gain") or (values.allocate == "gain" and values.tokens is None):
-        raise AtomError(f"--allocate={values.allocate}: expected same, or gain with --tokens")
+    if values.allocate not in ("same", "gain"):
+        raise AtomError(f"--allocate={values.allocate}: expected same or gain")
     if values.save is not None and not values.save.endswith(".npz"):
         raise AtomError(f"--save={values.save}: the name must end in .npz")
     check_writable("--save", values.save)

@@ -56,7 +56,7 @@ def transplant(argv: list[str]) -> None:
     )
     known.add(flags.DEFINE_string, "out", None, "a new directory for the model, transplant.json and transplant.png")
     known.add(flags.DEFINE_string, "method", "fvt", "how rows are made for tokens that SRC lacks: fvt, focus, "
-              "tokenadapt; with a donor omp, neighbours, landmarks; options as in omp:k=32")  # fmt: skip
+              "tokenadapt, hypernet:path=DIR; with a donor omp, neighbours, landmarks; as omp:k=32")  # fmt: skip
     known.add(flags.DEFINE_string, "donor", None, "a model that has this tokenizer already")
     known.add(flags.DEFINE_string, "fallback", "normal", "where that fails: normal, covariance, mean, zero, a method")
     known.add(flags.DEFINE_multi_string, "special", [], "NEW=OLD, special tokens of which NEW gets the row of OLD")
@@ -93,9 +93,11 @@ def instructify(argv: list[str]) -> None:
 
     from atom_jax import config
     from atom_jax.checkpoint import load, save_hf
+    from atom_jax.checkpoint.atomic import check_new
     from atom_jax.transfer.lessons import add_tuning
 
     alpha = config.in_range("--alpha", values.alpha, float)
+    check_new(target)
     save_hf(add_tuning(load(model), load(tuned), load(base), alpha), target)
     print(f"wrote {target}")
 

@@ -18,9 +18,11 @@ def summary(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
+    from atom_jax import config
     from atom_jax.evaluation.reports import summary
 
-    result = summary.summarize(workdir, values.prompt, values.sample_tokens)
+    tokens = config.in_range("--sample_tokens", values.sample_tokens, int, 1)
+    result = summary.summarize(workdir, values.prompt, tokens)
     print(f"{result}\nPictures in {result.picture.parent}\n\n{summary.next_commands(workdir)}")
 
 
@@ -31,7 +33,7 @@ def fairness(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "source", "corpora/parallel", "directory with a directory for each language")
     known.add(flags.DEFINE_integer, "limit", 100_000, "bytes per language to read at most; 0: all")
     known.add(flags.DEFINE_list, "scripts", [], "instead: rates of these scripts that make equal units per language")
-    known.add(flags.DEFINE_float, "prior", 0.2, "with --scripts: unit ends per byte of English, in the first of them")
+    known.add(flags.DEFINE_float, "prior", 0.2, "unit ends per byte of English, in the first of them", "scripts")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint and not values.scripts:
@@ -97,8 +99,8 @@ def units(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", None, "the text")
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_string, "episode", None, "instead of a text, for world models: the world, such as watch")
-    known.add(flags.DEFINE_integer, "length", 0, "with --episode: frames that are watched (0: as many as usual)")
-    known.add(flags.DEFINE_integer, "seed", 0, "with --episode: which one")
+    known.add(flags.DEFINE_integer, "length", 0, "frames that are watched; 0: as many as usual", "episode")
+    known.add(flags.DEFINE_integer, "seed", 0, "which one", "episode")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries, or the frames, in")
     known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
     values, _ = known.parse(argv, 0)

@@ -22,11 +22,12 @@ def train(argv: list[str]) -> int:
     known.add(flags.DEFINE_multi_string, "set", [], "changes fields of the configuration: NAME=VALUE, one or several")
     known.add(flags.DEFINE_string, "init_from", None, "the model to start from, as --set init_from=PATH")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile the step, say what it needs per chip, stop")
-    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:4x4x4")
+    known.add(flags.DEFINE_string, "topology", None, "chips nobody has to have: v5p:4x4x4", "compile_only")
     known.add(flags.DEFINE_bool, "distributed", False, "join the processes of other hosts before anything else")
-    known.add(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0; found by itself on TPU and Slurm")
-    known.add(flags.DEFINE_integer, "process_id", None, "with --coordinator: number of this process, from 0")
-    known.add(flags.DEFINE_integer, "num_processes", None, "with --coordinator: number of processes")
+    known.add(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0; found by itself on TPU and Slurm",
+              "distributed")  # fmt: skip
+    known.add(flags.DEFINE_integer, "process_id", None, "number of this process, from 0", "coordinator")
+    known.add(flags.DEFINE_integer, "num_processes", None, "number of processes", "coordinator")
     values, settings = _settings(known, argv)
     more = settings[len(values["set"].value) :]
     if more and (len(more) == len(settings) or "=" not in more[0]):
@@ -68,9 +69,9 @@ def evaluate(argv: list[str]) -> int:
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors or LoRA for it: a shipped name or a directory")
     known.add(flags.DEFINE_list, "tasks", [], "names of tasks; a wrong name prints the list")
     known.add(flags.DEFINE_multi_string, "set", [], "FIELD=VALUE or TASK.FIELD=VALUE, one or several")
-    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
+    known.add(flags.DEFINE_string, "config", None, "instead of a checkpoint, FILE.py:variant", "compile_only")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what scoring texts needs per chip, stop")
-    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5e:2x2")
+    known.add(flags.DEFINE_string, "topology", None, "chips nobody has to have: v5e:2x2", "compile_only")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
     values, settings = _settings(known, argv)
     _quiet(values, logging.WARNING)  # Orbax reports every file that it reads.

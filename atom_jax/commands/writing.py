@@ -11,7 +11,7 @@ from absl import flags
 
 from atom_jax import terminal
 from atom_jax.commands import lasting
-from atom_jax.commands.flags import Flags, Progress, text_of
+from atom_jax.commands.flags import Flags, Progress, document_of
 from atom_jax.typing import AtomError
 
 
@@ -24,12 +24,8 @@ def generate(argv: list[str]) -> int | None:
         raise AtomError("--checkpoint is missing")
     if not values.prompt and not values.question:
         raise AtomError("--prompt is missing" if values.file is None else "--question or --prompt is missing")
-    if values.question and values.file is None:
-        raise AtomError("--question: --file is missing, the document that it is about")
     if values.file is not None and values.memory_dir is not None:
         raise AtomError("--file and --memory_dir: choose one; remember reads documents into a memory")
-    if values.file is not None and (values.remember or values.reread):
-        raise AtomError("--remember and --reread go with --memory_dir, not with --file")
     prompts = _prompts(values.prompt)
     document = None if values.file is None else _document(values.file)
 
@@ -42,6 +38,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
     from atom_jax.lasting.store import KNN
+    from atom_jax.models import registry
     from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
 
@@ -50,6 +47,10 @@ def generate(argv: list[str]) -> int | None:
         lasting.there(values.memory_dir)
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
+    if isinstance(draft, drafters.Local) and registry.of(lm.config).stale is None:
+        raise AtomError(
+            f"--draft=local: is for models with units of their own; this is a {lm.family}, use ngram or spine"
+        )
     choice = config.build(Choice, values.choice, "--choice:")
     near = config.build(Neighbours, values.neighbours, "--neighbours:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
@@ -86,7 +87,7 @@ def _generate_flags() -> Flags:
               "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
     known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
     known.add(flags.DEFINE_multi_string, "question", [],
-              "with --file: what is asked of it, by the model's chat template; may be repeated")  # fmt: skip
+              "what is asked of it, by the model's chat template; may be repeated", "file")  # fmt: skip
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
     known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
@@ -99,24 +100,24 @@ def _generate_flags() -> Flags:
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
     known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
-    known.add(flags.DEFINE_list, "choice", [], "with --memory_dir: how prompts choose in a large one, by default "
-              "whole=2048,pages=16,page=32,stride=16")  # fmt: skip
-    known.add(flags.DEFINE_list, "neighbours", [], "with --memory_dir: how states (knn) are mixed in, by default "
-              "nearest=1024,temperature=0,weight=0.05")  # fmt: skip
-    known.add(flags.DEFINE_bool, "remember", False, "with --memory_dir: afterwards read prompts and answers into it")
-    known.add(flags.DEFINE_integer, "reread", 0, "with --memory_dir: passages by words to read again before a prompt")
+    known.add(flags.DEFINE_list, "choice", [], "how prompts choose in a large one, by default "
+              "whole=2048,pages=16,page=32,stride=16", "memory_dir")  # fmt: skip
+    known.add(flags.DEFINE_list, "neighbours", [], "how states (knn) are mixed in, by default "
+              "nearest=1024,temperature=0,weight=0.05", "memory_dir")  # fmt: skip
+    known.add(flags.DEFINE_bool, "remember", False, "afterwards read prompts and answers into it", "memory_dir")
+    known.add(flags.DEFINE_integer, "reread", 0, "passages by words to read again before a prompt", "memory_dir")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle, spine, "
               "mtp:heads=PATH or, in models with units, local")  # fmt: skip
-    known.add(flags.DEFINE_integer, "draft_tokens", 7, "with --draft: most tokens to guess at once")
+    known.add(flags.DEFINE_integer, "draft_tokens", 7, "most tokens to guess at once", "draft")
     known.add(flags.DEFINE_bool, "stats", False, "print tokens, seconds and cache use to stderr")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object with texts, ids and stats instead of text")
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what it needs per chip, stop; needs no weights")
-    known.add(flags.DEFINE_string, "topology", None, "with --compile_only: chips nobody has to have: v5p:2x2x1")
-    known.add(flags.DEFINE_string, "config", None, "with --compile_only, instead of a checkpoint: FILE.py:variant")
-    known.add(flags.DEFINE_integer, "rows", 1, "with --compile_only: prompts in a batch")
-    known.add(flags.DEFINE_integer, "length", 1024, "with --compile_only: tokens of each prompt")
+    known.add(flags.DEFINE_string, "topology", None, "chips nobody has to have: v5p:2x2x1", "compile_only")
+    known.add(flags.DEFINE_string, "config", None, "instead of a checkpoint, FILE.py:variant", "compile_only")
+    known.add(flags.DEFINE_integer, "rows", 1, "prompts in a batch", "compile_only")
+    known.add(flags.DEFINE_integer, "length", 1024, "tokens of each prompt", "compile_only")
     known.add(flags.DEFINE_multi_string, "mesh", [],
-              "with --compile_only: AXIS=N, how chips are used; by default one is")  # fmt: skip
+              "AXIS=N, how chips are used; by default one is", "compile_only")  # fmt: skip
     return known
 
 
@@ -151,11 +152,11 @@ def _prompts(given: list[str]) -> list[str]:
     """The prompts, of which one may be the input."""
     if given.count("-") > 1:
         raise AtomError("--prompt=- was given twice, and there is one input")
-    return [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
+    return [terminal.received(sys.stdin.read) if prompt == "-" else prompt for prompt in given]
 
 
 def _document(file: str) -> str:
-    text = text_of(None, file).decode("utf-8", "replace")
+    text = document_of(file)
     if not text.strip():
         raise AtomError(f"--file={file}: the document is empty")
     return text
@@ -227,7 +228,7 @@ def chat(argv: list[str]) -> int:
     seed = config.in_range("--seed", values.seed, int)
     most = config.in_range("--max_new_tokens", values.max_new_tokens, int, 1)
     sampling.sampler(values.temperature, top_p=values.top_p)
-    document = None if values.file is None else text_of(None, values.file)
+    document = None if values.file is None else document_of(values.file)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
     whole = talk.talk(lambda: Chat(lm, values.system, **options), most, document)
@@ -276,8 +277,7 @@ def reason(argv: list[str]) -> None:
     if values.file is None:
         task = chains.task(values.puzzle, values.problem, values.prompt, values.answer)
     else:
-        lines = text_of(None, values.file)
-        task = chains.task_of_lines(lines.decode("utf-8", "replace"), values.answer, f"--file={values.file}")
+        task = chains.task_of_lines(document_of(values.file), values.answer, f"--file={values.file}")
     lm = load(values.checkpoint, adapter=values.adapter, memory=values.memory)
     result = chains.run(
         lm, task, values.chains, values.length, values.temperature, values.seed, values.chat, min_p=values.min_p,

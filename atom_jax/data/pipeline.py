@@ -92,7 +92,8 @@ def reader(cfg: DataConfig, tokenizer: Tokenizer, units: Tokenizer | None = None
 
 def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
     """What is to be said of the text before training: that it is hardly any, and the share of documents that
-    `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are."""
+    `cfg.whole` leaves out for their length, among 256 of each source. pieces: how many there are. Raises AtomError
+    where it would leave out all of a source."""
     notes, sizes = [], []
     if pieces > _FEW and not cfg.whole and not cfg.weighs:
         return notes
@@ -107,7 +108,13 @@ def remarks(cfg: DataConfig, tokenizer: Tokenizer, pieces: int) -> list[str]:
         if not cfg.whole and not hasattr(found.corpus, "marked"):
             continue
         sample = np.unique(np.linspace(0, len(found) - 1, 256).astype(np.int64))
-        sizes += [len(tokens(found[int(k)]).ids) for k in sample]
+        lengths = [len(tokens(found[int(k)]).ids) for k in sample]
+        if min(lengths) > cfg.seq_len:
+            raise AtomError(
+                f"data.seq_len is {cfg.seq_len}: documents of {found.corpus.what} are never cut, and the shortest of"
+                f" {len(lengths)} has {min(lengths):,} tokens"
+            )
+        sizes += lengths
     if sizes and (share := float(np.mean(np.array(sizes) > cfg.seq_len))):
         notes.append(f"data: {share:.0%} of the documents are longer than {cfg.seq_len} tokens and left out")
     return notes

@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from atom_jax import terminal
 from atom_jax.inference.chat import Chat
 from atom_jax.typing import AtomError
 
 COMMANDS = "/stats, /reset, /quit"
 
 
-def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes | None = None) -> bool:
+def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | None = None) -> bool:
     """Reads messages line by line until the input ends, and writes the answers as they come.
 
     begin: makes a new conversation. document: goes before the first message. Returns whether all messages were
-    answered.
+    answered. Raises AtomError for input that is no text.
     """
     conversation = begin()
-    document = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
     brought = document
     person, whole = sys.stdin.isatty(), True
     if person:
@@ -28,7 +28,7 @@ def talk(begin: Callable[[], Chat], max_new_tokens: int, document: str | bytes |
             if person:
                 sys.stdout.write("> ")
                 sys.stdout.flush()
-            line = sys.stdin.readline()
+            line = terminal.received(sys.stdin.readline)
         except KeyboardInterrupt:
             line = ""
         if not line or line.strip() == "/quit":

@@ -71,6 +71,18 @@ def learned(cfg: Any) -> frozenset[str]:
     return frozenset(path for path in params.flatten(family.spec(cfg)) if path not in without)
 
 
+def check_memory(cfg: Any) -> None:
+    """Raises AtomError where a model has no layer for a cache policy of its own configuration."""
+    family = of(cfg)
+    cache = jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))
+    used = set(policies_in(cache))
+    for policy in policies_of(family.memory(cfg)):
+        if policy not in used:
+            raise AtomError(
+                f"memory: {policy.name} is for layers that see everything before them; there is none here"
+            )
+
+
 def with_memory(lm: LM, memory: Any) -> LM:
     """The same model with another cache policy, a choice for every layer, or, for None, the dense cache.
 
@@ -81,13 +93,7 @@ def with_memory(lm: LM, memory: Any) -> LM:
     family = of(lm.config)
     memory = fitted(memory, lm.tokenizer, family.memory(lm.config))
     cfg = family.with_memory(lm.config, memory)
-    cache = jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))
-    used = set(policies_in(cache))
-    for policy in policies_of(memory):
-        if policy not in used:
-            raise AtomError(
-                f"memory: {policy.name} is for layers that see everything before them; there is none here"
-            )
+    check_memory(cfg)
     wanted, there = params.flatten(family.spec(cfg)), params.flatten(lm.params)
     if missing := [path for path in wanted if path not in there]:
         names = ", ".join(policy.name for policy in policies_of(memory))

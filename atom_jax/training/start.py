@@ -34,6 +34,7 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
         model = _given(exp, "model")[0]
         if exp.memory is not None:
             model = registry.of(model).with_memory(model, exp.memory)
+            registry.check_memory(model)
         if exp.lora is not None:
             if not isinstance(model, TransformerConfig):
                 raise AtomError(f"lora is for transformers, and {exp.init_from} is of the family {model.family}")

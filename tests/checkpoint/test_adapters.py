@@ -166,6 +166,14 @@ def test_adapters_of_other_models_are_refused(saved, changes, message):
         atom_jax.load(base, adapter=adapter)
 
 
+def test_adapters_without_tensors_are_refused(saved):
+    _, base, adapter = saved
+    (adapter / "adapter.safetensors").unlink()
+    for read in (lambda: atom_jax.load(base, adapter=adapter), lambda: adapters.about(adapter)):
+        with pytest.raises(AtomError, match=r"adapter\.safetensors: no such file"):
+            read()
+
+
 def test_models_without_adapters(saved, tmp_path):
     lm, _, adapter = saved
     with pytest.raises(AtomError, match="the model has no learned evictors"):

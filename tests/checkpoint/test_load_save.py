@@ -203,7 +203,7 @@ def test_places_that_cannot_be_written(golden, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AtomError, match="it is a file"):
         checkpoint.save_hf(lm, tmp_path / "file")
-    with pytest.raises(AtomError, match="could not be saved"):
+    with pytest.raises(AtomError, match="cannot save there"):
         checkpoint.save_hf(lm, tmp_path / "file" / "below")
 
 

@@ -114,6 +114,17 @@ def test_a_retrofit_from_fit_to_adapter(tmp_path, variant, base):
     assert any("weighted_kl" in line for line in lines) == (variant == "tiny_asks")
 
 
+def test_models_without_a_layer_for_evictors_are_refused(tmp_path):
+    cfg = transformer.TransformerConfig(
+        family="qwen3", d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48, eos_ids=(257,),
+        layer_types=("sliding", "sliding"), sliding_window=16,
+    )  # fmt: skip
+    tree = params.init(jax.random.key(0), transformer.spec(cfg))
+    atom_jax.save_hf(LM(cfg, tree, tokenizers.ByteTokenizer()), tmp_path / "base")
+    with pytest.raises(atom_jax.AtomError, match="dms is for layers that see everything before them; there is none"):
+        start.configure("configs/dms.py:tiny", [f"init_from={tmp_path / 'base'}"])
+
+
 def test_evictors_need_a_model_that_has_learned_something():
     with pytest.raises(atom_jax.AtomError, match="init_from"):
         dms.tiny().fit.begin(None, None, None, iter([]))

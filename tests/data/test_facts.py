@@ -318,6 +318,9 @@ def test_rows_that_are_too_short_for_all_documents_are_refused(monkeypatch):
     data.close()
     cfg = DataConfig(sources=("austen", SMALL), seq_len=1150, batch_size=1)
     assert any("are longer than 1150 tokens" in note for note in pipeline.remarks(cfg, ByteTokenizer(), 10**6))
+    short = DataConfig(sources=("austen", SMALL), seq_len=64, batch_size=1)
+    with pytest.raises(AtomError, match=r"data\.seq_len is 64: documents of facts:.* are never cut"):
+        pipeline.remarks(short, ByteTokenizer(), 10**6)
 
 
 def test_the_parts_of_a_text():

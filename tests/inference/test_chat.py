@@ -95,10 +95,17 @@ def test_models_without_a_template_are_refused(tokenizer):
         Chat(dataclasses.replace(lm, tokenizer=train("bpe:262", [b"hello "])))
 
 
+def test_input_that_is_no_text(tokenizer, monkeypatch):
+    lm = model(tokenizer)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(AtomError, match="the input is not valid UTF-8"):
+        talk.talk(lambda: Chat(lm), 2)
+
+
 def test_a_conversation_over_pipes(tokenizer, monkeypatch, capsys):
     lm = model(tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO("/stats\nhello\n\n/stats\n/nothing\n/reset\nhello\n/quit\nmore\n"))
-    assert talk.talk(lambda: Chat(lm), 12, b"A document.")
+    assert talk.talk(lambda: Chat(lm), 12, "A document.")
     out, err = capsys.readouterr()
     answers = out.splitlines()
     first = Chat(lm).say("A document.\n\nhello", 12)

@@ -9,11 +9,14 @@ import pytest
 import atom_jax
 from atom_jax import config
 from atom_jax.__main__ import main
+from atom_jax.data import facts
 from atom_jax.evaluation.reports import chains
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.training.config import Experiment
+from atom_jax.transfer import initialisers
 from atom_jax.typing import AtomError
 
 EXPERIMENT = Experiment(model=TransformerConfig())
@@ -146,3 +149,71 @@ def test_lines_with_answers_are_prompts():
 def test_flags_without_a_meaning_are_refused(flags, capsys):
     assert main(["atom_jax", "reason", "--checkpoint=nowhere", *flags]) == 1
     assert f"{flags[1].partition('=')[0]} has no meaning beside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["convert", "nowhere", "OUT"],
+        ["merge", "nowhere", "OUT"],
+        ["adapter", "nowhere", "OUT"],
+        ["instructify", "nowhere", "nowhere", "nowhere", "OUT"],
+        ["transplant", "nowhere", "--tokenizer=nowhere", "--out=OUT"],
+    ],
+)
+def test_directories_are_refused_before_the_work(args, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for out, words in (("file/new", "cannot save there"), ("file", "already exists"), ("full", "already exists")):
+        assert main(["atom_jax", *(arg.replace("OUT", str(tmp_path / out)) for arg in args)]) == 1
+        err = capsys.readouterr().err
+        assert f"{tmp_path / out}: {words}" in err and err.count("\n") == 1
+    assert (tmp_path / "full" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "parse, text, words",
+    [
+        (facts.parse, "austen:size=0", "facts:austen: size: expected a whole number from 1"),
+        (facts.parse, "austen:size=600", "facts:austen: size is 600: a gap of 1000 and facts=8 need"),
+        (policies.parse, "tova:budget=0", "memory tova: expected budget"),
+        (initialisers.parse, "omp:k=0", "method omp: k"),
+        (Law.parse, "sqrt:entries=-1", "law"),
+    ],
+)
+def test_values_that_do_not_fit_name_where_they_stand(parse, text, words):
+    with pytest.raises(AtomError) as e:
+        parse(text)
+    assert str(e.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "command, flag, other",
+    [
+        ("train", "topology=v5p:4x4x4", "compile_only"),
+        ("train", "coordinator=host:1", "distributed"),
+        ("train", "process_id=0", "coordinator"),
+        ("train", "num_processes=2", "coordinator"),
+        ("eval", "topology=v5e:2x2", "compile_only"),
+        ("eval", "config=configs/lm.py:tiny", "compile_only"),
+        ("generate", "question=x", "file"),
+        ("generate", "choice=whole=3", "memory_dir"),
+        ("generate", "neighbours=weight=0.1", "memory_dir"),
+        ("generate", "remember", "memory_dir"),
+        ("generate", "reread=1", "memory_dir"),
+        ("generate", "draft_tokens=3", "draft"),
+        ("generate", "rows=2", "compile_only"),
+        ("generate", "length=9", "compile_only"),
+        ("generate", "mesh=tensor=2", "compile_only"),
+        ("units", "length=9", "episode"),
+        ("units", "seed=9", "episode"),
+        ("fairness", "prior=0.1", "scripts"),
+        ("tokens", "allocate=gain", "tokens"),
+    ],
+)
+def test_flags_of_another_one_are_refused_without_it(command, flag, other, capsys):
+    assert (
+        main(["atom_jax", command, "--checkpoint=nowhere" if command != "train" else "--workdir=x", f"--{flag}"]) == 1
+    )
+    assert f"--{flag.partition('=')[0]} has no meaning without --{other}\n" in capsys.readouterr().err

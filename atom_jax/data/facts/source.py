@@ -48,9 +48,7 @@ class Facts:
         some = (1, 2**24)
         config.check(self, size=some, facts=some, gap=(0, 2**24), weight=(1e-6, 1e6), seed=(0, 2**31 - 1))
         if self.size < (least := self.gap + _REACH + ROOM * self.facts):
-            raise AtomError(
-                f"facts: size is {self.size}: a gap of {self.gap} and facts={self.facts} need {least} bytes"
-            )
+            raise AtomError(f"size is {self.size}: a gap of {self.gap} and facts={self.facts} need {least} bytes")
 
 
 def parse(text: str) -> tuple[str, Facts]:

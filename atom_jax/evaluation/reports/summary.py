@@ -59,7 +59,8 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
     """Judges the newest checkpoint of a training directory on the whole validation split of its own data.
 
     The baselines, saved in WORKDIR/baselines.json, are `xz -9e` with the training text as history and a
-    Kneser-Ney model of order 5 counted on the training text; both see the same bytes as the model.
+    Kneser-Ney model of order 5 counted on the training text; both see the same bytes as the model. There are none
+    where a program makes the texts, or they are larger than LARGEST.
     Writes WORKDIR/plots/summary.png, and for models with learned units WORKDIR/plots/boundaries.png. Raises AtomError
     when the directory holds no finished checkpoint.
     """
@@ -141,17 +142,27 @@ def _piece(data: DataConfig) -> bytes:
     return text[begin:end].decode("utf-8", "ignore").encode()
 
 
-def _text(data: DataConfig, split: str) -> bytes:
-    corpora = [open_source(source, split) for source in data.sources]
-    return b"".join(corpus.read(i) for corpus in corpora for i in range(len(corpus)))
+def _text(data: DataConfig, split: str) -> bytes | None:
+    """All of a split; None where that is more than LARGEST, or a program makes it without an end."""
+    parts, size = [], 0
+    for corpus in [open_source(source, split) for source in data.sources]:
+        if getattr(corpus, "endless", False):
+            return None
+        for i in range(len(corpus)):
+            parts.append(corpus.read(i))
+            size += len(parts[-1])
+            if size > LARGEST:
+                return None
+    return b"".join(parts)
 
 
 def _baselines(folder: pathlib.Path, data: DataConfig) -> dict[str, float]:
     file = folder / "baselines.json"
     if file.is_file():
         return read_json(file)
-    train, text = _text(data, "train"), _text(data, "validation")
-    if len(train) > LARGEST:
+    train = _text(data, "train")
+    text = None if train is None else _text(data, "validation")
+    if text is None:
         return {}
     scores = {
         "xz -9e after the training text": xz_bits_per_byte(train, text),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from atom_jax import checkpoint
+from atom_jax.checkpoint.atomic import check_new
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache, picture, run
 from atom_jax.evaluation.reports import fairness
@@ -49,8 +50,7 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
     behind then.
     """
     target = pathlib.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AtomError(f"--out={out}: already exists; name a new directory")
+    check_new(out, "--out=")
     method = initialisers.parse(order.method, "--method")
     fallback = initialisers.parse(order.fallback, "--fallback")
     tokenizer = lib.find_tokenizer(order.tokenizer)
@@ -99,8 +99,11 @@ def draw(report: Report, result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def documents(source: str, split: str, nbytes: int) -> list[bytes]:
-    """Documents of a split, cut off after so many bytes in all (0: nowhere), at the end of a line."""
+    """Documents of a split, cut off after so many bytes in all (0: nowhere), at the end of a line. Raises AtomError
+    where all of a source is wanted that a program makes without an end."""
     corpus, out, left = open_source(source, split), [], nbytes or 1 << 40
+    if not nbytes and getattr(corpus, "endless", False):
+        raise AtomError(f"{source}: a program makes it without an end; name a text")
     for i in range(len(corpus)):
         if left <= 0:
             break

@@ -164,7 +164,10 @@ def methods(settings: KvSettings, cfg: Any) -> list[Method]:
 def with_learned(lm: LM, path: str, flag: str) -> LM:
     """The model with an adapter, or a checkpoint of it, that has learned memory. AtomError, which begins with `flag`,
     for one that has not, or that was made for another model."""
-    found = adapters.load_adapter(lm, path) if adapters.is_adapter(path) else checkpoint.load(path)
+    try:
+        found = adapters.load_adapter(lm, path) if adapters.is_adapter(path) else checkpoint.load(path)
+    except AtomError as e:
+        raise AtomError(f"{flag}: {e}") from None
     if registry.of(found.config).memory(found.config) is None:
         raise AtomError(f"{flag}: {path} has no learned memory")
     if not _same(lm, found):
@@ -258,8 +261,11 @@ def _facts(settings: KvSettings, encoder: Encoder, hay: needle.Haystack, length:
         draw = np.random.default_rng((settings.seed, 11, length, number))
         start = int(draw.integers(max(len(hay.ids) - length, 0) + 1))
         text = needle.Haystack(hay.ids[start:], hay.ends[start:])
-        chosen = planted.facts(settings.kinds, settings.facts, draw)
-        stream = planted.plant(text, chosen, length - len(first), encoder)
+        try:
+            chosen = planted.facts(settings.kinds, settings.facts, draw)
+            stream = planted.plant(text, chosen, length - len(first), encoder)
+        except AtomError as e:  # which begins with the name of a setting
+            raise AtomError(f"kv.{e}") from None
         context = np.concatenate([first, stream.ids])
         for fact in stream.facts:
             question, answer = planted.asked(fact, encoder)

@@ -134,7 +134,9 @@ def plant(hay: Haystack, chosen: Sequence[Fact], tokens: int, encoder: Encoder) 
     before = [_piece(fact.earlier, "", encoder) for fact in chosen]
     n = tokens - sum(len(ids) for ids, _ in (*pieces, *before))
     if n < 2 * len(chosen) or len(hay.ids) < n:
-        raise AtomError(f"tokens: {len(chosen)} facts in {tokens} tokens of a text that has {len(hay.ids)}")
+        raise AtomError(
+            f"facts: there is no room for {len(chosen)} facts in {tokens} tokens of a text that has {len(hay.ids)}"
+        )
     ends = np.append(np.flatnonzero(hay.ends[:n]), n)
     places = [nearest(ends, x) for x in np.linspace(0.02, 0.98, len(chosen)) * n]
     todo = [(place, i, piece) for i, (place, piece) in enumerate(zip(places, pieces))]

@@ -41,7 +41,4 @@ def parse(text: str, flag: str = "method") -> Initialiser:
     name, _, options = text.partition(":")
     if name not in INITIALISERS:
         raise AtomError(f"{flag}: unknown {name[:60]!r}; known: {', '.join(INITIALISERS)}")
-    try:
-        return config.build(INITIALISERS[name], [o for o in options.split(",") if o], f"{flag} {name}:")
-    except AtomError as e:
-        raise e if str(e).startswith(flag) else AtomError(f"{flag} {name}: {e}") from None
+    return config.build(INITIALISERS[name], [o for o in options.split(",") if o], f"{flag} {name}:")

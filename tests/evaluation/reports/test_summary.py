@@ -7,7 +7,8 @@ import pytest
 
 from atom_jax import config
 from atom_jax.__main__ import main
-from atom_jax.evaluation.reports import summary
+from atom_jax.data.config import DataConfig
+from atom_jax.evaluation.reports import summary, transplanted
 from atom_jax.models.hnet import HNetConfig, chunking
 from atom_jax.training import loop
 from atom_jax.typing import AtomError
@@ -85,6 +86,24 @@ def test_the_piece_of_text_has_whole_lines_words_and_characters(learned, tmp_pat
         assert piece.decode() in text and len(piece) == size
 
 
+def test_the_sample_is_checked_before_the_work(capsys):
+    assert main(["atom_jax", "summary", "nowhere", "--sample_tokens=0"]) == 1
+    assert "--sample_tokens: expected a whole number from 1" in capsys.readouterr().err
+
+
 def test_other_directories_are_refused(tmp_path):
     with pytest.raises(AtomError, match=r"not a training directory: it has no experiment\.json"):
         summary.summarize(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["facts:austen", "reason:subset"])
+def test_sources_without_an_end_are_not_read_to_it(source, tmp_path):
+    assert summary._baselines(tmp_path, DataConfig(sources=("austen", source))) == {}
+    with pytest.raises(AtomError, match=f"{source}: a program makes it without an end"):
+        transplanted.documents(source, "train", 0)
+    assert sum(map(len, transplanted.documents(source, "train", 5000))) <= 5000
+
+
+def test_large_texts_are_not_counted(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "LARGEST", 100)
+    assert summary._baselines(tmp_path, DataConfig(sources=(str(text),))) == {}

@@ -248,6 +248,8 @@ def test_adapters_stand_beside_policies(lm, cfg, tmp_path, monkeypatch):
         (["context=60"], "reads up to 68 tokens, the model was made for 64"),
         (["parts=needle"], "the model was made for 64"),
         (["depths=1.5"], "depths: expected a number from 0 to 1"),
+        (["adapters=/no/such/adapter"], "^kv.adapters: /no/such/adapter"),
+        (["parts=facts", "fact_lengths=64", "kinds=zip"], "the model was made for 64"),
         (["sources=/no/such/text"], "/no/such/text"),
         (["limit=-1"], "limit: expected a whole number from 0"),
     ],
@@ -261,3 +263,12 @@ def test_a_source_that_is_too_short(lm, cfg, tmp_path):
     (tmp_path / "short.txt").write_text("It is.")
     with pytest.raises(AtomError, match=r"short.txt has 6 tokens, a window has 39"):
         run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.sources={tmp_path}/short.txt"]))
+
+
+@pytest.mark.parametrize(("settings", "message"), [(["kinds=zip"], "^kv.kinds: no kind 'zip'"),
+                                                   (["facts=9000"], "^kv.facts: there are no more")])  # fmt: skip
+def test_bad_facts_name_their_setting(lm, cfg, settings, message):
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=512))
+    settings = ["parts=facts", "fact_lengths=256", "policies=none", *settings]
+    with pytest.raises(AtomError, match=message):
+        run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.{s}" for s in settings]))

@@ -199,5 +199,15 @@ def test_bad_heads_are_one_sentence(tmp_path):
     write_file({k: source.read(k) for k in source.infos if k != "token"}, tmp_path / heads.TENSORS)
     with pytest.raises(AtomError, match=r"token is absent, expected \[2, 32, 32\]"):
         heads.load(tmp_path, CFG)
+    (tmp_path / heads.TENSORS).unlink()
+    with pytest.raises(AtomError, match=r"mtp\.safetensors: no such file"):
+        heads.load(tmp_path, CFG)
     with pytest.raises(AtomError, match="nowhere: no heads are there"):
         heads.load(tmp_path / "nowhere", CFG)
+
+
+def test_runs_without_heads_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(store, "settings", lambda path: {"objective": None})
+    with pytest.raises(AtomError, match="the run trained no multi-token heads"):
+        heads.load(tmp_path, CFG)
