@@ -54,12 +54,6 @@ def eval_batches(
     return ({k: v[mine] for k, v in batch.items()} for batch in _batches(cfg, tokenizer, corpora, overlap))
 
 
-def count_bytes(cfg: DataConfig) -> int:
-    """Returns the bytes of text in the split, what bits per byte are divided by."""
-    corpora = [open_source(source, cfg.split) for source in cfg.sources]
-    return sum(sum(len(c.read(i)) for i in range(len(c))) if c.sizes is None else int(c.sizes.sum()) for c in corpora)
-
-
 def _batches(cfg: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus], overlap: int) -> Iterator[Batch]:
     def new_batch():
         return empty_batch(cfg.batch_size, cfg.seq_len, tokenizer.pad_id)
