@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Rooms of atom_jax: those above know nothing of those below; those of one line may know each other, but not in a
 # circle. A room inside of another one has a line of its own.
 ROOMS = (
-    ("typing", "files", "config", "terminal"),
+    ("typing", "files", "config", "terminal", "picture"),
     ("fields", "naming", "params", "sharding", "tokenizers"),
     ("nn",),
     ("kvcache", "chunking", "reduction"),

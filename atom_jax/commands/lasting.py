@@ -141,7 +141,7 @@ def fit_memory(argv: list[str]) -> None:
 def info(path: str, verify: bool, out: str | None = None) -> str:
     """What is in a memory. verify: everything is read and compared with its checksums. out: a PNG file for a picture
     of how it grows. Raises AtomError for a memory that is damaged."""
-    from atom_jax.evaluation import picture
+    from atom_jax import picture
     from atom_jax.evaluation.reports import memory_growth
     from atom_jax.lasting.memory import Memory
     from atom_jax.lasting.store import KNN

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from atom_jax import checkpoint
+from atom_jax import checkpoint, picture
 from atom_jax.data.sources import open_source
-from atom_jax.evaluation import cache, picture, run
+from atom_jax.evaluation import cache, run
 from atom_jax.evaluation.reports import fairness
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference import transplant as lib
