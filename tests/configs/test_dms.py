@@ -74,7 +74,7 @@ def test_a_retrofit_that_asks_learns():
 
 
 @pytest.mark.parametrize("variant", ["tiny", "tiny_merged", "tiny_asks"])
-def test_a_retrofit_from_fit_to_adapter(tmp_path, variant):
+def test_a_retrofit_from_fit_to_adapter(tmp_path, variant, one_device):
     cfg = transformer.TransformerConfig(
         vocab_size=264,
         d_model=32,
