@@ -48,6 +48,13 @@ def check_target(directory: str | Path) -> None:
         raise AtomError(f"{target}: cannot save there, it is a file")
 
 
+def check_new(directory: str | Path, flag: str = "") -> None:
+    """Raises AtomError, which begins with `flag`, where there is anything but an empty directory."""
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise AtomError(f"{flag}{directory}: already exists; name a new directory")
+
+
 def _flush(staging: Path) -> None:
     mode = staging.stat().st_mode & 0o666  # what the umask allows; some writers make files private
     for path in staging.rglob("*"):

@@ -15,6 +15,7 @@ import numpy as np
 from atom_jax import checkpoint
 from atom_jax import params as params_lib
 from atom_jax.checkpoint import adapters, heads
+from atom_jax.checkpoint.atomic import check_new
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.fields import Expression
@@ -36,7 +37,7 @@ def convert(source: str, target: str, to: str | None = None) -> str:
 
     if to is not None and to not in FORMATS:
         raise AtomError(f"--to={to}: expected {' or '.join(FORMATS)}")
-    _refuse_old(target)
+    check_new(target)
     path = checkpoint.find(source)
     kind = checkpoint.kind_of(path)
     to = to or ("orbax" if kind == "hf" else "hf")
@@ -55,7 +56,7 @@ def convert(source: str, target: str, to: str | None = None) -> str:
 def merge(source: str, target: str, adapter: str | None) -> str:
     """Writes a model as a Hugging Face directory, with adapters on it, LoRA in its weights, and returns a sentence
     about it. Raises AtomError for whatever cannot be read or written; the target must be missing or empty."""
-    _refuse_old(target)
+    check_new(target)
     lm = checkpoint.load(source, adapter=adapter)
     checkpoint.save_hf(lm, target)
     return f"{target}: {lm.family}, {params_lib.count(lm.params):,} parameters"
@@ -64,7 +65,7 @@ def merge(source: str, target: str, adapter: str | None) -> str:
 def adapter(source: str, target: str) -> str:
     """Writes what a run has trained beside its model, LoRA, learned evictors or multi-token heads, and returns a
     sentence about it; errors as of `merge`, and AtomError where the run trained more than that."""
-    _refuse_old(target)
+    check_new(target)
     if heads.trained(source):
         cfg, p = heads.of_run(source)
         heads.save(target, cfg, p)
@@ -102,12 +103,6 @@ def _trained(path: Path, cfg: Any) -> set[str]:
         raise AtomError(f"{path}: no groups of parameters are named there") from None
     paths = params_lib.flatten(registry.kind(cfg).spec(cfg))
     return {name for name in paths if next((factor for group, factor in groups if group.matches(name)), 1.0)}
-
-
-def _refuse_old(target: str) -> None:
-    out = Path(target)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AtomError(f"{target}: already exists; name a new directory")
 
 
 def info(source: str, tensors: bool = False, verify: bool = False, as_json: bool = False) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from atom_jax import checkpoint, picture
+from atom_jax.checkpoint.atomic import check_new
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache, run
 from atom_jax.evaluation.reports import fairness
@@ -17,7 +18,7 @@ from atom_jax.inference import transplant as lib
 from atom_jax.transfer import initialisers
 from atom_jax.transfer.initialisers import Initialiser
 from atom_jax.transfer.transplant import LABELS, Report
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM
 
 REPORT, PICTURE = "transplant.json", "transplant.png"
 _COLORS = ("#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#999999")
@@ -50,8 +51,7 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
     behind then.
     """
     target = pathlib.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AtomError(f"--out={out}: already exists; name a new directory")
+    check_new(out, "--out=")
     method = initialisers.parse(order.method, "--method")
     fallback = initialisers.parse(order.fallback, "--fallback")
     tokenizer = lib.find_tokenizer(order.tokenizer)
