@@ -15,7 +15,7 @@ import operator
 import pathlib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from atom_jax.typing import AtomError
@@ -106,6 +106,18 @@ def build(cls: type[T], settings: Sequence[str], flag: str) -> T:
     except AtomError as e:
         first = flag.split()[0].rstrip(":")
         raise e if str(e).startswith(first) else AtomError(f"{flag} {e}") from None
+
+
+def named(text: str, known: Mapping[str, type[T]], what: str, also: str = "") -> T:
+    """What a text such as "tova:budget=512" names: an instance of the class that is known by that name.
+
+    also: what else would do. Raises AtomError, whose message begins with `what`, for an unknown name, and as of
+    `build`.
+    """
+    name, _, fields = text.strip().partition(":")
+    if name not in known:
+        raise AtomError(f"{what} {name!r}: expected {', '.join(filter(None, (also, *known)))}")
+    return build(known[name], [f for f in fields.split(",") if f], f"{what} {name}:")
 
 
 def load_file(reference: str) -> Any:

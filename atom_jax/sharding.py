@@ -67,16 +67,14 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[Any] | None = None) 
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any, rules: dict[str, tuple[str, ...]] = RULES
-) -> P:
+def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> P:
     """PartitionSpec of an array with named axes. A mesh axis that does not divide the dimension is dropped, and
     no mesh axis is used twice (the first dimension that asks for it has it)."""
     used: set[str] = set()
     entries = []
     for size, name in zip(shape, axes):
         chosen: list[str] = []
-        for mesh_axis in rules.get(name, ()):
+        for mesh_axis in RULES.get(name, ()):
             extent = mesh.shape[mesh_axis]
             if mesh_axis not in used and extent > 1 and size % (extent * _extent(mesh, chosen)) == 0:
                 chosen.append(mesh_axis)
@@ -85,9 +83,9 @@ def partition(
     return P(*entries)
 
 
-def shardings(spec: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] = RULES) -> Any:
+def shardings(spec: Any, mesh: Mesh) -> Any:
     """The tree of NamedSharding that places a tree of ParamSpec on `mesh`."""
-    return params_lib.map_specs(lambda s: NamedSharding(mesh, partition(s.shape, s.axes, mesh, rules)), spec)
+    return params_lib.map_specs(lambda s: NamedSharding(mesh, partition(s.shape, s.axes, mesh)), spec)
 
 
 def filled(paths: Iterable[str], given: dict[str, Any]) -> Any:

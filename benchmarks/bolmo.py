@@ -29,22 +29,21 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from atom_jax.data.builtin import austen
 from atom_jax.evaluation.metrics import columns
 from atom_jax.files import write_text
 from atom_jax.typing import AtomError
-from benchmarks import machine
+from benchmarks import command, machine
 from benchmarks.compare import PAUSE
-from benchmarks.worker import Refused, Worker
+from benchmarks.worker import Worker
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A Bolmo; empty: one before training.")
 TEACHER = flags.DEFINE_string("teacher", "models/smollm2-135m-instruct", "Transformer over subwords.")
@@ -193,20 +192,14 @@ def memory(found: dict[str, Any]) -> str:
 _FLAGS = (CHECKPOINT, TEACHER, CAPACITY, PROMPT, NEW, ROWS, REPEATS, POLICIES, SHARE)
 
 
-def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence, with exit code 1."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        with tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
-            found = measure(bar.set_description_str)
-        print("\n\n".join((speed(found), shares(found), memory(found))), flush=True)
-        if OUT.value:
-            write_text(OUT.value, json.dumps(found, indent=1) + "\n")
-    except (AtomError, Refused, OSError) as e:
-        print(f"benchmarks.bolmo: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> None:
+    """Prints three tables."""
+    with tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
+        found = measure(bar.set_description_str)
+    print("\n\n".join((speed(found), shares(found), memory(found))), flush=True)
+    if OUT.value:
+        write_text(OUT.value, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("bolmo", main)

@@ -14,15 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import atom_jax
 from atom_jax.files import write_text
 from atom_jax.typing import LM, AtomError
+from benchmarks import command
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "Hugging Face directory.")
 DRAFT = flags.DEFINE_string("draft", "ngram", "Who makes drafts.")
@@ -90,27 +90,21 @@ def measure(lm: LM, task: Task, new: int, draft: str, tokens: int, repeats: int)
     }  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
-    """Prints a line per task; exit code 1 for bad input, in one sentence."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        if unknown := [name for name in CHOSEN.value if name not in TASKS]:
-            raise AtomError(f"--tasks: unknown {unknown[0]!r}; known: {', '.join(TASKS)}")
-        lm, rows = atom_jax.load(CHECKPOINT.value, dtype="float32"), {}
-        print(f"{'task':<18}{'T':>5}{'tokens/s':>10}{'drafts':>10}{'faster':>9}{'per call':>10}{'accepted':>10}  ids")
-        for name in CHOSEN.value:
-            row = rows[name] = measure(lm, TASKS[name], NEW.value, DRAFT.value, TOKENS.value, REPEATS.value)
-            rates = [(NEW.value - 1) / statistics.median(row[kind]) for kind in ("plain", "drafts")]
-            ids = "same" if row["same"] == NEW.value else f"same for {row['same']}"
-            print(f"{name:<18}{TASKS[name].temperature:>5}{rates[0]:>10.1f}{rates[1]:>10.1f}{row['faster']:>8.2f}x"
-                  f"{row['per_call']:>10.2f}{row['accepted']:>10.0%}  {ids}", flush=True)  # fmt: skip
-        if OUT.value:
-            write_text(OUT.value, json.dumps(rows, indent=1))
-    except (AtomError, OSError) as e:
-        print(f"benchmarks.drafts: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> None:
+    """Prints a line per task."""
+    if unknown := [name for name in CHOSEN.value if name not in TASKS]:
+        raise AtomError(f"--tasks: unknown {unknown[0]!r}; known: {', '.join(TASKS)}")
+    lm, rows = atom_jax.load(CHECKPOINT.value, dtype="float32"), {}
+    print(f"{'task':<18}{'T':>5}{'tokens/s':>10}{'drafts':>10}{'faster':>9}{'per call':>10}{'accepted':>10}  ids")
+    for name in CHOSEN.value:
+        row = rows[name] = measure(lm, TASKS[name], NEW.value, DRAFT.value, TOKENS.value, REPEATS.value)
+        rates = [(NEW.value - 1) / statistics.median(row[kind]) for kind in ("plain", "drafts")]
+        ids = "same" if row["same"] == NEW.value else f"same for {row['same']}"
+        print(f"{name:<18}{TASKS[name].temperature:>5}{rates[0]:>10.1f}{rates[1]:>10.1f}{row['faster']:>8.2f}x"
+              f"{row['per_call']:>10.2f}{row['accepted']:>10.0%}  {ids}", flush=True)  # fmt: skip
+    if OUT.value:
+        write_text(OUT.value, json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("drafts", main)

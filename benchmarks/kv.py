@@ -17,16 +17,14 @@ speed   Steps of decoding after a long context: the dense cache, learned evictor
 from __future__ import annotations
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
 from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.typing import AtomError
-from benchmarks import kv_parity
+from benchmarks import command, kv_parity
 from benchmarks.kv_speed import Speed
 from benchmarks.kv_tables import PARTS, Plan, measure
-from benchmarks.worker import Refused
 
 _TEXTS = ("austen", "corpora/heldout/bible.txt", "corpora/heldout/debian-reference.txt")
 _SPEED = Speed()
@@ -70,16 +68,10 @@ def _plan() -> Plan:
     )
 
 
-def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence; exit code 1 for it, and where the two sides differ."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        sys.exit(0 if measure(_plan(), pathlib.Path(OUT.value) if OUT.value else None) else 1)
-    except (AtomError, Refused, OSError) as e:
-        print(f"benchmarks.kv: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> int:
+    """Exit code 1 where the two sides differ."""
+    return 0 if measure(_plan(), pathlib.Path(OUT.value) if OUT.value else None) else 1
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("kv", main)

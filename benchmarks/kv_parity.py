@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from atom_jax.evaluation import run
 from atom_jax.evaluation.metrics import columns
@@ -17,6 +15,7 @@ from atom_jax.evaluation.tasks.kv import KvSettings
 from atom_jax.evaluation.tasks.kv_cells import Ask, Cell, Method
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.budget import Budget
+from atom_jax.terminal import progress
 from atom_jax.typing import LM
 
 # Policies that kvpress has too, under other names (`benchmarks.press`).
@@ -75,7 +74,7 @@ def compare(
     chosen += [(Method(name, None, lm.config.memory), lm) for name, lm in models[1:]]
     theirs = {} if peer is None else _theirs(peer, [m for m, _ in chosen if _shared(m)], windows)
     tokens = sum(len(a.context) + len(a.target) for a in windows)
-    with tqdm(total=len(chosen) * tokens, desc="ours", unit="tok", unit_scale=True, mininterval=_pause()) as bar:
+    with progress(total=len(chosen) * tokens, desc="ours", unit="tok", unit_scale=True) as bar:
         for method, lm in chosen:
             bar.set_postfix_str(f"{method.name} {method.budget or ''}")
             found = kv_cells.measure(lm, Cell(method, "loss", "", tuple(windows)), 1, bar.update)
@@ -110,7 +109,7 @@ def compression(n: int, length: int) -> float:
 def _theirs(peer: Peer, shared: list[Method], windows: Sequence[Ask]) -> dict[tuple, list[dict[str, Any]]]:
     """What the peer finds in every window, by policy and budget."""
     out: dict[tuple, list[dict[str, Any]]] = {(m.name, m.budget): [] for m in shared}
-    with tqdm(total=len(windows), desc="kvpress", unit="window", mininterval=_pause()) as bar:
+    with progress(total=len(windows), desc="kvpress", unit="window") as bar:
         for ask in windows:
             requests = [request(m, len(ask.context)) for m in shared]
             found = peer("score", ask.context.tolist(), ask.target.tolist(), requests)
@@ -118,10 +117,6 @@ def _theirs(peer: Peer, shared: list[Method], windows: Sequence[Ask]) -> dict[tu
                 out[key].append(one)
             bar.update()
     return out
-
-
-def _pause() -> float:
-    return 0.2 if sys.stderr.isatty() else 30
 
 
 def table(rows: Sequence[Row]) -> str:

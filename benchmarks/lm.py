@@ -26,12 +26,12 @@ import statistics
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from atom_jax.files import write_text
 from atom_jax.typing import AtomError
-from benchmarks import machine, table
+from benchmarks import command, machine, table
 from benchmarks.compare import Bench, Plan, need_torch
 from benchmarks.rows import Row, rows
 from benchmarks.worker import Refused
@@ -132,24 +132,18 @@ def _lengths(texts: list[str]) -> tuple[int, ...]:
     return tuple(map(int, texts))
 
 
-def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence; exit code 1 for it, 130 after Ctrl-C or SIGTERM."""
+def main() -> int:
+    """Exit code 130 after SIGTERM too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        plan = dataclasses.replace(
-            _DEFAULT, checkpoint=CHECKPOINT.value, prompts=_lengths(PROMPTS.value), new_tokens=NEW.value,
-            train=tuple(TRAIN.value), repeats=REPEATS.value,
-        )  # fmt: skip
-        if LIST.value:
-            print("\n".join(f"{r.name:24}{r.label}" for r in rows(plan)))
-            return
-        sys.exit(0 if run(plan, ROWS.value, pathlib.Path(OUT.value) if OUT.value else None) else 130)
-    except (AtomError, OSError) as e:
-        print(f"benchmarks.lm: {e}", file=sys.stderr)
-        sys.exit(1)
+    plan = dataclasses.replace(
+        _DEFAULT, checkpoint=CHECKPOINT.value, prompts=_lengths(PROMPTS.value), new_tokens=NEW.value,
+        train=tuple(TRAIN.value), repeats=REPEATS.value,
+    )  # fmt: skip
+    if LIST.value:
+        print("\n".join(f"{r.name:24}{r.label}" for r in rows(plan)))
+        return 0
+    return 0 if run(plan, ROWS.value, pathlib.Path(OUT.value) if OUT.value else None) else 130
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("lm", main)

@@ -15,21 +15,21 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from atom_jax.commands.serving import size_of
 from atom_jax.files import write_text
 from atom_jax.typing import LM, AtomError
+from benchmarks import command
 from benchmarks.compare import PEER as SIDE
 from benchmarks.compare import need_torch
-from benchmarks.worker import Refused, Worker
+from benchmarks.worker import Worker
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "What to load.")
 ADAPTERS = flags.DEFINE_list("adapters", ["smollm2-135m-dms-4x", "smollm2-135m-dms-8x"], "Learned evictors for it.")
@@ -67,29 +67,25 @@ class Line:
         return f"| {self.memory} | {self.at_once} | {numbers} | {self.equal} |"
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints the table, a line as soon as it is known."""
-    try:
-        cache = size_of("--cache_memory", CACHE.value)
-        if ALONE.value < 1:
-            raise AtomError(f"--alone={ALONE.value}: expected at least 1")
-        if PEER.value:
-            need_torch()
-        print(HEAD, "|---" * 7 + "|", sep="\n", flush=True)
-        lines, peer = [], None
-        for name, lm in models(CHECKPOINT.value, ADAPTERS.value, [text for text in MEMORY.value if text]):
-            lines.append(measure(name, lm, orders(lm, REQUESTS.value, PROMPT.value, NEW.value), cache))
-            print(lines[-1], flush=True)
-            if PEER.value and peer is None:
-                peer = theirs(CHECKPOINT.value, orders(lm, REQUESTS.value, PROMPT.value, NEW.value)[: ALONE.value])
-        if peer:
-            print("transformers {transformers}, one stream, {setting}: {one:,.1f} tokens/s".format(**peer))
-        if OUT.value:
-            found = {"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines], "peer": peer}
-            write_text(OUT.value, json.dumps(found, indent=1))
-    except (AtomError, Refused) as e:
-        print(f"benchmarks.serve: {e}", file=sys.stderr)
-        sys.exit(1)
+    cache = size_of("--cache_memory", CACHE.value)
+    if ALONE.value < 1:
+        raise AtomError(f"--alone={ALONE.value}: expected at least 1")
+    if PEER.value:
+        need_torch()
+    print(HEAD, "|---" * 7 + "|", sep="\n", flush=True)
+    lines, peer = [], None
+    for name, lm in models(CHECKPOINT.value, ADAPTERS.value, [text for text in MEMORY.value if text]):
+        lines.append(measure(name, lm, orders(lm, REQUESTS.value, PROMPT.value, NEW.value), cache))
+        print(lines[-1], flush=True)
+        if PEER.value and peer is None:
+            peer = theirs(CHECKPOINT.value, orders(lm, REQUESTS.value, PROMPT.value, NEW.value)[: ALONE.value])
+    if peer:
+        print("transformers {transformers}, one stream, {setting}: {one:,.1f} tokens/s".format(**peer))
+    if OUT.value:
+        found = {"flags": _flags(), "lines": [dataclasses.asdict(line) for line in lines], "peer": peer}
+        write_text(OUT.value, json.dumps(found, indent=1))
 
 
 def models(checkpoint: str, adapters: Sequence[str], policies: Sequence[str]) -> Any:
@@ -192,4 +188,4 @@ def _flags() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("serve", main)

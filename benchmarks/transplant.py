@@ -20,19 +20,18 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import atom_jax
 from atom_jax.files import write_text
 from atom_jax.inference.transplant import donor_table, find_tokenizer
 from atom_jax.typing import AtomError
-from benchmarks import machine
+from benchmarks import command, machine
 from benchmarks.transplant_rows import HEADING, Plan, compare
-from benchmarks.worker import Refused, Worker
+from benchmarks.worker import Worker
 
 PEER = "benchmarks.surgeon"
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "A transformer over subwords.")
@@ -71,16 +70,10 @@ def _measure() -> bool:
     return not any(row.apart for row in rows if row.method == "fvt")
 
 
-def main(argv: list[str]) -> None:
-    """Prints a line per method; exit code 1 for bad input, in one sentence, and where both sides differ."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        sys.exit(0 if _measure() else 1)
-    except (AtomError, Refused, OSError) as e:
-        print(f"benchmarks.transplant: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> int:
+    """Prints a line per method; exit code 1 where both sides differ."""
+    return 0 if _measure() else 1
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("transplant", main)

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import atom_jax
 from atom_jax import config, params
@@ -48,6 +48,7 @@ from atom_jax.models.hnet import HNetConfig
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.training import record
 from atom_jax.typing import LM, AtomError
+from benchmarks import command
 
 CONFIG = flags.DEFINE_string("config", "configs/units.py", "File of variants.")
 VARIANTS = flags.DEFINE_list("variants", ["words", "entropy", "gumbel", "hnet", "bytes_ngrams", "bytes", "bpe"], "")
@@ -172,24 +173,18 @@ def table(rows: list[dict[str, Any]], names: Sequence[str] = tuple(COLUMNS)) -> 
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence, with exit code 1."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        rows = []
-        for variant in ("megabyte", "words") if LARGE.value else VARIANTS.value:
-            if LARGE.value:
-                rows.append(measure_large(variant))
-            else:
-                rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
-            print(table(rows, GENERATION if LARGE.value else tuple(COLUMNS)), flush=True)
-            if OUT.value:
-                write_text(OUT.value, json.dumps(rows, indent=1) + "\n")
-    except AtomError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> None:
+    """Prints the table, anew after every row."""
+    rows = []
+    for variant in ("megabyte", "words") if LARGE.value else VARIANTS.value:
+        if LARGE.value:
+            rows.append(measure_large(variant))
+        else:
+            rows.append(measure(variant, pathlib.Path(WORKDIR.value), SET.value))
+        print(table(rows, GENERATION if LARGE.value else tuple(COLUMNS)), flush=True)
+        if OUT.value:
+            write_text(OUT.value, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run("units", main)

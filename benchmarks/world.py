@@ -33,7 +33,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import atom_jax
 from atom_jax import config
@@ -48,7 +48,7 @@ from atom_jax.models.flops import matrices
 from atom_jax.training import loop, record
 from atom_jax.training.config import Experiment
 from atom_jax.typing import LM, AtomError
-from benchmarks import machine, world_tables, world_targets
+from benchmarks import command, machine, world_tables, world_targets
 from benchmarks.world_tables import KNOWN
 
 VARIANTS = flags.DEFINE_list("variants", list(KNOWN[:3]), f"Variants of configs/world.py: {', '.join(KNOWN)}.")
@@ -158,25 +158,19 @@ def run(workdir: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def main(argv: list[str]) -> None:
-    """Prints bad input as one sentence, with exit code 1."""
-    try:
-        if len(argv) > 1:
-            raise AtomError(f"unexpected argument {argv[1]!r}")
-        planners.parse(PLANNER.value)  # before anything is trained
-        workdir = pathlib.Path(WORKDIR.value)
-        found = run(workdir)
-        print(world_tables.table(found))
-        print(f"\n{world_targets.table(world_targets.targets(found))}")
-        if PICTURE.value:
-            world_tables.draw(found, PICTURE.value)
-        print(json.dumps({"machine": found["machine"]}), file=sys.stderr)
-    except AtomError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+def main() -> None:
+    """Prints what was found, and how it stands to the targets."""
+    planners.parse(PLANNER.value)  # before anything is trained
+    workdir = pathlib.Path(WORKDIR.value)
+    found = run(workdir)
+    print(world_tables.table(found))
+    print(f"\n{world_targets.table(world_targets.targets(found))}")
+    if PICTURE.value:
+        world_tables.draw(found, PICTURE.value)
+    print(json.dumps({"machine": found["machine"]}), file=sys.stderr)
 
 
 if __name__ == "__main__":
     # Seeds share their programs.
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache", "jax").absolute()))
-    app.run(main)
+    command.run("world", main)

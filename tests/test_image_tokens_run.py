@@ -20,7 +20,7 @@ TINY = ["train.steps=4", "train.log_every=1", "train.eval_every=4", "train.check
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, curves):
+def trained(tmp_path_factory, curves, one_device):
     """A run of four steps."""
     workdir = tmp_path_factory.mktemp("run")
     with curves():

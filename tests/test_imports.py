@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Rooms of atom_jax: those above know nothing of those below; those of one line may know each other, but not in a
 # circle. A room inside of another one has a line of its own.
 ROOMS = (
-    ("typing", "files", "config", "terminal"),
+    ("typing", "files", "config", "terminal", "picture"),
     ("fields", "naming", "params", "sharding", "tokenizers"),
     ("nn",),
     ("kvcache", "chunking", "reduction"),
@@ -106,8 +106,6 @@ def test_no_circles(what):
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.py")], ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_no_file_is_long(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_long():
+    files = [*FILES, *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.py")]
+    assert not [str(path) for path in files if len(path.read_text().splitlines()) > 400]

@@ -17,6 +17,7 @@ from atom_jax.chunking.types import last_index
 from atom_jax.kvcache.memory import Stack
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens, attend, attention_spec
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.linear import project
 from atom_jax.nn.mlp import swiglu, swiglu_spec
 from atom_jax.nn.norm import rms_norm
@@ -131,9 +132,7 @@ def windowed(q_bhtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array, q: Tokens,
 
     def blocks(x: jax.Array, axis: int) -> jax.Array:
         """[b, ..., n' block, ...] to [b, n', ..., block, ...], filled up with zeros."""
-        x = jnp.pad(x, [(0, -x.shape[i] % block if i == axis else 0) for i in range(x.ndim)])
-        x = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 1)
+        return jnp.moveaxis(in_blocks(x, axis, block), 0, 1)
 
     def pairs(x: jax.Array, axis: int) -> jax.Array:
         """[b, ..., window + t, ...] to [b n, ..., window + block, ...], what each block of queries may see."""

@@ -1,8 +1,6 @@
 """Hashes of the latest n ids at every position, as BLT looks up n-gram embeddings (Pagnoni et al., 2024, section
-3.2.1): a polynomial in a large prime over wrapping signed 64-bit integers, modulo the size of a table.
-
-`host` is numpy; `device` gives the same numbers in 32-bit arithmetic, the only kind that JAX has by default.
-"""
+3.2.1): a polynomial in a large prime over wrapping signed 64-bit integers, modulo the size of a table; in 32-bit
+arithmetic, the only kind that JAX has by default."""
 
 from __future__ import annotations
 
@@ -17,31 +15,14 @@ from atom_jax.typing import AtomError
 PRIMES = (1000000007, 5915587277, 1500450271, 3267000013)
 
 
-def host(ids_bt: np.ndarray, n: int, function: int, size: int, positions_bt: np.ndarray | None = None) -> np.ndarray:
-    """Table rows i64 [b, t] in [0, size) of the n ids up to each position.
-
-    The oldest id has the power 0. Ids before a document's beginning (positions_bt; by default a row is a document)
-    count as 0. Raises AtomError for an unknown function or a size that `device` could not have.
-    """
-    _check(n, function, size)
-    ids = np.asarray(ids_bt, np.int64)
-    index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    positions = index if positions_bt is None else np.minimum(index, positions_bt)
-    total = np.zeros(ids.shape, np.int64)
-    for power, factor in enumerate(_powers(n, function)):
-        back = n - 1 - power
-        older = np.pad(ids, [(0, 0), (back, 0)])[:, : ids.shape[1]]
-        # Array arithmetic on int64 wraps silently, which is what is wanted.
-        total += np.where(positions >= back, older, 0) * np.full((), factor, np.uint64).astype(np.int64)
-    return total % size
-
-
-def device(
+def hashed(
     ids_bt: jax.Array, tokens: Tokens, n: int, function: int, size: int, before: jax.Array | None = None
 ) -> jax.Array:
-    """`host` on the device: table rows i32 [b, t], for ids in [0, 65535] and sizes below 2^28.
+    """Table rows i32 [b, t] in [0, size) of the n ids up to each position; ids in [0, 65535], sizes below 2^28.
 
+    The oldest id has the power 0. Ids before a document's beginning count as 0.
     before: i32 [b, >= n - 1], the ids read in earlier calls, the latest last (see `remember`); None: no earlier call.
+    Raises AtomError for an unknown function or such a size.
     """
     _check(n, function, size)
     t = ids_bt.shape[1]

@@ -34,9 +34,10 @@ def tokens(argv: list[str]) -> None:
 
     import numpy as np
 
+    from atom_jax import picture
     from atom_jax.checkpoint import load
     from atom_jax.data import images
-    from atom_jax.evaluation import image_strip, picture
+    from atom_jax.evaluation import image_strip
     from atom_jax.evaluation.metrics import columns
     from atom_jax.inference import image_tokens as lib
 

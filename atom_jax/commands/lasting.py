@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from absl import flags
 
 from atom_jax.commands.flags import Flags, check_writable
+from atom_jax.terminal import progress
 from atom_jax.typing import AtomError
 
 
@@ -38,8 +37,6 @@ def remember(argv: list[str]) -> None:
 
     import pathlib
 
-    from tqdm import tqdm
-
     from atom_jax.checkpoint import load
     from atom_jax.files import open_regular
     from atom_jax.lasting.memory import Memory
@@ -54,8 +51,7 @@ def remember(argv: list[str]) -> None:
     options = {name: values[name].value for name in ("law", "score", "part", "codec", "text", "parts")}
     with Memory.open(values.memory_dir, lm, **options) as memory:
         for file in files:
-            slow = None if sys.stderr.isatty() else 30
-            with tqdm(desc=file, unit="tok", unit_scale=True, mininterval=slow or 0.2) as bar:
+            with progress(desc=file, unit="tok", unit_scale=True) as bar:
                 done = memory.read(pathlib.Path(file), values.source, say=bar.update)
             if not done.tokens:
                 print(f"{done.name}: has been read before")
@@ -145,7 +141,7 @@ def fit_memory(argv: list[str]) -> None:
 def info(path: str, verify: bool, out: str | None = None) -> str:
     """What is in a memory. verify: everything is read and compared with its checksums. out: a PNG file for a picture
     of how it grows. Raises AtomError for a memory that is damaged."""
-    from atom_jax.evaluation import picture
+    from atom_jax import picture
     from atom_jax.evaluation.reports import memory_growth
     from atom_jax.lasting.memory import Memory
     from atom_jax.lasting.store import KNN

@@ -113,8 +113,9 @@ def units(argv: list[str]) -> None:
         return
     text = text_of(values.text, values.file)
 
+    from atom_jax import picture
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import picture, run
+    from atom_jax.evaluation import run
     from atom_jax.evaluation.reports import unit_strip
     from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
@@ -137,8 +138,8 @@ def _episode(values: flags.FlagValues) -> None:
     if values.text is not None or values.file is not None:
         raise AtomError("--episode is a world: leave out --text and --file")
 
+    from atom_jax import picture
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import picture
     from atom_jax.evaluation.reports import frame_strip, worlds
 
     if values.out is not None:
@@ -167,8 +168,8 @@ def memory(argv: list[str]) -> None:
             raise AtomError(f"--{name}={values[name].value}: expected at least 0")
     text = text_of(values.text, values.file)
 
+    from atom_jax import picture
     from atom_jax.checkpoint import load
-    from atom_jax.evaluation import picture
     from atom_jax.evaluation.reports import memory_picture
 
     if values.out is not None:

@@ -37,7 +37,7 @@ def imagine(argv: list[str]) -> None:
         raise AtomError(f"--futures={values.futures}: expected 1 to {MOST}")
 
     import atom_jax
-    from atom_jax.evaluation import picture
+    from atom_jax import picture
     from atom_jax.evaluation.reports import future_picture, worlds
 
     if values.out is not None:

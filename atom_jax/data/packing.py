@@ -74,11 +74,6 @@ def subwords(piece: dict, tokenizer: BolmoTokenizer) -> Tokens:
     return Tokens(np.append(ids, np.int32(tokenizer.document_id)) if piece["last"] else ids)
 
 
-def piece_ids(piece: dict, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the tokens alone of `piece_tokens`."""
-    return piece_tokens(piece, tokenizer).ids
-
-
 def empty_batch(rows: int, seq_len: int, pad_id: int, marks: bool = False, weights: bool = False) -> Batch:
     """Returns a batch of padding, [rows, seq_len] each: ids and targets are pad_id, the rest 0 or False.
     marks, weights: whether it has an array for them."""

@@ -55,22 +55,6 @@ def open_source(source: str, split: str, chat: bool = False) -> Corpus:
     return corpus
 
 
-def documents(source: str, split: str) -> grain.MapDataset:
-    """Returns a grain MapDataset of {"text": bytes}, the documents of one split in order."""
-    return grain.MapDataset.source(_Whole(open_source(source, split)))
-
-
-class _Whole:
-    def __init__(self, corpus: Corpus):
-        self.corpus = corpus
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"text": self.corpus.read(i)}
-
-
 def _tfds(source: str, split: str) -> Corpus:
     directory, _, feature = source.removeprefix("tfds:").partition("#")
     if not pathlib.Path(directory).is_dir():

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.inference.image_tokens import Offers, tokens_of
 
 # Images that are shown, and lengths of each.

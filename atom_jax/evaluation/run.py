@@ -6,13 +6,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from atom_jax import config, sharding
 from atom_jax.data.config import DataConfig
@@ -25,6 +23,7 @@ from atom_jax.evaluation.tasks.task import Runner
 from atom_jax.fields import read_json
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
+from atom_jax.terminal import progress
 from atom_jax.typing import LM, TEXTS, AtomError
 
 _LONGEST = 2048
@@ -138,13 +137,12 @@ def _score(lm: LM, items: list[Item], batch_tokens: int, done: cache.ItemCache, 
     left = [w for w in work if not all(i in done.done for i in w.items)]
     tokens = {id(w): sum(map(len, w.rows)) for w in work}
     total = sum(tokens.values())
-    bar = tqdm(
+    bar = progress(
         total=total,
         initial=total - sum(tokens[id(w)] for w in left),
         desc=name,
         unit="tok",
         unit_scale=True,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
     )
     with bar, contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for one, scores in loglik.score(lm, items, left, batch_tokens, mesh):

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.chunking.config import per_stage
 from atom_jax.data.envs import Environment
 from atom_jax.inference import planners
 from atom_jax.inference.planners import Futures, Plan, Planner
@@ -29,6 +28,7 @@ from atom_jax.models import registry, world
 from atom_jax.models.hnet import ports
 from atom_jax.models.world import WorldConfig
 from atom_jax.params import Tree
+from atom_jax.session import reading
 from atom_jax.typing import LM, AtomError, Frames
 
 
@@ -96,7 +96,7 @@ def _whole(p: Tree, state: WorldState, episode: Frames, cfg: WorldConfig, capaci
     which cache policies need no slots for; they do in one that goes on."""
     b, t = episode.obs.shape[:2]
     begins = state.cache.fresh
-    cache = _empty(cfg, b, capacity) if begins else memory.grow(state.cache, per_stage(t, cfg.chunking))
+    cache = _empty(cfg, b, capacity) if begins else reading.room(state.cache, t, cfg)
     found, lost = _observe(p, state.replace(cache=cache), episode, cfg)
     if (wider := registry.of(cfg).roomier(cfg)) is not None and np.any(lost):
         return _whole(p, state, episode, wider, capacity)

@@ -252,11 +252,10 @@ def parse(text: str | Planner) -> Planner:
     """
     if isinstance(text, Planner):
         return text
-    name, _, fields = str(text).strip().partition(":")
-    if name not in PLANNERS:
-        raise AtomError(f"planner {name!r}: expected {', '.join(PLANNERS)}")
-    fields, _, inner = fields.partition("inner=") if name == Mpc.name else (fields, "", "")
-    built = config.build(PLANNERS[name], [f for f in fields.split(",") if f], f"planner {name}:")
+    text, inner = str(text).strip(), ""
+    if text.startswith(f"{Mpc.name}:"):
+        text, _, inner = text.partition("inner=")
+    built = config.named(text, PLANNERS, "planner")
     return dataclasses.replace(built, inner=parse(inner)) if inner else built
 
 

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.chunking.config import per_stage
-from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import memory as lasting
 from atom_jax.models import registry
 from atom_jax.nn import scoring
 from atom_jax.session.prompts import check_ids, check_model
-from atom_jax.session.reading import exactly
+from atom_jax.session.reading import exactly, room
 from atom_jax.typing import LM, AtomError, Batch, Output
 
 
@@ -31,7 +29,7 @@ def apply(lm: LM, ids: Any, mask: Any = None, *, memory: lasting.Memory | None =
     positions are not contiguous.
     """
     batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
-    return exactly(lambda cfg: _apply(params, batch, _room(cache, batch, cfg), cfg=cfg), lm.config)
+    return exactly(lambda cfg: _apply(params, batch, room(cache, batch.ids.shape[1], cfg), cfg=cfg), lm.config)
 
 
 def logprobs(
@@ -49,7 +47,8 @@ def logprobs(
     batch, cache, params = _after(lm, to_batch(lm, ids, mask), memory)
     if batch.ids.shape[1] < 2:
         return jnp.zeros((batch.ids.shape[0], 0), jnp.float32)
-    run = lambda cfg: _logprobs(params, batch, _room(cache, batch, cfg), cfg=cfg, marginal=marginal)  # noqa: E731
+    grown = lambda cfg: room(cache, batch.ids.shape[1], cfg)  # noqa: E731
+    run = lambda cfg: _logprobs(params, batch, grown(cfg), cfg=cfg, marginal=marginal)  # noqa: E731
     return exactly(run, lm.config)
 
 
@@ -75,13 +74,6 @@ def _after(lm: LM, batch: Batch, memory: lasting.Memory | None) -> tuple[Batch, 
         raise AtomError(f"ids: with the memory a row takes {longest} of {lm.config.max_length} positions")
     front = memory.front(b)
     return batch.replace(positions=batch.positions + front.length[:, None]), front, params
-
-
-def _room(cache: Memory | None, batch: Batch, cfg: Any) -> Memory | None:
-    """The cache with room for a batch, and for as many units of it as this configuration has."""
-    if cache is None:
-        return None
-    return memory_lib.grow(cache, per_stage(batch.ids.shape[1], getattr(cfg, "chunking", ())))
 
 
 def to_batch(lm: LM, ids: Any, mask: Any = None) -> Batch:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from atom_jax.kvcache.memory import Call
 from atom_jax.nn.attention import NEGATIVE, Tokens, attend, block_size
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.blockwise import blockwise_lse
 
 # Queries whose weights on all entries exist at once in `received`.
@@ -89,11 +90,6 @@ def received(
     _, lse = blockwise_lse(
         _fold(q_bhgtk), keys, keys, places, window, aligned, block_size(s), bias, 0 if bias is None else -1
     )
-    blocks = -(-t // ROWS)
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
 
     def add(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
         q, lse, at, real = block
@@ -107,7 +103,7 @@ def received(
         return jnp.maximum(total, weight.max(2)) if most else total + weight.sum(2), None
 
     parts = (q_bhgtk.reshape(n, g, t, size), lse[:, 0]), (queries.positions, queries.segments)
-    inputs = (*(split(x, 2) for x in parts[0]), *(split(x, 1) for x in parts[1]))
+    inputs = (*(in_blocks(x, 2, ROWS) for x in parts[0]), *(in_blocks(x, 1, ROWS) for x in parts[1]))
     total, _ = jax.lax.scan(add, jnp.zeros((n, g, s), jnp.float32), inputs)
     return total.reshape(b, h, g, s)
 
@@ -123,11 +119,6 @@ def attend_observed(
     The weights of ROWS queries exist at once.
     """
     b, h, g, t, size = q_bhgtk.shape
-    blocks = -(-t // ROWS)
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
 
     def some(received: tuple, block: tuple) -> tuple[tuple, jax.Array]:
         q, at, real = block
@@ -144,9 +135,9 @@ def attend_observed(
         return (jnp.maximum(most, weight.max((2, 3))), total + weight.sum((2, 3))), out.astype(q.dtype)
 
     none = jnp.zeros((b, h, k_bhsk.shape[2]), jnp.float32)
-    inputs = split(q_bhgtk, 3), split(at_bt, 1), split(real_bt, 1)
+    inputs = in_blocks(q_bhgtk, 3, ROWS), in_blocks(at_bt, 1, ROWS), in_blocks(real_bt, 1, ROWS)
     (most, total), out = jax.lax.scan(some, (none, none), inputs)
-    out = jnp.moveaxis(out, 0, 3).reshape(b, h, g, blocks * ROWS, size)
+    out = jnp.moveaxis(out, 0, 3).reshape(b, h, g, -1, size)
     return out[..., :t, :], most, total
 
 

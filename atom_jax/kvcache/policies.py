@@ -106,12 +106,9 @@ def _read(path: pathlib.Path) -> Policy | PerLayer:
 
 
 def _parse(text: str) -> Policy | None:
-    name, _, fields = text.strip().partition(":")
-    if name == "none":
+    if text.strip().partition(":")[0] == "none":
         return None
-    if name not in POLICIES:
-        raise AtomError(f"memory {name!r}: expected none, {', '.join(POLICIES)}")
-    return config.build(POLICIES[name], [f for f in fields.split(",") if f], f"memory {name}:")
+    return config.named(text, POLICIES, "memory", also="none")
 
 
 def check(memory: Any) -> None:

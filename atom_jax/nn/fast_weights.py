@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.conv import documents
 from atom_jax.params import ParamSpec, normal
 
@@ -36,12 +37,9 @@ def fast_weights(
     t = q_bthk.shape[1]
     size = min(chunk, t)
 
-    def chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
-        x = jnp.pad(x, [(0, -t % size if i == 1 else 0) for i in range(x.ndim)], mode=mode)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
     beta = jnp.ones(q_bthk.shape[:3]) if beta_bth is None else beta_bth
-    parts = (*(chunks(x.astype(jnp.float32)) for x in (q_bthk, k_bthk, v_bthv, beta)), chunks(document_bt, "edge"))
+    read = (in_blocks(x.astype(jnp.float32), 1, size) for x in (q_bthk, k_bthk, v_bthv, beta))
+    parts = (*read, in_blocks(document_bt, 1, size, "edge"))
 
     def one(carry: tuple[jax.Array, jax.Array], part: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         w, before_b = carry

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from atom_jax.nn import rope
 from atom_jax.nn.attention import NEGATIVE, Tokens
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import Tree
@@ -124,16 +125,9 @@ def attend(
 
     if t <= ROWS:
         return some((q_bhtk, places))
-    cut = lambda x, axis: jnp.moveaxis(_rows(x, axis), axis, 0)  # noqa: E731
-    parts = cut(q_bhtk, 2), Places(*(cut(x, 1) for x in places))
+    parts = in_blocks(q_bhtk, 2, ROWS), Places(*(in_blocks(x, 1, ROWS) for x in places))
     out = jax.lax.map(jax.checkpoint(some, prevent_cse=False), parts)
     return jnp.moveaxis(out, 0, 2).reshape(b, h, -1, size)[:, :, :t]
-
-
-def _rows(x: jax.Array, axis: int) -> jax.Array:
-    """`axis` in groups of ROWS."""
-    x = jnp.pad(x, [(0, -n % ROWS if i == axis else 0) for i, n in enumerate(x.shape)])
-    return x.reshape(*x.shape[:axis], -1, ROWS, *x.shape[axis + 1 :])
 
 
 def _attend(

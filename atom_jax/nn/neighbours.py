@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax import config
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.params import Tree
 
 # The name of a `Datastore` among a model's parameters.
@@ -124,7 +125,7 @@ def _in_rows(some: Callable[..., Any], *arrays: jax.Array) -> Any:
     q = len(arrays[0])
     if q <= ROWS:
         return some(*arrays)
-    parts = tuple(jnp.pad(x, ((0, -q % ROWS), (0, 0))).reshape(-1, ROWS, x.shape[1]) for x in arrays)
+    parts = tuple(in_blocks(x, 0, ROWS) for x in arrays)
     out = jax.lax.map(lambda part: some(*part), parts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:q], out)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.conv import documents
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, constant, normal, ones, zeros
@@ -161,11 +162,8 @@ def _read(
     moves_bt = jnp.zeros_like(ends_bt) if batch is None else ends_bt & (count_bt % batch == 0)
     size = min(chunk, t)
 
-    def windows(x: jax.Array, mode: str = "constant") -> jax.Array:
-        x = jnp.pad(x, [(0, -t % size if i == 1 else 0) for i in range(x.ndim)], mode=mode)
-        return jnp.moveaxis(x.reshape(b, -1, size, *x.shape[2:]), 1, 0)
-
-    parts = (*map(windows, (q_bthk, seen_bthf, ends_bt, moves_bt)), windows(document_bt, "edge"))
+    read = (in_blocks(x, 1, size) for x in (q_bthk, seen_bthf, ends_bt, moves_bt))
+    parts = (*read, in_blocks(document_bt, 1, size, "edge"))
 
     def one(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         now, latest, before_b = carry

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.params import ParamSpec, normal, zeros
 
 # Keys per half (their square is the size of the table), heads, entries that each reads, and the size of a query.
@@ -82,7 +83,7 @@ def find(q_bthk: jax.Array, keys_himk: jax.Array, nearest: int) -> tuple[jax.Arr
 
 def _gathered(values_ed: jax.Array, index_tn: jax.Array, weight_tn: jax.Array) -> jax.Array:
     """f32 [t, d], weighted sums of values; those of few positions exist at once."""
-    t, n = index_tn.shape
+    t = len(index_tn)
     size = min(BLOCK, t)
 
     @jax.checkpoint
@@ -90,5 +91,5 @@ def _gathered(values_ed: jax.Array, index_tn: jax.Array, weight_tn: jax.Array) -
         index, weight = part
         return jnp.einsum("tn,tnd->td", weight, values_ed[index].astype(jnp.float32))
 
-    parts = (jnp.pad(x, ((0, -t % size), (0, 0))).reshape(-1, size, n) for x in (index_tn, weight_tn))
+    parts = (in_blocks(x, 0, size) for x in (index_tn, weight_tn))
     return jax.lax.map(some, tuple(parts)).reshape(-1, values_ed.shape[1])[:t]

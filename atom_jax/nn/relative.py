@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.nn.attention import NEGATIVE, Tokens, block_size, mask
+from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.linear import project
 from atom_jax.nn.norm import layer_norm
 from atom_jax.params import ParamSpec, Tree, normal, zeros
@@ -147,8 +148,7 @@ def relative_attention(
     inputs = jax.lax.optimization_barrier((q_bthk, q.positions, q.segments))
     if t <= block:
         return tile(inputs)
-    padded = [jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2)) for x in inputs]
-    blocks = tuple(jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0) for x in padded)
+    blocks = tuple(in_blocks(x, 1, block) for x in inputs)
     # Only the outputs of a tile are kept for the gradient; its [b, h, block, s] scores are computed again.
     out = jax.lax.map(jax.checkpoint(tile, prevent_cse=False), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(b, -1, h, size)[:, :t]

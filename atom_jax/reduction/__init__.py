@@ -55,11 +55,7 @@ def of(cfg: Any) -> Any:
 def parse(text: str) -> Any:
     """The configuration that a text such as "todre:m=16,mode=maxsum" names. Raises AtomError for an unknown name, an
     unknown field or an unreadable value."""
-    name, _, fields = text.strip().partition(":")
-    known = {cls.name: cls for cls in REDUCERS}
-    if name not in known:
-        raise AtomError(f"reduction {name!r}: expected {', '.join(known)}")
-    return config.build(known[name], [f for f in fields.split(",") if f], f"reduction {name}:")
+    return config.named(text, {cls.name: cls for cls in REDUCERS}, "reduction")
 
 
 def tokens(cfg: Any, p: int, protected: int = 0) -> int:

@@ -38,6 +38,12 @@ class Plan(NamedTuple):
     pieces: bool = False
 
 
+def room(cache: Memory | None, positions: int, cfg: Any) -> Memory | None:
+    """The memory with room for so many further positions of every row, and for as many units of them as this
+    configuration has; None stays None. Runs on the host."""
+    return None if cache is None else memory.grow(cache, per_stage(positions, getattr(cfg, "chunking", ())))
+
+
 @functools.cache
 def plan(cfg: Any) -> Plan:
     """Of the model with this configuration."""
@@ -73,11 +79,9 @@ def read(
     for at in range(0, ids_bt.shape[1], size):
 
         def once(cfg: Any, at: int = at, last_bd: Any = last_bd, cache: Memory | None = cache) -> tuple[Any, Any]:
-            if cache is not None:
-                cache = memory.grow(cache, per_stage(size, getattr(cfg, "chunking", ())))
             # Where units are lost, the same memory is read after once more.
             call = _part if how.waits else part_in_place
-            return call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, cache, cfg=cfg)
+            return call(params, ids_bt[:, at : at + size], lengths_b - at, last_bd, room(cache, size, cfg), cfg=cfg)
 
         last_bd, x_btd, cache = exactly(once, cfg)
         states.append(x_btd)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
-from atom_jax.files import replaced
+from atom_jax import picture
 from atom_jax.training import record
 
 # File name -> label of a panel -> metrics drawn in it, each with its meaning where there are several.
@@ -20,18 +21,15 @@ SECONDS = 60.0
 
 def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]:
     """Draws WORKDIR/metrics.jsonl into WORKDIR/plots and returns the files; none when nothing was logged. more: pages
-    of what an objective reports, also in place of those that every run has."""
+    of what an objective reports, also in place of those that every run has. Raises AtomError when one cannot be
+    written."""
     lines = record.read(workdir / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
     if not train:
         return []
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def panel(ax: plt.Axes, label: str, names: dict[str, str]) -> None:
+    def panel(ax: Any, label: str, names: dict[str, str]) -> None:
         for name, meaning in names.items():
             for kind, rows, style in (("train", train, "-"), ("validation", validation, "o-")):
                 points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
@@ -55,13 +53,10 @@ def draw(workdir: pathlib.Path, more: Pages | None = None) -> list[pathlib.Path]
     (workdir / "plots").mkdir(exist_ok=True)
     files = []
     for page, panels in pages.items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained", squeeze=False)
-        for ax, (label, names) in zip(axes[0], panels.items()):
-            panel(ax, label, names)
         files.append(workdir / "plots" / f"{page}.png")
-        with replaced(files[-1]) as part:
-            figure.savefig(part, dpi=120)
-        plt.close(figure)
+        with picture.drawn(files[-1], ncols=len(panels), figsize=(11, 4), squeeze=False) as (_, axes):
+            for ax, (label, names) in zip(axes[0], panels.items()):
+                panel(ax, label, names)
     return files
 
 

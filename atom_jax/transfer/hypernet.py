@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,6 @@ class Hypernet:
     n: int
     d: int
     length: int = 7
-
-    kind: ClassVar[str] = ""
 
     def __post_init__(self):
         size = (1, 2**31 - 1)
@@ -80,8 +78,6 @@ class Projector(Hypernet):
     widen: int = 2
     mean: bool = True
     alpha: float = 1.0
-
-    kind: ClassVar[str] = "projector"
 
     def spec(self) -> Tree:
         """See Hypernet."""
@@ -139,8 +135,6 @@ class Zett(Hypernet):
     extra: int = 0
     biased: bool = False
     positions: int = 32
-
-    kind: ClassVar[str] = "zett"
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,9 +204,6 @@ class Zett(Hypernet):
         h_mlc = layer_norm(h_mlc + _through(q["o"], mixed), **q["attn_norm"], eps=1e-5)
         inner = jax.nn.gelu(_through(q["up"], h_mlc), approximate=False)
         return layer_norm(h_mlc + _through(q["down"], inner), **q["norm"], eps=1e-5)
-
-
-HYPERNETS: dict[str, type[Hypernet]] = {cls.kind: cls for cls in (Projector, Zett)}
 
 
 def surfaces(cuts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

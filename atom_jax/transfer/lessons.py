@@ -7,14 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from atom_jax import params
 from atom_jax.models import bolmo
 from atom_jax.models.bolmo import BolmoConfig, forward
 from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree
-from atom_jax.tokenizers import BolmoTokenizer
 from atom_jax.tokenizers.byte_view import byte_view
 from atom_jax.tokenizers.suffix import SPECIALS
 from atom_jax.transfer import transplant
@@ -24,16 +22,6 @@ from atom_jax.typing import LM, AtomError, Batch, Suffix
 
 # Rows and bytes per row of the sample that the projection of patches is fitted on.
 _SAMPLE = (8, 1024)
-
-
-def lesson(tokenizer: BolmoTokenizer, tokens_bk: np.ndarray, length: int) -> Lesson:
-    """Rows of source tokens i32 [b, k] with the bytes that they stand for, in rows of `length` (in the published runs
-    24,576 for 4,096 tokens); patches for which there is no room are left out. Raises AtomError without subwords."""
-    if tokenizer.subwords is None:
-        raise AtomError("a lesson needs the tokenizer of the source model")
-    tokens_bk = np.asarray(tokens_bk, np.int32)
-    made = tokenizer.spell([row[:-1] for row in tokens_bk], tokens_bk.shape[1], length)
-    return jax.tree.map(jnp.asarray, assemble(made | {"tokens": tokens_bk}))
 
 
 def assemble(made: dict[str, Any]) -> Lesson:

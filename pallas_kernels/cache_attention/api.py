@@ -108,10 +108,3 @@ def in_pages(x_bhsk: jax.Array, page: int) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"page: {page} entries do not divide the capacity {s}")
     table = jnp.arange(b * h * (s // page), dtype=jnp.int32).reshape(b, h, -1)
     return x_bhsk.reshape(-1, page, size), table
-
-
-def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Attention to the entries of two caches, from what `cache_attention` returned for each of them."""
-    lse = jnp.logaddexp(one[1], other[1])
-    share = (jnp.exp(x[1] - jnp.maximum(lse, 2 * ref.NEGATIVE))[..., None] for x in (one, other))
-    return sum(x[0] * w for x, w in zip((one, other), share)), lse

@@ -42,7 +42,7 @@ def test_published_recipes(name, size):
     assert rates == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=1e-3)
 
 
-def test_the_smallest_one_trains_and_writes(tmp_path):
+def test_the_smallest_one_trains_and_writes(tmp_path, one_device):
     # Of six novels, the units of whole words take longer to find than all else here.
     for split in ("train", "validation"):
         (tmp_path / "text" / split).mkdir(parents=True)

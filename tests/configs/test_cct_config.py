@@ -16,7 +16,7 @@ from configs import image
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("cct")
     result = loop.fit(start.configure("configs/image.py:cct_tiny", []), workdir)
     return workdir, result

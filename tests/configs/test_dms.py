@@ -85,7 +85,7 @@ def base(tmp_path):
     return tmp_path / "base", lm
 
 
-def test_thresholds_of_short_and_of_long_rows_alone(tmp_path, base):
+def test_thresholds_of_short_and_of_long_rows_alone(tmp_path, base, one_device):
     exp = start.configure("configs/dms.py:tiny_far", [f"init_from={base[0]}"])
     loop.fit(exp, tmp_path / "run")
     learned = atom_jax.load(tmp_path / "run").params["layers"]["attn"]["dms"]
@@ -94,7 +94,7 @@ def test_thresholds_of_short_and_of_long_rows_alone(tmp_path, base):
 
 
 @pytest.mark.parametrize("variant", ["tiny", "tiny_merged", "tiny_asks"])
-def test_a_retrofit_from_fit_to_adapter(tmp_path, variant, base):
+def test_a_retrofit_from_fit_to_adapter(tmp_path, variant, base, one_device):
     there, base = base
     exp = start.configure(f"configs/dms.py:{variant}", [f"init_from={there}"])
     result = loop.fit(exp, tmp_path / "run")

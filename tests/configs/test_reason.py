@@ -30,7 +30,7 @@ def test_the_reasoner_has_its_size():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("reason") / "run"
     exp = reason.tiny()
     loop.fit(dataclasses.replace(exp, train=dataclasses.replace(exp.train, steps=6, eval_every=6)), workdir)

@@ -8,7 +8,6 @@ import pytest
 
 from atom_jax.data import pipeline
 from atom_jax.data.config import DataConfig
-from atom_jax.data.evaluation import eval_batches
 from atom_jax.data.facts import parse, source, tables, things
 from atom_jax.data.facts.kinds import Codes, Numbers, Words, drawn, sentence_ends, woven
 from atom_jax.data.facts.source import ROOM
@@ -274,9 +273,6 @@ def test_documents_stay_whole_among_text_that_is_cut():
 
 
 def test_validation_reads_documents_that_ask_as_they_are():
-    cfg = DataConfig(sources=(SMALL,), split="validation", seq_len=1280, batch_size=2)
-    batch = next(eval_batches(cfg, ByteTokenizer()))
-    assert "loss_weights" not in batch and batch["loss_mask"].sum() > 1000
     pieces = Pieces(open_source(SMALL, "validation"), 64)
     assert pieces[3]["first"] and pieces[3]["last"] and len(pieces[3]["answers"])
 

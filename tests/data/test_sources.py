@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from atom_jax.data.builtin import AUSTEN
-from atom_jax.data.sources import documents, open_source
+from atom_jax.data.sources import open_source
 
 
 def texts(source, split="all"):
@@ -42,12 +42,6 @@ def test_pystdlib_splits_are_disjoint_and_stable():
     train, validation, test = (open_source("pystdlib", s) for s in ("train", "validation", "test"))
     assert len(train) > 8 * len(validation) > 0 and len(test) > 0
     assert not set(validation.texts) & set(test.texts)
-
-
-def test_documents_is_a_grain_dataset():
-    ds = documents("austen", "validation")
-    assert len(ds) == 12
-    assert ds[1]["text"].startswith(b"Chapter 2\n")
 
 
 def test_text_file_directory_and_pattern(tmp_path):

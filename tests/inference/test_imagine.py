@@ -9,6 +9,7 @@ import pytest
 
 import atom_jax
 from atom_jax import params
+from atom_jax.chunking.config import per_stage
 from atom_jax.chunking.rules.surprise import Surprise
 from atom_jax.inference import imagine as lib
 from atom_jax.kvcache import memory, policies
@@ -157,7 +158,7 @@ def test_units_beyond_the_room_for_them_are_not_lost():
     lm = model("surprise")
     lm.params["stage0"]["rule"]["tau"] = jnp.float32(-1)  # every frame is more than that
     tight = dataclasses.replace(lm.config, chunking=(dataclasses.replace(lm.config.chunking[0], capacity=0.5),))
-    assert lib.per_stage(12, tight.chunking)[1] < 11
+    assert per_stage(12, tight.chunking)[1] < 11
     state = atom_jax.observe(LM(tight, lm.params, None), frames(lm, 6, t=12))
     assert state.units.tolist() == [11] * B and state.cache.parts.inside.length.tolist() == [11] * B
 

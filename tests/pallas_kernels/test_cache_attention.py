@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cache_attention import kernel
-from pallas_kernels.cache_attention.api import cache_attention, in_pages, merge
+from pallas_kernels.cache_attention import kernel, ref
+from pallas_kernels.cache_attention.api import cache_attention, in_pages
 from tests.pallas_kernels.simulated import run
 
 B, H, G, N, C, K = 2, 3, 4, 5, 32, 16
@@ -76,6 +76,13 @@ def test_one_list_of_pages():
     for implementation in ("reference", "interpret"):
         got = attend(q, k, v, LENGTHS, jnp.asarray(flat, jnp.int32), first, implementation=implementation)
         np.testing.assert_allclose(got[0], plain(q, k, v, LENGTHS, pages)[0], atol=2e-6)
+
+
+def merge(one, other):
+    """Attention to the entries of two caches, from what was returned for each of them."""
+    lse = jnp.logaddexp(one[1], other[1])
+    share = (jnp.exp(x[1] - jnp.maximum(lse, 2 * ref.NEGATIVE))[..., None] for x in (one, other))
+    return sum(x[0] * w for x, w in zip((one, other), share)), lse
 
 
 def test_contiguous_caches_and_parts_merge():

@@ -8,9 +8,8 @@ import jax
 import pytest
 
 import atom_jax
-from atom_jax import files, params
+from atom_jax import files, params, picture
 from atom_jax.__main__ import main
-from atom_jax.evaluation import picture
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.transfer.lessons import add_tuning

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from atom_jax import files
-from atom_jax.evaluation import cache, picture
+from atom_jax import files, picture
+from atom_jax.evaluation import cache
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.tasks.reduction import Reducing, ReductionSettings
 from atom_jax.models import cct

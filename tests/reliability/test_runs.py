@@ -14,11 +14,11 @@ from tests.reliability.test_store_damage import flip, largest
 from tests.training.test_loop import experiment, losses_of
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 80
-SETTINGS = ("train.steps=6", "train.checkpoint_every=2", "train.eval_every=0", "train.keep=3")
+SETTINGS = ("mesh.data=1", "train.steps=6", "train.checkpoint_every=2", "train.eval_every=0", "train.keep=3")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """(directory of a text, WORKDIR of a whole run on it)."""
     home = tmp_path_factory.mktemp("home")
     (home / "a.txt").write_text(TEXT)
@@ -73,7 +73,7 @@ def test_lines_that_are_no_metrics_do_no_harm(mine):
     assert len(losses_of(mine)) == 7
 
 
-def test_a_streak_of_bad_steps_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_streak_of_bad_steps_keeps_the_last_good_checkpoint(tmp_path, one_device):
     (tmp_path / "a.txt").write_text(TEXT)
     settings = ("optim.learning_rate=1e6", "optim.warmup_steps=0", "train.max_bad_steps=8", "train.keep=1")
     with pytest.raises(AtomError, match="8 steps in a row"):

@@ -12,11 +12,11 @@ from atom_jax.typing import AtomError
 from tests.reliability.test_store_damage import flip, largest
 from tests.training.test_loop import experiment
 
-SETTINGS = ("train.checkpoint_every=1", "train.eval_every=0", "train.keep=5", "optim.ema=0.9")
+SETTINGS = ("mesh.data=1", "train.checkpoint_every=1", "train.eval_every=0", "train.keep=5", "optim.ema=0.9")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     home = tmp_path_factory.mktemp("averaged")
     loop.fit(experiment(*SETTINGS, "train.steps=2"), home / "run")
     return home / "run"
@@ -53,7 +53,7 @@ def test_a_later_stage_is_looked_at_first(tmp_path, setting, message):
 
 def test_rows_longer_than_the_model(tmp_path):
     with pytest.raises(AtomError, match=r"data\.seq_len .* is beyond the model's"):
-        loop.fit(experiment("model.max_length=8"), tmp_path / "run")
+        loop.fit(experiment("model.max_length=8", "mesh.data=-1"), tmp_path / "run")
 
 
 def test_settings_of_an_evaluation_that_fill_the_memory():

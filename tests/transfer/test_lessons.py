@@ -39,9 +39,15 @@ def tokens(n=24):
     return np.stack(rows)
 
 
+def lesson(tokenizer, rows, length):
+    """Rows of subwords [b, k] with the bytes that they stand for."""
+    made = tokenizer.spell([row[:-1] for row in rows], rows.shape[1], length)
+    return jax.tree.map(jnp.asarray, lessons.assemble(made | {"tokens": rows.astype(np.int32)}))
+
+
 def test_bytes_and_subwords_say_the_same():
     tokenizer, rows = model().tokenizer, tokens()
-    made = lessons.lesson(tokenizer, rows, 160)
+    made = lesson(tokenizer, rows, 160)
     ids, lengths = np.asarray(made.bytes.ids), np.asarray(made.lengths)
     for row, tok, size in zip(ids, rows, lengths):
         total = size.sum()
@@ -61,7 +67,7 @@ def test_bytes_and_subwords_say_the_same():
     np.testing.assert_array_equal(counts.sum(1), lengths.sum(1) - 1)
     np.testing.assert_array_equal(np.asarray(made.bytes.targets)[:, :-1][counts[:, :-1]], ids[:, 1:][counts[:, :-1]])
     # Patches for which there is no room are left out whole.
-    short = lessons.lesson(tokenizer, rows, 20)
+    short = lesson(tokenizer, rows, 20)
     assert (np.asarray(short.lengths).sum(1) <= 20).all()
     np.testing.assert_array_equal(np.asarray(short.lengths)[:, :3], lengths[:, :3])
 
@@ -77,7 +83,7 @@ def test_a_new_bolmo_has_what_its_source_had_and_learns():
     fitted = lessons._fitted_pool(jax.random.key(9), p, table.mean(0), table.std(0), CFG)
     np.testing.assert_allclose(fitted["w"], p["pool"]["w"], rtol=0.1, atol=0.02)
     inner = start.params | {"layers": None}
-    made = lessons.lesson(model().tokenizer, tokens(), 160)
+    made = lesson(model().tokenizer, tokens(), 160)
 
     def loss(p):
         return byteify.stage1(p, inner, made, Weights(), cfg=CFG, how=Stage1(depth=1), eos=432)
@@ -120,7 +126,7 @@ def test_models_that_do_not_fit_are_refused():
         lessons.add_tuning(wrong, wrong, model())
     with pytest.raises(AtomError, match="a model has no tokenizer"):
         lessons.add_tuning(wrong, wrong, wrong)
-    with pytest.raises(AtomError, match="needs the tokenizer of the source"):
-        lessons.lesson(BolmoTokenizer(), tokens(), 64)
+    with pytest.raises(AtomError, match="has no subwords to spell"):
+        lesson(BolmoTokenizer(), tokens(), 64)
     with pytest.raises(AtomError, match="embeds 435 tokens, not 500"):
         lessons.begin(jax.random.key(0), source(0), dataclasses.replace(CFG, subwords=500))

@@ -10,7 +10,6 @@ from atom_jax.data.envs.environment import Environment, Followed, check_actions,
 from atom_jax.data.envs.minigrid import Minigrid
 from atom_jax.data.envs.video import Video
 from atom_jax.data.envs.watch import Watch
-from atom_jax.typing import AtomError
 
 __all__ = [
     "ENVS",
@@ -35,7 +34,4 @@ def parse(text: str | Environment) -> Environment:
     """
     if isinstance(text, Environment):
         return text
-    name, _, fields = str(text).strip().partition(":")
-    if name not in ENVS:
-        raise AtomError(f"env {name!r}: expected {', '.join(ENVS)}")
-    return config.build(ENVS[name], [f for f in fields.split(",") if f], f"env {name}:")
+    return config.named(str(text), ENVS, "env")

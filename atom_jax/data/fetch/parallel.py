@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import shutil
 import sys
 
 from atom_jax.data.config import SPLITS
 from atom_jax.data.fetch import debian
-from atom_jax.data.fetch.files import read_text, write_documents
+from atom_jax.data.fetch.files import read_text, whole, write_documents
 from atom_jax.data.fetch.html_text import page_text
 from atom_jax.data.splits import name_split
 from atom_jax.typing import AtomError
@@ -61,15 +60,13 @@ def build(folders: dict[str, pathlib.Path], target: pathlib.Path) -> str:
     kept = [i for i, row in enumerate(rows) if all(row) and row[0] not in row[1:]]
     if not kept:
         raise AtomError(f"{', '.join(map(str, folders.values()))}: no page is in all of these directories")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     lines = [f"{len(kept)} pages in {len(folders)} languages; bytes of text:", _line("", SPLITS[:3])]
-    for language, pages in texts.items():
-        of_split = {s: [(names[i], pages[i]) for i in kept if name_split(names[i]) == s] for s in SPLITS[:3]}
-        folder = part / language
-        sizes = [write_documents(folder / s / "pages.jsonl", mine) for s, mine in of_split.items()]
-        lines.append(_line(language, [f"{n:,}" for n in sizes]))
-    part.rename(target)
+    with whole(target) as part:
+        for language, pages in texts.items():
+            of_split = {s: [(names[i], pages[i]) for i in kept if name_split(names[i]) == s] for s in SPLITS[:3]}
+            folder = part / language
+            sizes = [write_documents(folder / s / "pages.jsonl", mine) for s, mine in of_split.items()]
+            lines.append(_line(language, [f"{n:,}" for n in sizes]))
     return "\n".join(lines)
 
 

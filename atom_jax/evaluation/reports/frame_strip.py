@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 
 # Frames per line of the picture, and in all of it.
 _LINE, _MOST = 27, 270

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.typing import AtomError
 
 # Pixels of a frame in a GIF, about; and between frames. Seconds per frame.

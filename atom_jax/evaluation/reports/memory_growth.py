@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.lasting.memory import Memory
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.reports.units import visible
 from atom_jax.evaluation.tasks import planted

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.evaluation.tasks.kv_plot import COLORS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import atom_jax
-from atom_jax import config
+from atom_jax import config, picture
 from atom_jax.data.config import DataConfig
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import run
@@ -22,7 +22,7 @@ from atom_jax.evaluation.reports import units as units_lib
 from atom_jax.evaluation.reports.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.fields import read_json
-from atom_jax.files import replaced, write_text
+from atom_jax.files import write_text
 from atom_jax.inference.generate import generate
 from atom_jax.models import registry
 from atom_jax.training.config import Experiment
@@ -76,11 +76,11 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
     model = run.evaluate(lm, ["bpb"], cfg)["bpb"].metrics["bpb"].value
     scores = {**_baselines(folder, data), f"this model, {_steps(folder)} steps": model}
     sample = generate(lm, [prompt], sample_tokens, temperature=0.8, key=jax.random.key(seed))
-    picture, units = _draw(folder, scores), None
+    curves, units = _draw(folder, scores), None
     if units_lib.learned(lm.config):
         units = units_lib.units(lm, _piece(data), cfg.max_length)
         unit_strip.draw(units, folder / "plots" / "boundaries.png")
-    return Summary(scores, prompt + sample.text[0], picture, units)
+    return Summary(scores, prompt + sample.text[0], curves, units)
 
 
 def next_commands(workdir: str) -> str:
@@ -182,27 +182,19 @@ def _steps(folder: pathlib.Path) -> int:
 
 def _draw(folder: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
     """The run's bits per byte by step, with every score as a horizontal line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for kind, style in (("train", "-"), ("validation", "o-")):
-        points = [(r["step"], r["bits_per_byte"]) for r in _lines(folder, kind) if r.get("bits_per_byte")]
-        if points:
-            ax.plot(*zip(*points), style, label=f"{kind}, each row by itself", linewidth=1, markersize=4)
-    for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
-        ax.axhline(value, linestyle=style, color="black", linewidth=1, label=f"{name}: {value:.2f}")
-    ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
-    ax.set_title(
-        "Level lines: the whole validation text; the model sees half a row or more before each token", fontsize=9
-    )
-    ax.grid(alpha=0.3)
-    ax.legend(loc="upper right")
     path = folder / "plots" / "summary.png"
     path.parent.mkdir(exist_ok=True)
-    with replaced(path) as part:
-        figure.savefig(part, dpi=120)
-    plt.close(figure)
+    with picture.drawn(path, figsize=(8, 4.5)) as (_, ax):
+        for kind, style in (("train", "-"), ("validation", "o-")):
+            points = [(r["step"], r["bits_per_byte"]) for r in _lines(folder, kind) if r.get("bits_per_byte")]
+            if points:
+                ax.plot(*zip(*points), style, label=f"{kind}, each row by itself", linewidth=1, markersize=4)
+        for (name, value), style in zip(scores.items(), ("--", "-.", ":")):
+            ax.axhline(value, linestyle=style, color="black", linewidth=1, label=f"{name}: {value:.2f}")
+        ax.set(xlabel="step", ylabel="bits per byte", ylim=(min(scores.values()) - 0.2, 4.5))
+        ax.set_title(
+            "Level lines: the whole validation text; the model sees half a row or more before each token", fontsize=9
+        )
+        ax.grid(alpha=0.3)
+        ax.legend(loc="upper right")
     return path

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from atom_jax import checkpoint
+from atom_jax import checkpoint, picture
 from atom_jax.checkpoint.atomic import check_new
 from atom_jax.data.sources import open_source
-from atom_jax.evaluation import cache, picture, run
+from atom_jax.evaluation import cache, run
 from atom_jax.evaluation.reports import fairness
 from atom_jax.evaluation.tasks import EvalConfig
 from atom_jax.inference import transplant as lib
 from atom_jax.transfer import initialisers
+from atom_jax.transfer.initialisers import Initialiser
 from atom_jax.transfer.transplant import LABELS, Report
 from atom_jax.typing import LM, AtomError
 
@@ -56,7 +57,7 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
     tokenizer = lib.find_tokenizer(order.tokenizer)
     judged = documents(order.judged, "validation", order.nbytes) if order.nbytes else []
     lm, began = checkpoint.load(order.source), time.monotonic()
-    texts = documents(order.text, "train", 0) if method.name == "focus" else None
+    texts = lessons(method, order.text)
     say(f"{order.source}: {lm.config.vocab_size:,} rows; by {method.name} for {tokenizer.vocab_size:,} ids")
     made, report = lib.transplant(
         lm, tokenizer, method, donor=order.donor, texts=texts, fallback=fallback, special=order.special
@@ -96,6 +97,11 @@ def draw(report: Report, result: Mapping[str, Any], path: pathlib.Path) -> None:
         right.bar_label(bars, fmt="%.3f", fontsize=8)
         right.margins(y=0.15)
         right.set(ylabel="bits per byte")
+
+
+def lessons(method: Initialiser, source: str) -> list[bytes] | None:
+    """Documents that a method learns its vectors from, where it needs those of the new tokens and no others."""
+    return documents(source, "train", 0) if method.needs == ("target_vectors",) else None
 
 
 def documents(source: str, split: str, nbytes: int) -> list[bytes]:

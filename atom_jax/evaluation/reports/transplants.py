@@ -11,7 +11,7 @@ from typing import Any
 
 from atom_jax import checkpoint
 from atom_jax.evaluation.cache import Lines
-from atom_jax.evaluation.reports.transplanted import documents, measured
+from atom_jax.evaluation.reports.transplanted import documents, lessons, measured
 from atom_jax.files import write_text
 from atom_jax.inference import transplant as lib
 from atom_jax.transfer import initialisers
@@ -46,7 +46,7 @@ class Orders:
         yield same | {"source": self.source, "tokenizer": "", "method": ""}
         for tokenizer in self.tokenizers:
             for method in self.methods:
-                need = initialisers.parse(method, "--method").name in ("omp", "neighbours", "landmarks")
+                need = "donor" in initialisers.parse(method, "--method").needs
                 donor = dict(self.donors).get(tokenizer, "")
                 if donor or not need:
                     found = same | {"donor": donor if need else ""}
@@ -99,7 +99,7 @@ def _judged(key: dict[str, Any], judged: list[bytes]) -> dict[str, Any]:
     lm, began = checkpoint.load(key["source"]), time.monotonic()
     if key["tokenizer"]:
         method = initialisers.parse(key["method"], "--method")
-        texts = documents(key["text"], "train", 0) if method.name == "focus" else None
+        texts = lessons(method, key["text"])
         lm, _ = lib.transplant(
             lm, lib.find_tokenizer(key["tokenizer"]), method, donor=key["donor"] or None, texts=texts
         )

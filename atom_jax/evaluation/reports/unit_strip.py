@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.evaluation.reports.units import Units, visible
 
 # Bytes per line of the picture, and in all of it.

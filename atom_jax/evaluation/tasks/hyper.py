@@ -13,12 +13,10 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from atom_jax import checkpoint, config
 from atom_jax.data import puzzles
@@ -32,6 +30,7 @@ from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
 from atom_jax.session import sampling
 from atom_jax.session.queue import Made
+from atom_jax.terminal import progress
 from atom_jax.typing import LM, AtomError
 
 COSTS = ("reads", "peak")
@@ -187,9 +186,9 @@ def _sampled(
     mine = (row for row in lines.rows if row["key"] == key)
     done = {row["problem"]: row["grid"] for row in mine if hyper_grid.is_grid(row["grid"], shape)}
     width, length = max(settings.chains), max(settings.lengths)
-    bar = tqdm(
+    bar = progress(
         total=len(problems) * width, initial=sum(i in done for i in range(len(problems))) * width, desc=_name(method),
-        unit="chain", mininterval=0.2 if sys.stderr.isatty() else 30,
+        unit="chain",
     )  # fmt: skip
     left = [i for i in range(len(problems)) if i not in done]
     chains: dict[int, list[Made | None]] = {i: [None] * width for i in left}

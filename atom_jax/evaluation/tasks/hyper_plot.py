@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 from atom_jax.evaluation.tasks.kv_plot import COLORS
 
 _LABELS = {"reads": "entries read per problem", "peak": "entries held together per problem"}

@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from atom_jax import checkpoint, config
 from atom_jax import params as params_lib
@@ -28,6 +26,7 @@ from atom_jax.kvcache import policies
 from atom_jax.kvcache.policy import fitted
 from atom_jax.models import registry
 from atom_jax.models.fingerprint import fingerprint
+from atom_jax.terminal import progress
 from atom_jax.typing import LM, AtomError
 
 PARTS = ("loss", "facts", "needle", "lambada")
@@ -289,8 +288,7 @@ def _measure(lm: LM, cells: list[Cell], batch: int, lines: cache.Lines) -> list[
     known = {row.get("key"): row["found"] for row in lines.rows if kv_cells.is_found(row.get("found"))}
     left = sum(cell.tokens for key, cell in zip(keys, cells) if key not in known)
     total = sum(cell.tokens for cell in cells)
-    quick = 0.2 if sys.stderr.isatty() else 30
-    with tqdm(total=total, initial=total - left, desc="kv", unit="tok", unit_scale=True, mininterval=quick) as bar:
+    with progress(total=total, initial=total - left, desc="kv", unit="tok", unit_scale=True) as bar:
         for i, (key, cell) in enumerate(zip(keys, cells)):
             # A process may map only so much memory (vm.max_map_count), and every policy has programs of its own.
             if i and cell.method is not cells[i - 1].method:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 
 _LABELS = {
     "added": "added loss (nats per token)",

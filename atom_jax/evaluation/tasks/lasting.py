@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import config
-from atom_jax.chunking.config import per_stage
 from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Metric, Result, columns, proportion
@@ -254,7 +253,7 @@ def ask(lm: LM, front: front_lib.Front, asked: list[Asked], batch: int, choice: 
 def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
     """Of some of all questions, read with their answers in one call."""
     ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
-    room = lambda cfg: memory_lib.grow(cache, per_stage(ids.shape[1], getattr(cfg, "chunking", ())))  # noqa: E731
+    room = lambda cfg: reading.room(cache, ids.shape[1], cfg)  # noqa: E731
     run = lambda cfg: _ask(laid_out.scanned(lm), ids, lengths, room(cfg), cfg=cfg)  # noqa: E731
     hits, nats = jax.device_get(reading.exactly(run, lm.config))
     parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from atom_jax import config
 from atom_jax import params as params_lib
@@ -27,6 +25,7 @@ from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import inside, learned
 from atom_jax.lasting.reader import Reader, State, model_of
 from atom_jax.models import registry
+from atom_jax.terminal import progress
 from atom_jax.typing import LM, AtomError
 
 SINKS = 4
@@ -115,8 +114,8 @@ def text_of(name: str) -> bytes:
 def read(lm: LM, ids: np.ndarray, part: int, name: str) -> Iterator[tuple[State, Seen | None]]:
     """After every part of a text: where reading stands, and what has left the window."""
     reader = Reader(lm, part, SINKS)
-    state, slow = reader.begin(0), None if sys.stderr.isatty() else 30
-    with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=slow or 0.2) as bar:
+    state = reader.begin(0)
+    with progress(total=len(ids), desc=name, unit="tok", unit_scale=True) as bar:
         while state.tokens < len(ids):
             state, seen = reader.read(state, ids)
             bar.update(state.tokens - bar.n)

@@ -25,7 +25,7 @@ from atom_jax.inference.play import Played, play, simulator
 from atom_jax.kvcache import memory
 from atom_jax.models.world import WorldConfig
 from atom_jax.params import nbytes
-from atom_jax.typing import FRAMES, LM, AtomError
+from atom_jax.typing import FRAMES, LM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlanSettings:
     env: as of `data.envs.parse`; "": that of the training run's last stage, or watch.
     planner: as of `inference.planners.parse`.
     episodes: how many are planned, all at once. seed: of the episodes and of the planner.
-    length: frames that are watched before the first plan (0: 40 of `watch`, else `Environment.watched`).
+    length: frames that are watched before the first plan (0: `Environment.watched`).
     """
 
     env: str = ""
@@ -66,7 +66,7 @@ class Planning:
 
 def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     """What planning came to. success, wrong (an end without a reward), ceiling (shares of episodes; of the last those
-    in which a reward can be reached with as many steps as are played; in other worlds than `watch` it is that of the
+    in which a reward can be reached with as many steps as are played, or where the world does not know it that of the
     simulator), simulator (success of the same planner that knows the world), random; interval, of success, 95%.
 
     Per episode: main_steps_watch, frames of the watch at which the main network ran; main_steps_decision, runs per
@@ -94,7 +94,8 @@ def planned(lm: LM, settings: PlanSettings) -> dict[str, Any]:
     chance, _ = _simulated(last, jax.random.fold_in(key, 1), env, planners.Random(turns), cfg.gamma)
     success, wrong, decision, imagined = ends
     futures = b * float(np.sum(acted["futures"]))
-    can = known if not isinstance(env, Watch) else _reachable(last, env, turns)
+    can = _reachable(last, env, turns)
+    can = known if can is None else can
     units = np.asarray(state.units)
     forks = [jax.eval_shape(lambda s, n=n: imagine.forked(s, n, planner.horizon).cache, room) for n in (1, 2)]
     return {
@@ -129,12 +130,8 @@ def text(report: dict[str, Any]) -> str:
 def world_of(settings: PlanSettings) -> tuple[Environment, int]:
     """The world and the frames that are watched before the first action. Raises AtomError for an unknown one."""
     env = envs.parse(settings.env or Watch.name)
-    if isinstance(env, Watch):
-        length = settings.length or 40
-        if length < 3:
-            raise AtomError(f"length={length}: a watch lasts at least 3 frames")
-        return env.lasting(length), length
-    return env, settings.length or env.watched
+    length = settings.length or env.watched
+    return env.lasting(length), length
 
 
 def interval(share: float, n: int, z: float = 1.96) -> list[float]:
@@ -190,5 +187,5 @@ def _ends(done: Played) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("env", "within"))
-def _reachable(last: Any, env: Watch, within: int) -> jax.Array:
-    return jax.vmap(lambda state: env.way(state, within).steps >= 0)(last)
+def _reachable(last: Any, env: Environment, within: int) -> jax.Array | None:
+    return jax.vmap(lambda state: env.reachable(state, within))(last)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from atom_jax import config, reduction
 from atom_jax.data.config import SPLITS
@@ -26,6 +25,7 @@ from atom_jax.evaluation.tasks import source_maps
 from atom_jax.evaluation.tasks.kv import joined
 from atom_jax.models import cct
 from atom_jax.reduction.tome import ToMe, schedule
+from atom_jax.terminal import progress
 from atom_jax.typing import IMAGES, LM, AtomError
 
 _ALL = (
@@ -148,14 +148,13 @@ def _measure(
     """Every method on all images, then again and again on one batch, one method after the other."""
     batches = list(_batches(pixels, settings.batch))
     hits, programs = [], []
-    bar = functools.partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, unit="method")
-    for method in bar(chosen, desc="reduction"):
+    for method in progress(chosen, desc="reduction", unit="method"):
         run = _program(lm.config, method.reducers)
         logits = np.concatenate([np.asarray(run(lm.params, batch).logits) for batch in batches])
         hits.append(logits[: len(labels)].argmax(1) == labels)
         programs.append(run)
     seconds = np.full(len(chosen), np.inf)
-    for _ in bar(range(settings.repeats), desc="seconds", unit="round"):
+    for _ in progress(range(settings.repeats), desc="seconds", unit="round"):
         for i, run in enumerate(programs):
             began = time.perf_counter()
             jax.block_until_ready(run(lm.params, batches[0]).logits)

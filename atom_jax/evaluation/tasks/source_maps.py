@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.evaluation import picture
+from atom_jax import picture
 
 _DROPPED = "#d9d9d9"
 

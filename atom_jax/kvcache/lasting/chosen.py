@@ -19,6 +19,7 @@ from atom_jax.kvcache.policy import Policy
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn import rope
 from atom_jax.nn.attention import NEGATIVE, Tokens
+from atom_jax.nn.blocks import in_blocks
 
 # Queries whose weights on all entries exist at once.
 ROWS = 64
@@ -176,11 +177,6 @@ class ChosenLayer(Layer):
     def _demand(self, plain_bhgtk: jax.Array, real_bt: jax.Array) -> jax.Array:
         """f32 [b, h, pages], the largest weight that a real query has in each page."""
         b, h, _, t, k = plain_bhgtk.shape
-        blocks = -(-t // ROWS)
-
-        def split(x: jax.Array, axis: int) -> jax.Array:
-            x = jnp.pad(x, [(0, blocks * ROWS - t if i == axis else 0) for i in range(x.ndim)])
-            return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, ROWS, *x.shape[axis + 1 :]), axis, 0)
 
         def some(demand: jax.Array, block: tuple) -> tuple[jax.Array, None]:
             q, real = block
@@ -193,7 +189,7 @@ class ChosenLayer(Layer):
         none = jnp.zeros((b, h, len(self._sizes())), jnp.float32)
         if t <= ROWS:
             return some(none, (plain_bhgtk, real_bt))[0]
-        return jax.lax.scan(some, none, (split(plain_bhgtk, 3), split(real_bt, 1)))[0]
+        return jax.lax.scan(some, none, (in_blocks(plain_bhgtk, 3, ROWS), in_blocks(real_bt, 1, ROWS)))[0]
 
     def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
         """Rows whose next tokens do not fit."""

@@ -10,7 +10,6 @@ from atom_jax.session.drafts.mtp import MTP
 from atom_jax.session.drafts.ngram import NGram
 from atom_jax.session.drafts.recycle import Recycle
 from atom_jax.session.drafts.spine import Spine
-from atom_jax.typing import AtomError
 
 DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (NGram, Recycle, Spine, MTP, Local)}
 
@@ -22,9 +21,6 @@ def parse(draft: str | Drafter | None) -> Drafter | None:
     """
     if draft is None or isinstance(draft, Drafter):
         return draft
-    name, _, fields = str(draft).strip().partition(":")
-    if name == "none":
+    if str(draft).strip().partition(":")[0] == "none":
         return None
-    if name not in DRAFTERS:
-        raise AtomError(f"draft {name!r}: expected none, {', '.join(DRAFTERS)}")
-    return config.build(DRAFTERS[name], [f for f in fields.split(",") if f], f"draft {name}:")
+    return config.named(str(draft), DRAFTERS, "draft", also="none")

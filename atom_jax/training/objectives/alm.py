@@ -188,10 +188,6 @@ class Alm(Objective):
             learned=learned,
         )
 
-    def judge(self, params: Any, batch: Pairs, *, setting: Setting) -> Sums:
-        """The same."""
-        return self.loss(params, batch, None, None, setting=setting)
-
     def reference(self, setting: Setting, batches: Callable[[], Iterator[Pairs]]) -> dict[str, float]:
         """Bits per byte of the teacher on the same text."""
         there, tokenizer = self._loaded(setting), self._tokenizer()

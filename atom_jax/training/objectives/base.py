@@ -108,18 +108,19 @@ class Objective:
         return None
 
     def loss(
-        self, params: Any, batch: Any, key: jax.Array, step: jax.Array, *, setting: Setting, counts: Any = None
+        self, params: Any, batch: Any, key: jax.Array | None, step: Any, *, setting: Setting, counts: Any = None
     ) -> Sums:
         """What is minimised: `Sums.objective` over the number of targets of the whole batch.
 
         batch: a part of it, and all of it where nothing is accumulated; `objective` of all parts adds up to that of
         the whole, as far as `counts`, those of the whole batch, allow. key: for what is drawn. step: i32 [], from 0.
+        Both None in a validation, where nothing is drawn.
         """
         raise NotImplementedError
 
     def judge(self, params: Any, batch: Any, *, setting: Setting) -> Sums:
-        """What a validation reports."""
-        raise NotImplementedError
+        """What a validation reports: `loss`, with nothing drawn."""
+        return self.loss(params, batch, None, None, setting=setting)
 
     def reference(self, setting: Setting, batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
         """Figures to stand beside every validation, made once; those that are called NAME_bits_per_byte are drawn.

@@ -82,10 +82,6 @@ class Classify(Objective):
         nats, count = jnp.sum(nats_b * mask_b), jnp.sum(batch.loss_mask, dtype=jnp.int32)
         return Sums(nats, nats, count, None, {"accuracy": jnp.stack([right, mask_b.sum()])})
 
-    def judge(self, params: Any, batch: Rowed, *, setting: Setting) -> Sums:
-        """The same of images that are not moved."""
-        return self.loss(params, batch, None, None, setting=setting)
-
 
 def shifted(image_bhwc: jax.Array, key: jax.Array, most: int) -> jax.Array:
     """Images moved by up to `most` pixels down or up and right or left, each for itself."""

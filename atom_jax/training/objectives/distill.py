@@ -94,10 +94,6 @@ class Distill(Objective):
         cfg, lengths = setting.exp.model, setting.lengths
         return self_distillation(params, batch, key, step, cfg=cfg, lengths=lengths, how=self, whole=counts)
 
-    def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
-        """With hard decisions."""
-        return self.loss(params, batch, None, None, setting=setting)
-
     def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
         """With the teacher's pass; the student's layers are those that may be computed again."""
         data, forward = setting.exp.data, forward_flops(setting.exp)

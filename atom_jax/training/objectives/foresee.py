@@ -153,10 +153,6 @@ class Foresee(Objective):
         more = {name.replace("bytes_per_unit", "frames_per_unit"): x for name, x in aux["metrics"].items()}
         return Sums(loss, nats, targets.astype(jnp.int32), None, learned | more)
 
-    def judge(self, params: Any, batch: Numbers, *, setting: Setting) -> Sums:
-        """The same without noise."""
-        return self.loss(params, batch, None, None, setting=setting)
-
 
 def _made(batch: Numbers, setting: Setting) -> tuple[Frames, jax.Array, jax.Array]:
     """The episodes of a batch; i32 [b] each: what each hides (0 where nothing is hidden yet), and the frame from

@@ -117,10 +117,6 @@ class MultiToken(Objective):
             learned=learned | agreed,
         )
 
-    def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
-        """The same."""
-        return self.loss(params, batch, None, None, setting=setting)
-
     def operations(self, setting: Setting, factors: Mapping[str, float]) -> tuple[float, float]:
         """The model's pass forward, and of every head both passes, with logits of its own and those of the model,
         through which the table gets no gradient."""

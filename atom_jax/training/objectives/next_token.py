@@ -48,7 +48,3 @@ class NextToken(Objective):
             params, batch, None if self.hard else key, cfg=setting.exp.model, lengths=setting.lengths,
             z_loss=setting.exp.optim.z_loss, focus=self.focus, per_target=counts,
         )  # fmt: skip
-
-    def judge(self, params: Any, batch: Batch, *, setting: Setting) -> Sums:
-        """The same without noise."""
-        return self.loss(params, batch, None, None, setting=setting)

@@ -81,12 +81,13 @@ class Initialiser:
     """A way to make rows; its fields are its options.
 
     name: in INITIALISERS. label: of the rows that it makes, in reports. copies: whether rows of shared tokens are
-    copied first.
+    copied first. needs: fields of `Aux` that it does not work without.
     """
 
     name: ClassVar[str]
     label: ClassVar[str] = "composed"
     copies: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """Rows f32 [m, n, d] for task.new, and bool [m], which of them there are; the others are the fallback's."""

@@ -22,10 +22,11 @@ class Focus(Initialiser):
 
     name: ClassVar[str] = "focus"
     label: ClassVar[str] = "interpolated"
+    needs: ClassVar[tuple[str, ...]] = ("target_vectors",)
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser."""
-        (vectors,) = task.need("target_vectors")
+        (vectors,) = task.need(*self.needs)
         shared = task.need_shared()
         known = np.abs(vectors).sum(1) > 0
         anchors = shared[known[shared[:, 0]]]

@@ -20,6 +20,7 @@ class FromHypernet(Initialiser):
     wrote, or one of zett's. Without, `Aux.hypernet`. copies: tokens that both vocabularies share keep their rows."""
 
     name: ClassVar[str] = "hypernet"
+    needs: ClassVar[tuple[str, ...]] = ("hypernet",)
     path: str = ""
 
     def __post_init__(self):
@@ -27,7 +28,7 @@ class FromHypernet(Initialiser):
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser. Raises AtomError for a network of another table."""
-        (found,) = task.need("hypernet")
+        (found,) = task.need(*self.needs)
         net, p = found
         if (net.n, net.d) != task.table.shape[1:]:
             raise AtomError(

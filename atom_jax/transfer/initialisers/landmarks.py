@@ -17,10 +17,11 @@ class Landmarks(Initialiser):
 
     name: ClassVar[str] = "landmarks"
     label: ClassVar[str] = "interpolated"
+    needs: ClassVar[tuple[str, ...]] = ("donor",)
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser."""
-        (donor,) = task.need("donor")
+        (donor,) = task.need(*self.needs)
         shared = task.need_shared()
         made = [
             carry(theirs[task.new], theirs[shared[:, 0]], task.table[shared[:, 1], plane])

@@ -25,6 +25,7 @@ class Neighbours(Initialiser):
 
     name: ClassVar[str] = "neighbours"
     label: ClassVar[str] = "interpolated"
+    needs: ClassVar[tuple[str, ...]] = ("donor",)
     k: int = 8
     metric: str = "euclidean"
     scheme: str = "distance"
@@ -37,7 +38,7 @@ class Neighbours(Initialiser):
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser."""
-        (donor,) = task.need("donor")
+        (donor,) = task.need(*self.needs)
         shared = task.need_shared()
         out = np.zeros((len(task.new), *task.table.shape[1:]), np.float32)
         for plane, theirs in enumerate(planes(donor, task.table.shape[1])):

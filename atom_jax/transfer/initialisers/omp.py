@@ -26,6 +26,7 @@ class OMP(Initialiser):
 
     name: ClassVar[str] = "omp"
     label: ClassVar[str] = "interpolated"
+    needs: ClassVar[tuple[str, ...]] = ("donor",)
     k: int = 64
     tolerance: float = 1e-5
 
@@ -34,7 +35,7 @@ class OMP(Initialiser):
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser."""
-        (donor,) = task.need("donor")
+        (donor,) = task.need(*self.needs)
         shared, n = task.need_shared(), task.table.shape[1]
         out = np.zeros((len(task.new), *task.table.shape[1:]), np.float32)
         for plane, theirs in enumerate(planes(donor, n)):

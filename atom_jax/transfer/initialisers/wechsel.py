@@ -24,6 +24,7 @@ class Wechsel(Initialiser):
 
     name: ClassVar[str] = "wechsel"
     label: ClassVar[str] = "interpolated"
+    needs: ClassVar[tuple[str, ...]] = ("source_vectors", "target_vectors")
     copies: ClassVar[bool] = False
     neighbours: int = 10
     temperature: float = 0.1
@@ -33,7 +34,7 @@ class Wechsel(Initialiser):
 
     def rows(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """See Initialiser."""
-        theirs, ours = task.need("source_vectors", "target_vectors")
+        theirs, ours = task.need(*self.needs)
         known = np.flatnonzero(np.abs(theirs[: len(task.table)]).sum(1) > 0)
         found = np.abs(ours[task.new]).sum(1) > 0
         found &= len(known) > 0

@@ -60,7 +60,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(base, text, tmp_path_factory):
+def run(base, text, tmp_path_factory, one_device):
     """A run of configs/mtp.py:tiny, and what its validations said."""
     place = tmp_path_factory.mktemp("run")
     exp = start.configure("configs/mtp.py:tiny", [f"init_from={base}", f"data.sources={text}"])

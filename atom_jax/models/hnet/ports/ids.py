@@ -97,7 +97,7 @@ def metrics(mark_bt: jax.Array, batch: Batch, kind: str) -> dict[str, jax.Array]
 
 def _ngrams(table_nvd: jax.Array, ids_bt: jax.Array, tokens: Tokens, before: jax.Array | None, cfg: Any):
     """The sum of the embeddings of the n-grams that end at each position: [b, t, d]."""
-    rows = [hashing.device(ids_bt, tokens, n, 0, cfg.ngram_rows, before) for n in cfg.ngrams]
+    rows = [hashing.hashed(ids_bt, tokens, n, 0, cfg.ngram_rows, before) for n in cfg.ngrams]
     flat = table_nvd.reshape(-1, table_nvd.shape[-1]).astype(cfg.dtype)
     index_btn = jnp.stack([i * cfg.ngram_rows + r for i, r in enumerate(rows)], axis=-1)
     return jnp.sum(jnp.take(flat, index_btn, axis=0), axis=2)
