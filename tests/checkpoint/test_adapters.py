@@ -68,6 +68,7 @@ def test_what_is_written(saved):
 def test_shipped_ones_say_what_they_are_for():
     said = cli.info("smollm2-135m-dms-4x")
     assert "SmolLM2-135M-Instruct" in said and "made for compression by 4" in said
+    assert "window 128, slopes beyond 2,048, corrections of rank 8, " in said
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])

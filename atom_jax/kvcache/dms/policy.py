@@ -93,7 +93,14 @@ class DMS(Settings):
 
     def describe(self) -> str:
         """What was learned, and for what."""
-        return f"learned evictors, form {self.form}, window {self.window}, made for compression by {self.cr:g}"
+        parts = {
+            f"shared by {self.shared} channels": self.shared,
+            f"slopes beyond {self.beyond:,}": self.beyond,
+            f"corrections of rank {self.rank}": self.rank,
+        }
+        more = "".join(f", {name}" for name, there in parts.items() if there)
+        made = f"made for compression by {self.cr:g}"
+        return f"learned evictors, form {self.form}, window {self.window}{more}, {made}"
 
     def rules(self) -> tuple[Rule, ...]:
         """Those of the published evictors, and our own."""
