@@ -128,7 +128,8 @@ def apart(tree: Tree) -> tuple:
 
 
 def _place(x: Any) -> Any:
-    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+    """The device of an array that is bound to one; None: of an array that is not."""
+    return next(iter(x.devices())) if isinstance(x, jax.Array) and x.committed else None
 
 
 @jax.jit

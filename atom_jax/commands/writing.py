@@ -43,6 +43,8 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.session.drafts import drafters
 
     seed = config.in_range("--seed", values.seed, int)
+    choice = config.build(Choice, values.choice, "--choice:")
+    near = config.build(Neighbours, values.neighbours, "--neighbours:")
     if values.memory_dir is not None:
         lasting.there(values.memory_dir)
     draft = drafters.parse(values.draft)
@@ -51,8 +53,6 @@ def generate(argv: list[str]) -> int | None:
         raise AtomError(
             f"--draft=local: is for models with units of their own; this is a {lm.family}, use ngram or spine"
         )
-    choice = config.build(Choice, values.choice, "--choice:")
-    near = config.build(Neighbours, values.neighbours, "--neighbours:")
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
     if values.neighbours and (read is None or KNN not in read.settings.parts):
         raise AtomError("--neighbours: is for a memory of states (--memory_dir of remember --parts=knn)")

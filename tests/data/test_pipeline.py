@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_jax.data.config import DataConfig
-from atom_jax.data.packing import piece_ids
+from atom_jax.data.packing import piece_tokens
 from atom_jax.data.pipeline import make_iterator, merge_states, open_pieces, piece_stream
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.typing import AtomError
@@ -43,7 +43,7 @@ def reference_rows(tokenizer, cfg, row, n_rows):
     stream = piece_stream(cfg, open_pieces(cfg, tokenizer))
     tokens, k = [], 0  # (id, piece, target or None)
     while len(tokens) < cfg.seq_len * n_rows:
-        ids = piece_ids(stream[row + k * cfg.batch_size], tokenizer).tolist()
+        ids = piece_tokens(stream[row + k * cfg.batch_size], tokenizer).ids.tolist()
         tokens += [(i, k, t) for i, t in zip(ids, [*ids[1:], None])]
         k += 1
     rows = []
@@ -113,11 +113,11 @@ def test_every_piece_once_per_epoch_in_a_new_order(tmp_path):
 
 def test_special_ids_by_tokenizer():
     piece = {"text": b"hi", "first": True, "last": True}
-    assert piece_ids(piece, ByteTokenizer()).tolist() == [256, 104, 105, 257]
-    assert piece_ids(piece, EosOnly()).tolist() == [257, 104, 105, 257]
-    assert piece_ids(piece, Bare()).tolist() == [104, 105]
-    assert piece_ids(piece | {"first": False}, ByteTokenizer()).tolist() == [104, 105, 257]
-    assert piece_ids(piece | {"last": False}, ByteTokenizer()).tolist() == [256, 104, 105]
+    assert piece_tokens(piece, ByteTokenizer()).ids.tolist() == [256, 104, 105, 257]
+    assert piece_tokens(piece, EosOnly()).ids.tolist() == [257, 104, 105, 257]
+    assert piece_tokens(piece, Bare()).ids.tolist() == [104, 105]
+    assert piece_tokens(piece | {"first": False}, ByteTokenizer()).ids.tolist() == [104, 105, 257]
+    assert piece_tokens(piece | {"last": False}, ByteTokenizer()).ids.tolist() == [256, 104, 105]
 
 
 def take(iterator, n):

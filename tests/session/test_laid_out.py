@@ -118,3 +118,12 @@ def test_a_batch_of_another_size_compiles_few_programs(caplog, monkeypatch):
     # And what makes the key, where nothing has made one before.
     assert len([name for name in names if name not in expected]) <= 4, names
     assert all(names.count(name) <= 1 for name in expected), names
+
+
+def test_weights_on_a_mesh_of_one_device():
+    lm = model()
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*[None] * x.ndim)))  # noqa: E731
+    placed = dataclasses.replace(lm, params=jax.tree.map(place, lm.params))
+    assert own(laid_out.of(placed)["layers"], placed) == 0
+    assert generate(placed, ["a"], 4, stop_ids=()).ids == generate(lm, ["a"], 4, stop_ids=()).ids
