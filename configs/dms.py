@@ -80,11 +80,13 @@ def smollm2_asks_8x() -> Experiment:
 
 
 def smollm2_far() -> Experiment:
-    """The adapter smollm2-135m-dms-4x: what `smollm2_asks_8x` has learned, with other thresholds."""
+    """What `smollm2_asks_8x` has learned, with other thresholds, as smollm2-135m-dms-4x has them (its card says how it
+    was made). Not run whole so far."""
     return far(smollm2_asks_8x(), "runs/dms-asks-8x", 2048)
 
 
 def smollm2_far_8x() -> Experiment:
+    """The same for 8x. Not run whole so far."""
     return far(smollm2_asks_8x(), "runs/dms-asks-8x", 1024)
 
 
