@@ -80,8 +80,8 @@ def smollm2_asks_8x() -> Experiment:
 
 
 def smollm2_far() -> Experiment:
-    """What `smollm2_asks_8x` has learned, with other thresholds, as smollm2-135m-dms-4x has them (its card says how it
-    was made). Not run whole so far."""
+    """What `smollm2_asks_8x` has learned, with other thresholds, as smollm2-135m-dms-4x has them (its card says how
+    it was made). Not run whole so far."""
     return far(smollm2_asks_8x(), "runs/dms-asks-8x", 2048)
 
 
