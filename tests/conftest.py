@@ -39,6 +39,7 @@ SLOW = (
     "contract/test_programs.py", "contract/test_reading.py", "data/envs",
     "evaluation/reports/test_fairness.py", "evaluation/reports/test_summary.py",
     "evaluation/reports/test_units_of_text.py", "evaluation/tasks/test_hyper.py", "evaluation/tasks/test_kv.py",
+    "evaluation/tasks/test_lasting_eval.py",
     "evaluation/tasks/test_planning.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
     "lasting/test_lasting_reading.py", "lasting/test_lasting_states.py", "lasting/test_lasting_units.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 from atom_jax.commands.flags import Flags, check_writable
@@ -17,6 +19,7 @@ def remember(argv: list[str]) -> None:
         " after an interruption the same command goes on.",
     )
     _model_and_memory(known)
+    known.add(flags.DEFINE_bool, "ids", False, "each FILE is a .npy file of token ids, as numpy.save writes it")
     known.add(flags.DEFINE_string, "source", None, "name of the text, by default the file's; for one FILE")
     known.add(flags.DEFINE_string, "law", None, "what is kept: sqrt (by default), log, all, power:alpha=0.25; with "
               "options as in sqrt:entries=64,block=128")  # fmt: skip
@@ -52,7 +55,9 @@ def remember(argv: list[str]) -> None:
     with Memory.open(values.memory_dir, lm, **options) as memory:
         for file in files:
             with progress(desc=file, unit="tok", unit_scale=True) as bar:
-                done = memory.read(pathlib.Path(file), values.source, say=bar.update)
+                path = pathlib.Path(file)
+                what = _ids(file) if values.ids else path
+                done = memory.read(what, values.source or path.name, say=bar.update)
             if not done.tokens:
                 print(f"{done.name}: has been read before")
                 continue
@@ -93,6 +98,7 @@ def forget(argv: list[str]) -> None:
     """Takes a text out of a memory. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("forget --memory_dir=DIR --source=NAME", "Takes a text out of a memory; needs no model.")
     known.add(flags.DEFINE_string, "memory_dir", None, "the memory")
+    known.add(flags.DEFINE_bool, "ids", False, "each FILE is a .npy file of token ids, as numpy.save writes it")
     known.add(flags.DEFINE_string, "source", None, "name of the text, as info lists it")
     values, _ = known.parse(argv, 0)
     _needed(values, "memory_dir", "source")
@@ -178,6 +184,19 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
         memory_growth.draw(memory, out)
         said.append(f"wrote {out}")
     return "\n".join(said)
+
+
+def _ids(file: str) -> Any:
+    """The array in a .npy file. AtomError for another one."""
+    import numpy as np
+
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError):
+        found = None
+    if not isinstance(found, np.ndarray):
+        raise AtomError(f"--ids: {file} is no .npy file of token ids")
+    return found
 
 
 def _model_and_memory(known: Flags) -> None:

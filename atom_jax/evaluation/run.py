@@ -46,8 +46,10 @@ def check_tasks(names: Sequence[str]) -> None:
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:
     """Fills in what depends on the checkpoint: the sources of `bpb`, where they are texts, those of `images` and
     `reduction`, the worlds of `plan` and `frames`, and max_length, from the experiment.json of a training directory
-    (or of the one that holds this step)."""
+    (or of the one that holds this step); and what the processes of `lasting` load."""
     data = _training_data(checkpoint)
+    if cfg.lasting.processes and not cfg.lasting.checkpoint:
+        cfg = dataclasses.replace(cfg, lasting=dataclasses.replace(cfg.lasting, checkpoint=checkpoint))
     for name, (field, prefix) in _OF_DATA.items():
         task = getattr(cfg, name)
         if not getattr(task, field) and data and data.sources[0].startswith(prefix):

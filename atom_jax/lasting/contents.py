@@ -11,7 +11,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import loading
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting.blocks import Entries
-from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store
+from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store, Window
 from atom_jax.typing import AtomError
 
 _T = TypeVar("_T")
@@ -125,6 +125,10 @@ class Contents:
     def entries(self) -> list[Entries]:
         """What is held of texts apart from the window: block by block, the oldest first, then what waits."""
         return self._current(lambda: loading.entries(self._store, self._manifest))
+
+    def latest(self) -> tuple[dict[str, np.ndarray], Window]:
+        """The arrays of the window, as of `Reader.arrays`, and where it stands; none where nothing was read."""
+        return self._current(lambda: (self._tail()[1], self._manifest.window))
 
     def ids(self, name: str) -> np.ndarray:
         """Token ids of a source, i32 [n]; none where they are not kept."""

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from atom_jax.__main__ import main
-from atom_jax.evaluation.reports import memory_growth
-from atom_jax.kvcache.lasting.levels import Law
+from atom_jax.kvcache.lasting.levels import Law, lines
 from atom_jax.lasting import store
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import MANIFEST, Store
@@ -250,7 +249,7 @@ def test_a_commit_needs_room(memory, monkeypatch):
 
 def test_a_picture_of_growth(tmp_path):
     law = Law(0.5, 3, 4)
-    tokens, held = memory_growth.lines(law, 4099)
+    tokens, held = lines(law, 4099)
     assert tokens[0] == 0 and tokens[-1] == 4099 and (np.diff(tokens) > 0).all() and len(tokens) > 500
     assert held.tolist() == [law.held(int(n)) for n in tokens] and (held < tokens + 1).all()
     path = disk.make(tmp_path / "m")

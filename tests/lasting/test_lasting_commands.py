@@ -168,7 +168,8 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     order = lasting_fit.Order((str(text),), str(tmp_path / "s.safetensors"), 700, 4, ("number", "pet"), 3.0, 64)
     line = lasting_fit.run(lm, order, said.append)
     assert "fitted on 1 texts" in line and said == [f"{text}: 4 facts in 700 tokens"]
-    assert len(learned.load(order.out).weight) == 2 * 2 * 1 + 2
+    fitted = learned.load(order.out)
+    assert len(fitted.weight) == 2 * 2 * 1 + 2 and fitted.kinds == ("number", "pet")
     first = (tmp_path / "s.safetensors").read_bytes()
     monkeypatch.setattr(lasting_fit, "_moments", None)
     lasting_fit.run(lm, dataclasses.replace(order, policy_out=str(tmp_path / "policy")), said.append)
@@ -181,21 +182,30 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     assert atom_jax.generate(with_policy, TEXT, 3).stats["kv_reads"] == 2 * 80
 
     monkeypatch.setattr(evaluation.jax, "devices", lambda: jax.local_devices()[:1])
-    settings = [f"streams={text}", "tokens=700", "facts=4", "kinds=number,pet", "part=64", "batch=2",
-                "laws=none,sqrt:entries=8,block=16,all:block=16,reread,knn"]  # fmt: skip
+    settings = [f"streams={text}", "tokens=700", "facts=4", "kinds=number,trade", "part=64", "batch=2", "windows=3",
+                "scored=20", "laws=none,sqrt:entries=8,block=16,all:block=16+reread,reread,knn"]  # fmt: skip
     settings += [f"scores=observed,{order.out}", "choice.whole=400", "choice.pages=3"]
     cfg = config.override(EvalConfig(), [f"lasting.{s}" for s in settings])
     results = evaluation.evaluate(lm, ["lasting"], cfg, tmp_path / "out.json")
     rows = results["lasting"].notes["rows"]
-    assert len(rows) == 6 * 3
+    assert len(rows) == 6 * len({r["kind"] for r in rows})
     by = {(r["law"], r["score"], r["kind"]): r for r in rows}
     # 700 tokens, of which 60 are in the window and four are sinks.
     assert by["none", "", ""]["entries"] == 0 and by["none", "", ""]["front"] == 64
-    assert by["all:block=16", "observed", ""]["entries"] == 636
+    assert by["all:block=16+reread", "observed", ""]["entries"] == 636
     assert by["knn", "", ""]["front"] == 64 and by["knn", "", ""]["nats"] != by["none", "", ""]["nats"]
     for score in ("observed", "s.safetensors"):
         assert by["sqrt:entries=8,block=16", score, ""]["entries"] < 200
-    assert by["reread", "", "pet"]["facts"] == 2 and "reread" in evaluation.table(results)
+    assert by["reread", "", "trade"]["facts"] == 2 and "reread" in evaluation.table(results)
+    # The fit has seen numbers, and no trades.
+    found = {(r["law"], r["group"]): r for r in results["lasting"].notes["groups"] if r["score"] != "observed"}
+    for law in ("none", "sqrt:entries=8,block=16"):
+        assert found[law, "seen"]["right"] == found[law, "number"]["right"]
+        assert found[law, "unseen"]["nats"] == found[law, "trade"]["nats"]
+    later = {r["law"]: r for r in results["lasting"].notes["later"]}
+    assert later["none"]["added"] == 0 and later["none"]["windows"] == 3
+    assert len({round(r["nats"], 5) for r in later.values()}) == len(later) == 5
+    assert (tmp_path / "out.png").stat().st_size > 10_000
     calls = []
     monkeypatch.setattr("atom_jax.evaluation.tasks.lasting.read", calls.append)
     again = evaluation.evaluate(lm, ["lasting"], cfg, tmp_path / "out.json")

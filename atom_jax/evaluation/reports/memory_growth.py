@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-
 from atom_jax import picture
-from atom_jax.kvcache.lasting.levels import Law
+from atom_jax.kvcache.lasting.levels import lines
 from atom_jax.lasting.memory import Memory
-
-# Points of a line, at least; the law is known at every end of a block.
-_POINTS = 512
-
-
-def lines(law: Law, written: int) -> tuple[np.ndarray, np.ndarray]:
-    """i64 [n] tokens that have left the window, from 0 to `written`, and entries per head that the law allows then,
-    those that wait for their block included; at ends of blocks, where there are that many."""
-    step = max(law.block, written // _POINTS // law.block * law.block)
-    tokens = np.unique(np.append(np.arange(0, written, step), written))
-    return tokens, np.array([law.held(int(n)) for n in tokens])
 
 
 def draw(memory: Memory, path: str | os.PathLike) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +77,8 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
             _save(_moments(lm, stream, how.part, name), file)
         say(f"{name}: {how.facts} facts in {how.tokens} tokens")
         found.append(_load(file, 2 * model.layers * model.heads + 2))
-    learned.save(fit(found, how.ridge, model.fingerprint), how.out)
+    fitted = dataclasses.replace(fit(found, how.ridge, model.fingerprint), kinds=how.kinds or tuple(planted.KINDS))
+    learned.save(fitted, how.out)
     if how.policy_out:
         attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
         save_adapter(as_policy(lm, attention), how.policy_out)
@@ -111,21 +112,25 @@ def text_of(name: str) -> bytes:
         raise AtomError(f"{name}: cannot be read ({e.strerror}), and is no novel ({', '.join(known)})") from None
 
 
-def read(lm: LM, ids: np.ndarray, part: int, name: str) -> Iterator[tuple[State, Seen | None]]:
-    """After every part of a text: where reading stands, and what has left the window."""
-    reader = Reader(lm, part, SINKS)
-    state = reader.begin(0)
-    with progress(total=len(ids), desc=name, unit="tok", unit_scale=True) as bar:
-        while state.tokens < len(ids):
-            state, seen = reader.read(state, ids)
-            bar.update(state.tokens - bar.n)
-            yield state, seen
+def read(lm: LM, texts: Sequence[np.ndarray], part: int, name: str) -> Iterator[tuple[State, Seen | None]]:
+    """After every part of texts, each of which is a source: where reading stands, and what has left the window."""
+    reader, state = Reader(lm, part, SINKS), None
+    with progress(total=sum(map(len, texts)), desc=name, unit="tok", unit_scale=True) as bar:
+        for number, ids in enumerate(texts):
+            # With a source's first part the latest of the one before leaves.
+            left = None if state is None else reader.end(state)
+            state = reader.begin(number)
+            while (at := state.tokens) < len(ids):
+                state, seen = reader.read(state, ids)
+                bar.update(state.tokens - at)
+                yield state, seen if left is None else left
+                left = None
 
 
 def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
     """Of all tokens (or units with any of those that are wanted) that have left the window."""
     rows, wanted, before = [], [], np.append(0, np.cumsum(stream.wanted))
-    for _, seen in read(lm, stream.ids, part, name):
+    for _, seen in read(lm, [stream.ids], part, name):
         if seen is not None:
             rows.append(features(seen.most, seen.total, seen.nll, seen.following))
             wanted.append(np.diff(before[seen.ends]) > 0)

@@ -22,6 +22,12 @@ _CITIES = listed(
     "Aarhus, Bergen, Cordoba, Durban, Edinburgh, Florence, Geneva, Havana, Istanbul, Jaipur, Kyoto, Lisbon, Montreal,"
     " Nairobi, Oslo, Prague, Quito, Riga, Santiago, Tunis, Utrecht, Vienna, Warsaw, Zagreb"
 )
+# Of these the capitals, and of what.
+_CAPITALS = {
+    "Edinburgh": "Scotland", "Havana": "Cuba", "Lisbon": "Portugal", "Nairobi": "Kenya", "Oslo": "Norway",
+    "Prague": "the Czech Republic", "Quito": "Ecuador", "Riga": "Latvia", "Santiago": "Chile", "Tunis": "Tunisia",
+    "Vienna": "Austria", "Warsaw": "Poland", "Zagreb": "Croatia",
+}  # fmt: skip
 _THINGS = listed(
     "boiler, lathe, loom, pump, furnace, printing press, crane, kiln, mill, winch, scale, compass, lantern, clock,"
     " telescope, harrow, plough, anvil, bellows, still, press, oven, saw, drill"
@@ -111,15 +117,25 @@ KINDS = {
     ),
 }  # fmt: skip
 
+# Not among KINDS: the same facts again, asked with other words than they were said in.
+OTHER_WORDS = "other_words"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """ids: i32 [t]. wanted: bool [t], tokens of answers. at: i32 [n], where each fact's sentence begins."""
+    """ids: i32 [t]. wanted: bool [t], tokens of answers. at: i32 [n], where each fact's sentence begins. ends: i32
+    [s], where each of the texts ends of which it is made."""
 
     ids: np.ndarray
     wanted: np.ndarray
     facts: tuple[Fact, ...]
     at: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The ids of each of its texts."""
+        return np.split(self.ids, self.ends[:-1])
 
 
 def facts(kinds: Sequence[str], n: int, draw: np.random.Generator) -> list[Fact]:
@@ -128,29 +144,51 @@ def facts(kinds: Sequence[str], n: int, draw: np.random.Generator) -> list[Fact]
 
 
 def plant(hay: Haystack, chosen: Sequence[Fact], tokens: int, encoder: Encoder) -> Stream:
-    """The beginning of a text, `tokens` in all, with the facts evenly spread over it, where sentences end. AtomError
-    where it is too short."""
+    """As `plant_in_all`, in one text."""
+    return plant_in_all([hay], chosen, tokens, encoder)
+
+
+def plant_in_all(hays: Sequence[Haystack], chosen: Sequence[Fact], tokens: int, encoder: Encoder) -> Stream:
+    """The beginnings of texts, of each as much, one after another, `tokens` in all, with the facts evenly spread over
+    the whole, where sentences end. AtomError where a text is too short."""
     pieces = [_piece(fact.sentence, fact.answer, encoder) for fact in chosen]
     before = [_piece(fact.earlier, "", encoder) for fact in chosen]
     n = tokens - sum(len(ids) for ids, _ in (*pieces, *before))
-    if n < 2 * len(chosen) or len(hay.ids) < n:
-        raise AtomError(
-            f"facts: there is no room for {len(chosen)} facts in {tokens} tokens of a text that has {len(hay.ids)}"
-        )
-    ends = np.append(np.flatnonzero(hay.ends[:n]), n)
+    cuts = np.arange(len(hays) + 1) * n // len(hays)
+    shares = np.diff(cuts)
+    if n < 2 * max(len(chosen), len(hays)) or any(len(hay.ids) < share for hay, share in zip(hays, shares)):
+        least = min(len(hay.ids) for hay in hays)
+        many = f" of {len(hays)} texts, the shortest of which" if len(hays) > 1 else " of a text that"
+        raise AtomError(f"facts: there is no room for {len(chosen)} facts in {tokens} tokens{many} has {least}")
+    text = np.concatenate([hay.ids[:share] for hay, share in zip(hays, shares)])
+    ends = [cut + np.flatnonzero(hay.ends[:share]) for hay, cut, share in zip(hays, cuts, shares)]
+    ends = np.unique(np.concatenate([*ends, cuts[1:]]))
     places = [nearest(ends, x) for x in np.linspace(0.02, 0.98, len(chosen)) * n]
     todo = [(place, i, piece) for i, (place, piece) in enumerate(zip(places, pieces))]
     # What was said before stands half as far into the text.
     todo += [(nearest(ends, place / 2), -1, piece) for place, piece in zip(places, before)]
     todo.sort(key=lambda one: (one[0], one[1]))
-    ids = woven(hay.ids[:n], [(place, new) for place, _, (new, _) in todo])
+    ids = woven(text, [(place, new) for place, _, (new, _) in todo])
     wanted = woven(np.zeros(n, bool), [(place, answer) for place, _, (_, answer) in todo])
     starts = np.cumsum([0, *map(len, ids)])[1:-1:2]
     at = np.zeros(len(chosen), np.int32)
     for start, (_, i, _) in zip(starts, todo):
         if i >= 0:
             at[i] = start
-    return Stream(np.concatenate(ids).astype(np.int32), np.concatenate(wanted), tuple(chosen), at)
+    # What is planted where a text ends belongs to that.
+    ends = [cut + sum(len(new) for place, _, (new, _) in todo if place <= cut) for cut in cuts[1:]]
+    ids = np.concatenate(ids).astype(np.int32)
+    return Stream(ids, np.concatenate(wanted), tuple(chosen), at, np.array(ends, np.int32))
+
+
+def in_other_words(fact: Fact) -> Fact | None:
+    """A fact about the number of a capital, of the kind OTHER_WORDS, with a question that has none of its sentence's
+    words that are rare; None for other facts."""
+    found = [country for city, country in _CAPITALS.items() if city in fact.sentence and fact.kind == "number"]
+    if not found:
+        return None
+    question = f" Which digits must nobody learn in the capital of {found[0]}? The digits are"
+    return fact._replace(kind=OTHER_WORDS, question=question)
 
 
 def asked(fact: Fact, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 from atom_jax import config
 from atom_jax.typing import AtomError
 
@@ -13,6 +15,8 @@ from atom_jax.typing import AtomError
 GROWTH = {"log": 0.0, "sqrt": 0.5, "all": 1.0}
 # Blocks that stand at a level between two writes.
 MOST = 2
+# Points of a law's line, at least; it is known at every end of a block.
+_POINTS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +96,11 @@ def merge(levels: list[int]) -> int | None:
         if levels.count(level) > MOST:
             return levels.index(level)
     return None
+
+
+def lines(law: Law, written: int) -> tuple[np.ndarray, np.ndarray]:
+    """i64 [n] tokens that have left the window, from 0 to `written`, and entries per head that the law allows then,
+    those that wait for their block included; at ends of blocks, where there are that many."""
+    step = max(law.block, written // _POINTS // law.block * law.block)
+    tokens = np.unique(np.append(np.arange(0, written, step), written))
+    return tokens, np.array([law.held(int(n)) for n in tokens])

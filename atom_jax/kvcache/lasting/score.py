@@ -55,13 +55,15 @@ def features(most: Any, total: Any, nll: Any, following: Any) -> Any:
 class Linear:
     """A learned score: one linear function of standardised `features`, shared by all layers and heads.
 
-    mean, std, weight: f32 [f]. model: the fingerprint of the model that it was fitted for.
+    mean, std, weight: f32 [f]. model: the fingerprint of the model that it was fitted for. kinds: of the facts that
+    the fit saw; (): nothing is known of them.
     """
 
     mean: np.ndarray
     std: np.ndarray
     weight: np.ndarray
     model: str
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         shapes = {x.shape for x in (self.mean, self.std, self.weight)}
