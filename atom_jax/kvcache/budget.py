@@ -27,7 +27,7 @@ from flax import struct
 from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import alone, bucket
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache.layer import Call, Layer, Sizes, stack_layers
 from atom_jax.kvcache.policy import Policy
 from atom_jax.typing import AtomError
 
@@ -234,7 +234,7 @@ class BudgetLayer(Layer):
         return Entries(self.k, self.v, self.pos, self.score, self.bias)
 
     def extend(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
-        """Attends, stores and evicts as the module says; see `memory.Layer`."""
+        """Attends, stores and evicts as the module says; see `layer.Layer`."""
         if not call.fresh and call.q.shape[3] == 1:
             return self._step(call)
         pos = jnp.where(call.real, call.tokens.positions, -1)

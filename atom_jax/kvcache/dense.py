@@ -1,4 +1,4 @@
-"""The cache that keeps every key and value; `memory.Layer` is the protocol that it follows."""
+"""The cache that keeps every key and value; `layer.Layer` is the protocol that it follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.layer import Call, Layer
 from atom_jax.nn.attention import Tokens, attend, attend_parts
 from atom_jax.sharding import split
 from pallas_kernels.cache_attention.api import cache_attention, fits, in_pages
@@ -60,7 +60,7 @@ class DenseLayer(Layer):
         return attend(q_bhgtk, self.k, self.v, q, Tokens(slots, stored), window=window)
 
     def extend(self, call: Call) -> tuple[jax.Array, DenseLayer]:
-        """Stores the new tokens, and attends; see `memory.Layer`."""
+        """Stores the new tokens, and attends; see `layer.Layer`."""
         state = self.write(call.k, call.v, call.length)
         if call.fresh and call.q.shape[3] > 1:
             return alone(call, call.window), state

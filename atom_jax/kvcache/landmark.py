@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import bucket, put, widen
-from atom_jax.kvcache.memory import Layer
+from atom_jax.kvcache.layer import Layer
 from atom_jax.nn.attention import Tokens
 
 

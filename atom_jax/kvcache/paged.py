@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.memory import Layer, Memory
+from atom_jax.kvcache.layer import Layer
+from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.pool import Pool, coarse, fine
 from atom_jax.nn.attention import Tokens, block_size, with_bias
 from atom_jax.nn.blockwise import blockwise_lse, one_softmax

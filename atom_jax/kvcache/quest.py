@@ -15,7 +15,7 @@ from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, tied
 from atom_jax.kvcache.dense import DenseLayer, bucket
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache.layer import Call, Layer, Sizes, stack_layers
 from atom_jax.typing import AtomError
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params
-from atom_jax.kvcache.memory import Layer, Stack
+from atom_jax.kvcache.layer import Layer
+from atom_jax.kvcache.memory import Stack
 from atom_jax.params import Tree
 
 # Layers that one step of a scan may have.

@@ -83,7 +83,7 @@ class Mixer:
 
     def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> Any:
         """The memory of b rows of one layer before the first position, with room for `capacity` positions (not of an
-        `Attention`, which has its own): a `memory.Layer`, or arrays with rows in front."""
+        `Attention`, which has its own): a `layer.Layer`, or arrays with rows in front."""
         raise NotImplementedError
 
     def apply(

@@ -12,7 +12,8 @@ import numpy as np
 from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer, bucket, widen
-from atom_jax.kvcache.memory import Layer, Memory
+from atom_jax.kvcache.layer import Layer
+from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.paged import Level
 from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
