@@ -88,10 +88,6 @@ class DenseLayer(Layer):
         at = jnp.where(call.real, call.length[:, None] + offsets, capacity + offsets)
         return DenseLayer(put(self.k, call.k, at), put(self.v, call.v, at))
 
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Rows whose next tokens do not fit."""
-        return length_b + more > self.k.shape[-2]
-
     def grow(self, length_b: np.ndarray, more: int) -> DenseLayer:
         """Room for `more` tokens after the longest row, in the next bucket."""
         need = int(length_b.max()) + more
@@ -99,9 +95,9 @@ class DenseLayer(Layer):
             return self
         return DenseLayer(widen(self.k, bucket(need)), widen(self.v, bucket(need)))
 
-    def held(self, length_b: jax.Array) -> jax.Array:
-        """Every token."""
-        return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
+    def sized(self, slots: int) -> DenseLayer:
+        """The first so many slots, or empty ones behind."""
+        return DenseLayer(*(widen(x[..., :slots, :], slots) for x in (self.k, self.v)))
 
 
 def alone(call: Call, window: int | None) -> jax.Array:

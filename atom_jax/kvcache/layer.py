@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from atom_jax import params
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn.attention import Tokens
 
@@ -137,8 +138,9 @@ class Layer:
         return jnp.moveaxis(out, 0, 3), layer
 
     def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """bool [b]: rows of these lengths whose next `more` tokens, one after another, might not fit."""
-        raise NotImplementedError
+        """bool [b]: rows of these lengths whose next `more` tokens, one after another, might not fit. By default of
+        a layer with a slot for every token."""
+        return length_b + more > self.k.shape[-2]
 
     def grow(self, length_b: np.ndarray, more: int) -> Layer:
         """The same memory with room for at least `more` further tokens per row: itself where there is room, unless
@@ -167,9 +169,18 @@ class Layer:
         `rows`. Runs on the host."""
         return put_rows(self, other, index_b, axis, self.free)
 
+    def sized(self, slots: int) -> Layer:
+        """The same memory with so many slots, where every token has one; else itself. Runs on the host."""
+        return self
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that one row of so many tokens takes, of the shapes of a layer that was made for it, without the
+        pages that rows share. Runs on the host."""
+        return params.nbytes(self)
+
     def held(self, length_b: jax.Array) -> jax.Array:
-        """i32 [b, h]: entries stored."""
-        raise NotImplementedError
+        """i32 [b, h]: entries stored. By default every token."""
+        return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
 
     def read(self, length_b: jax.Array) -> jax.Array:
         """f32 [b, h]: entries that a query reads now (page statistics count as the entries they cost)."""

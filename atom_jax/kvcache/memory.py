@@ -152,6 +152,11 @@ def put(memory: Memory, index_b: np.ndarray, other: Memory) -> Memory:
     return each(of, memory, other)
 
 
+def nbytes(memory: Memory) -> int:
+    """Bytes of the buffers of all layers and recurrent states, or of their shapes."""
+    return sum(params.nbytes(node.layers) for node in nodes(memory))
+
+
 def use(memory: Memory) -> tuple[jax.Array, jax.Array]:
     """Entries that each row holds, and that its latest token read: float32 [b] each, averaged over all attention
     layers and their key/value heads; 0 without such layers."""

@@ -152,10 +152,6 @@ class QuestLayer(Layer):
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))
         return jnp.concatenate([index, current], -1), jnp.concatenate([used, jnp.ones_like(current, bool)], -1)
 
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Rows whose next tokens do not fit."""
-        return length_b + more > self.k.shape[-2]
-
     def grow(self, length_b: np.ndarray, more: int) -> QuestLayer:
         """Room for `more` tokens after the longest row."""
         need = int(length_b.max()) + more
