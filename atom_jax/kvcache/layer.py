@@ -170,7 +170,8 @@ class Layer:
         return put_rows(self, other, index_b, axis, self.free)
 
     def sized(self, slots: int) -> Layer:
-        """The same memory with so many slots, where every token has one; else itself. Runs on the host."""
+        """The same memory with so many slots, where it is one for every token and nothing else; by default as it is.
+        Runs on the host."""
         return self
 
     def row_bytes(self, tokens: int) -> int:
