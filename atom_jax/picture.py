@@ -13,9 +13,11 @@ from atom_jax.files import check_output, replaced
 from atom_jax.typing import AtomError
 
 
-def check(path: str | os.PathLike, moves: bool = False) -> None:
+def check(path: str | os.PathLike | None, moves: bool = False) -> None:
     """Raises AtomError unless the name ends in .png, or in .gif where the picture may move, and a file can be written
-    there."""
+    there; None: there is to be no picture."""
+    if path is None:
+        return
     if not os.fspath(path).lower().endswith((".png", ".gif") if moves else ".png"):
         kind, end = ("PNG or GIF", ".png or .gif") if moves else ("PNG", ".png")
         raise AtomError(f"{path}: the picture is a {kind} file, so its name must end in {end}")

@@ -61,9 +61,7 @@ Sides = dict[str, Worker]
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
     """All numbers."""
-    rows = [int(r) for r in ROWS.value if r.isdigit() and int(r)]
-    if len(rows) != len(ROWS.value) or not rows:
-        raise AtomError(f"--rows={','.join(ROWS.value)}: expected numbers of at least 1")
+    rows = command.numbers("rows", ROWS.value)
     prompt, new = texts(max(rows))
     found: dict[str, Any] = {"machine": machine.describe(), "flags": {f.name: f.value for f in _FLAGS}}
     with contextlib.ExitStack() as opened:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app
+from tqdm import tqdm
 
 from atom_jax import terminal
 from atom_jax.typing import AtomError
@@ -25,3 +26,16 @@ def run(name: str, main: Callable[[], int | None]) -> None:
             raise AtomError(str(e)) from None
 
     app.run(lambda argv: sys.exit(terminal.run(f"benchmarks.{name}", lambda: checked(argv))))
+
+
+def numbers(flag: str, texts: Sequence[str], what: str = "numbers", least: int = 1) -> tuple[int, ...]:
+    """What a flag lists. Raises AtomError for an empty list, and for what is no number or less than `least`."""
+    if not texts or not all(t.isdigit() and int(t) >= least for t in texts):
+        raise AtomError(f"--{flag}={','.join(texts)}: expected {what} of at least {least}")
+    return tuple(map(int, texts))
+
+
+def say(text: str) -> None:
+    """To standard output, above any progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()

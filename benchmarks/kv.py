@@ -21,7 +21,6 @@ import pathlib
 from absl import flags
 
 from atom_jax.evaluation.tasks.kv import KvSettings
-from atom_jax.typing import AtomError
 from benchmarks import command, kv_parity
 from benchmarks.kv_speed import Speed
 from benchmarks.kv_tables import PARTS, Plan, measure
@@ -50,19 +49,14 @@ BUDGET = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", None, "Also write all numbers to this JSON file.")
 
 
-def _numbers(flag: str, texts: list[str]) -> tuple[int, ...]:
-    if not texts or not all(t.isdigit() and int(t) for t in texts):
-        raise AtomError(f"--{flag}={','.join(texts)}: expected numbers of at least 1")
-    return tuple(map(int, texts))
-
-
 def _plan() -> Plan:
     settings = KvSettings(
-        policies=tuple(POLICIES.value), budgets=_numbers("budgets", BUDGETS.value), sources=tuple(SOURCES.value),
-        context=CONTEXT.value, scored=SCORED.value, windows=WINDOWS.value, fact_texts=WINDOWS.value,
+        policies=tuple(POLICIES.value), budgets=command.numbers("budgets", BUDGETS.value),
+        sources=tuple(SOURCES.value), context=CONTEXT.value, scored=SCORED.value, windows=WINDOWS.value,
+        fact_texts=WINDOWS.value,
     )  # fmt: skip
-    seen = _numbers("seen", SEEN.value) if SEEN.value else ()
-    speed = Speed(SPEED_CONTEXT.value, _numbers("rows", ROWS.value), seen, REPEATS.value, NEW.value)
+    seen = command.numbers("seen", SEEN.value) if SEEN.value else ()
+    speed = Speed(SPEED_CONTEXT.value, command.numbers("rows", ROWS.value), seen, REPEATS.value, NEW.value)
     return Plan(
         CHECKPOINT.value, tuple(ADAPTERS.value), tuple(PART.value), KVPRESS.value, settings, speed, BUDGET.value
     )

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from atom_jax.kvcache import policies
 from atom_jax.models import registry
 from atom_jax.typing import LM, AtomError
 from benchmarks import kv_parity, kv_speed, machine
+from benchmarks.command import say
 from benchmarks.kv_speed import Speed
 from benchmarks.worker import Worker
 
@@ -83,16 +83,16 @@ def _parity(plan: Plan, base: LM, learned: list, windows: tuple, found: dict[str
             found["versions"] |= peer("about")
             peer("open", str(pathlib.Path(plan.checkpoint).absolute()))
         else:
-            _print(f"--kvpress={plan.kvpress} is not there (`make install-kvpress`): only our side is measured")
+            say(f"--kvpress={plan.kvpress} is not there (`make install-kvpress`): only our side is measured")
         for row in kv_parity.compare([("", base), *learned], settings, windows, peer):
             rows.append(row)
             found["parity"] = [{**dataclasses.asdict(r), "difference": r.difference} for r in rows]
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    _print(f"{len(windows)} windows of {settings.context} tokens and {settings.scored} scored; float32; {versions}\n")
-    _print(kv_parity.table(rows))
+    say(f"{len(windows)} windows of {settings.context} tokens and {settings.scored} scored; float32; {versions}\n")
+    say(kv_parity.table(rows))
     wrong = [f"{r.policy} {r.budget}" for r in rows if not r.agrees]
     if wrong:
-        _print(f"\n* differs by more than {kv_parity.CLOSE} nats: {', '.join(wrong)}")
+        say(f"\n* differs by more than {kv_parity.CLOSE} nats: {', '.join(wrong)}")
     return not wrong
 
 
@@ -102,8 +102,8 @@ def _recall(plan: Plan, base: LM, found: dict[str, Any]) -> None:
     )
     rows = Kv().run(base, settings, make_encoder(base, EvalConfig()), None).notes["rows"]
     found["recall"] = [row for row in rows if ":" not in row["part"]]
-    _print(f"\n{found['recall'][0]['windows']} facts, planted and asked for afterwards\n")
-    _print(table(found["recall"]))
+    say(f"\n{found['recall'][0]['windows']} facts, planted and asked for afterwards\n")
+    say(table(found["recall"]))
 
 
 def _speed(plan: Plan, base: LM, learned: list, found: dict[str, Any]) -> None:
@@ -120,11 +120,5 @@ def _speed(plan: Plan, base: LM, learned: list, found: dict[str, Any]) -> None:
         for more in kv_speed.measure(models, prompt, speed, bar.set_description_str):
             rows += more
             found["speed"] = [dataclasses.asdict(r) for r in rows]
-    _print(f"\ndecoding after a text of {speed.context:,} tokens ({text.sources[0]}); medians of {speed.repeats}\n")
-    _print(kv_speed.table(rows))
-
-
-def _print(text: str) -> None:
-    """To standard output, above any progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    say(f"\ndecoding after a text of {speed.context:,} tokens ({text.sources[0]}); medians of {speed.repeats}\n")
+    say(kv_speed.table(rows))

@@ -23,7 +23,6 @@ import json
 import pathlib
 import signal
 import statistics
-import sys
 from typing import Any
 
 from absl import flags
@@ -66,20 +65,20 @@ def run(plan: Plan, patterns: list[str], out: pathlib.Path | None = None) -> boo
         try:
             bench = opened.enter_context(Bench(plan, bar.set_postfix_str))
             facts["versions"] = bench.ours("about") | bench.peer("about")
-            _print(_introduction(facts) + "\n\n" + table.heading(("AToM-JAX", "transformers")))
+            command.say(_introduction(facts) + "\n\n" + table.heading(("AToM-JAX", "transformers")))
             for row in chosen:
                 bar.set_description(row.name)
                 figures = row.measure(bench)
                 if row.name in ("matmul", "read"):
                     rates[row.name] = max(map(statistics.median, (figures.ours, figures.peer)))
                 results.append(table.summary(row, figures, rates))
-                _print(table.line(row, figures, rates))
+                command.say(table.line(row, figures, rates))
                 bar.update()
             complete = True
         except Refused as e:
             raise AtomError(str(e)) from None
         except KeyboardInterrupt:
-            _print(f"interrupted after {len(results)} of {len(chosen)} rows")
+            command.say(f"interrupted after {len(results)} of {len(chosen)} rows")
     return complete
 
 
@@ -120,24 +119,12 @@ def _write(out: pathlib.Path, plan: Plan, facts: dict[str, Any], results: list[d
     write_text(out, json.dumps(content, indent=1) + "\n")
 
 
-def _print(text: str) -> None:
-    """To standard output, above the progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
-
-
-def _lengths(texts: list[str]) -> tuple[int, ...]:
-    if not texts or not all(t.isdigit() and int(t) for t in texts):
-        raise AtomError(f"--prompts={','.join(texts)}: expected lengths in tokens, such as 512,2048")
-    return tuple(map(int, texts))
-
-
 def main() -> int:
     """Exit code 130 after SIGTERM too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = dataclasses.replace(
-        _DEFAULT, checkpoint=CHECKPOINT.value, prompts=_lengths(PROMPTS.value), new_tokens=NEW.value,
-        train=tuple(TRAIN.value), repeats=REPEATS.value,
+        _DEFAULT, checkpoint=CHECKPOINT.value, prompts=command.numbers("prompts", PROMPTS.value, "lengths"),
+        new_tokens=NEW.value, train=tuple(TRAIN.value), repeats=REPEATS.value,
     )  # fmt: skip
     if LIST.value:
         print("\n".join(f"{r.name:24}{r.label}" for r in rows(plan)))

@@ -92,10 +92,10 @@ def settings(length: int) -> PlanSettings:
     return PlanSettings("watch", PLANNER.value, EPISODES.value, length, seed=1000)
 
 
-def measure(name: str, lm: LM, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What plans bring after watches of every length, measured where that has not been done under this name."""
+def measure(name: str, lm: LM, folder: pathlib.Path, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What plans bring after watches of these lengths, measured where that has not been done under this name."""
     rows = []
-    for length in world_tables.lengths(LENGTHS.value):
+    for length in lengths:
         asked, file = settings(length), folder / f"plan-{name}-{length}.json"
         kept = read_json(file) if file.exists() else {}
         if kept.get("settings") != config.to_json(asked) or "bytes_future" not in kept:
@@ -131,7 +131,8 @@ def rivals(lm: LM, entries: int) -> dict[str, LM]:
 
 def run(workdir: pathlib.Path) -> dict[str, Any]:
     """All results: for every name, a list over seeds of lists over lengths."""
-    found: dict[str, Any] = {"machine": machine.describe(), "lengths": world_tables.lengths(LENGTHS.value)}
+    lengths = command.numbers("lengths", LENGTHS.value, "frames", 3)
+    found: dict[str, Any] = {"machine": machine.describe(), "lengths": lengths}
     found |= {"episodes": EPISODES.value, "train_seconds": {}, "secret_right": {}, "rows": {}}
     variants, number = world_tables.variants(VARIANTS.value), 0
     total = len(variants) * SEEDS.value
@@ -145,13 +146,13 @@ def run(workdir: pathlib.Path) -> dict[str, Any]:
             lines = record.read(folder / "metrics.jsonl")
             known = [x["secret_right"] for x in lines if x["kind"] == "validation" and "secret_right" in x]
             found["secret_right"].setdefault(variant, []).extend(known[-1:])
-            found["rows"].setdefault(variant, []).append(measure(variant, lm, folder))
+            found["rows"].setdefault(variant, []).append(measure(variant, lm, folder, lengths))
             units = found["rows"].get("watch")
             if variant == "watch_every" and seed == 0 and units is not None:
                 # As many as surprise units are held after the shortest watch, rounded up.
                 entries = int(np.ceil(np.mean([rows[0]["units"] for rows in units])))
                 for name, other in rivals(lm, entries).items():
-                    found["rows"].setdefault(name, []).append(measure(f"{name}, {entries}", other, folder))
+                    found["rows"].setdefault(name, []).append(measure(f"{name}, {entries}", other, folder, lengths))
             if OUT.value:
                 cache.write_json(pathlib.Path(OUT.value), found | {"targets": world_targets.targets(found)})
             jax.clear_caches()

@@ -23,13 +23,6 @@ def variants(names: Sequence[str]) -> list[str]:
     return sorted(set(names), key=KNOWN.index)
 
 
-def lengths(texts: Sequence[str]) -> list[int]:
-    """Frames of the watches. Raises AtomError for what are no such numbers, and for none."""
-    if not texts or not all(text.isdecimal() and int(text) >= 3 for text in texts):
-        raise AtomError(f"--lengths={','.join(texts)}: expected frames of at least 3, such as 40,160")
-    return list(map(int, texts))
-
-
 COLUMNS = {
     "success": lambda rows: f"{mean(rows, 'success'):.3f} ({' '.join(each(rows, 'success'))})",
     "wrong": lambda rows: f"{mean(rows, 'wrong'):.3f}",

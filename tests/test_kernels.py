@@ -17,7 +17,7 @@ from atom_jax.chunking.pooling import POOLS
 from atom_jax.chunking.upsampling import UPSAMPLERS
 from atom_jax.kvcache import pool as pool_lib
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.ssd import Mamba2Config, MambaState, mamba2, mamba2_spec
 from atom_jax.params import init

@@ -31,9 +31,10 @@ class Flags:
         said = default is not None and default is not False and default not in ("", [])
         self._lines[name] = f"{text} (default {default})" if said else text
 
-    def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
-        """Returns the flags and the arguments left over, of which there must be `positional` (None: any number).
-        Raises AtomError for another number, and for a flag that has no meaning without one that is missing."""
+    def parse(self, argv: list[str], positional: int | None, *needed: str) -> tuple[flags.FlagValues, list[str]]:
+        """Returns the flags, of which those `needed` were given, and the arguments left over, of which there must be
+        `positional` (None: any number). Raises AtomError for another number, for a flag that is needed and missing,
+        and for one that has no meaning without another that is missing."""
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print(self._help())
             raise Done(self)
@@ -44,6 +45,9 @@ class Flags:
         for name, other in self._beside.items():
             if self.values[name].present and _is_missing(self.values[other].value):
                 raise AtomError(f"--{name} has no meaning without --{other}")
+        for name in needed:
+            if not self.values[name].value:
+                raise AtomError(f"--{name} is missing")
         return self.values, rest
 
     def _help(self) -> str:

@@ -21,9 +21,7 @@ def tokens(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "allocate", "same", "same, or gain (a mean, to where it helps most)", "tokens")
     known.add(flags.DEFINE_string, "save", None, "an .npz file for the codes")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the images with 1, 2, 4 ... tokens in")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint or not values.image:
-        raise AtomError(f"--{'image' if values.checkpoint else 'checkpoint'} is missing")
+    values, _ = known.parse(argv, 0, "checkpoint", "image")
     if (values.error is None) == (values.tokens is None):
         raise AtomError("give --error or --tokens" if values.error is None else "give --error or --tokens, not both")
     if values.allocate not in ("same", "gain"):
@@ -41,8 +39,7 @@ def tokens(argv: list[str]) -> None:
     from atom_jax.evaluation.metrics import columns
     from atom_jax.inference import image_tokens as lib
 
-    if values.out is not None:
-        picture.check(values.out)
+    picture.check(values.out)
     lm = load(values.checkpoint)
     lib.check(lm, f"--checkpoint={values.checkpoint}")
     codes = lm.config.quantiser.codes

@@ -63,10 +63,7 @@ def transplant(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
     known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
     known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it; 0: nothing is judged")
-    values, (source,) = known.parse(argv, 1)
-    for name in ("tokenizer", "out"):
-        if not values[name].value:
-            raise AtomError(f"--{name} is missing")
+    values, (source,) = known.parse(argv, 1, "tokenizer", "out")
     pairs = [entry.split("=") for entry in values.special]
     if wrong := [entry for entry, pair in zip(values.special, pairs) if len(pair) != 2]:
         raise AtomError(f"--special={wrong[0]}: expected NEW=OLD")

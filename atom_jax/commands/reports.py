@@ -72,10 +72,7 @@ def transplants(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
     known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
     known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it")
-    values, (source,) = known.parse(argv, 1)
-    for name in ("tokenizer", "out"):
-        if not values[name].value:
-            raise AtomError(f"--{name} is missing")
+    values, (source,) = known.parse(argv, 1, "tokenizer", "out")
     pairs = [tuple(entry.rsplit("=", 1)) for entry in values.donor]
     if wrong := [entry for entry, pair in zip(values.donor, pairs) if len(pair) != 2]:
         raise AtomError(f"--donor={wrong[0]}: expected TOKENIZER=MODEL")
@@ -103,9 +100,7 @@ def units(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "seed", 0, "which one", "episode")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries, or the frames, in")
     known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
     if values.color not in ("auto", "always", "never"):
         raise AtomError(f"--color={values.color}: expected auto, always or never")
     if values.episode is not None:
@@ -120,8 +115,7 @@ def units(argv: list[str]) -> None:
     from atom_jax.evaluation.reports import units as lib
     from atom_jax.evaluation.tasks import EvalConfig
 
-    if values.out is not None:
-        picture.check(values.out)
+    picture.check(values.out)
     lm = load(values.checkpoint)
     found = lib.units(lm, text, run.resolve(EvalConfig(), values.checkpoint).max_length)
     if values.out is not None:
@@ -142,8 +136,7 @@ def _episode(values: flags.FlagValues) -> None:
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.reports import frame_strip, worlds
 
-    if values.out is not None:
-        picture.check(values.out)
+    picture.check(values.out)
     strip = worlds.seen(load(values.checkpoint), values.episode, values.length, values.seed)
     if values.out is not None:
         frame_strip.draw(strip, values.out)
@@ -160,9 +153,7 @@ def memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
     known.add(flags.DEFINE_integer, "facts", 0, "so many facts are planted in the text, to see what is kept of them")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the decisions in")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
     for name in ("tokens", "facts"):
         if values[name].value < 0:
             raise AtomError(f"--{name}={values[name].value}: expected at least 0")
@@ -172,8 +163,7 @@ def memory(argv: list[str]) -> None:
     from atom_jax.checkpoint import load
     from atom_jax.evaluation.reports import memory_picture
 
-    if values.out is not None:
-        picture.check(values.out)
+    picture.check(values.out)
     memory = memory_picture.read(load(values.checkpoint, adapter=values.adapter), text, values.tokens, values.facts)
     if values.out is not None:
         memory_picture.draw(memory, values.out)

@@ -33,9 +33,7 @@ def serve(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "waiting", 256, "requests that may wait; further ones are refused")
     known.add(flags.DEFINE_string, "max_body", "4M", "largest body of a request")
     known.add(flags.DEFINE_float, "grace", 30.0, "seconds that running requests have to end when the server stops")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
 
     from atom_jax import config
     from atom_jax.checkpoint import load

@@ -24,9 +24,7 @@ def imagine(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "seed", 0, "of the episode and the other futures")
     known.add(flags.DEFINE_bool, "draw", False, "draw frames as the model has them, not the likeliest")
     known.add(flags.DEFINE_string, "out", None, "a PNG (a strip) or a GIF")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
     try:
         actions = [int(a) for a in values.actions]
     except ValueError:
@@ -40,8 +38,7 @@ def imagine(argv: list[str]) -> None:
     from atom_jax import picture
     from atom_jax.evaluation.reports import future_picture, worlds
 
-    if values.out is not None:
-        picture.check(values.out, moves=True)
+    picture.check(values.out, moves=True)
     how = {"futures": values.futures, "length": values.length, "seed": values.seed, "draw": values.draw}
     found = worlds.imagined(atom_jax.load(values.checkpoint), values.env, actions, **how)
     if values.out is not None:
@@ -64,9 +61,7 @@ def plan(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "length", 0, "frames that are watched before; 0: as many as usual, 40 of watch")
     known.add(flags.DEFINE_integer, "seed", 0, "of the episodes and the planner")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
     check_writable("--out", values.out, parents=True)
 
     import atom_jax

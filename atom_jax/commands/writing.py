@@ -213,9 +213,7 @@ def chat(argv: list[str]) -> int:
     known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
     known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
 
     import jax
 
@@ -261,9 +259,7 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "rows", 64, "chains at a time")
     known.add(flags.DEFINE_bool, "show", False, "print the chains; what later steps can do without is grey")
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
-    values, _ = known.parse(argv, 0)
-    if not values.checkpoint:
-        raise AtomError("--checkpoint is missing")
+    values, _ = known.parse(argv, 0, "checkpoint")
     given = [f"--{name}" for name in ("problem", "prompt", "file") if values[name].value is not None]
     if len(given) != 1:
         raise AtomError(f"{' and '.join(given)}: choose one" if given else "--problem, --prompt or --file is missing")

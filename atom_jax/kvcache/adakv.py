@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.kvcache.budget import Entries, keep_largest
 from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import Sizes
+from atom_jax.kvcache.layer import Sizes
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.typing import AtomError
 

@@ -1,4 +1,4 @@
-"""Futures that share what was stored before they parted; `memory.Layer` is the protocol that it follows."""
+"""Futures that share what was stored before they parted; `layer.Layer` is the protocol that it follows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from flax import struct
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call, Layer, Memory
+from atom_jax.kvcache.layer import Call, Layer
+from atom_jax.kvcache.memory import Memory
 from atom_jax.nn.attention import NEGATIVE
 
 

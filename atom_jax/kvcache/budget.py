@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax import config
+from atom_jax import config, params
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import alone, bucket
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache.layer import Call, Layer, Sizes, stack_layers
 from atom_jax.kvcache.policy import Policy
 from atom_jax.typing import AtomError
 
@@ -234,7 +234,7 @@ class BudgetLayer(Layer):
         return Entries(self.k, self.v, self.pos, self.score, self.bias)
 
     def extend(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
-        """Attends, stores and evicts as the module says; see `memory.Layer`."""
+        """Attends, stores and evicts as the module says; see `layer.Layer`."""
         if not call.fresh and call.q.shape[3] == 1:
             return self._step(call)
         pos = jnp.where(call.real, call.tokens.positions, -1)
@@ -369,6 +369,12 @@ class BudgetLayer(Layer):
             k=fit(self.k, -2), v=fit(self.v, -2), pos=fit(self.pos, -1, -1), score=fit(self.score, -1),
             bias=None if self.bias is None else fit(self.bias, -1),
         )  # fmt: skip
+
+    def row_bytes(self, tokens: int) -> int:
+        """With a slot for every token, where only what is kept of prompts is limited."""
+        slots = self.k.shape[-2]
+        more = max(tokens - slots, 0) if self.policy.prompt_only else 0
+        return super().row_bytes(tokens) + more * (params.nbytes(self.entries) // slots)
 
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries stored: at most the limit, after single tokens."""

@@ -14,7 +14,7 @@ from atom_jax import config
 from atom_jax.kvcache import merging
 from atom_jax.kvcache.budget import FAR, BudgetLayer, Entries, tied
 from atom_jax.kvcache.h2o import H2O
-from atom_jax.kvcache.memory import Sizes
+from atom_jax.kvcache.layer import Sizes
 from atom_jax.kvcache.merging import take
 from atom_jax.kvcache.observe import ROWS
 

@@ -1,4 +1,4 @@
-"""The cache that keeps every key and value; `memory.Layer` is the protocol that it follows."""
+"""The cache that keeps every key and value; `layer.Layer` is the protocol that it follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.layer import Call, Layer
 from atom_jax.nn.attention import Tokens, attend, attend_parts
 from atom_jax.sharding import split
 from pallas_kernels.cache_attention.api import cache_attention, fits, in_pages
@@ -60,7 +60,7 @@ class DenseLayer(Layer):
         return attend(q_bhgtk, self.k, self.v, q, Tokens(slots, stored), window=window)
 
     def extend(self, call: Call) -> tuple[jax.Array, DenseLayer]:
-        """Stores the new tokens, and attends; see `memory.Layer`."""
+        """Stores the new tokens, and attends; see `layer.Layer`."""
         state = self.write(call.k, call.v, call.length)
         if call.fresh and call.q.shape[3] > 1:
             return alone(call, call.window), state
@@ -88,10 +88,6 @@ class DenseLayer(Layer):
         at = jnp.where(call.real, call.length[:, None] + offsets, capacity + offsets)
         return DenseLayer(put(self.k, call.k, at), put(self.v, call.v, at))
 
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Rows whose next tokens do not fit."""
-        return length_b + more > self.k.shape[-2]
-
     def grow(self, length_b: np.ndarray, more: int) -> DenseLayer:
         """Room for `more` tokens after the longest row, in the next bucket."""
         need = int(length_b.max()) + more
@@ -99,9 +95,9 @@ class DenseLayer(Layer):
             return self
         return DenseLayer(widen(self.k, bucket(need)), widen(self.v, bucket(need)))
 
-    def held(self, length_b: jax.Array) -> jax.Array:
-        """Every token."""
-        return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
+    def sized(self, slots: int) -> DenseLayer:
+        """The first so many slots, or empty ones behind."""
+        return DenseLayer(*(widen(x[..., :slots, :], slots) for x in (self.k, self.v)))
 
 
 def alone(call: Call, window: int | None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from atom_jax import config
 from atom_jax.kvcache.budget import Budget, Entries
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.nn import rope
 from atom_jax.typing import AtomError
 from pallas_kernels.dispatch import NEGATIVE

@@ -12,7 +12,7 @@ import numpy as np
 from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 
 
 @config.register

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import bucket, put, widen
-from atom_jax.kvcache.memory import Layer
+from atom_jax.kvcache.layer import Layer
 from atom_jax.nn.attention import Tokens
 
 
@@ -50,10 +50,6 @@ class LandmarkLayer(Layer):
         k, v = put(self.k, k_bhtk, slots), put(self.v, v_bhtk, slots)
         return self.replace(k=k, v=v, mark=put(self.mark, mark_bhtk, ends))
 
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Rows whose next positions do not fit."""
-        return length_b + more > self.k.shape[-2]
-
     def grow(self, length_b: np.ndarray, more: int) -> LandmarkLayer:
         """Room for `more` positions after the longest row, in the next bucket, in whole blocks."""
         need = int(length_b.max()) + more
@@ -63,10 +59,6 @@ class LandmarkLayer(Layer):
         return self.replace(
             k=widen(self.k, blocks * every), v=widen(self.v, blocks * every), mark=widen(self.mark, blocks)
         )
-
-    def held(self, length_b: jax.Array) -> jax.Array:
-        """Every position."""
-        return jnp.broadcast_to(length_b[:, None], self.k.shape[:2])
 
     def read(self, length_b: jax.Array) -> jax.Array:
         """The landmarks of whole blocks (half an entry each), the blocks that are read, and the query's own."""

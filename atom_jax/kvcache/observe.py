@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.nn.attention import NEGATIVE, Tokens, attend, block_size
 from atom_jax.nn.blocks import in_blocks
 from atom_jax.nn.blockwise import blockwise_lse

@@ -4,13 +4,17 @@ memory is what is retained."""
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax import params
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.memory import Layer, Memory
+from atom_jax.kvcache.layer import Layer
+from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.pool import Pool, coarse, fine
 from atom_jax.nn.attention import Tokens, block_size, with_bias
 from atom_jax.nn.blockwise import blockwise_lse, one_softmax
@@ -56,6 +60,22 @@ class PagedLayer(Layer):
         """Pages for what is held and AHEAD tokens of every row."""
         return self.replace(pool=self.pool.resized(fine(self.pool.pages_for(AHEAD))))
 
+    def row_bytes(self, tokens: int) -> int:
+        """What does not lie in pages."""
+        return params.nbytes(self) - self.k.shape[-3] * self._page_bytes
+
+    def page_bytes(self, entries: Sequence[float], level: Level) -> int:
+        """Bytes of the pages of rows of which heads keep so many entries on average; level: see `Cost.nbytes`."""
+        page, heads = self.k.shape[-2], self.pool.n.shape[-1]
+        pages = coarse(sum(heads * -(-(math.ceil(level.fullest * n) + AHEAD) // page) for n in entries))
+        return int(self._page_bytes * pages * level.evenness)
+
+    @property
+    def _page_bytes(self) -> int:
+        pool = self.pool
+        paged = (pool.k, pool.v, pool.owner, pool.filled, pool.bias, pool.notes)
+        return params.nbytes(paged) // self.k.shape[-3]
+
     def held(self, length_b: jax.Array) -> jax.Array:
         """Entries of every head."""
         return self.pool.n
@@ -84,6 +104,11 @@ class PagedLayer(Layer):
     def after(self, other: PagedLayer) -> PagedLayer:
         """The rows of one layer, and after them those of another."""
         raise NotImplementedError
+
+
+def in_pages(memory: Memory) -> list[PagedLayer]:
+    """The layers whose entries lie in pages."""
+    return [x for x in memory_lib.layers(memory) if isinstance(x, PagedLayer)]
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "pages"))

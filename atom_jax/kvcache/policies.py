@@ -1,5 +1,5 @@
 """The table of cache policies by name, and how they are written on a command line: "snapkv:budget=512,window=32", or
-"quest:budget=512;0=none;1=none" with others for some layers."""
+"quest:budget=512;0=none;1=none" with others for some layers. Adding one is one file and one line here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from atom_jax.kvcache.keydiff import KeyDiff
 from atom_jax.kvcache.knorm import KNorm
 from atom_jax.kvcache.kvcompose import KVCompose
 from atom_jax.kvcache.kvmerger import KVMerger
-from atom_jax.kvcache.memory import Sizes, Stack, stack_layers
+from atom_jax.kvcache.layer import Sizes, stack_layers
+from atom_jax.kvcache.memory import Stack
 from atom_jax.kvcache.observed_attention import ObservedAttention
 from atom_jax.kvcache.policy import PerLayer, Policy, policies_of
 from atom_jax.kvcache.pyramidkv import PyramidKV

@@ -11,7 +11,7 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.fields import Fields
-from atom_jax.kvcache.memory import Call, Layer, Sizes
+from atom_jax.kvcache.layer import Call, Layer, Sizes
 from atom_jax.naming import Rule
 from atom_jax.nn.attention import Tokens
 from atom_jax.nn.self_attention import Newest

@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax import config
 from atom_jax.kvcache.budget import BudgetLayer
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.typing import AtomError
 

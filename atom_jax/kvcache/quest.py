@@ -15,7 +15,7 @@ from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, tied
 from atom_jax.kvcache.dense import DenseLayer, bucket
-from atom_jax.kvcache.memory import Call, Layer, Sizes, stack_layers
+from atom_jax.kvcache.layer import Call, Layer, Sizes, stack_layers
 from atom_jax.typing import AtomError
 
 
@@ -151,10 +151,6 @@ class QuestLayer(Layer):
         used = (jnp.arange(index.shape[-1])[None, None] < self.limit[..., None]) & (best > -jnp.inf)
         current = jnp.broadcast_to(current, (*index.shape[:2], 1))
         return jnp.concatenate([index, current], -1), jnp.concatenate([used, jnp.ones_like(current, bool)], -1)
-
-    def full(self, length_b: jax.Array, more: int = 1) -> jax.Array:
-        """Rows whose next tokens do not fit."""
-        return length_b + more > self.k.shape[-2]
 
     def grow(self, length_b: np.ndarray, more: int) -> QuestLayer:
         """Room for `more` tokens after the longest row."""

@@ -9,7 +9,7 @@ import jax
 
 from atom_jax import config
 from atom_jax.kvcache.budget import Budget
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 
 
 @config.register

@@ -14,7 +14,7 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache.budget import FAR, BudgetLayer, Entries, put
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.streaming_llm import StreamingLLM
 from atom_jax.typing import AtomError
 

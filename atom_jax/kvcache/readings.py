@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.memory import Memory, Stack, each, is_state, policy_in, stack_layers
+from atom_jax.kvcache.layer import stack_layers
+from atom_jax.kvcache.memory import Memory, Stack, each, is_state, policy_in
 
 
 def once_more(memory: Memory) -> Memory:

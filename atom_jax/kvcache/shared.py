@@ -13,7 +13,7 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest
 from atom_jax.kvcache.lasting.score import LEAST_MOST, LEAST_TOTAL, middle
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.naming import Rule
 from atom_jax.params import ParamSpec, Tree, zeros
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 
 
 @config.register

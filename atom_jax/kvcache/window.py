@@ -1,4 +1,4 @@
-"""The memory of a sliding layer: a ring of the latest keys and values. Follows the protocol `memory.Layer`.
+"""The memory of a sliding layer: a ring of the latest keys and values. Follows the protocol `layer.Layer`.
 
 As the rolling buffer cache of Mistral 7B (Jiang et al., 2023, section 2).
 """
@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from atom_jax.kvcache.dense import alone, bucket, put, widen
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.layer import Call, Layer
 from atom_jax.nn.attention import Tokens, attend
 
 
@@ -36,7 +36,7 @@ class WindowLayer(Layer):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), window)
 
     def extend(self, call: Call) -> tuple[jax.Array, WindowLayer]:
-        """Stores the new tokens, and attends; see `memory.Layer`."""
+        """Stores the new tokens, and attends; see `layer.Layer`."""
         positions, real = call.tokens.positions, jnp.ones_like(call.tokens.segments)
         if call.q.shape[3] == 1:
             state = self._write_one(call)

@@ -13,7 +13,8 @@ import numpy as np
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.layer import PartLayer
 from atom_jax.kvcache.lasting.score import Seen
-from atom_jax.kvcache.memory import Memory, stack_layers
+from atom_jax.kvcache.layer import stack_layers
+from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting.codec import half
 from atom_jax.lasting.store import Model, Window

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from atom_jax import params
 from atom_jax.kvcache import policies
-from atom_jax.kvcache.memory import Call, Sizes, Stack
+from atom_jax.kvcache.layer import Call, Sizes
+from atom_jax.kvcache.memory import Stack
 from atom_jax.kvcache.policy import Heads, Mode, Policy
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens

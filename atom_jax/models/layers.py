@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import params
-from atom_jax.kvcache.memory import Layer, Stack
+from atom_jax.kvcache.memory import Stack, is_state
 from atom_jax.params import Tree
 
 # Layers that one step of a scan may have.
@@ -181,7 +181,7 @@ def store(states: tuple, calls: tuple, count_b: jax.Array) -> tuple:
             return Stack(stored)
         return state.store(call.first(count_b))
 
-    return jax.tree.map(one, states, calls, is_leaf=lambda x: isinstance(x, Stack | Layer))
+    return jax.tree.map(one, states, calls, is_leaf=is_state)
 
 
 def laid_out(

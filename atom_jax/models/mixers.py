@@ -83,7 +83,7 @@ class Mixer:
 
     def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> Any:
         """The memory of b rows of one layer before the first position, with room for `capacity` positions (not of an
-        `Attention`, which has its own): a `memory.Layer`, or arrays with rows in front."""
+        `Attention`, which has its own): a `layer.Layer`, or arrays with rows in front."""
         raise NotImplementedError
 
     def apply(
@@ -102,6 +102,15 @@ class Mixer:
     def describe(self, width: Width) -> str:
         """What a line of `info` says of it."""
         raise NotImplementedError
+
+
+class Heads(Mixer):
+    """Of heads that share the width."""
+
+    def check(self, width: Width, where: str) -> None:
+        """Heads divide the width."""
+        if width.d % width.heads:
+            raise AtomError(f"n_heads: {width.heads} heads do not divide the width {width.d} of {where}")
 
 
 class Mamba2(Mixer):
@@ -137,12 +146,12 @@ class Mamba2(Mixer):
         return f"SSM states of {width.ssm.d_state}"
 
 
-class SelfAttention(Mixer):
+class SelfAttention(Heads):
     """t and T."""
 
     def check(self, width: Width, where: str) -> None:
         """Heads divide the width, and RoPE turns an even number of their channels."""
-        heads_divide(width, where)
+        super().check(width, where)
         if width.rotary % 2 or not 0 <= width.rotary <= width.head_dim:
             raise AtomError(
                 f"rotary_dim: expected an even number up to {width.head_dim} in {where}, got {width.rotary}"
@@ -222,14 +231,10 @@ class Landmark(SelfAttention):
         return f"{width.heads} heads with landmarks of blocks of {self.every}{read}"
 
 
-class Relative(Mixer):
+class Relative(Heads):
     """x."""
 
     whole = True
-
-    def check(self, width: Width, where: str) -> None:
-        """Heads divide the width."""
-        heads_divide(width, where)
 
     def spec(self, width: Width, out_scale: float) -> Tree:
         """As of `relative_layer`."""
@@ -253,12 +258,8 @@ class Relative(Mixer):
         return f"{width.heads} heads"
 
 
-class FastWeights(Mixer):
+class FastWeights(Heads):
     """f and F."""
-
-    def check(self, width: Width, where: str) -> None:
-        """Heads divide the width."""
-        heads_divide(width, where)
 
     def spec(self, width: Width, out_scale: float) -> Tree:
         """As of `fast_weights.layer`."""
@@ -283,14 +284,10 @@ class FastWeights(Mixer):
         return f"{width.heads} fast weights of {width.head_dim} x {width.head_dim}"
 
 
-class NeuralMemory(Mixer):
+class NeuralMemory(Heads):
     """n and N."""
 
     exact = True
-
-    def check(self, width: Width, where: str) -> None:
-        """Heads divide the width."""
-        heads_divide(width, where)
 
     def spec(self, width: Width, out_scale: float) -> Tree:
         """As of `neural_memory.layer_spec`, with networks of two matrices."""
@@ -343,12 +340,6 @@ class ProductKeys(Mixer):
     def describe(self, width: Width) -> str:
         """Size of the table."""
         return f"a table of {self.keys**2:,} values, {self.heads * self.nearest} read by each position"
-
-
-def heads_divide(width: Width, where: str) -> None:
-    """Raises AtomError where they do not divide the width."""
-    if width.d % width.heads:
-        raise AtomError(f"n_heads: {width.heads} heads do not divide the width {width.d} of {where}")
 
 
 MIXERS: dict[str, Mixer] = {}

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import params
-from atom_jax.kvcache.memory import Stack, stack_layers
+from atom_jax.kvcache.layer import stack_layers
+from atom_jax.kvcache.memory import Stack
 from atom_jax.kvcache.policy import policy_of
 from atom_jax.models import attention, layers
 from atom_jax.models.attention import Attention, Context

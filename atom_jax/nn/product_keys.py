@@ -22,13 +22,13 @@ BLOCK = 256
 
 
 def layer_spec(
-    d: int, std: float = 0.02, out_scale: float = 1.0, keys: int = KEYS, heads: int = HEADS, size: int = SIZE
+    d: int, std: float = 0.02, out_scale: float = 1.0, keys: int = KEYS, heads: int = HEADS
 ) -> dict[str, ParamSpec]:
     """Parameters of `layer` for model width d: a table of keys x keys values."""
     return {
-        "q": ParamSpec((d, heads, size), ("embed", "heads", None), normal(std)),
-        "q_bias": ParamSpec((heads, size), ("heads", None), zeros),
-        "keys": ParamSpec((heads, 2, keys, size // 2), ("heads", None, None, None), normal(size**-0.5)),
+        "q": ParamSpec((d, heads, SIZE), ("embed", "heads", None), normal(std)),
+        "q_bias": ParamSpec((heads, SIZE), ("heads", None), zeros),
+        "keys": ParamSpec((heads, 2, keys, SIZE // 2), ("heads", None, None, None), normal(SIZE**-0.5)),
         "values": ParamSpec((keys * keys, d), (None, "embed"), normal(keys**-1.0)),
         "gate": ParamSpec((d, d), ("embed", None), normal(std)),
         "gate_bias": ParamSpec((d,), (None,), zeros),

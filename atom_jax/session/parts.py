@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.dense import DenseLayer, bucket, widen
-from atom_jax.kvcache.memory import Layer, Memory
+from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.memory import Memory
 from atom_jax.kvcache.paged import Level
 from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
@@ -35,7 +34,7 @@ class Beginnings:
     @property
     def nbytes(self) -> int:
         """Size of all that is kept."""
-        return sum(params_lib.nbytes(node.layers) for one in self._kept.values() for node in memory_lib.nodes(one))
+        return sum(map(memory_lib.nbytes, self._kept.values()))
 
     def longest(self, ids: np.ndarray, part: int) -> tuple[int, Memory | None]:
         """How many of these tokens are known, less than all, and a copy of the memory of them."""
@@ -58,13 +57,7 @@ class Beginnings:
 
 def _sized(memory: Memory, slots: int) -> Memory:
     """The memory with so many slots where every token has one."""
-
-    def fit(layer: Layer) -> Layer:
-        if not isinstance(layer, DenseLayer):
-            return layer
-        return DenseLayer(*(widen(x[..., :slots, :], slots) for x in (layer.k, layer.v)))
-
-    return memory_lib.map_layers(fit, memory)
+    return memory_lib.map_layers(lambda layer: layer.sized(slots), memory)
 
 
 def _name(ids: np.ndarray) -> bytes:
@@ -89,7 +82,7 @@ class Parts:
     @property
     def nbytes(self) -> int:
         """Size of the memory of the parts that were read."""
-        return 0 if self._memory is None else sum(params_lib.nbytes(x.layers) for x in memory_lib.nodes(self._memory))
+        return 0 if self._memory is None else memory_lib.nbytes(self._memory)
 
     def read(self) -> tuple[int, Session | None]:
         """Reads the next part: how many tokens, and the session once the prompt is whole."""

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import params as params_lib
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import bucket
 from atom_jax.kvcache.lasting import paged
@@ -215,7 +214,7 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Size of the memory's buffers."""
-        return sum(params_lib.nbytes(node.layers) for node in memory_lib.nodes(self.memory))
+        return memory_lib.nbytes(self.memory)
 
     def use(self) -> tuple[np.ndarray, np.ndarray]:
         """Entries that each row holds, and that its latest token read: f32 [b] each, averaged over layers and

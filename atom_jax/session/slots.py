@@ -12,7 +12,7 @@ import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
-from atom_jax.kvcache.paged import Level, PagedLayer
+from atom_jax.kvcache.paged import Level, in_pages
 from atom_jax.models import registry
 from atom_jax.session import laid_out, programs
 from atom_jax.session.decode import Choice, Made, State, begin, decode, decode_beside
@@ -106,7 +106,7 @@ class Slots:
     def clear(self, index_b: Sequence[int]) -> None:
         """Gives up the pages of these rows, i32 [n], where memory has such; numbers of none are left out."""
         index, state = np.asarray(list(index_b), np.int32), self._state
-        if not any(isinstance(x, PagedLayer) for x in memory_lib.layers(state.memory)):
+        if not in_pages(state.memory):
             return
         empty = registry.of(self._lm.config).init_cache(self._lm.config, len(index), 1)
         empty = memory_lib.unstack(empty) if laid_out.unrolls(self._lm) else empty

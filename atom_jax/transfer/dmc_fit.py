@@ -24,7 +24,7 @@ from atom_jax.kvcache.dmc import DMC, serve
 from atom_jax.kvcache.dmc.decide import Said
 from atom_jax.kvcache.dmc.pooling import pooled
 from atom_jax.kvcache.dms import observed
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.models.transformer import TransformerConfig

@@ -90,11 +90,11 @@ def _gradient(run: Callable, n: int) -> Callable:
     return jax.grad(total, argnums=tuple(range(n)), has_aux=True)
 
 
-def _splash(case: Case, block: int = 512) -> Callable:
+def _splash(case: Case) -> Callable:
     """JAX's splash attention, which knows no eviction: output and log-sum-exp."""
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((case.t, case.s))] * case.h * case.g)
     names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
-    sizes = splash_attention.BlockSizes(**{f"block_{name}": block for name in names.split()})
+    sizes = splash_attention.BlockSizes(**{f"block_{name}": 512 for name in names.split()})
 
     def run(q_bhgtk: jax.Array, k_bhsk: jax.Array, v_bhsk: jax.Array) -> tuple[jax.Array, jax.Array]:
         attend = splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)

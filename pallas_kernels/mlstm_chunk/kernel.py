@@ -10,18 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mlstm_chunk.layout import (
-    BLOCK,
-    LANES_BOTH,
-    PLAIN,
-    ROWS_BOTH,
-    Blocks,
-    column,
-    flat,
-    products,
-    spec,
-)
+from pallas_kernels.mlstm_chunk.layout import BLOCK, Blocks, column, flat, spec
 from pallas_kernels.mlstm_chunk.ref import EPS, NEGATIVE, Parts, State
+from pallas_kernels.products import LANES_BOTH, PLAIN, ROWS_BOTH, products
 
 END = slice(BLOCK - 1, BLOCK)
 

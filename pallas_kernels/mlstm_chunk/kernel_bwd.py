@@ -18,19 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mlstm_chunk.kernel import END, advance, entering
-from pallas_kernels.mlstm_chunk.layout import (
-    BLOCK,
-    LANES_BOTH,
-    PLAIN,
-    ROWS_BOTH,
-    Blocks,
-    block_sums,
-    column,
-    flat,
-    products,
-    spec,
-)
+from pallas_kernels.mlstm_chunk.layout import BLOCK, Blocks, block_sums, column, flat, spec
 from pallas_kernels.mlstm_chunk.ref import EPS, NEGATIVE, Parts, State, padded
+from pallas_kernels.products import LANES_BOTH, PLAIN, ROWS_BOTH, products
 from pallas_kernels.select import select
 
 SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mlstm_chunk.ref import Parts, State, padded, sums
 
 BLOCK = 128
-PLAIN, LANES_BOTH, ROWS_BOTH = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
 class Blocks(NamedTuple):
@@ -48,12 +46,6 @@ def block_sums(forget: jax.Array, document: jax.Array) -> jax.Array:
     by_block = forget.reshape(b, h, blocks, BLOCK).swapaxes(1, 2).reshape(b * blocks, h, BLOCK)
     total = sums(by_block, document.reshape(b * blocks, BLOCK))
     return total.reshape(b, blocks, h, BLOCK).swapaxes(1, 2).reshape(b, h, long)
-
-
-def products(dtype: Any) -> Any:
-    """dot_general with float32 sums, in full precision for float32."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
 
 def column(row_1j: jax.Array) -> jax.Array:

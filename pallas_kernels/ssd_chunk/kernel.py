@@ -14,16 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.products import LANES_BOTH, PLAIN, ROWS_BOTH, products
 from pallas_kernels.ssd_chunk.layout import BLOCK, Blocks, Form, Specs
 from pallas_kernels.ssd_chunk.ref import Parts
-
-PLAIN, LANES_BOTH, ROWS_BOTH = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-
-
-def products(dtype: Any) -> Any:
-    """dot_general with float32 sums, in full precision for float32."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
 
 def split(columns: jax.Array, form: Form) -> list[jax.Array]:

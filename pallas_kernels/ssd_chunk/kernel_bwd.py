@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.products import LANES_BOTH, PLAIN, ROWS_BOTH, products
 from pallas_kernels.select import select
-from pallas_kernels.ssd_chunk.kernel import LANES_BOTH, PLAIN, ROWS_BOTH, products, split
+from pallas_kernels.ssd_chunk.kernel import split
 from pallas_kernels.ssd_chunk.layout import BLOCK, Blocks, Form, Specs
 from pallas_kernels.ssd_chunk.ref import Parts
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from atom_jax.typing import AtomError
-from benchmarks import world_tables, world_targets
+from benchmarks import command, world_tables, world_targets
 
 ROW = {
     "success": 0.9, "interval": [0.85, 0.93], "wrong": 0.05, "ceiling": 0.95, "simulator": 0.94, "random": 0.2,
@@ -98,9 +98,9 @@ def test_table_and_picture(tmp_path):
 
 @pytest.mark.parametrize("texts", [["40", "long"], [], ["2"], ["-40"]])
 def test_lengths_are_numbers_of_frames(texts):
-    assert world_tables.lengths(["160", "40"]) == [160, 40]
+    assert command.numbers("lengths", ["160", "40"], "frames", 3) == (160, 40)
     with pytest.raises(AtomError, match=f"--lengths={','.join(texts)}: expected frames of at least 3"):
-        world_tables.lengths(texts)
+        command.numbers("lengths", texts, "frames", 3)
 
 
 @pytest.mark.parametrize("names", [[], ["watch", "every"]])

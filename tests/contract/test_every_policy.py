@@ -6,7 +6,7 @@ import pytest
 
 import atom_jax
 from atom_jax.kvcache import memory, policies
-from atom_jax.kvcache.memory import Layer
+from atom_jax.kvcache.layer import Layer
 from atom_jax.kvcache.policy import policies_of
 from atom_jax.session.session import Session
 from tests.contract import cells

@@ -10,7 +10,7 @@ from atom_jax.chunking.rules import fixed
 from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.kvcache import memory, policies
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Layer
+from atom_jax.kvcache.layer import Layer
 from atom_jax.models import mixers, registry
 from tests.contract import cells
 

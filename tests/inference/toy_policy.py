@@ -9,7 +9,7 @@ from flax import struct
 
 from atom_jax import config
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import stack_layers
+from atom_jax.kvcache.layer import stack_layers
 from atom_jax.kvcache.policy import Policy
 from atom_jax.nn.attention import Tokens, attend
 

@@ -10,7 +10,7 @@ import pytest
 
 from atom_jax.kvcache import observe, policies
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.nn.attention import Tokens
 from atom_jax.typing import AtomError
 from tests.kvcache import naive_policies as naive

@@ -17,7 +17,8 @@ from atom_jax.kvcache.budget import Budget
 from atom_jax.kvcache.dmc import DMC
 from atom_jax.kvcache.dmc.decide import Said
 from atom_jax.kvcache.dms import DMS, Revised
-from atom_jax.kvcache.memory import Call, Layer, Memory, Sizes, Stack
+from atom_jax.kvcache.layer import Call, Layer, Sizes
+from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.kvcache.policies import empty, parse
 from atom_jax.kvcache.policy import PerLayer, Policy, policies_of, policy_of
 from atom_jax.nn.attention import Tokens

@@ -10,7 +10,7 @@ import pytest
 
 from atom_jax import config, params
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.kvcache.policies import parse
 from atom_jax.kvcache.razor_attention import RazorAttention
 from atom_jax.models import transformer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atom_jax.kvcache.dense import DenseLayer
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.nn.attention import Tokens
 

@@ -9,7 +9,7 @@ import pytest
 
 from atom_jax import params as params_lib
 from atom_jax.kvcache.dmc import DMC
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.nn import rope

@@ -219,7 +219,7 @@ def test_what_is_missing_is_named(name, need):
 def test_methods_are_written_like_policies():
     assert initialisers.parse("omp:k=3,tolerance=0.1") == omp.OMP(3, 0.1)
     for text, message in (
-        ("best", "unknown 'best'; known: fvt, omp"), ("omp:n=3", "no field 'n'"), ("omp:k=0", "k: expected"),
+        ("best", "'best': expected fvt, omp"), ("omp:n=3", "no field 'n'"), ("omp:k=0", "k: expected"),
         ("fvt:input=best", "input=best: expected one of mean"),
     ):  # fmt: skip
         with pytest.raises(AtomError, match=message):

@@ -207,7 +207,7 @@ def test_the_command(tmp_path, capsys):
     assert again.config.eos_ids == (2,) and (tmp_path / "out" / "transplant.png").stat().st_size > 0
     np.testing.assert_array_equal(again.params["embed"], made.params["embed"])
     for wrong, message in (
-        ([*flags], "already exists"), ([flags[0], "--out=x", "--method=best"], "--method: unknown 'best'"),
+        ([*flags], "already exists"), ([flags[0], "--out=x", "--method=best"], "--method 'best': expected fvt"),
         ([flags[0]], "--out is missing"), ([flags[0], "--out=x", "--special=a"], "expected NEW=OLD"),
         ([flags[0], "--out=x", "--method=omp", "--bytes=0"], "needs donor"),
     ):  # fmt: skip

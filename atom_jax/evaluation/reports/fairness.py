@@ -58,7 +58,7 @@ def compare(checkpoints: Sequence[str], source: str, limit: int = 100_000) -> di
     return {"source": source, "reference": reference, "documents": len(texts[reference]), "checkpoints": report}
 
 
-def priors(source: str, scripts: Sequence[str], prior: float, limit: int = 1_000_000) -> tuple[float, ...]:
+def priors(source: str, scripts: Sequence[str], prior: float) -> tuple[float, ...]:
     """Rates of unit ends, one for each script (`Predictor.priors`), that make as many units of the same documents in
     every language as `prior` makes of English.
 
@@ -66,7 +66,7 @@ def priors(source: str, scripts: Sequence[str], prior: float, limit: int = 1_000
     training split. Raises AtomError for bad input, or where no rates between 0 and 1 do this.
     """
     scripts_lib.check(tuple(scripts))
-    texts = read(source, limit, "train")
+    texts = read(source, 1_000_000, "train")
     counts = _positions_of(texts, tuple(scripts)).astype(np.float64)
     wanted = prior * counts[0].sum() - prior * counts[:, 0]
     rates = (prior, *np.linalg.lstsq(counts[:, 1:], wanted)[0].tolist())

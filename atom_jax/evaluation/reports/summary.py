@@ -55,7 +55,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, seed: int = 0) -> Summary:
+def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400) -> Summary:
     """Judges the newest checkpoint of a training directory on the whole validation split of its own data.
 
     The baselines, saved in WORKDIR/baselines.json, are `xz -9e` with the training text as history and a
@@ -75,7 +75,7 @@ def summarize(workdir: str, prompt: str = "It was", sample_tokens: int = 400, se
     cfg = run.resolve(EvalConfig(), workdir)
     model = run.evaluate(lm, ["bpb"], cfg)["bpb"].metrics["bpb"].value
     scores = {**_baselines(folder, data), f"this model, {_steps(folder)} steps": model}
-    sample = generate(lm, [prompt], sample_tokens, temperature=0.8, key=jax.random.key(seed))
+    sample = generate(lm, [prompt], sample_tokens, temperature=0.8, key=jax.random.key(0))
     curves, units = _draw(folder, scores), None
     if units_lib.learned(lm.config):
         units = units_lib.units(lm, _piece(data), cfg.max_length)

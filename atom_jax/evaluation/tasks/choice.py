@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax import config
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Result, proportion
@@ -18,18 +17,12 @@ from atom_jax.typing import AtomError
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceSettings:
-    """limit: documents to draw at random with `seed` (0: all).
+class ChoiceSettings(requests.Drawn):
+    """limit, seed: see `requests.Drawn`.
     format: one of the task's request files ("": the first). rc: the answer's text; mc: its letter; 0 or 5 examples.
     """
 
-    limit: int = 0
-    seed: int = 0
     format: str = ""
-
-    def __post_init__(self):
-        count = (0, 2**31 - 1)
-        config.check(self, limit=count, seed=count)
 
 
 @dataclasses.dataclass(frozen=True)

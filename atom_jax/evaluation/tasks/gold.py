@@ -6,24 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from atom_jax import config
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.metrics import Metric, Result, mean, perplexity, proportion, ratio
 from atom_jax.evaluation.tasks import requests
 from atom_jax.evaluation.tasks.task import Plan, Planner, Scored, greedy, logprob
-
-
-@dataclasses.dataclass(frozen=True)
-class GoldSettings:
-    """limit: documents to draw at random with `seed` (0: all)."""
-
-    limit: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        count = (0, 2**31 - 1)
-        config.check(self, limit=count, seed=count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +27,9 @@ class Gold:
 
     file: str
     last_word: bool = False
-    settings = GoldSettings()
+    settings = requests.Drawn()
 
-    def plan(self, settings: GoldSettings, encoder: Encoder) -> Plan:
+    def plan(self, settings: requests.Drawn, encoder: Encoder) -> Plan:
         """The items of the chosen documents."""
         everything = requests.read(self.file)
         chosen = requests.subset(len(everything), settings.limit, settings.seed)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atom_jax import config
 from atom_jax.data.fetch import evaldata
 from atom_jax.files import open_regular
 from atom_jax.typing import AtomError
@@ -62,6 +63,18 @@ def read_file(path: pathlib.Path, layout: evaldata.Layout) -> list[Request]:
         expected = layout.documents if layout.doubled else 0
         raise AtomError(f"{path}: expected {expected} documents with a neutral context, found {len(neutral)}")
     return [_request(path, document, main[document], neutral.get(document)) for document in sorted(main)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Settings of tasks with documents. limit: documents to draw at random with `seed` (0: all)."""
+
+    limit: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        count = (0, 2**31 - 1)
+        config.check(self, limit=count, seed=count)
 
 
 def subset(n: int, limit: int, seed: int) -> list[int]:

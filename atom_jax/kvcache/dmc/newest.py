@@ -12,7 +12,7 @@ from atom_jax.kvcache.dmc import decide
 from atom_jax.kvcache.dmc.config import Settings
 from atom_jax.kvcache.dms.config import FEATURES
 from atom_jax.kvcache.dms.observed import received
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.nn.attention import NEGATIVE, Tokens, block_size
 from atom_jax.nn.blockwise import blockwise_lse
 

@@ -17,7 +17,7 @@ from atom_jax.kvcache.dmc import decide, published, serve
 from atom_jax.kvcache.dmc.config import Settings
 from atom_jax.kvcache.dmc.pooling import pooled
 from atom_jax.kvcache.dms import observed
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
 from atom_jax.nn.self_attention import Newest

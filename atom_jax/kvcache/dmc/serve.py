@@ -17,7 +17,7 @@ from atom_jax.kvcache.dmc import decide
 from atom_jax.kvcache.dmc.config import Settings
 from atom_jax.kvcache.dmc.newest import Newest
 from atom_jax.kvcache.dmc.pooling import Element, pooled
-from atom_jax.kvcache.memory import Call, Sizes, stack_layers
+from atom_jax.kvcache.layer import Call, Sizes, stack_layers
 from atom_jax.kvcache.paged import PagedLayer, attend_both
 from atom_jax.kvcache.pool import NEVER, Pool, coarse
 from atom_jax.nn import rope
@@ -38,7 +38,7 @@ class DMCLayer(PagedLayer):
     policy: Settings = struct.field(pytree_node=False)
 
     def extend(self, call: Call) -> tuple[jax.Array, DMCLayer]:
-        """Reads new tokens; see `memory.Layer`."""
+        """Reads new tokens; see `layer.Layer`."""
         cfg, tail, (b, h, t, _) = self.policy, self.tail, call.k.shape
         old, newest, near = call, None, None
         if cfg.window:

@@ -15,7 +15,7 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache import learned, separators
 from atom_jax.kvcache.dms import decide, published, serve
 from atom_jax.kvcache.dms.config import Settings, corrected
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode, Seen
 from atom_jax.naming import Rule
 from atom_jax.params import Tree

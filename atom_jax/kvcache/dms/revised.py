@@ -20,7 +20,7 @@ from atom_jax.fields import Fields
 from atom_jax.kvcache.dms.config import FORMS
 from atom_jax.kvcache.dms.policy import DMS
 from atom_jax.kvcache.dms.serve import DMSLayer, Ring
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policy import Policy, Seen
 from atom_jax.kvcache.pool import NEVER
 from atom_jax.nn.attention import Tokens

@@ -17,8 +17,8 @@ from flax import struct
 from atom_jax.kvcache.dense import FEW
 from atom_jax.kvcache.dms import decide, observed
 from atom_jax.kvcache.dms.config import FEATURES, Settings
+from atom_jax.kvcache.layer import Call, Sizes, stack_layers
 from atom_jax.kvcache.learned import shift
-from atom_jax.kvcache.memory import Call, Sizes, stack_layers
 from atom_jax.kvcache.paged import PagedLayer, attend_both
 from atom_jax.kvcache.pool import NEGATIVE, NEVER, Pool, coarse
 from atom_jax.nn.attention import Tokens, attend
@@ -54,7 +54,7 @@ class DMSLayer(PagedLayer):
     policy: Settings = struct.field(pytree_node=False)
 
     def extend(self, call: Call) -> tuple[jax.Array, DMSLayer]:
-        """Reads new tokens; see `memory.Layer`."""
+        """Reads new tokens; see `layer.Layer`."""
         return self.passing(call)[:2]
 
     def passing(self, call: Call) -> tuple[jax.Array, DMSLayer, Any]:

@@ -14,7 +14,7 @@ from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket, put, widen
 from atom_jax.kvcache.lasting.layer import turned
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.layer import Call, Layer
 from atom_jax.kvcache.policy import Policy
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn import rope

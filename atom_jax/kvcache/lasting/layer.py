@@ -10,7 +10,7 @@ from flax import struct
 
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import put
-from atom_jax.kvcache.memory import Call, Layer
+from atom_jax.kvcache.layer import Call, Layer
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.nn import rope
 from atom_jax.nn.attention import Tokens

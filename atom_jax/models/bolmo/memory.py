@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from atom_jax import params
 from atom_jax.chunking.config import slots_for
 from atom_jax.kvcache.dense import bucket
-from atom_jax.kvcache.memory import Memory, Stack, stack_layers
+from atom_jax.kvcache.layer import stack_layers
+from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.models import layers, transformer
 from atom_jax.models.bolmo.config import BolmoConfig
 from atom_jax.models.family import Node

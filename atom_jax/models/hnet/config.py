@@ -213,12 +213,12 @@ def chunking(target: float = 6.0, capacity: float = 0.25, **changes: Any) -> Chu
                     confidence=True, capacity=capacity, **changes)  # fmt: skip
 
 
-def lr_factors(d_model: tuple[int, ...], targets: tuple[float, ...], base: float = 4.6) -> tuple[float, ...]:
+def lr_factors(d_model: tuple[int, ...], targets: tuple[float, ...]) -> tuple[float, ...]:
     """Learning-rate factor of every stage, outermost first, from the bytes per unit that its chunking aims at:
-    sqrt(base * (product of the targets from stage s on / product of all) * (innermost width / width of s)).
+    sqrt(4.6 * (product of the targets from stage s on / product of all) * (innermost width / width of s)).
 
-    The rule is H-Net's (Hwang et al., 2025, section 2.3.2, as cited by others; `base` is recalled, not verified).
+    The rule is H-Net's (Hwang et al., 2025, section 2.3.2, as cited by others; 4.6 is recalled, not verified).
     """
     targets = (*targets, 1.0)
     total = math.prod(targets)
-    return tuple(math.sqrt(base * math.prod(targets[s:]) / total * d_model[-1] / d) for s, d in enumerate(d_model))
+    return tuple(math.sqrt(4.6 * math.prod(targets[s:]) / total * d_model[-1] / d) for s, d in enumerate(d_model))

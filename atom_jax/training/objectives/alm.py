@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax import checkpoint, config, sharding
+from atom_jax import checkpoint, config
 from atom_jax import params as params_lib
 from atom_jax.data import pairs
 from atom_jax.data.config import DataConfig
@@ -29,7 +29,7 @@ from atom_jax.training.objectives.base import Objective, Rows, Setting, check_fr
 from atom_jax.training.plots import Pages
 from atom_jax.transfer import alm
 from atom_jax.transfer.alm import ALM, Chunked
-from atom_jax.typing import LM, AtomError, Batch
+from atom_jax.typing import AtomError, Batch
 
 # Tables that a teacher has of its own where the layers are the student's.
 _TABLES = ("embed", "unembed")
@@ -118,7 +118,7 @@ class Alm(Objective):
     def begin(self, setting: Setting, params: Any, places: Tree, data: Iterator[Rows]) -> tuple[Any, list[str]]:
         """The student as it is, and the teacher. Raises AtomError where it should have the student's layers and has
         others."""
-        exp, there = setting.exp, self._loaded(setting)
+        exp, there = setting.exp, setting.load(self.source, self._config())
         if not _shared(exp.model):
             return (params or {}) | {"source": there.params}, [f"taught by {self.source}"]
         learned = lora.paths(exp.model)
@@ -190,7 +190,7 @@ class Alm(Objective):
 
     def reference(self, setting: Setting, batches: Callable[[], Iterator[Pairs]]) -> dict[str, float]:
         """Bits per byte of the teacher on the same text."""
-        there, tokenizer = self._loaded(setting), self._tokenizer()
+        there, tokenizer = setting.load(self.source, self._config()), self._tokenizer()
         cfg = dataclasses.replace(there.config, dtype=setting.exp.model.dtype)
         lengths = byte_lengths(tokenizer, cfg.vocab_size)
         judge = jax.jit(lambda params, batch: next_token(params, batch, cfg=cfg, lengths=lengths))
@@ -234,11 +234,6 @@ class Alm(Objective):
         if found is None:
             raise AtomError(f"alm.source {self.source}: has no tokenizer")
         return cfg, found
-
-    def _loaded(self, setting: Setting) -> LM:
-        cfg = self._config()
-        places = sharding.shardings(registry.of(cfg).spec(cfg), setting.mesh)
-        return checkpoint.load(self.source, dtype="float32", shardings=places)
 
 
 def _shared(cfg: TransformerConfig) -> bool:

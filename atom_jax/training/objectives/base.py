@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from atom_jax import config
+from atom_jax import checkpoint, config, sharding
 from atom_jax.data.config import DataConfig
 from atom_jax.data.packing import described
 from atom_jax.data.pipeline import make_iterator
@@ -28,7 +28,7 @@ from atom_jax.models.transformer import TransformerConfig
 from atom_jax.params import Tree, flatten
 from atom_jax.training.losses import Sums, byte_lengths
 from atom_jax.training.plots import Pages
-from atom_jax.typing import TEXTS, AtomError, Batch
+from atom_jax.typing import LM, TEXTS, AtomError, Batch
 
 Rows = dict[str, np.ndarray]
 T = TypeVar("T", bound=type)
@@ -42,6 +42,11 @@ class Setting:
     exp: Any
     mesh: Mesh
     tokenizer: Any
+
+    def load(self, source: str, cfg: Any) -> LM:
+        """The model `source`, whose configuration this is, in float32, laid out over the mesh."""
+        places = sharding.shardings(registry.of(cfg).spec(cfg), self.mesh)
+        return checkpoint.load(source, dtype="float32", shardings=places)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atom_jax import checkpoint, config, sharding
+from atom_jax import checkpoint, config
 from atom_jax import params as params_lib
 from atom_jax.models import bolmo, registry, transformer
 from atom_jax.models.bolmo import BolmoConfig
@@ -87,7 +87,7 @@ class Byteify(Objective):
         """What the source gives a Bolmo (`lessons.begin`), with its tables. Raises AtomError where sizes differ."""
         if self.stage == 2:
             return params, []
-        exp, there = setting.exp, self._loaded(setting)
+        exp, there = setting.exp, setting.load(self.source, self._opened()[0])
 
         def begin(key: jax.Array, params: Any) -> Any:
             made = lessons.begin(key, LM(there.config, params, None), exp.model)
@@ -143,7 +143,7 @@ class Byteify(Objective):
 
     def reference(self, setting: Setting, batches: Callable[[], Iterator[Lesson]]) -> dict[str, float]:
         """Bits per byte of the source on the same text."""
-        there = self._loaded(setting)
+        there = setting.load(self.source, self._opened()[0])
         cfg = dataclasses.replace(there.config, dtype=setting.exp.model.dtype)
         lengths, eos = byte_lengths(setting.tokenizer.subwords, cfg.vocab_size), setting.tokenizer.document_id
         judge = jax.jit(lambda params, lesson: _source_sums(params, lesson, cfg, lengths, eos))
@@ -172,11 +172,6 @@ class Byteify(Objective):
         if not hasattr(found, "pieces"):
             raise AtomError(f"byteify.source {self.source}: has no tokenizer.json, whose subwords a Bolmo needs")
         return cfg, found
-
-    def _loaded(self, setting: Setting) -> LM:
-        cfg = self._opened()[0]
-        places = sharding.shardings(registry.of(cfg).spec(cfg), setting.mesh)
-        return checkpoint.load(self.source, dtype="float32", shardings=places)
 
 
 def _tables(main: TransformerConfig) -> Tree:

@@ -13,7 +13,6 @@ from atom_jax.transfer.initialisers.neighbours import Neighbours
 from atom_jax.transfer.initialisers.omp import OMP
 from atom_jax.transfer.initialisers.tokenadapt import TokenAdapt
 from atom_jax.transfer.initialisers.wechsel import Wechsel
-from atom_jax.typing import AtomError
 
 __all__ = ["FVT", "INITIALISERS", "Aux", "FromHypernet", "Initialiser", "Normal", "Task", "Zero", "parse"]
 
@@ -37,8 +36,5 @@ INITIALISERS: dict[str, type[Initialiser]] = {
 
 
 def parse(text: str, flag: str = "method") -> Initialiser:
-    """The method that a text such as "omp:k=32" names. Raises AtomError for unknown names and fields."""
-    name, _, options = text.partition(":")
-    if name not in INITIALISERS:
-        raise AtomError(f"{flag}: unknown {name[:60]!r}; known: {', '.join(INITIALISERS)}")
-    return config.build(INITIALISERS[name], [o for o in options.split(",") if o], f"{flag} {name}:")
+    """The method that a text such as "omp:k=32" names. Raises AtomError as of `config.named`."""
+    return config.named(text, INITIALISERS, flag)

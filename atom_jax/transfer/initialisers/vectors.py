@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+# Between tokens that occur near each other.
+WINDOW = 5
 # Pairs that are counted before they are added up.
 _PAIRS = 1 << 23
 
 
-def from_text(
-    tokenizer: Any, texts: Iterable[bytes], *, width: int = 100, window: int = 5, least: int = 10, seed: int = 0
-) -> np.ndarray:
+def from_text(tokenizer: Any, texts: Iterable[bytes], *, width: int = 100, least: int = 10) -> np.ndarray:
     """f32 [ids, width]: rows for tokens that occur `least` times, zeros for others.
 
-    Positive pointwise mutual information of tokens at most `window` apart, with counts of contexts to the power of
+    Positive pointwise mutual information of tokens at most WINDOW apart, with counts of contexts to the power of
     0.75, and its singular vectors times the roots of the singular values.
     """
     v = tokenizer.vocab_size
@@ -26,7 +26,7 @@ def from_text(
     for text in texts:
         ids = np.asarray(tokenizer.encode(text), np.int64)
         counts += np.bincount(ids, minlength=v)
-        waiting += [ids[:-gap] * v + ids[gap:] for gap in range(1, window + 1)]
+        waiting += [ids[:-gap] * v + ids[gap:] for gap in range(1, WINDOW + 1)]
         if sum(map(len, waiting)) > _PAIRS:
             pairs, waiting = pairs + _counted(waiting, v), []
     if waiting:
@@ -40,7 +40,7 @@ def from_text(
     pmi = np.log(near.data / (rows[near.row] * columns[near.col]) * columns.sum())
     positive = sparse.csr_matrix((np.maximum(pmi, 0.0), (near.row, near.col)), near.shape, dtype=np.float32)
     positive.eliminate_zeros()
-    found = _singular(positive, min(width, len(known)), seed)
+    found = _singular(positive, min(width, len(known)))
     out[known, : found.shape[1]] = found
     return out
 
@@ -51,11 +51,11 @@ def _counted(keys: list[np.ndarray], v: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((number.astype(np.float32), (pairs // v, pairs % v)), (v, v))
 
 
-def _singular(matrix: sparse.csr_matrix, width: int, seed: int) -> np.ndarray:
+def _singular(matrix: sparse.csr_matrix, width: int) -> np.ndarray:
     """Left singular vectors times the roots of singular values [n, width], by a randomised method with four
     iterations (Halko et al., 2011)."""
     n = matrix.shape[0]
-    guess = np.random.default_rng(seed).standard_normal((n, min(width + 10, n))).astype(np.float32)
+    guess = np.random.default_rng(0).standard_normal((n, min(width + 10, n))).astype(np.float32)
     basis = np.linalg.qr(matrix @ guess)[0]
     for _ in range(4):
         basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]

@@ -16,8 +16,8 @@ from atom_jax.evaluation.loglik import Score
 from atom_jax.evaluation.tasks import TASKS, EvalConfig
 from atom_jax.evaluation.tasks.bpb import BpbSettings, TextBpb
 from atom_jax.evaluation.tasks.choice import Choice, ChoiceSettings, accuracies
-from atom_jax.evaluation.tasks.gold import Gold, GoldSettings
-from atom_jax.evaluation.tasks.requests import Request
+from atom_jax.evaluation.tasks.gold import Gold
+from atom_jax.evaluation.tasks.requests import Drawn, Request
 from atom_jax.models import transformer
 from atom_jax.tokenizers import ByteTokenizer
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
@@ -92,7 +92,7 @@ def test_choice_on_a_model(lm, write):
 
 def test_last_word(write):
     write("toy/last", rows([((c,), (" ñu",), ["ñu"]) for c in ("one", "two", "three", "four")]), Layout(4))
-    plan = Gold("toy/last", last_word=True).plan(GoldSettings(), BYTES)
+    plan = Gold("toy/last", last_word=True).plan(Drawn(), BYTES)
     assert [len(i.ids) - i.start for i in plan.items] == [4] * 4
     nats = np.array([1.0, 2.0, 4.0, 1.0])
     found = plan.summarize([Score(-n, n == 1.0) for n in nats])
@@ -101,7 +101,7 @@ def test_last_word(write):
     assert found.metrics["ppl"].value == pytest.approx(math.exp(2))
     assert found.metrics["bpb"].value == pytest.approx(8 / math.log(2) / 16)
     assert found.metrics["bpb_mean"] == pytest.approx(metrics.mean(nats / math.log(2) / 4))
-    plan = Gold("toy/last").plan(GoldSettings(limit=2), BYTES)
+    plan = Gold("toy/last").plan(Drawn(limit=2), BYTES)
     assert list(plan.summarize([Score(-1.0, True)] * 2).metrics) == ["bpb", "bpb_mean"]
 
 

@@ -11,7 +11,7 @@ from atom_jax import checkpoint, params
 from atom_jax.kvcache import paged
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.kvcache.dmc import DMC, decide, serve
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policy import Mode
 from atom_jax.models import transformer
 from atom_jax.nn.attention import Tokens, attend

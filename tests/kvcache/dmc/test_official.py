@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from atom_jax.kvcache.dmc import DMC, decide, serve
 from atom_jax.kvcache.dmc.pooling import Element, pooled
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policy import Heads, Mode
 from atom_jax.nn.attention import Tokens
 

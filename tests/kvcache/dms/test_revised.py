@@ -13,7 +13,7 @@ import atom_jax
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache import paged
 from atom_jax.kvcache.dms import DMS, Revised
-from atom_jax.kvcache.memory import Call, Sizes
+from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.kvcache.policies import parse
 from atom_jax.kvcache.policy import PerLayer
 from atom_jax.models import registry, transformer
