@@ -7,6 +7,9 @@ entries fewer than so many positions back, or None.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +47,23 @@ def attend_one(
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhgc,bhck->bhgk", weights.astype(v_bhck.dtype), v_bhck, preferred_element_type=jnp.float32)
     return (out / total).astype(q_bhgk.dtype), weights / total
+
+
+def attend_each(q_bhgk: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """Attention [b, h, g, k] of one token per row to entries that lie in several arrays, (keys [b, h, s, k], values,
+    seen bool [b, h or 1, s]) each, as if they lay in one, without moving them there."""
+    scores = [
+        jnp.einsum("bhgk,bhsk->bhgs", q_bhgk, k, preferred_element_type=jnp.float32) * q_bhgk.shape[-1] ** -0.5
+        for k, _, _ in parts
+    ]
+    scores = [jnp.where(seen[:, :, None], part, NEGATIVE) for part, (_, _, seen) in zip(scores, parts)]
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - top) for part in scores]
+    out = sum(
+        jnp.einsum("bhgs,bhsk->bhgk", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v, _) in zip(weights, parts)
+    )
+    return (out / sum(w.sum(-1, keepdims=True) for w in weights)).astype(q_bhgk.dtype)
 
 
 def last_queries(call: Call, n: int) -> tuple[jax.Array, jax.Array]:

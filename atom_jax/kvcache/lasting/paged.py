@@ -63,8 +63,8 @@ class FetchedLayer(ChosenLayer):
     def _compared(self) -> jax.Array:
         return jnp.sum(self.sizes > 0, axis=-1, dtype=jnp.int32)
 
-    def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
-        return weight_bhs
+    def _by_page(self, scores_bhgts: jax.Array) -> jax.Array:
+        return scores_bhgts
 
 
 def fetches(memory: Memory) -> tuple[Fetch, ...]:
