@@ -1,6 +1,6 @@
 """How fast a lasting memory is written and leaned on, next to the same model without one, in turns in one run.
 
-    python -m benchmarks.lasting [--checkpoint=DIR] [--score=FILE] [--far_tokens=131072] [--repeats=3] [--out=FILE.json]
+    python -m benchmarks.lasting [--checkpoint=DIR] [--score=FILE] [--far_tokens=131072] [--repeats=3] [--out=FILE]
 
 read     `Memory.read` of --tokens tokens into a new memory with law sqrt, its commit included. Without one: the
          same parts, each attending to the same positions (4 sinks, the part before, its own tokens) by the attention
