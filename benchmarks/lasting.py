@@ -3,9 +3,9 @@
     python -m benchmarks.lasting [--checkpoint=DIR] [--score=FILE] [--far_tokens=131072] [--repeats=3] [--out=FILE]
 
 read     `Memory.read` of --tokens tokens into a new memory with law sqrt, its commit included. Without one: the
-         same parts, each attending to the same positions (4 sinks, the part before, its own tokens) by the attention
-         of sliding windows, the nats of every token said as `read` says them; nothing is observed or kept. The
-         next line leaves out the nats, too: no logits are made.
+         same parts, each attending to the same positions (4 sinks, the part before, its own tokens) by the same
+         attention, the nats of every token said as `read` says them; nothing is observed or kept. The next line
+         leaves out the nats, too: no logits are made.
 decode   tokens after a prompt that leans on a memory of --tokens tokens with law all, of whose entries every layer
          and head chooses 16 pages of 32, anew after every 16 tokens. Without one: after --prompt_tokens tokens.
 choice   the same with a memory of --far_tokens tokens, next to itself with no choice in any step that is measured:
@@ -49,7 +49,6 @@ from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reader import Reader
 from atom_jax.models import registry
 from atom_jax.nn import scoring
-from atom_jax.nn.attention import Tokens, attend
 from atom_jax.session import decode, sampling
 from atom_jax.session.session import Session
 from atom_jax.session.slots import Slots
@@ -99,14 +98,12 @@ class Row:
 
 
 class Alone(PartLayer):
-    """Sees what `PartLayer` does, and observes nothing."""
+    """Sees what `PartLayer` does, by the same attention, and observes nothing."""
 
     def attended(self, call: Call, k: jax.Array, v: jax.Array, places: jax.Array) -> tuple[jax.Array, ...]:
-        """As of `PartLayer`; nothing is received."""
-        here = Tokens(call.tokens.positions, jnp.ones_like(call.tokens.segments))
-        there = Tokens(places, jnp.where(places >= 0, 1, -1))
-        nothing = jnp.zeros((*k.shape[:2], k.shape[2]), jnp.float32)
-        return attend(call.q, k, v, here, there, window=call.window), nothing, nothing
+        """As of `PartLayer`; nothing is received, so the compiler leaves out what would find it."""
+        nothing = jnp.zeros(k.shape[:3], jnp.float32)
+        return super().attended(call, k, v, places)[0], nothing, nothing
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "says"), donate_argnames="memory")
