@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import struct
 from tqdm import tqdm
 
 from atom_jax import config
@@ -97,6 +98,7 @@ class Row:
         return self.name, *rates, f"{self.ratio:.2f}", f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
 
 
+@struct.dataclass
 class Alone(PartLayer):
     """Sees what `PartLayer` does, by the same attention, and observes nothing."""
 
