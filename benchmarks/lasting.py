@@ -45,7 +45,6 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.layer import PartLayer
 from atom_jax.kvcache.memory import Call
 from atom_jax.lasting import inside as inside_lib
-from atom_jax.lasting import reader as reader_lib
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reader import Reader
 from atom_jax.models import registry
@@ -53,7 +52,7 @@ from atom_jax.nn import scoring
 from atom_jax.session import decode, sampling
 from atom_jax.session.session import Session
 from atom_jax.session.slots import Slots
-from atom_jax.typing import LM, AtomError
+from atom_jax.typing import LM, AtomError, Batch
 from benchmarks import command, machine
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "models/smollm2-135m-instruct", "What to load.")
@@ -112,7 +111,8 @@ class Alone(PartLayer):
 def _pass(params: Any, ids_1t: jax.Array, memory: Any, x_1d: jax.Array, *, cfg: Any, says: bool) -> tuple:
     """The last state of a part, the memory after it, and the nats of its tokens."""
     model = registry.of(cfg)
-    batch = reader_lib._batch(ids_1t, jnp.int32(ids_1t.shape[1]), memory)
+    places = memory.length[:, None] + jnp.arange(ids_1t.shape[1], dtype=jnp.int32)[None]
+    batch = Batch(ids_1t, places, jnp.ones_like(ids_1t))
     x_1td, memory, _ = model.hidden(params, batch, cfg=cfg, cache=memory)
     if not says:
         return x_1td[:, -1], memory, None
