@@ -181,34 +181,37 @@ class ChosenLayer(Layer):
         heads = jnp.arange(h)[None, :, None]
         return self.mem_k[0][heads, index], self.mem_v[0][heads, index]
 
-    def _seen(self, scores_bhgts: jax.Array) -> jax.Array:
+    def _seen(self, scores_hrs: jax.Array) -> jax.Array:
         """Scores of queries and `mem_k`, of which a softmax is to be taken."""
         there = jnp.arange(self.mem_k.shape[2]) < self.count[0]
-        return jnp.where(there[None, None, None, None], scores_bhgts, NEGATIVE)
+        return jnp.where(there[None, None], scores_hrs, NEGATIVE)
 
     def _compared(self) -> jax.Array:
         """i32 [1], keys that are compared with queries in a choice."""
         return self.count
 
-    def _by_page(self, scores_bhgts: jax.Array) -> jax.Array:
-        """The largest scores of pages [b, h, g, t, p] for those of `mem_k`."""
-        return scores_bhgts.reshape(*scores_bhgts.shape[:-1], -1, self.policy.page).max(-1)
+    def _by_page(self, scores_hrs: jax.Array) -> jax.Array:
+        """The largest scores of pages [h, r, p] for those of `mem_k`."""
+        return scores_hrs.reshape(*scores_hrs.shape[:-1], -1, self.policy.page).max(-1)
 
     def _demand(self, plain_bhgtk: jax.Array, real_bt: jax.Array) -> jax.Array:
         """f32 [b, h, pages], the largest weight that a real query has in each page."""
-        b, h, _, t, k = plain_bhgtk.shape
+        b, h, g, t, k = plain_bhgtk.shape
 
         def some(demand: jax.Array, block: tuple) -> tuple[jax.Array, None]:
             q, real = block
+            # Queries of all rows and groups as those of one: other forms are laid out anew after the product.
+            rows = q.swapaxes(0, 1).reshape(h, -1, k)
             keys = self.mem_k[0].astype(q.dtype)
-            scores = jnp.einsum("bhgtk,hsk->bhgts", q, keys, preferred_element_type=jnp.float32) * k**-0.5
+            scores = jnp.einsum("hrk,hsk->hrs", rows, keys, preferred_element_type=jnp.float32) * k**-0.5
             scores = self._seen(scores)
             # The largest score of a page has its largest weight: of all others only their sum is needed.
             most = self._by_page(scores)
             top = most.max(-1, keepdims=True)
             weight = jnp.exp(most - top) / jnp.exp(scores - top).sum(-1, keepdims=True)
-            weight = jnp.where(real[:, None, None, :, None], weight, 0.0).max((2, 3))
-            return jnp.maximum(demand, weight), None
+            weight = weight.reshape(h, b, g, -1, weight.shape[-1])
+            weight = jnp.where(real[None, :, None, :, None], weight, 0.0).max((2, 3))
+            return jnp.maximum(demand, weight.swapaxes(0, 1)), None
 
         none = jnp.zeros((b, h, len(self._sizes())), jnp.float32)
         if t <= ROWS:
