@@ -23,7 +23,7 @@ def test_the_table(tmp_path):
     done = run(checkpoint=tmp_path / "tiny", out=out, choice="whole=16,pages=2,page=4,stride=2", **sizes)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    names = ["read", "read, next to states only", "decode", "choice, 48 entries resident"]
+    names = ["read", "read, next to states only", "decode", "choice, 52 entries resident"]
     assert [row["name"] for row in rows] == names
     assert all(len(row["memory"]) == len(row["without"]) == 2 and row["ratio"] > 0 for row in rows)
     assert all(name in done.stdout for name in names)
