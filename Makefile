@@ -9,7 +9,7 @@ AOT := .venv-aot
 TARGETS ?= v5e,v5p,v6e,h100
 
 .PHONY: quickstart test soak wheel check lint install install-torch install-kvpress install-mergekit smollm2 evaldata parallel dna english heldout \
-  emoji chats reason bench bench-kv bench-transplant aot clean help
+  emoji chats reason bench bench-kv bench-lasting bench-transplant aot clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -110,6 +110,9 @@ bench: $(VENV)/.installed-$(EXTRAS) smollm2  ## our speed next to PyTorch's, one
 
 bench-kv: $(VENV)/.installed-$(EXTRAS) smollm2 heldout install-kvpress  ## cache policies next to kvpress's; decoding speed
 	$(BIN)/python -m benchmarks.kv
+
+bench-lasting: $(VENV)/.installed-$(EXTRAS) smollm2  ## reading into a lasting memory and leaning on it, next to neither
+	$(BIN)/python -m benchmarks.lasting --checkpoint=models/smollm2-135m-instruct
 
 bench-transplant: $(VENV)/.installed-$(EXTRAS) smollm2 install-mergekit  ## rows of a new vocabulary next to mergekit's; TOKENIZER=PATH
 	$(BIN)/python -m benchmarks.transplant --tokenizer=$(TOKENIZER)

@@ -7,6 +7,9 @@ entries fewer than so many positions back, or None.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +47,23 @@ def attend_one(
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhgc,bhck->bhgk", weights.astype(v_bhck.dtype), v_bhck, preferred_element_type=jnp.float32)
     return (out / total).astype(q_bhgk.dtype), weights / total
+
+
+def attend_each(q_bhgk: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """Attention [b, h, g, k] of one token per row to entries that lie in several arrays, (keys [b, h, s, k], values,
+    seen bool [b, h or 1, s]) each, as if they lay in one, without moving them there."""
+    scores = [
+        jnp.einsum("bhgk,bhsk->bhgs", q_bhgk, k, preferred_element_type=jnp.float32) * q_bhgk.shape[-1] ** -0.5
+        for k, _, _ in parts
+    ]
+    scores = [jnp.where(seen[:, :, None], part, NEGATIVE) for part, (_, _, seen) in zip(scores, parts)]
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - top) for part in scores]
+    out = sum(
+        jnp.einsum("bhgs,bhsk->bhgk", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v, _) in zip(weights, parts)
+    )
+    return (out / sum(w.sum(-1, keepdims=True) for w in weights)).astype(q_bhgk.dtype)
 
 
 def last_queries(call: Call, n: int) -> tuple[jax.Array, jax.Array]:
@@ -116,25 +136,40 @@ def attend_observed(
     receive of the real queries after them, float32 [b, h, s]: the largest weight of any query head, and the sum of
     all weights.
 
-    The weights of ROWS queries exist at once.
+    The weights of ROWS queries exist at once. Keys behind all that a block of queries sees are left out, by quarters
+    of t.
     """
     b, h, g, t, size = q_bhgtk.shape
+    s, step = k_bhsk.shape[2], t // 4
+    sizes = [s - 3 * step, s - 2 * step, s - step, s] if ROWS <= step < s // 4 else [s]
+
+    def over(n: int, q: jax.Array, at: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of the first n keys."""
+        pos = pos_bs[:, None, :n]
+        distance = at[:, :, None] - pos
+        held = pos >= 0 if window is None else (pos >= 0) & (distance < window)
+        each = lambda x_brs: jnp.tile(x_brs, (1, g, 1))[:, None]  # noqa: E731
+        scores = jnp.einsum("bhrk,bhsk->bhrs", q, k_bhsk[:, :, :n], preferred_element_type=jnp.float32) * size**-0.5
+        scores = jnp.where(each(held & (distance >= 0)), scores, NEGATIVE)
+        weight = jnp.exp(scores - scores.max(-1, keepdims=True))
+        part = 1 / weight.sum(-1, keepdims=True)
+        v = v_bhsk[:, :, :n]
+        out = jnp.einsum("bhrs,bhsk->bhrk", weight.astype(v.dtype), v, preferred_element_type=jnp.float32) * part
+        later = jnp.where(each(held & (distance > 0) & real[:, :, None]), weight * part, 0.0)
+        most, total = (jnp.pad(x, [(0, 0), (0, 0), (0, s - n)]) for x in (later.max(2), later.sum(2)))
+        return out, most, total
 
     def some(received: tuple, block: tuple) -> tuple[tuple, jax.Array]:
         q, at, real = block
-        scores = jnp.einsum("bhgtk,bhsk->bhgts", q, k_bhsk, preferred_element_type=jnp.float32) * size**-0.5
-        distance = at[:, :, None] - pos_bs[:, None]
-        held = (pos_bs >= 0)[:, None]
-        held = held if window is None else held & (distance < window)
-        seen = jnp.broadcast_to((held & (distance >= 0))[:, None, None], scores.shape)
-        weight = jax.nn.softmax(jnp.where(seen, scores, NEGATIVE), axis=-1)
-        out = jnp.einsum("bhgts,bhsk->bhgtk", weight.astype(v_bhsk.dtype), v_bhsk)
-        later = jnp.broadcast_to((held & (distance > 0) & real[:, :, None])[:, None, None], scores.shape)
-        weight = jnp.where(later, weight, 0.0)
-        most, total = received
-        return (jnp.maximum(most, weight.max((2, 3))), total + weight.sum((2, 3))), out.astype(q.dtype)
+        rows = q.reshape(b, h, -1, size), at, real
+        last = (pos_bs >= 0) & (pos_bs <= at.max(1, keepdims=True))
+        need = jnp.max(jnp.where(last, jnp.arange(1, s + 1)[None], 0))
+        which = jnp.sum(need > jnp.array(sizes[:-1], jnp.int32))
+        out, most, total = jax.lax.switch(which, [functools.partial(over, n) for n in sizes], *rows)
+        out = out.reshape(b, h, g, -1, size).astype(q.dtype)
+        return (jnp.maximum(received[0], most), received[1] + total), out
 
-    none = jnp.zeros((b, h, k_bhsk.shape[2]), jnp.float32)
+    none = jnp.zeros((b, h, s), jnp.float32)
     inputs = in_blocks(q_bhgtk, 3, ROWS), in_blocks(at_bt, 1, ROWS), in_blocks(real_bt, 1, ROWS)
     (most, total), out = jax.lax.scan(some, (none, none), inputs)
     out = jnp.moveaxis(out, 0, 3).reshape(b, h, g, -1, size)

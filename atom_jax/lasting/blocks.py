@@ -111,7 +111,7 @@ class Entries:
 @dataclasses.dataclass
 class Block:
     """A block: level, blocks of text from `start` to `end`; its entries, where they are known; its segment, where it
-    is on disk, or else the arrays that its file is to hold."""
+    is on disk, or else the arrays that its file is to hold, without those that say of pages what they are."""
 
     level: int
     start: int
@@ -146,7 +146,7 @@ class Blocks:
         """A block with its entries as its file will have them, whenever it is read again."""
         arrays = entries.arrays(self._settings.codec)
         entries = Entries.of(arrays, self._settings.codec, "a new block")
-        return Block(level, start, end, entries, None, arrays | index(entries.k, arrays))
+        return Block(level, start, end, entries, None, arrays)
 
     def _merge(self) -> None:
         while (at := levels.merge([b.level for b in self._blocks])) is not None:
@@ -186,7 +186,9 @@ class Blocks:
         for block in self._blocks:
             if block.segment is None:
                 name = f"seg-{number:08d}.safetensors"
-                files[name], block.arrays = block.arrays, None
+                # Of blocks alone that weren't merged before they were written.
+                files[name] = block.arrays | index(block.entries.k, block.arrays)
+                block.arrays = None
                 block.segment = Segment(name, block.level, block.start, block.end, len(block.entries))
                 number += 1
         return tuple(b.segment for b in self._blocks), files, number

@@ -15,7 +15,7 @@ from atom_jax.typing import AtomError
 
 # Entries of a page, which share the scales of their keys' channels.
 PAGE = 32
-_LARGEST = 65504.0
+_EXPONENT = np.uint16(0x7C00)
 Arrays = dict[str, np.ndarray]
 # Arrays that say of pages what they are: `index`.
 INDEX = frozenset({"mark", "page_crc"})
@@ -47,9 +47,12 @@ class Codec(NamedTuple):
 
 def half(x: np.ndarray, what: str = "key or value") -> np.ndarray:
     """The array as float16. AtomError where a number, of a `what`, is too large for that."""
-    if x.size and not np.abs(x.astype(np.float32)).max() <= _LARGEST:
+    with np.errstate(over="ignore"):
+        small = x.astype(np.float16)
+    # Infinity and NaN have all bits of the exponent. NumPy says what is finite ten times more slowly.
+    if small.size and (small.view(np.uint16) & _EXPONENT).max() == _EXPONENT:
         raise AtomError(f"a {what} of this model is beyond float16, in which a memory keeps it")
-    return x.astype(np.float16)
+    return small
 
 
 def _encode_int8(k_lhnk: np.ndarray, v_lhnk: np.ndarray) -> Arrays:

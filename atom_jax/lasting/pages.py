@@ -24,7 +24,8 @@ _NUMBERS = itertools.count()
 
 class Pages:
     """All pages of a memory: those of its segments, then those of what waits. `entries` in all; sizes: i32 [p],
-    entries of each. failed: why a page could not be read, once one could not."""
+    entries of each. failed: why a page could not be read, once one could not. Those that a layer fetched last are
+    held: of what is chosen anew, most was chosen before."""
 
     def __init__(self, store: Store, manifest: Manifest, waiting: Entries | None, known: Pages | None = None):
         """known: of an earlier state, whose open files are taken over. AtomError for files that are damaged."""
@@ -36,6 +37,7 @@ class Pages:
         self._where = [(part, i) for part in self._parts for i in range(len(part.sizes))]
         self.sizes = np.array([n for part in self._parts for n in part.sizes], np.int32)
         self.entries, self.failed = int(self.sizes.sum()), None
+        self._latest: dict[int, dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]] = {}
         self.number = next(_NUMBERS)
         FETCHES[self.number] = self
 
@@ -47,12 +49,17 @@ class Pages:
         """Keys and values of pages, as `FETCHES` says."""
         size = self._parts[0].marks.shape[-1]
         k, v = (np.zeros((*pages_bhp.shape, codecs.PAGE, size), np.float16) for _ in range(2))
+        before, latest = self._latest.get(layer, {}), {}
         try:
             for at, page in np.ndenumerate(pages_bhp):
                 if page < len(self._where):
-                    part, number = self._where[page]
-                    one_k, one_v = part.page(layer, at[1], number)
+                    key = at[1], int(page)
+                    if key not in latest:
+                        part, number = self._where[page]
+                        latest[key] = before.get(key) or part.page(layer, at[1], number)
+                    one_k, one_v = latest[key]
                     k[at][: len(one_k)], v[at][: len(one_v)] = one_k, one_v
+            self._latest[layer] = latest
         except AtomError as e:
             # Inside a program nothing can be raised without a traceback.
             self.failed = self.failed or e

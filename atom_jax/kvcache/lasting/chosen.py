@@ -92,15 +92,25 @@ class ChosenLayer(Layer):
             # A call may have nothing for a row where its tokens have made no unit yet.
             layer = self._renewed(_before_rope(call), call.real, call)
             return layer._attend(call, at)
-        out, layer = self._attend(call, at)
-        slot = jnp.where(call.real[:, 0], self.since, self.policy.stride)
+        layer = self._stored(call, at)._due(call)
+        slot = jnp.where(call.real[:, 0], layer.since, self.policy.stride)
         rows = jnp.arange(len(slot))
-        recent = self.recent.at[rows, :, :, slot].set(_before_rope(call)[..., 0, :], mode="drop")
-        layer = layer.replace(recent=recent, since=self.since + call.real[:, 0])
-        none = layer.page_pos[:, 0, 0] < 0
-        due = (layer.since >= self.policy.stride) | (none & (layer.since > 0))
-        real = due[:, None] & (jnp.arange(self.policy.stride)[None] < layer.since[:, None])
-        return out, jax.lax.cond(jnp.any(due), lambda x: x._renewed(x.recent, real, call), lambda x: x, layer)
+        recent = layer.recent.at[rows, :, :, slot].set(_before_rope(call)[..., 0, :], mode="drop")
+        return layer._attend_one(call), layer.replace(recent=recent, since=layer.since + call.real[:, 0])
+
+    def _due(self, call: Call) -> ChosenLayer:
+        """New pages for rows that go on and have waited for them. Before a token attends, and not after the one
+        before it: so nothing else reads the pages that are replaced, which then happens where they lie."""
+        none = self.page_pos[:, 0, 0] < 0
+        due = call.real[:, 0] & ((self.since >= self.policy.stride) | (none & (self.since > 0)))
+        real = due[:, None] & (jnp.arange(self.policy.stride)[None] < self.since[:, None])
+
+        def pages(layer: ChosenLayer) -> dict[str, jax.Array]:
+            return {name: getattr(layer, name) for name in ("page_k", "page_v", "page_pos", "since")}
+
+        # Without what never changes, which would be copied in every step.
+        renew = lambda old: pages(self.replace(**old)._renewed(self.recent, real, call))  # noqa: E731
+        return self.replace(**jax.lax.cond(jnp.any(due), renew, lambda old: old, pages(self)))
 
     def _renewed(self, plain_bhgtk: jax.Array, real_bt: jax.Array, call: Call) -> ChosenLayer:
         """New pages for the rows that have real queries."""
@@ -113,13 +123,23 @@ class ChosenLayer(Layer):
             since=jnp.where(due, 0, self.since),
         )
 
-    def _attend(self, call: Call, at_b: jax.Array) -> tuple[jax.Array, ChosenLayer]:
-        b, h, c, _ = self.k.shape
-        t = call.q.shape[3]
-        offsets = jnp.arange(t)[None]
+    def _stored(self, call: Call, at_b: jax.Array) -> ChosenLayer:
+        c, offsets = self.k.shape[2], jnp.arange(call.q.shape[3])[None]
         # Different places beyond the end, for the promise that no two are the same.
         slots = jnp.where(call.real, at_b[:, None] + offsets, c + offsets)
-        layer = self.replace(k=put(self.k, call.k, slots), v=put(self.v, call.v, slots))
+        return self.replace(k=put(self.k, call.k, slots), v=put(self.v, call.v, slots))
+
+    def _attend_one(self, call: Call) -> jax.Array:
+        """Attention of one token per row, whose own key is stored: nothing is after it."""
+        own = jnp.arange(self.k.shape[2])[None] < (call.after - self.start)[:, None]
+        seen = (self.near_pos >= 0)[:, None], self.page_pos >= 0, own[:, None]
+        stored = (self.near_k, self.near_v), (self.page_k, self.page_v), (self.k, self.v)
+        parts = [(*kv, there) for kv, there in zip(stored, seen)]
+        return observe.attend_each(call.q[..., 0, :], parts)[..., None, :]
+
+    def _attend(self, call: Call, at_b: jax.Array) -> tuple[jax.Array, ChosenLayer]:
+        b, h, c, _ = self.k.shape
+        layer = self._stored(call, at_b)
         held = jnp.arange(c)[None] < (call.after - self.start)[:, None]
         own = jnp.where(held, self.start[:, None] + jnp.arange(c)[None], -1)
         every = lambda x: jnp.broadcast_to(x[:, None], (b, h, x.shape[1]))  # noqa: E731
@@ -161,30 +181,37 @@ class ChosenLayer(Layer):
         heads = jnp.arange(h)[None, :, None]
         return self.mem_k[0][heads, index], self.mem_v[0][heads, index]
 
-    def _seen(self, scores_bhgts: jax.Array) -> jax.Array:
+    def _seen(self, scores_hrs: jax.Array) -> jax.Array:
         """Scores of queries and `mem_k`, of which a softmax is to be taken."""
         there = jnp.arange(self.mem_k.shape[2]) < self.count[0]
-        return jnp.where(there[None, None, None, None], scores_bhgts, NEGATIVE)
+        return jnp.where(there[None, None], scores_hrs, NEGATIVE)
 
     def _compared(self) -> jax.Array:
         """i32 [1], keys that are compared with queries in a choice."""
         return self.count
 
-    def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
-        """Weights of pages [b, h, p] for those of `mem_k`."""
-        return weight_bhs.reshape(*weight_bhs.shape[:2], -1, self.policy.page).max(-1)
+    def _by_page(self, scores_hrs: jax.Array) -> jax.Array:
+        """The largest scores of pages [h, r, p] for those of `mem_k`."""
+        return scores_hrs.reshape(*scores_hrs.shape[:-1], -1, self.policy.page).max(-1)
 
     def _demand(self, plain_bhgtk: jax.Array, real_bt: jax.Array) -> jax.Array:
         """f32 [b, h, pages], the largest weight that a real query has in each page."""
-        b, h, _, t, k = plain_bhgtk.shape
+        b, h, g, t, k = plain_bhgtk.shape
 
         def some(demand: jax.Array, block: tuple) -> tuple[jax.Array, None]:
             q, real = block
+            # Queries of all rows and groups as those of one: other forms are laid out anew after the product.
+            rows = q.swapaxes(0, 1).reshape(h, -1, k)
             keys = self.mem_k[0].astype(q.dtype)
-            scores = jnp.einsum("bhgtk,hsk->bhgts", q, keys, preferred_element_type=jnp.float32) * k**-0.5
-            weight = jax.nn.softmax(self._seen(scores), axis=-1)
-            weight = jnp.where(real[:, None, None, :, None], weight, 0.0).max((2, 3))
-            return jnp.maximum(demand, self._by_page(weight)), None
+            scores = jnp.einsum("hrk,hsk->hrs", rows, keys, preferred_element_type=jnp.float32) * k**-0.5
+            scores = self._seen(scores)
+            # The largest score of a page has its largest weight: of all others only their sum is needed.
+            most = self._by_page(scores)
+            top = most.max(-1, keepdims=True)
+            weight = jnp.exp(most - top) / jnp.exp(scores - top).sum(-1, keepdims=True)
+            weight = weight.reshape(h, b, g, -1, weight.shape[-1])
+            weight = jnp.where(real[None, :, None, :, None], weight, 0.0).max((2, 3))
+            return jnp.maximum(demand, weight.swapaxes(0, 1)), None
 
         none = jnp.zeros((b, h, len(self._sizes())), jnp.float32)
         if t <= ROWS:

@@ -72,9 +72,7 @@ class PartLayer(Layer):
         stored = jnp.concatenate([part.sink_k, part.before_k, k], axis=2)
         turned_k = turned(stored, jnp.maximum(places, 0), call.rotary, call.rope)
         stored_v = jnp.concatenate([part.sink_v, part.before_v, v], axis=2)
-        out, most, total = observe.attend_observed(
-            call.q, call.tokens.positions, call.real, turned_k, stored_v, places, call.window
-        )
+        out, most, total = self.attended(call, turned_k, stored_v, places)
         first = (start == 0)[..., None, None]
         cut = lambda x: (x[..., s : s + w], x[..., s + w :])  # noqa: E731
         (most, own_most), (total, own_total) = cut(most), cut(total)
@@ -83,6 +81,14 @@ class PartLayer(Layer):
             k=k, v=v, count=count, most=jnp.maximum(part.most, most), total=part.total + total,
             own_most=jnp.maximum(part.own_most, own_most), own_total=part.own_total + own_total,
         )  # fmt: skip
+
+    def attended(
+        self, call: Call, k_bhsk: jax.Array, v_bhsk: jax.Array, places_bs: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As of `observe.attend_observed`, of what is stored at these places."""
+        return observe.attend_observed(
+            call.q, call.tokens.positions, call.real, k_bhsk, v_bhsk, places_bs, call.window
+        )
 
     def _turned(self, new_b: jax.Array) -> PartLayer:
         """The layer in which a whole part is the one before, in rows in which something comes after it."""

@@ -56,15 +56,15 @@ class FetchedLayer(ChosenLayer):
         k, v = jax.pure_callback(_fetch, (like, like), self.number[0], self.rank[0], chosen_bhp, like.shape)
         return k.reshape(b, h, -1, size), v.reshape(b, h, -1, size)
 
-    def _seen(self, scores_bhgts: jax.Array) -> jax.Array:
-        there = self._sizes()[None, None, None, None]
-        return jnp.where(there > 0, scores_bhgts + jnp.log(jnp.maximum(there, 1).astype(jnp.float32)), NEGATIVE)
+    def _seen(self, scores_hrs: jax.Array) -> jax.Array:
+        there = self._sizes()[None, None]
+        return jnp.where(there > 0, scores_hrs + jnp.log(jnp.maximum(there, 1).astype(jnp.float32)), NEGATIVE)
 
     def _compared(self) -> jax.Array:
         return jnp.sum(self.sizes > 0, axis=-1, dtype=jnp.int32)
 
-    def _by_page(self, weight_bhs: jax.Array) -> jax.Array:
-        return weight_bhs
+    def _by_page(self, scores_hrs: jax.Array) -> jax.Array:
+        return scores_hrs
 
 
 def fetches(memory: Memory) -> tuple[Fetch, ...]:
