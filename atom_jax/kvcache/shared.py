@@ -12,7 +12,7 @@ from atom_jax import config
 from atom_jax.fields import Fields
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.budget import Budget, BudgetLayer, Entries, keep_largest
-from atom_jax.kvcache.lasting.score import LEAST_MOST, LEAST_TOTAL, middle
+from atom_jax.kvcache.lasting.score import LEAST_MOST, LEAST_TOTAL, middle, spread
 from atom_jax.kvcache.layer import Call, Sizes
 from atom_jax.naming import Rule
 from atom_jax.params import ParamSpec, Tree, zeros
@@ -28,7 +28,8 @@ class Shared(Budget):
     read (`lasting.score.middle`): the score "observed" of lasting memories.
 
     learned: the score is a linear function of what every layer and head was seen to pay to the token, the logarithms
-        of the largest weight and of the sum of all, fitted to facts (`fit_memory --policy_out`).
+        of the largest weight and of the sum of all, fitted to facts (`fit_memory --policy_out`), and averaged over
+        neighbours (`lasting.score.spread`).
     horizon: only queries fewer than so many tokens behind it count, so that early tokens have no better chances than
         late ones.
     window: the newest tokens, which stay. Later tokens are stored at the cost of the prompt's, in all layers and
@@ -83,7 +84,10 @@ class Shared(Budget):
     def settle(self, layers: BudgetLayer, length_b: jax.Array) -> BudgetLayer:
         """All layers and heads keep the tokens of largest score."""
         score, shape = layers.score, layers.pos.shape
-        score = score.sum((0, 2)) if self.learned else score[middle(len(score))].mean((0, 2))
+        if self.learned:
+            score = spread(score.sum((0, 2)), layers.pos[0, :, 0] >= 0)
+        else:
+            score = score[middle(len(score))].mean((0, 2))
         layers = layers.replace(score=jnp.broadcast_to(score[None, :, None], shape))
         limit_b = self.share(length_b, shape[3]) if self.ratio else jnp.full_like(length_b, self.budget)
         limit = jnp.broadcast_to(limit_b[:, None], shape[1:3])

@@ -15,25 +15,21 @@ from atom_jax.typing import AtomError
 # Scores that ship with the package.
 SHIPPED = Path(__file__).with_name("scores")
 _PARTS = ("mean", "std", "weight")
-# What says where it comes from, and no part of what it is.
-KINDS = "kinds"
 
 
 def arrays(score: Linear) -> dict[str, np.ndarray]:
     """What a file holds of it."""
-    model, kinds = (np.frombuffer(text.encode(), np.uint8) for text in (score.model, ",".join(score.kinds)))
-    origin = {KINDS: kinds} if score.kinds else {}
-    return {**{name: getattr(score, name) for name in _PARTS}, "model": model, **origin}
+    model = np.frombuffer(score.model.encode(), np.uint8)
+    return {**{name: getattr(score, name) for name in _PARTS}, "model": model}
 
 
 def of(found: dict[str, np.ndarray], where: str) -> Linear:
     """The score of `arrays`. AtomError, which begins with `where`, for what is none."""
-    if found.keys() - {KINDS} != {*_PARTS, "model"} or any(found[name].dtype != np.float32 for name in _PARTS):
+    if found.keys() != {*_PARTS, "model"} or any(found[name].dtype != np.float32 for name in _PARTS):
         raise AtomError(f"{where}: is no learned score, which holds {', '.join((*_PARTS, 'model'))}")
-    none = np.zeros(0, np.uint8)
-    model, kinds = (found.get(name, none).tobytes().decode("ascii", "replace") for name in ("model", KINDS))
+    model = found["model"].tobytes().decode("ascii", "replace")
     try:
-        return Linear(*(found[name] for name in _PARTS), model, tuple(kind for kind in kinds.split(",") if kind))
+        return Linear(*(found[name] for name in _PARTS), model)
     except AtomError as e:
         raise AtomError(f"{where}: {e}") from None
 

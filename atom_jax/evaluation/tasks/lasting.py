@@ -152,7 +152,6 @@ def measure(
             "right": float(np.concatenate(hits).mean()), "whole": float(np.mean([h.all() for h in hits])),
             "nats": float(np.concatenate(nats).mean()), "ages": [facts[i][1] for i in mine],
             "rights": [float(h.mean()) for h in hits], "tokens_per_second": kept.rate,
-            "fitted": [] if method.learned is None else list(method.learned.kinds),
         })  # fmt: skip
     rows[0] |= {
         "later": later,
@@ -203,15 +202,13 @@ def _is_row(row: dict[str, Any]) -> bool:
         and all(cache.numbers(row.get(name), ()) for name in single)
         and all(row.get(name) is None or cache.numbers(row[name], ()) for name in ("by_law", "bytes"))
         and all(cache.numbers(row.get(name), (row["facts"],)) for name in ("rights", "ages"))
-        and isinstance(row.get("fitted"), list)
-        and all(isinstance(kind, str) for kind in row["fitted"])
     )
 
 
 def _key(
     model: Model, settings: LastingSettings, stream: planted.Stream, windows: list[Asked], method: Method
 ) -> str:  # fmt: skip
-    fit = None if method.learned is None else [method.learned.weight.tobytes().hex(), method.learned.kinds]
+    fit = None if method.learned is None else method.learned.weight.tobytes().hex()
     what = [
         config.to_json(model), method.name, method.score, fit, settings.part, settings.passages, stream.facts,
         stream.ends.tolist(), config.to_json(settings.choice), settings.processes,

@@ -1,4 +1,4 @@
-"""Fitting a score for lasting memories on planted facts: what they receive tells them from the rest of a text."""
+"""Fitting a score for lasting memories on planted facts: what their sentences receive tells them from the rest."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from atom_jax.checkpoint import save_adapter
 from atom_jax.checkpoint.atomic import check_target
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.data.builtin import novels
+from atom_jax.data.facts.kinds import drawn
+from atom_jax.data.facts.tables import KINDS
+from atom_jax.data.facts.things import OTHERS
+from atom_jax.data.sources import open_source
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.tasks import planted
 from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.files import read_regular, replaced
-from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit
+from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit, spread
 from atom_jax.kvcache.shared import Shared
 from atom_jax.lasting import inside, learned
 from atom_jax.lasting.reader import Reader, State, model_of
@@ -29,21 +33,24 @@ from atom_jax.terminal import progress
 from atom_jax.typing import LM, AtomError
 
 SINKS = 4
+# Of a directory, at most.
+DOCUMENTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """texts: files, or names of novels (`data.builtin.novels`). out: the score's file. tokens: of each text; facts:
-    planted in it, of these kinds ((): of all). ridge: of the fit. part: tokens that are read at once. seed: of facts.
-    policy_out: directory for the score as a cache policy, an adapter; "": none.
+    """texts: as `text_of` takes them. out: the score's file. tokens: of each text; facts: planted in it, of these
+    kinds (`data.facts.tables.KINDS`, none of which an evaluation asks for; (): of all). ridge: of the fit. part:
+    tokens that are read at once. seed: of facts. policy_out: directory for the score as a cache policy, an adapter;
+    "": none.
     """
 
     texts: tuple[str, ...]
     out: str
     tokens: int = 8192
-    facts: int = 24
+    facts: int = 96
     kinds: tuple[str, ...] = ()
-    ridge: float = 3.0
+    ridge: float = 0.1
     part: int = 512
     seed: int = 0
     policy_out: str = ""
@@ -69,7 +76,7 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
     kept = pathlib.Path(f"{how.out}.moments")
     for i, name in enumerate(how.texts):
         text = text_of(name)
-        chosen = planted.facts(how.kinds, how.facts, np.random.default_rng((how.seed, i)))
+        chosen = drawn(KINDS, OTHERS, how.kinds, how.facts, np.random.default_rng((how.seed, i)))
         stream = planted.plant(Haystack.of(text, encoder), chosen, how.tokens, encoder)
         key = hashlib.sha256(f"{model} {how.part} ".encode() + stream.ids.tobytes()).hexdigest()[:16]
         file = kept / f"{key}.safetensors"
@@ -77,8 +84,7 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
             _save(_moments(lm, stream, how.part, name), file)
         say(f"{name}: {how.facts} facts in {how.tokens} tokens")
         found.append(_load(file, 2 * model.layers * model.heads + 2))
-    fitted = dataclasses.replace(fit(found, how.ridge, model.fingerprint), kinds=how.kinds or tuple(planted.KINDS))
-    learned.save(fitted, how.out)
+    learned.save(fit(found, how.ridge, model.fingerprint), how.out)
     if how.policy_out:
         attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
         save_adapter(as_policy(lm, attention), how.policy_out)
@@ -102,10 +108,14 @@ def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
 
 
 def text_of(name: str) -> bytes:
-    """A novel by its name, or a file. AtomError where there is neither."""
+    """A novel by its name (`data.builtin.novels`), a file, or documents of a directory's training split, one after
+    another. AtomError where there is none of these."""
     known = novels()
     if name in known:
         return known[name]
+    if pathlib.Path(name).is_dir():
+        documents = open_source(name, "train")
+        return b"\n\n".join(documents.read(i) for i in range(min(len(documents), DOCUMENTS)))
     try:
         return read_regular(name)
     except OSError as e:
@@ -128,11 +138,12 @@ def read(lm: LM, texts: Sequence[np.ndarray], part: int, name: str) -> Iterator[
 
 
 def _moments(lm: LM, stream: planted.Stream, part: int, name: str) -> Moments:
-    """Of all tokens (or units with any of those that are wanted) that have left the window."""
-    rows, wanted, before = [], [], np.append(0, np.cumsum(stream.wanted))
+    """Of all tokens (or units with any of those that are wanted) that have left the window. Wanted are whole
+    sentences: an answer is of little use without what it is about."""
+    rows, wanted, before = [], [], np.append(0, np.cumsum(stream.said))
     for _, seen in read(lm, [stream.ids], part, name):
         if seen is not None:
-            rows.append(features(seen.most, seen.total, seen.nll, seen.following))
+            rows.append(spread(features(seen.most, seen.total, seen.nll, seen.following)))
             wanted.append(np.diff(before[seen.ends]) > 0)
     if not rows:
         raise AtomError(f"{name}: {len(stream.ids)} tokens are one part, which nothing follows")

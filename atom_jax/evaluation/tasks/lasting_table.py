@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 
 from atom_jax.evaluation.metrics import columns, mean, proportion
-from atom_jax.evaluation.tasks.planted import OTHER_WORDS
 
 Row = dict[str, Any]
-# Groups of facts: of kinds that a score among those compared was fitted on, and of all others.
-SEEN, UNSEEN = "seen", "unseen"
 # Ages are in bins from one power of this to the next.
 BASE = 4
 
@@ -22,21 +19,13 @@ def methods(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def groups(rows: list[Row]) -> list[Row]:
-    """Of every method, means over the streams' facts: of all ("all"), of each kind, and, where scores say which kinds
-    they were fitted on, of those that any of these has seen and of the others."""
-    fitted = {kind for row in rows for kind in row["fitted"]}
-    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"]))
-    of: dict[str, list[str]] = {"all": [""]}
-    if fitted:
-        unseen = [kind for kind in kinds if kind not in fitted and kind != OTHER_WORDS]
-        of |= {SEEN: [kind for kind in kinds if kind in fitted], UNSEEN: unseen}
-    of |= {kind: [kind] for kind in kinds}
+    """Of every method, means over the streams' facts: of all ("all"), and of each kind."""
     out = []
-    for group, members in of.items():
+    for kind in dict.fromkeys(["", *(row["kind"] for row in rows)]):
         for law, score in methods(rows):
-            mine = [r for r in rows if (r["law"], r["score"]) == (law, score) and r["kind"] in members]
+            mine = [r for r in rows if (r["law"], r["score"], r["kind"]) == (law, score, kind)]
             if mine:
-                out.append({"law": law, "score": score, "group": group, **_means(mine)})
+                out.append({"law": law, "score": score, "group": kind or "all", **_means(mine)})
     return out
 
 

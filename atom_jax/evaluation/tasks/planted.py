@@ -123,10 +123,11 @@ OTHER_WORDS = "other_words"
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """ids: i32 [t]. wanted: bool [t], tokens of answers. at: i32 [n], where each fact's sentence begins. ends: i32
-    [s], where each of the texts ends of which it is made."""
+    """ids: i32 [t]. said: bool [t], tokens of what was planted; wanted: of the answers alone. at: i32 [n], where each
+    fact's sentence begins. ends: i32 [s], where each of the texts ends of which it is made."""
 
     ids: np.ndarray
+    said: np.ndarray
     wanted: np.ndarray
     facts: tuple[Fact, ...]
     at: np.ndarray
@@ -169,7 +170,10 @@ def plant_in_all(hays: Sequence[Haystack], chosen: Sequence[Fact], tokens: int, 
     todo += [(nearest(ends, place / 2), -1, piece) for place, piece in zip(places, before)]
     todo.sort(key=lambda one: (one[0], one[1]))
     ids = woven(text, [(place, new) for place, _, (new, _) in todo])
-    wanted = woven(np.zeros(n, bool), [(place, answer) for place, _, (_, answer) in todo])
+    said, wanted = (
+        np.concatenate(woven(np.zeros(n, bool), [(place, of(piece)) for place, _, piece in todo]))
+        for of in (lambda piece: np.ones(len(piece[0]), bool), lambda piece: piece[1])
+    )
     starts = np.cumsum([0, *map(len, ids)])[1:-1:2]
     at = np.zeros(len(chosen), np.int32)
     for start, (_, i, _) in zip(starts, todo):
@@ -178,7 +182,7 @@ def plant_in_all(hays: Sequence[Haystack], chosen: Sequence[Fact], tokens: int, 
     # What is planted where a text ends belongs to that.
     ends = [cut + sum(len(new) for place, _, (new, _) in todo if place <= cut) for cut in cuts[1:]]
     ids = np.concatenate(ids).astype(np.int32)
-    return Stream(ids, np.concatenate(wanted), tuple(chosen), at, np.array(ends, np.int32))
+    return Stream(ids, said, wanted, tuple(chosen), at, np.array(ends, np.int32))
 
 
 def in_other_words(fact: Fact) -> Fact | None:

@@ -7,6 +7,8 @@ Arrays are numpy's or JAX's alike. A score [t] is shared: a token is kept by all
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from atom_jax.typing import AtomError
 LEAST_MOST, LEAST_TOTAL = 1e-4, 1e-3
 # The name of a score that was fitted (`Linear`).
 LEARNED = "learned"
+# Learned scores are means over so many neighbours on either side.
+REACH = 4
 
 
 class Seen(NamedTuple):
@@ -51,19 +55,36 @@ def features(most: Any, total: Any, nll: Any, following: Any) -> Any:
     return xp.concatenate([*received, nll[None], following[None]]).astype(xp.float32)
 
 
+def spread(x: Any, real: Any = None) -> Any:
+    """f32 [..., t]: of every token the mean over itself and REACH neighbours on either side, whose weights fall with
+    the distance to 0. Sentences stay whole by that. real: bool, as x, which tokens there are; None: all of them."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    real = xp.ones(x.shape[-1:], bool) if real is None else real
+
+    def total(y: Any) -> Any:
+        wide = xp.pad(y, [(0, 0)] * (y.ndim - 1) + [(REACH, REACH)])
+        parts = (
+            (1 - abs(j) / (REACH + 1)) * wide[..., REACH + j : wide.shape[-1] - REACH + j]
+            for j in range(-REACH, REACH + 1)
+        )
+        return functools.reduce(operator.add, parts)
+
+    weight = total(real.astype(np.float32))
+    return (total(xp.where(real, x, 0)) / xp.maximum(weight, 1e-6)).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A learned score: one linear function of standardised `features`, shared by all layers and heads.
+    """A learned score: one linear function of standardised `features`, shared by all layers and heads, and `spread`
+    over neighbours.
 
-    mean, std, weight: f32 [f]. model: the fingerprint of the model that it was fitted for. kinds: of the facts that
-    the fit saw; (): nothing is known of them.
+    mean, std, weight: f32 [f]. model: the fingerprint of the model that it was fitted for.
     """
 
     mean: np.ndarray
     std: np.ndarray
     weight: np.ndarray
     model: str
-    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         shapes = {x.shape for x in (self.mean, self.std, self.weight)}
@@ -71,13 +92,13 @@ class Linear:
             raise AtomError("learned score: expected as many positive deviations and weights as there are means")
 
     def __call__(self, features_ft: Any) -> Any:
-        """f32 [t], the scores of tokens."""
+        """f32 [t], the scores of tokens that leave the window together."""
         if features_ft.shape[0] != len(self.weight):
             what = f"{len(self.weight)} features, and this model has {features_ft.shape[0]}"
             raise AtomError(f"learned score: it weighs {what}")
         weight = self.weight / self.std
         # Summed in one order wherever the tokens are cut.
-        return (features_ft * weight[:, None]).sum(0) - (self.mean * weight).sum()
+        return spread((features_ft * weight[:, None]).sum(0) - (self.mean * weight).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Moments:
 
     @classmethod
     def of(cls, features_ft: np.ndarray, wanted_t: np.ndarray) -> Moments:
-        """Of features and bool [t], the tokens to keep. AtomError where there are none of these."""
+        """Of `spread` features and bool [t], the tokens to keep. AtomError where there are none of these."""
         x = features_ft.astype(np.float64)
         if not wanted_t.any():
             raise AtomError("learned score: a text has no token that is to be kept")
