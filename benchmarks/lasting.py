@@ -43,7 +43,7 @@ from atom_jax.files import write_text
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.layer import PartLayer
-from atom_jax.kvcache.memory import Call
+from atom_jax.kvcache.layer import Call
 from atom_jax.lasting import inside as inside_lib
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.reader import Reader

@@ -249,6 +249,8 @@ def shared(p, layers, n, learned):
         for x, own in zip(paid, learned):
             seen = np.log(x.max((1, 2)) + 1e-4), np.log(x.sum((1, 2)) + 1e-3)
             score += sum(np.asarray(own[name]) @ one for name, one in zip(("most", "total"), seen))
+        near = np.maximum(1 - abs(np.subtract.outer(np.arange(t), np.arange(t))) / 5, 0)
+        score = near @ score / near.sum(1)
     order = [(i < p.sinks or i >= t - p.window, -i if i < p.sinks else i) for i in range(t)]
     best = sorted(range(t), key=lambda i: (order[i][0], order[i][1] if order[i][0] else score[i]), reverse=True)
     return set([*range(min(p.sinks, n)), *[i for i in best if i >= p.sinks]][:n])
