@@ -253,7 +253,7 @@ def test_texts_of_byte_models_begin_with_the_bos(byte_lm):
 
 
 def test_prompts_are_read_twice_when_asked(byte_lm):
-    ids = ByteTokenizer().encode("ab")
+    ids = list(ByteTokenizer().encode("ab"))
     found = atom_jax.generate(byte_lm, ["ab", "abab"], 3, twice=True)
     wanted = atom_jax.generate(byte_lm, ["abab", "abababab"], 3)
     assert found.ids == wanted.ids and found.stats["prompt_tokens"] == wanted.stats["prompt_tokens"]
