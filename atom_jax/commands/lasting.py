@@ -27,7 +27,7 @@ def remember(argv: list[str]) -> None:
               "surprise, knorm, random, recent, or a file that fit_memory wrote")  # fmt: skip
     known.add(flags.DEFINE_integer, "part", None, "tokens (or units, of a model that has its own) that are read at "
               "once, and of the exact window: 512")  # fmt: skip
-    known.add(flags.DEFINE_string, "codec", None, "how entries are stored: float16 (by default) or int8")
+    known.add(flags.DEFINE_string, "codec", None, "how entries are stored: float16 (by default), int8, binary or vq")
     known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
     known.add(flags.DEFINE_list, "parts", None, "levels (by default): entries that stand before prompts; knn: states "
               "that are mixed into what the model says; or levels,knn")  # fmt: skip
@@ -169,7 +169,7 @@ def info(path: str, verify: bool, out: str | None = None) -> str:
         (
             "bytes",
             f"{stats['bytes']:,}, {stats['text_bytes']:,} of them token ids, {stats['state_bytes']:,} states; entries"
-            f" as {settings.codec}",
+            f" as {memory.codec}",
         ),
         *((("per byte", f"{stats['per_byte']:,.1f} bytes of memory for each of text"),) if stats["per_byte"] else ()),
         ("horizon", f"{horizon} {'units' if stats['units'] else 'tokens'}"),

@@ -27,6 +27,8 @@ def generate(argv: list[str]) -> int | None:
     if values.file is not None and values.memory_dir is not None:
         raise AtomError("--file and --memory_dir: choose one; remember reads documents into a memory")
     prompts = _prompts(values.prompt)
+    if values.twice and values.file is not None:
+        raise AtomError("--twice: reads prompts a second time, and a --file is read once")
     document = None if values.file is None else _document(values.file)
 
     import jax
@@ -65,7 +67,7 @@ def generate(argv: list[str]) -> int | None:
         _ask(lm, document, values.question, prompts, values.json, values.stats, options)
         return
     alone = len(prompts) == 1 and not values.json
-    own = {"memory": read, "remember": values.remember, "reread": values.reread}
+    own = {"memory": read, "remember": values.remember, "reread": values.reread, "twice": values.twice}
     result = write(lm, prompts, on_text=_write if alone else None, **own, **options)
     if values.json:
         _print_json(result.text, result.ids, result.stats)
@@ -106,6 +108,7 @@ def _generate_flags() -> Flags:
               "nearest=1024,temperature=0,weight=0.05", "memory_dir")  # fmt: skip
     known.add(flags.DEFINE_bool, "remember", False, "afterwards read prompts and answers into it", "memory_dir")
     known.add(flags.DEFINE_integer, "reread", 0, "passages by words to read again before a prompt", "memory_dir")
+    known.add(flags.DEFINE_bool, "twice", False, "read every prompt, with what --reread puts in front, twice")
     known.add(flags.DEFINE_string, "draft", None, "who guesses tokens ahead, for speed: ngram, recycle, spine, "
               "mtp:heads=PATH or, in models with units, local")  # fmt: skip
     known.add(flags.DEFINE_integer, "draft_tokens", 7, "most tokens to guess at once", "draft")

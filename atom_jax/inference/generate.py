@@ -77,6 +77,7 @@ def generate(
     memory: Memory | None = None,
     remember: bool = False,
     reread: int = 0,
+    twice: bool = False,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, each row as if it were alone.
 
@@ -98,6 +99,9 @@ def generate(
         stand before the prompts, which then get no front, and its states are mixed into what is said of every token.
         It stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread:
         so many passages of 64 tokens that share most words with a prompt are read again in front of it.
+      twice: every prompt is read a second time behind itself, with what is read again in front of it: of what a text
+        says, the second time is read knowing what is asked (Just read twice, Arora et al., 2024). Texts get no second
+        front. With `remember` a prompt is remembered once.
     Raises AtomError for empty prompts, ids out of range, too long a prompt, or options out of their range.
     """
     began = time.perf_counter()
@@ -107,9 +111,9 @@ def generate(
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
     reread, ahead = _checked(memory, remember, reread), 0 if memory is None else _ahead(lm, memory, after)
-    said = rows = token_rows(lm, prompts, first=after is None and not ahead)
-    if reread:
-        rows = [np.concatenate([memory.passages(row, reread), row]) for row in rows]
+    said = token_rows(lm, prompts, first=after is None and not ahead)
+    again = [token_rows(lm, prompts, first=False)] if twice else []
+    rows = [_row(copies, memory, reread) for copies in zip(said, *again)]
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
     longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
@@ -161,6 +165,12 @@ def _checked(memory: Memory | None, remember: bool, reread: int) -> int:
     if remember and (left := [source.name for source in memory.sources if not source.finished]):
         raise AtomError(f"remember: {left[0]} was not read to its end; read or forget that first")
     return reread
+
+
+def _row(copies: tuple[np.ndarray, ...], memory: Memory | None, reread: int) -> np.ndarray:
+    """What is read of a prompt, i32 [t]: every copy of it, each behind the passages that are read again."""
+    passages = memory.passages(copies[0], reread) if reread else np.zeros(0, np.int32)
+    return np.concatenate([part for copy in copies for part in (passages, copy)])
 
 
 def _check_length(lm: LM, longest: int, most: int) -> None:

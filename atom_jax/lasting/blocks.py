@@ -12,7 +12,8 @@ import numpy as np
 
 from atom_jax.kvcache.lasting import levels
 from atom_jax.kvcache.lasting.score import Seen, best
-from atom_jax.lasting.codec import CODECS, INDEX, index
+from atom_jax.lasting import codec as codecs
+from atom_jax.lasting.codec import CODECS, INDEX, Codec, Learned, index
 from atom_jax.lasting.store import Manifest, Model, Segment, Store
 from atom_jax.typing import AtomError
 
@@ -86,26 +87,28 @@ class Entries:
         keep = int(stays.sum(-1).min())
         return self.take(best(np.where(stays, self.score, -np.inf), keep))
 
-    def arrays(self, codec: str) -> dict[str, np.ndarray]:
+    def arrays(self, codec: Codec) -> dict[str, np.ndarray]:
         """What a file holds of them."""
         said = {"score": self.score, "place": self.place, "source": self.source}
-        return {**CODECS[codec].encode(self.k, self.v), **said}
+        return {**codec.encode(self.k, self.v), **said}
 
     @classmethod
-    def of(cls, arrays: dict[str, np.ndarray], codec: str, where: str) -> Entries:
-        """As `arrays` gave them. AtomError, which begins with `where`, for what can't be entries."""
+    def of(cls, arrays: dict[str, np.ndarray], codec: Codec, model: Model, where: str) -> Entries:
+        """As `arrays` gave them. AtomError, which begins with `where`, for what can't be entries of this model."""
         said = {"score": np.float32, "place": np.int32, "source": np.int32}
-        wanted = {*CODECS[codec].dtypes, *said}
+        wanted = {*codec.dtypes, *said}
         if missing := sorted(wanted - arrays.keys()):
             raise AtomError(f"{where}: the tensor '{missing[0]}' is missing")
         if unknown := sorted(arrays.keys() - wanted):
             raise AtomError(f"{where}: the tensor '{unknown[0]}' is unknown")
         sizes, there = arrays["k"].shape, {name: (x.shape, x.dtype) for name, x in arrays.items()}
-        right = len(sizes) == 4 and CODECS[codec].misfit(sizes, there) is None
+        if len(sizes) != 4 or sizes[:2] != (model.layers, model.heads):
+            raise AtomError(f"{where}: holds entries of shape {list(sizes)}, which the manifest does not name")
+        right = codec.misfit((*sizes[:3], model.size), there) is None
         right = right and all(there[name][1] == dtype for name, dtype in said.items())
         if not right or {there[name][0] for name in said} not in ({sizes[:3]}, {sizes[2:3]}):
             raise AtomError(f"{where}: its tensors don't fit each other")
-        return cls(*CODECS[codec].decode(arrays), *(arrays[name] for name in said))
+        return cls(*codec.decode(arrays), *(arrays[name] for name in said))
 
 
 @dataclasses.dataclass
@@ -121,14 +124,24 @@ class Block:
     arrays: dict[str, np.ndarray] | None = None
 
 
+def codec_of(store: Store, manifest: Manifest) -> tuple[Codec, dict[str, np.ndarray] | None]:
+    """How the blocks of a memory are stored, and what its codec has learned. AtomError for a file that doesn't say
+    that."""
+    m, learned = manifest.model, None if manifest.codes is None else store.read(manifest.codes)
+    where = "" if learned is None else str(store.directory / manifest.codes)
+    return codecs.of(manifest.settings.codec, learned, (m.layers, m.heads, m.size), where), learned
+
+
 class Blocks:
     """The entries of one memory, between two commits. A writer adds to them; `files` is what a commit writes."""
 
     def __init__(self, store: Store, manifest: Manifest, waiting: Entries | None):
-        self._store, self._settings = store, manifest.settings
+        self._store, self._manifest, self._settings = store, manifest, manifest.settings
         self._blocks = [Block(s.level, s.start, s.end, None, s) for s in manifest.segments]
         self._model, self.written = manifest.model, manifest.written
         self.waiting = Entries.none(manifest.model) if waiting is None else waiting
+        self._codec, self._learned = codec_of(store, manifest)
+        self.codes = manifest.codes
 
     def add(self, entries: Entries) -> None:
         """Entries that leave the window. Whole blocks are thinned, and merged where the law says so."""
@@ -141,11 +154,12 @@ class Blocks:
             self._blocks.append(self._made(0, number, number + 1, block))
             self.waiting = self.waiting.cut(law.block)
             self._merge()
+            self._learn()
 
     def _made(self, level: int, start: int, end: int, entries: Entries) -> Block:
         """A block with its entries as its file will have them, whenever it is read again."""
-        arrays = entries.arrays(self._settings.codec)
-        entries = Entries.of(arrays, self._settings.codec, "a new block")
+        arrays = entries.arrays(self._codec)
+        entries = Entries.of(arrays, self._codec, self._model, "a new block")
         return Block(level, start, end, entries, None, arrays)
 
     def _merge(self) -> None:
@@ -155,16 +169,27 @@ class Blocks:
             both = Entries.joined([self.of(old), self.of(new)]).thinned(self._settings.law.keep(level))
             self._blocks[at : at + 2] = [self._made(level, old.start, new.end, both)]
 
+    def _learn(self) -> None:
+        """Where the codec is to be learned, and enough is held: learns it, and stores all blocks by it."""
+        codec = CODECS[self._settings.codec]
+        held = sum(len(b.entries) if b.segment is None else b.segment.entries for b in self._blocks)
+        if not isinstance(codec, Learned) or self._learned is not None or held < codec.least:
+            return
+        every, m = [self.of(b) for b in self._blocks], self._model
+        self._learned = codec.fit(*(np.concatenate([getattr(e, x) for e in every], axis=2) for x in "kv"))
+        self._codec = codecs.of(self._settings.codec, self._learned, (m.layers, m.heads, m.size), "new codes")
+        self._blocks = [self._made(b.level, b.start, b.end, e) for b, e in zip(self._blocks, every)]
+
     def of(self, block: Block) -> Entries:
         """The entries of a block."""
         if block.entries is None:
             where = str(self._store.directory / block.segment.file)
             arrays = self._store.read(block.segment.file)
             arrays = {name: x for name, x in arrays.items() if name not in INDEX}
-            found = Entries.of(arrays, self._settings.codec, where)
-            sizes, model = found.k.shape, self._model
-            if sizes != (model.layers, model.heads, block.segment.entries, model.size):
-                raise AtomError(f"{where}: holds entries of shape {list(sizes)}, which the manifest does not name")
+            found = Entries.of(arrays, self._codec, self._model, where)
+            if len(found) != block.segment.entries:
+                sizes = list(found.k.shape)
+                raise AtomError(f"{where}: holds entries of shape {sizes}, which the manifest does not name")
             block.entries = found
         return block.entries
 
@@ -173,15 +198,21 @@ class Blocks:
         return [*map(self.of, self._blocks), self.waiting]
 
     def forget(self, source: int) -> None:
-        """Leaves out the entries of a source; blocks stay where they are."""
-        for i, block in enumerate(self._blocks):
-            if (entries := self.of(block)).source.size and (entries.source == source).any():
+        """Leaves out the entries of a source; blocks stay where they are. A codec is learned anew from what is left,
+        which loses nothing of that; where it is too little, entries are float16 until there is more."""
+        every, anew = [self.of(b) for b in self._blocks], self._learned is not None
+        if anew:
+            self._learned = self.codes = None
+            self._codec, _ = codec_of(self._store, dataclasses.replace(self._manifest, codes=None))
+        for i, (block, entries) in enumerate(zip(self._blocks, every)):
+            if anew or (entries.source == source).any():
                 self._blocks[i] = self._made(block.level, block.start, block.end, entries.without(source))
         self.waiting = self.waiting.without(source)
+        self._learn()
 
     def files(self, number: int) -> tuple[tuple[Segment, ...], dict[str, dict[str, np.ndarray]], int]:
-        """The segments of a manifest, the arrays of those files that aren't there yet, and the number after them.
-        number: of the first new file."""
+        """The segments of a manifest, the arrays of those files that aren't there yet (`codes`, too), and the number
+        after them. number: of the first new file."""
         files: dict[str, dict[str, np.ndarray]] = {}
         for block in self._blocks:
             if block.segment is None:
@@ -191,4 +222,7 @@ class Blocks:
                 block.arrays = None
                 block.segment = Segment(name, block.level, block.start, block.end, len(block.entries))
                 number += 1
+        if self._learned is not None and self.codes is None:
+            self.codes = f"codes-{number:08d}.safetensors"
+            files[self.codes], number = self._learned, number + 1
         return tuple(b.segment for b in self._blocks), files, number

@@ -11,6 +11,7 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import loading
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting.blocks import Entries
+from atom_jax.lasting.codec import CODECS, Learned
 from atom_jax.lasting.store import LEVELS, Missing, Model, Settings, Source, Store, Window
 from atom_jax.typing import AtomError
 
@@ -34,6 +35,13 @@ class Contents:
     def model(self) -> Model:
         """The model that it belongs to."""
         return self._manifest.model
+
+    @property
+    def codec(self) -> str:
+        """How its entries are stored."""
+        name = self.settings.codec
+        later = isinstance(CODECS[name], Learned) and self._manifest.codes is None
+        return f"{name} (float16 until {CODECS[name].least:,} are in blocks)" if later else name
 
     @property
     def sources(self) -> tuple[Source, ...]:

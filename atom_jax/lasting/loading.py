@@ -28,12 +28,9 @@ def tail(store: Store, manifest: Manifest) -> tuple[Entries | None, dict[str, np
     kept = {name.removeprefix(WINDOW): x for name, x in arrays.items() if name.startswith(WINDOW)}
     rest = {name: x for name, x in arrays.items() if not name.startswith(WINDOW)}
     where = str(store.directory / manifest.tail)
-    waiting = Entries.of(rest, "float16", where) if rest or manifest.waiting else None
+    waiting = Entries.of(rest, codec.CODECS["float16"], manifest.model, where) if rest or manifest.waiting else None
     if (count := 0 if waiting is None else len(waiting)) != manifest.waiting:
         raise AtomError(f"{where}: holds {count} entries, and the manifest names {manifest.waiting}")
-    m = manifest.model
-    if waiting is not None and waiting.k.shape != (m.layers, m.heads, manifest.waiting, m.size):
-        raise AtomError(f"{where}: holds entries of shape {list(waiting.k.shape)}, which the manifest does not name")
     return waiting, kept
 
 

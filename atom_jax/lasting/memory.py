@@ -24,6 +24,7 @@ from atom_jax.lasting import learned, loading, making, reread
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
+from atom_jax.lasting.codec import CODECS
 from atom_jax.lasting.contents import Contents
 from atom_jax.lasting.pages import Pages
 from atom_jax.lasting.reader import Reader, State, model_of
@@ -67,8 +68,8 @@ class Memory(Contents):
           score: how tokens are compared, by a name of `score.SCORES`, or a file with a learned one (`learned.save`).
             By default the one that ships for the model (`learned.shipped`), else "observed".
           part: tokens that are read at once (512). sinks: first ones of a source that stay in view (4). Of a model
-            with units of its own both count these. codec: "float16" or "int8". text: "ids": token ids are kept too,
-            for `recall`; "none": they are not.
+            with units of its own both count these. codec: a name of `codec.CODECS` ("float16"). text: "ids": token
+            ids are kept too, for `recall`; "none": they are not.
           parts: what it is made of: "levels" of entries, which stand before prompts (by default), "knn", final states
             with the tokens that followed, which are mixed into what the model says (kNN-LM), or both.
           choice: how prompts choose among more entries than they all attend to. neighbours: how states are mixed in.
@@ -187,11 +188,11 @@ class Memory(Contents):
         segments, new, number = blocks.files(number)
         waiting = len(blocks.waiting)
         tail = {f"{loading.WINDOW}{name}": x for name, x in kept.items()}
-        tail |= blocks.waiting.arrays("float16") if waiting else {}
+        tail |= blocks.waiting.arrays(CODECS["float16"]) if waiting else {}
         name = f"tail-{number:08d}.safetensors" if tail else None
         manifest = dataclasses.replace(
             self._manifest, next=number + 1, written=blocks.written, waiting=waiting, segments=segments,
-            sources=sources, window=window, tail=name,
+            sources=sources, window=window, tail=name, codes=blocks.codes,
         )  # fmt: skip
         self._store.commit(manifest, {**files, **new, **({name: tail} if tail else {})})
         self.refresh()

@@ -15,7 +15,7 @@ import numpy as np
 from atom_jax.checkpoint.checksums import Damaged
 from atom_jax.kvcache.lasting.paged import FETCHES
 from atom_jax.lasting import codec as codecs
-from atom_jax.lasting.blocks import Entries
+from atom_jax.lasting.blocks import Entries, codec_of
 from atom_jax.lasting.store import Manifest, Segment, Store
 from atom_jax.typing import AtomError
 
@@ -31,7 +31,8 @@ class Pages:
         """known: of an earlier state, whose open files are taken over. AtomError for files that are damaged."""
         files = {} if known is None else known.files
         wanted = [s for s in manifest.segments if s.entries]
-        self.files = {s.file: files.get(s.file) or _Segment(store, s, manifest) for s in wanted}
+        codec, _ = codec_of(store, manifest)
+        self.files = {s.file: files.get(s.file) or _Segment(store, s, manifest, codec) for s in wanted}
         parts: list[Any] = list(self.files.values())
         self._parts = parts + ([_Waiting(waiting)] if waiting is not None and len(waiting) else [])
         self._where = [(part, i) for part in self._parts for i in range(len(part.sizes))]
@@ -70,8 +71,7 @@ class Pages:
 class _Segment:
     """The pages of a block on disk. All but its keys and values is held."""
 
-    def __init__(self, store: Store, segment: Segment, manifest: Manifest):
-        codec = codecs.CODECS[manifest.settings.codec]
+    def __init__(self, store: Store, segment: Segment, manifest: Manifest, codec: codecs.Codec):
         self._codec, self._count = codec, segment.entries
         self._path = Path(store.directory / segment.file)
         self._file, found, arrays = store.opened(segment.file, ("k", "v"))
@@ -113,7 +113,7 @@ class _Segment:
         for name in self._codec.small:
             at = slice(number, number + 1) if name in self._codec.by_page else slice(first, first + count)
             one[name] = self._arrays[name][layer : layer + 1, head : head + 1, at]
-        k, v = self._codec.decode(one)
+        k, v = self._codec.decode(one, (slice(layer, layer + 1), slice(head, head + 1)))
         return k[0, 0], v[0, 0]
 
 

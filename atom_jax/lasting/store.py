@@ -3,7 +3,7 @@
 DIR/MEMORY.json            the manifest; what it doesn't name does not exist
 DIR/seg-%08d.safetensors   a block's entries      DIR/tail-%08d.safetensors  what waits for a block, and the window
 DIR/text-%08d.safetensors  ids of a source        DIR/state-%08d.safetensors its final states, and what followed each
-DIR/score-%08d.safetensors a learned score
+DIR/score-%08d.safetensors a learned score        DIR/codes-%08d.safetensors what the codec has learned
 DIR/.lock                  held by the one that writes
 """
 
@@ -29,7 +29,7 @@ from atom_jax.fields import read_json
 from atom_jax.files import open_regular
 from atom_jax.kvcache.lasting.levels import Law, levels
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES
-from atom_jax.lasting.codec import CODECS
+from atom_jax.lasting.codec import CODECS, Learned
 from atom_jax.typing import AtomError
 
 MANIFEST, FORMAT = "MEMORY.json", 1
@@ -37,7 +37,7 @@ NEW = ".new-"
 # What a memory may be made of: entries in levels, which stand before prompts; states, which say what comes next.
 LEVELS, KNN = "levels", "knn"
 PARTS = (LEVELS, KNN)
-_FILE = re.compile(r"(seg|tail|text|state|score)-\d{8,}\.safetensors")
+_FILE = re.compile(r"(seg|tail|text|state|score|codes)-\d{8,}\.safetensors")
 # What an interrupted commit leaves.
 _LEFT = re.compile(rf"\.new-({_FILE.pattern}|MEMORY\.json)")
 Arrays = Mapping[str, np.ndarray]
@@ -141,6 +141,7 @@ class Manifest:
     window: Window = dataclasses.field(default_factory=Window)
     tail: str | None = None
     score: str | None = None
+    codes: str | None = None
 
     @property
     def states(self) -> dict[int, int]:
@@ -151,7 +152,7 @@ class Manifest:
     def files(self) -> set[str]:
         """All files that it names."""
         named = {s.file for s in self.segments} | {f for s in self.sources for f in (*s.text, *s.state)}
-        return named | {f for f in (self.tail, self.score) if f is not None}
+        return named | {f for f in (self.tail, self.score, self.codes) if f is not None}
 
 
 class Store:
@@ -312,6 +313,8 @@ def _check(path: Path, found: Manifest) -> None:
         raise AtomError(f"{path}: the window is of no source that is known")
     if found.waiting and found.tail is None:
         raise AtomError(f"{path}: entries wait, and no tail is named")
+    if found.codes is not None and not isinstance(CODECS[found.settings.codec], Learned):
+        raise AtomError(f"{path}: names codes, and {found.settings.codec} has none")
 
 
 class Missing(AtomError):

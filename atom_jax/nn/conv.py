@@ -21,28 +21,31 @@ def documents(tokens: Tokens) -> jax.Array:
 
 
 def causal_conv(
-    x_btc: jax.Array, weight_cj: jax.Array, bias_c: jax.Array, taps_bjc: jax.Array, tokens: Tokens
+    x_btc: jax.Array, weight_cj: jax.Array, bias_c: jax.Array, taps_bjc: jax.Array, tokens: Tokens, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Every channel's weighted sum of its last j inputs, those of other documents counting as zero.
+    """Every channel's weighted sum of j inputs up to each position, `dilation` apart, of which other documents'
+    count as zero.
 
     Args:
       x_btc: inputs [b, t, c]. weight_cj: [c, j], the newest input last. bias_c: [c].
-      taps_bjc: the j - 1 inputs before the first, [b, j - 1, c]; zeros before a document's beginning.
+      taps_bjc: the inputs before the first, [b, (j - 1) dilation, c]; zeros before a document's beginning.
       tokens: where the inputs stand; padding may come after the real ones, or before them when taps are zero.
     Returns: f32 [b, t, c] (meaningless at padding), and the taps after the last real input of every row in their own
     dtype; a row without a real input keeps them.
     """
     t, j = x_btc.shape[1], weight_cj.shape[1]
+    span = (j - 1) * dilation
     document_bt = documents(tokens)
     inputs = jnp.concatenate([taps_bjc.astype(x_btc.dtype), x_btc], axis=1)
-    document = jnp.pad(document_bt, ((0, 0), (j - 1, 0)))
+    document = jnp.pad(document_bt, ((0, 0), (span, 0)))
     out = jnp.broadcast_to(bias_c.astype(jnp.float32)[None, None], x_btc.shape)
     for i in range(j):
-        own = (document[:, i : i + t] == document_bt)[..., None]
-        tap = jnp.where(own, inputs[:, i : i + t], 0).astype(jnp.float32)
+        seen = slice(i * dilation, i * dilation + t)
+        own = (document[:, seen] == document_bt)[..., None]
+        tap = jnp.where(own, inputs[:, seen], 0).astype(jnp.float32)
         out = out + tap * weight_cj[:, i].astype(jnp.float32)[None, None]
     end_b = jnp.max(jnp.where(tokens.segments > 0, jnp.arange(1, t + 1)[None], 0), axis=1)
-    last = end_b[:, None] + jnp.arange(j - 1)[None]
+    last = end_b[:, None] + jnp.arange(span)[None]
     own = jnp.take_along_axis(document, last, axis=1) == document_bt[:, -1:]
     taps = jnp.where(own[..., None], jnp.take_along_axis(inputs, last[..., None], axis=1), 0)
     return out, taps.astype(taps_bjc.dtype)

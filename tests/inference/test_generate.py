@@ -252,6 +252,17 @@ def test_texts_of_byte_models_begin_with_the_bos(byte_lm):
     assert generate(byte_lm, [""], 8).stats["prompt_tokens"] == 1
 
 
+def test_prompts_are_read_twice_when_asked(byte_lm):
+    ids = list(ByteTokenizer().encode("ab"))
+    found = atom_jax.generate(byte_lm, ["ab", "abab"], 3, twice=True)
+    wanted = atom_jax.generate(byte_lm, ["abab", "abababab"], 3)
+    assert found.ids == wanted.ids and found.stats["prompt_tokens"] == wanted.stats["prompt_tokens"]
+    again = [
+        atom_jax.generate(byte_lm, [prompt], 3, twice=twice).ids for prompt, twice in ((ids, True), (2 * ids, False))
+    ]
+    assert again[0] == again[1]
+
+
 def test_stop_strings_cut_the_text_wherever_they_fall(byte_lm):
     free = generate(byte_lm, ["one", "two"], 60, 1.0, stop_ids=())
     ascii_at = [i for i, c in enumerate(free.text[0]) if c < "\x80" and i > 20]

@@ -14,6 +14,7 @@ from atom_jax.chunking.rules.fixed import Fixed
 from atom_jax.models import hnet, mixers, registry, stack
 from atom_jax.models.hnet.examples import small
 from atom_jax.models.mixers import MIXERS, Mixer, register
+from atom_jax.nn import ngrams
 from atom_jax.params import ParamSpec, normal
 from atom_jax.typing import LM, AtomError
 from tests.contract.cells import padded
@@ -84,11 +85,16 @@ def test_a_new_mixer_is_one_entry(average):
     [
         (("f1", "F1", "f1"), ["2 fast weights of 8 x 8"]),
         (("t1", "l1L1", "t1"), ["2 heads with landmarks of blocks of 2,", "of blocks of 2, of which 1 are read"]),
+        (("h1", "T1h1", "h1t1"), ["6 tables of 11 rows for n-grams of 2 to 4 ids"]),
+        (("t1", "s1S1", "t1"), ["2 heads that see 3 positions and 2 slots"]),
         (("n1", "N1k1", "t1"), ["2 neural memories of 8 x 16", "a table of 36 values, 6 read by each position"]),
     ],
 )
 def test_layers_with_a_memory_read_and_write(layout, said, monkeypatch):
     monkeypatch.setitem(MIXERS, "k", mixers.ProductKeys(keys=6, heads=2, nearest=3))
+    monkeypatch.setitem(MIXERS, "h", mixers.Ngrams(ngrams.Tables(11, heads=2, longest=4, channels=3)))
+    for letter in "sS":
+        monkeypatch.setitem(MIXERS, letter, mixers.Slots(letter == "S", near=3, count=2, alike=0.5))
     monkeypatch.setitem(MIXERS, "l", mixers.Landmark(every=2))
     monkeypatch.setitem(MIXERS, "L", mixers.Landmark(True, every=2, nearest=1))
     cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=layout)
@@ -107,7 +113,7 @@ def test_layers_with_a_memory_read_and_write(layout, said, monkeypatch):
     assert all(words in stage for words in said)
     assert registry.of(cfg).flops(cfg, 32) > 0
     published = small({"rule": Cosine(target=2.0), "mix": "ema", "confidence": True}, layout=layout)
-    with pytest.raises(AtomError, match="fast weights, neural memories, product keys or Transformer-XL layers"):
+    with pytest.raises(AtomError, match="product keys, hashed n-grams or Transformer-XL layers"):
         hnet.published.to_hf(published, "float32")
 
 
