@@ -14,7 +14,7 @@ from atom_jax.typing import AtomError
 def summary(argv: list[str]) -> None:
     """Judges a training run. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("summary WORKDIR", "Judges a training run on its whole validation text; draws a picture.")
-    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
+    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins", empty=True)
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
@@ -35,6 +35,7 @@ def fairness(argv: list[str]) -> None:
     known.add(flags.DEFINE_list, "scripts", [], "instead: rates of these scripts that make equal units per language")
     known.add(flags.DEFINE_float, "prior", 0.2, "unit ends per byte of English, in the first of them", "scripts")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    known.alone("scripts", "source", "prior")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint and not values.scripts:
         raise AtomError("--checkpoint is missing")
@@ -96,13 +97,14 @@ def units(argv: list[str]) -> None:
     input."""
     known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text, or an episode, with the units made of it.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
-    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "text", None, "the text", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_string, "episode", None, "instead of a text, for world models: the world, such as watch")
     known.add(flags.DEFINE_integer, "length", 0, "frames that are watched; 0: as many as usual", "episode")
     known.add(flags.DEFINE_integer, "seed", 0, "which one", "episode")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries, or the frames, in")
     known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
+    known.alone("episode", "checkpoint", "length", "seed", "out", "text", "file")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
@@ -155,7 +157,7 @@ def memory(argv: list[str]) -> None:
     known = Flags("memory --checkpoint=PATH --text=TEXT", "Says which tokens of a text each head keeps.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for a checkpoint that has none")
-    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "text", None, "the text", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
     known.add(flags.DEFINE_integer, "facts", 0, "so many facts are planted in the text, to see what is kept of them")

@@ -84,16 +84,19 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_multi_string, "prompt", [],
-              "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
+              "text to continue, or - for what the input says; several --prompt run as one batch",
+              empty=True)  # fmt: skip
     known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
     known.add(flags.DEFINE_multi_string, "question", [],
               "what is asked of it, by the model's chat template; may be repeated", "file")  # fmt: skip
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
-    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
-    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all", "temperature")
+    known.add(flags.DEFINE_float, "top_p", 1.0,
+              "draw from the fewest tokens that together have this probability", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_float, "min_p", 0.0,
+              "draw from tokens at least this fraction as likely as the best", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws", "temperature")
     known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     known.add(flags.DEFINE_string, "memory", None,
@@ -118,6 +121,7 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_integer, "length", 1024, "tokens of each prompt", "compile_only")
     known.add(flags.DEFINE_multi_string, "mesh", [],
               "AXIS=N, how chips are used; by default one is", "compile_only")  # fmt: skip
+    known.alone("compile_only", "checkpoint", "adapter", "memory", "topology", "config", "rows", "length", "mesh")
     return known
 
 
@@ -206,12 +210,13 @@ def chat(argv: list[str]) -> int:
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=512")
-    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation")
+    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a document that the first message brings along")
     known.add(flags.DEFINE_integer, "max_new_tokens", 512, "most tokens of an answer")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_float, "top_p", 1.0,
+              "draw from the fewest tokens that together have this probability", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws", "temperature")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint:
@@ -242,7 +247,7 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_string, "puzzle", "subset", "of what kind --problem is")
     known.add(flags.DEFINE_string, "problem", None, "such as 'a 10 b 18 c 15 d 11 goal 26'; its answer is checked")
-    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds")
+    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds", empty=True)
     known.add(flags.DEFINE_string, "file", None,
               'instead: a file with a prompt on every line, or {"prompt": "...", "answer": "..."}')  # fmt: skip
     known.add(flags.DEFINE_bool, "chat", False, "prompts are messages to a model that was tuned for conversations")
@@ -265,6 +270,8 @@ def reason(argv: list[str]) -> None:
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing")
     given = [f"--{name}" for name in ("problem", "prompt", "file") if values[name].value is not None]
+    if values.json and values.show:
+        raise AtomError("--show has no meaning beside --json, which has the chains")
     if len(given) != 1:
         raise AtomError(f"{' and '.join(given)}: choose one" if given else "--problem, --prompt or --file is missing")
     for name, other in (("puzzle", given != ["--problem"]), ("answer", given == ["--problem"])):
