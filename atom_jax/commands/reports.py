@@ -80,9 +80,17 @@ def transplants(argv: list[str]) -> None:
     pairs = [tuple(entry.rsplit("=", 1)) for entry in values.donor]
     if wrong := [entry for entry, pair in zip(values.donor, pairs) if len(pair) != 2]:
         raise AtomError(f"--donor={wrong[0]}: expected TOKENIZER=MODEL")
+    donors = {tokenizer for tokenizer, _ in pairs}
+    if len(donors) < len(pairs):
+        raise AtomError("--donor: a tokenizer has two of them")
 
-    from atom_jax.evaluation.reports import transplants
+    from atom_jax.evaluation.reports import transplanted, transplants
+    from atom_jax.transfer import initialisers
 
+    if values.method:
+        asked = {f"--method={name}": initialisers.parse(name, "--method") for name in values.method}
+        donor = donors >= set(values.tokenizer) or (None if donors else False)
+        transplanted.check_methods(asked, donor, values["text"].present > 0)
     methods = tuple(values.method) or transplants.Orders.methods
     orders = transplants.Orders(
         source, tuple(values.tokenizer), methods, tuple(values.trained), tuple(pairs), values.text, values.judged,

@@ -47,6 +47,8 @@ def generate(argv: list[str]) -> int | None:
     near = config.build(Neighbours, values.neighbours, "--neighbours:")
     if values.memory_dir is not None:
         lasting.there(values.memory_dir)
+        if values.remember:
+            lasting.writable(values.memory_dir)
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     if isinstance(draft, drafters.Local) and registry.of(lm.config).stale is None:
