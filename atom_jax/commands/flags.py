@@ -126,14 +126,14 @@ def _is_said(value: Any) -> bool:
 
 @contextlib.contextmanager
 def named(argv: list[str]) -> Iterator[None]:
-    """Has an AtomError about a setting ("tokens: expected ...") name the flag, where one of that name is among the
-    arguments ("--tokens: expected ...")."""
+    """Has an AtomError about a setting ("tokens: expected ...") name the flag ("--tokens: expected ..."), where one of
+    that name, and no file, is among the arguments."""
     try:
         yield
     except AtomError as e:
         typed = {arg.lstrip("-").partition("=")[0] for arg in argv if arg.startswith("-")}
-        word = re.match(r"[a-z]\w*(?=[:=. ])", str(e))
-        if word is None or word[0] not in typed:
+        word = re.match(r"[a-z]\w*(?=[:= ])", str(e))
+        if word is None or word[0] not in typed or word[0] in argv:
             raise
         raise AtomError(f"--{e}") from None
 

@@ -94,7 +94,7 @@ def evaluate(argv: list[str]) -> int:
         return 0 if report.fits else 1
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing: give the path of a model")
-    evaluation.check_tasks(values.tasks)
+    evaluation.check_tasks(values.tasks, settings)
     check_writable("--out", values.out or None, parents=True)
     cfg = evaluation.resolve(config.override(EvalConfig(), settings), values.checkpoint)
     out = pathlib.Path(values.out) if values.out else None

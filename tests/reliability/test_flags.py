@@ -45,6 +45,8 @@ def test_what_was_once_given_again(capsys):
         (["generate", "--top_p=0.9"], "--top_p has no meaning without --temperature"),
         (["chat", "--seed=3"], "--seed has no meaning without --temperature"),
         (["eval", "--compile_only", "--out=x"], "--out has no meaning beside --compile_only"),
+        (["eval", "--checkpoint=x", "--tasks=bpb", "--set", "max_length=9", "lambada.limit=3"],
+         "--set lambada.limit=3: has no meaning without lambada among --tasks"),
         (["train", "--compile_only", "--workdir=x"], "--workdir has no meaning beside --compile_only"),
         (["fairness", "--scripts=latin", "--limit=3"], "--limit has no meaning beside --scripts"),
         (["units", "--episode=watch", "--color=never"], "--color has no meaning beside --episode"),
@@ -83,7 +85,8 @@ def test_what_has_no_use_is_refused(args, message, tmp_path, capsys):
         (["--memory=x"], "memory 'x': expected", "--memory 'x': expected"),
         (["--tokens=5"], "facts: expected", "facts: expected"),
         (["facts"], "facts: expected", "facts: expected"),
-        (["--facts=3"], "facts.txt", "facts.txt"),
+        (["--facts=3"], "facts.txt: is empty", "facts.txt: is empty"),
+        (["--facts=3", "facts"], "facts: is empty", "facts: is empty"),
         (["--a=3"], "a: expected", "--a: expected"),
     ],
 )
