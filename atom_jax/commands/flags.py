@@ -126,8 +126,8 @@ def _is_said(value: Any) -> bool:
 
 @contextlib.contextmanager
 def named(argv: list[str]) -> Iterator[None]:
-    """Has an AtomError about a setting ("tokens: expected ...") name the flag ("--tokens: expected ..."), where one of
-    that name, and no file, is among the arguments."""
+    """Has an AtomError that begins with the name of a setting ("tokens: expected ...") begin with that of the flag
+    ("--tokens: expected ..."), where one of that name, and no file, is among the arguments."""
     try:
         yield
     except AtomError as e:
