@@ -235,7 +235,7 @@ def chat(argv: list[str]) -> int:
     seed = config.in_range("--seed", values.seed, int)
     most = config.in_range("--max_new_tokens", values.max_new_tokens, int, 1)
     sampling.sampler(values.temperature, top_p=values.top_p)
-    document = None if values.file is None else document_of(values.file)
+    document = None if values.file is None else _document(values.file)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
     whole = talk.talk(lambda: Chat(lm, values.system, **options), most, document)

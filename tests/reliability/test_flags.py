@@ -1,11 +1,15 @@
 """Flags that say nothing, say it twice, or say what nobody asks: refused, by the name that was typed."""
 
+import os
+import socket
+
 import pytest
 from absl import flags
 
 from atom_jax.__main__ import _commands, main
 from atom_jax.commands.flags import Done, Flags, named
 from atom_jax.typing import AtomError
+from tests.reliability.test_commands import limited
 
 # Those of which an empty text is a value.
 EMPTY = {"prompt", "system", "text"}
@@ -94,6 +98,27 @@ def test_settings_are_named_as_they_were_typed(argv, message, said):
     with pytest.raises(AtomError) as e, named(argv):
         raise AtomError(message)
     assert str(e.value).startswith(said)
+
+
+def test_what_the_environment_refuses_comes_before_a_model(tmp_path, capsys):
+    (tmp_path / "empty").write_text(" \n")
+    os.mkfifo(tmp_path / "pipe.json")
+    lines = tmp_path / "lines"
+    lines.write_text('{"prompt": "x", "anwser": "3"}\n')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (["serve", f"--port={port}"], f"--port={port}: Address already in use"),
+            (["serve", "--host=" + "x" * 99 + ".y"], "no name of a machine"),
+            (["chat", f"--file={tmp_path}/empty"], "the document is empty"),
+            (["generate", "--prompt=x", f"--memory={tmp_path}/pipe.json"], "it is a pipe or a device"),
+            (["reason", f"--file={lines}"], "lines, line 1: unknown field 'anwser' (did you mean answer?)"),
+        ]
+        for args, message in cases:
+            with limited():
+                assert main(["atom_jax", args[0], "--checkpoint=nowhere", *args[1:]]) == 1
+            err = capsys.readouterr().err
+            assert message in err and err.count("\n") == 1, (args, err)
 
 
 @pytest.mark.parametrize("place", ["file", "file/inside", "other", "/proc/nowhere"])
