@@ -126,6 +126,7 @@ def info(argv: list[str]) -> None:
             raise AtomError("--json and --tensors are for checkpoints; this is a memory on disk")
         print(lasting.info(path, values.verify, values.out))
     elif values.out is not None:
+        cli.info(path)  # AtomError where nothing is there
         raise AtomError("--out is for memories on disk; this is a checkpoint")
     else:
         print(cli.info(path, values.tensors, values.verify, values.json))
