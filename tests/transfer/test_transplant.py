@@ -209,7 +209,7 @@ def test_the_command(tmp_path, capsys):
     for wrong, message in (
         ([*flags], "already exists"), ([flags[0], "--out=x", "--method=best"], "--method: unknown 'best'"),
         ([flags[0]], "--out is missing"), ([flags[0], "--out=x", "--special=a"], "expected NEW=OLD"),
-        ([flags[0], "--out=x", "--method=omp", "--bytes=0"], "needs donor"),
+        ([flags[0], "--out=x", "--method=omp", "--bytes=0"], "--method=omp: needs --donor"),
     ):  # fmt: skip
         assert main(["atom_jax", "transplant", str(tmp_path / "source"), *wrong]) == 1
         assert message in capsys.readouterr().err
