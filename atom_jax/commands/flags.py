@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import os
+import pathlib
 import re
 import shutil
 import textwrap
@@ -163,10 +165,19 @@ def utf8(where: str, data: bytes) -> str:
         raise AtomError(f"{where}: not valid UTF-8 at byte {e.start}") from None
 
 
-def check_writable(flag: str, path: str | None, parents: bool = False) -> None:
-    """Raises AtomError where a flag names a file (None: it names none) that cannot be written; see `check_output`."""
+def check_writable(
+    flag: str, path: str | None, parents: bool = False, read: Callable[[pathlib.Path], Any] | None = None
+) -> None:  # fmt: skip
+    """Raises AtomError where a flag names a file (None: it names none) that cannot be written (see `check_output`),
+    and where one is there that is not of the kind that is to be written: `read` raises AtomError for it."""
+    if path is None:
+        return
     try:
-        if path is not None:
-            check_output(path, parents)
+        check_output(path, parents)
     except OSError as e:
         raise AtomError(f"{flag}={path}: cannot be written ({e.strerror})") from None
+    if read is not None and os.path.exists(path):
+        try:
+            read(pathlib.Path(path))
+        except AtomError:
+            raise AtomError(f"{flag}={path}: there is a file of another kind; name another one") from None

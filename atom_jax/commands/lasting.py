@@ -139,12 +139,13 @@ def fit_memory(argv: list[str]) -> None:
     _needed(values, "checkpoint", "out")
     if not files:
         raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
-    check_writable("--out", values.out, parents=True)
 
     from atom_jax.checkpoint import load
     from atom_jax.checkpoint.atomic import check_target
     from atom_jax.evaluation.tasks import lasting_fit
+    from atom_jax.lasting import learned
 
+    check_writable("--out", values.out, parents=True, read=learned.load)
     if values.policy_out:
         check_target(values.policy_out)
     for file in files:

@@ -8,6 +8,7 @@ import sys
 from absl import flags
 
 from atom_jax.commands.flags import Flags, check_writable, text_of
+from atom_jax.fields import read_json
 from atom_jax.typing import AtomError
 
 
@@ -39,7 +40,7 @@ def fairness(argv: list[str]) -> None:
     values, _ = known.parse(argv, 0)
     if not values.checkpoint and not values.scripts:
         raise AtomError("--checkpoint is missing")
-    check_writable("--out", values.out or None, parents=True)
+    check_writable("--out", values.out, parents=True, read=read_json)
 
     import pathlib
 

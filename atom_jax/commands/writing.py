@@ -37,7 +37,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference.generate import generate as write
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
-    from atom_jax.lasting.store import KNN
+    from atom_jax.lasting.store import KNN, LEVELS
     from atom_jax.models import registry
     from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
@@ -58,6 +58,13 @@ def generate(argv: list[str]) -> int | None:
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
     if values.neighbours and (read is None or KNN not in read.settings.parts):
         raise AtomError("--neighbours: is for a memory of states (--memory_dir of remember --parts=knn)")
+    if values.choice and LEVELS not in read.settings.parts:
+        raise AtomError("--choice: is for a memory of entries (--memory_dir of remember --parts=levels)")
+    if read is not None and LEVELS in read.settings.parts and registry.of(lm.config).memory(lm.config) is not None:
+        raise AtomError(
+            "--memory_dir: is read whole, which the cache policy of this model, by --memory, --adapter or its own"
+            " files, would not do; --memory=none keeps everything"
+        )
     options = {
         "max_new_tokens": values.max_new_tokens, "temperature": values.temperature, "key": jax.random.key(seed),
         "top_k": values.top_k, "top_p": values.top_p, "min_p": values.min_p, "stop": values.stop, "draft": draft,

@@ -131,6 +131,22 @@ def test_a_memory_has_a_place_before_a_model_is_loaded(place, tmp_path, capsys, 
     assert f"--memory_dir={place}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fit_memory", "--checkpoint=nowhere", "OUT", "emma"],
+        ["fairness", "--checkpoint=nowhere", "OUT"],
+        ["plan", "--checkpoint=nowhere", "OUT"],
+    ],
+)
+def test_files_of_another_kind_are_not_replaced(args, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.write_text("a novel")
+    assert main(["atom_jax", *(arg.replace("OUT", f"--out={mine}") for arg in args)]) == 1
+    assert f"--out={mine}: there is a file of another kind" in capsys.readouterr().err
+    assert mine.read_text() == "a novel"
+
+
 def test_texts_are_looked_at_before_a_model_is_loaded(tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

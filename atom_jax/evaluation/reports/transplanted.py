@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atom_jax import checkpoint, picture
-from atom_jax.checkpoint.atomic import check_new
+from atom_jax.checkpoint.atomic import check_new, staged
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache, run
 from atom_jax.evaluation.reports import fairness
@@ -72,9 +72,10 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
         result[name] = measured(model, judged)
         say(f"{name:<7}{result[name]['bits_per_byte']:.4f} bits per byte, {result[name]['tokens']:,} tokens")
     result |= report.to_json()
-    checkpoint.save_hf(made, target)
-    cache.write_json(target / REPORT, result)
-    draw(report, result, target / PICTURE)
+    with staged(target) as staging:
+        checkpoint.save_hf(made, staging)
+        cache.write_json(staging / REPORT, result)
+        draw(report, result, staging / PICTURE)
     return result
 
 
