@@ -69,12 +69,13 @@ class Flags:
     def _check_value(self, name: str) -> None:
         """Raises AtomError for an empty text, and for a flag of one value that was given several times."""
         flag = self.values[name]
-        several = isinstance(flag, flags.MultiFlag)
-        if name not in self._empty and (
-            flag.value in ("", []) or (isinstance(flag.value, list) and "" in flag.value)
-        ):
-            raise AtomError(f"--{name} is empty; leave it out, or give it a value")
-        if flag.present > 1 and not several and not flag.boolean:
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if name not in self._empty and (not values or "" in values):
+            said = (
+                "has an empty value among others" if len(values) > 1 else "is empty; leave it out, or give it a value"
+            )
+            raise AtomError(f"--{name} {said}")
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag) and not flag.boolean:
             raise AtomError(f"--{name} was given {flag.present} times, and has one value")
 
     def _help(self) -> str:

@@ -31,6 +31,19 @@ def test_empty_flags_are_no_flags(command, capsys):
             known(command).parse([command, f"--{name}="], None)
 
 
+def test_texts_that_name_nothing(capsys):
+    for args, message in (
+        (["eval", "--tasks=bpb,"], "--tasks has an empty value among others"),
+        (["eval", "--tasks="], "--tasks is empty; leave it out, or give it a value"),
+        (
+            ["generate", "--checkpoint=reason-subset", "--prompt=a", "--adapter=,"],
+            "--adapter: expected the name of one",
+        ),
+    ):
+        assert main(["atom_jax", *args]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_what_was_once_given_again(capsys):
     for args in (["eval", "--tasks=bpb", "--tasks=lambada"], ["generate", "--checkpoint=a", "--checkpoint=a"]):
         assert main(["atom_jax", *args]) == 1
