@@ -46,8 +46,8 @@ class Flags:
 
     def parse(self, argv: list[str], positional: int | None) -> tuple[flags.FlagValues, list[str]]:
         """Returns the flags and the arguments left over, of which there must be `positional` (None: any number).
-        Raises AtomError for another number, for a flag that is empty or was given again with another value, and for
-        one that has no meaning without one that is missing, or beside one that is there."""
+        Raises AtomError for another number, for a flag that is empty or, with one value, was given twice, and for one
+        that has no meaning without one that is missing, or beside one that is there."""
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print(self._help())
             raise Done(self)
