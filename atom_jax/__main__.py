@@ -10,7 +10,7 @@ from collections.abc import Callable
 import atom_jax
 from atom_jax import terminal
 from atom_jax.commands import completion, images, lasting, models, reports, running, serving, worlds, writing
-from atom_jax.commands.flags import Done
+from atom_jax.commands.flags import Done, named
 from atom_jax.fields import meant
 from atom_jax.typing import AtomError
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         known = _commands()
         if argv[1] not in known:
             raise AtomError(f"unknown command {argv[1]!r}{meant(argv[1], known)}; known: {', '.join(known)}")
-        with contextlib.suppress(Done):
+        with contextlib.suppress(Done), named(argv[2:]):
             return known[argv[1]](argv[1:])
 
     return terminal.run("error", command)
@@ -71,7 +71,7 @@ def script(name: str, argv: list[str]) -> int:
     """Runs the command `name` as the script NAME.py, with the script's arguments; returns the exit code."""
 
     def command() -> int | None:
-        with contextlib.suppress(Done):
+        with contextlib.suppress(Done), named(argv[1:]):
             return _commands()[name]([name, *argv[1:]])
 
     return terminal.run(f"{name}.py", command)

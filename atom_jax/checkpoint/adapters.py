@@ -123,7 +123,9 @@ def about(reference: str | os.PathLike) -> tuple[str, list[tuple[str, str]], Saf
 def listed(references: str | os.PathLike | Sequence[Any] | None) -> list[Any]:
     """The adapters that a list, or a text with commas, names, in order; each must be there."""
     if isinstance(references, str):
-        references = [part for part in references.split(",") if part]
+        text, references = references, [part for part in references.split(",") if part]
+        if not references:
+            raise AtomError(f"adapter: expected the name of one or a directory, got {text!r}; leave it out for none")
     elif references is None or isinstance(references, os.PathLike):
         references = [] if references is None else [references]
     for one in references:

@@ -19,7 +19,8 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
 
     A new directory appears by one rename. Into an existing one files and folders move by renames, each file
     replacing its namesake whole, and files for which `stale(name)` holds and that were not written anew are
-    removed; all others stay. OSError in the block becomes an AtomError that names the directory.
+    removed; all others stay. OSError in the block becomes an AtomError that names the directory, as does an AtomError
+    about what is being written there.
     """
     check_target(directory)
     target, staging = Path(directory), None
@@ -37,6 +38,10 @@ def staged(directory: str | Path, stale: Callable[[str], bool] = lambda name: Fa
             os.rename(staging, target)
     except OSError as e:
         raise AtomError(f"{target}: could not be saved ({e.strerror or e}); what was there is unchanged") from None
+    except AtomError as e:
+        if staging is None or str(staging) not in str(e):
+            raise
+        raise AtomError(str(e).replace(str(staging), str(target))) from None
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

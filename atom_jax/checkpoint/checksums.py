@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from atom_jax.files import open_regular, read_regular
 from atom_jax.typing import AtomError
 
 FILE = "checksums.json"
@@ -72,7 +73,7 @@ def verified(directory: Path, parts: Sequence[str] | None = None) -> Iterator[No
 
 def _listed(directory: Path) -> dict[str, Any]:
     try:
-        text = (directory / FILE).read_text("utf-8")
+        text = read_regular(directory / FILE).decode("utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as e:
@@ -89,7 +90,7 @@ def _listed(directory: Path) -> dict[str, Any]:
 def _crc32(path: Path) -> tuple[int, int]:
     """Bytes and CRC-32 of a file."""
     size = crc = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc

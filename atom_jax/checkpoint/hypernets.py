@@ -14,6 +14,7 @@ from atom_jax import params as params_lib
 from atom_jax.checkpoint.atomic import staged
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource, write_file
 from atom_jax.fields import read_json
+from atom_jax.files import read_regular
 from atom_jax.params import Tree
 from atom_jax.transfer.hypernet import Hypernet, Projector, Zett
 from atom_jax.typing import AtomError
@@ -144,7 +145,7 @@ def _zett(path: Path) -> tuple[Hypernet, dict[str, Any]]:
     from flax import serialization
 
     try:
-        tree = serialization.msgpack_restore((path / _ZETT).read_bytes())
+        tree = serialization.msgpack_restore(read_regular(path / _ZETT))
         tensors = {name.replace("/", "."): x for name, x in params_lib.flatten(tree).items()}
     except Exception as e:  # a damaged file, in which anything may be
         raise AtomError(f"{path / _ZETT}: cannot be read ({type(e).__name__})") from None

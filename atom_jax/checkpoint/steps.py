@@ -11,6 +11,7 @@ from typing import Any
 
 from atom_jax.checkpoint import checksums
 from atom_jax.checkpoint.checksums import Damaged
+from atom_jax.files import read_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def complete(path: pathlib.Path, parts: Sequence[str]) -> int:
 def is_suspect(path: pathlib.Path) -> bool:
     """Whether a step was saved while steps went wrong."""
     try:
-        said = json.loads((path / "_CHECKPOINT_METADATA").read_text("utf-8"))
+        said = json.loads(read_regular(path / "_CHECKPOINT_METADATA"))
         return bool(said["custom_metadata"]["suspect"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

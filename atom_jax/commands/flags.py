@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
+import os
+import pathlib
+import re
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -21,20 +25,29 @@ class Flags:
 
     def __init__(self, usage: str, purpose: str):
         self.purpose, self.values = purpose, flags.FlagValues()
-        self._usage, self._lines, self._beside = usage, {}, {}
+        self._usage, self._lines, self._beside, self._empty, self._alone = usage, {}, {}, set(), {}
 
-    def add(self, define: Callable[..., Any], name: str, default: Any, text: str, beside: str = "") -> None:
-        """Defines a flag with one of absl's DEFINE functions. beside: the flag without which it is refused."""
+    def add(
+        self, define: Callable[..., Any], name: str, default: Any, text: str, beside: str = "", empty: bool = False
+    ) -> None:  # fmt: skip
+        """Defines a flag with one of absl's DEFINE functions. beside: the flag without which it is refused. empty:
+        whether an empty text is a value of it, and not a mistake such as a variable that is not set."""
         if beside:
             text, self._beside[name] = f"with --{beside}: {text}", beside
+        if empty:
+            self._empty.add(name)
         define(name, default, text, flag_values=self.values)
         said = default is not None and default is not False and default not in ("", [])
         self._lines[name] = f"{text} (default {default})" if said else text
 
+    def alone(self, name: str, *others: str) -> None:
+        """Has all flags refused beside this one but these, where it was given and is not false."""
+        self._alone[name] = {name, *others}
+
     def parse(self, argv: list[str], positional: int | None, *needed: str) -> tuple[flags.FlagValues, list[str]]:
         """Returns the flags, of which those `needed` were given, and the arguments left over, of which there must be
         `positional` (None: any number). Raises AtomError for another number, for a flag that is needed and missing,
-        and for one that has no meaning without another that is missing."""
+        for an empty one, and for one that has no meaning without one that is missing, or beside one that is there."""
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print(self._help())
             raise Done(self)
@@ -42,13 +55,29 @@ class Flags:
         if positional is not None and len(rest) != positional:
             given = " ".join(rest) or "nothing"
             raise AtomError(f"usage: {self._usage}; besides flags, {given} was given")
-        for name, other in self._beside.items():
-            if self.values[name].present and _is_missing(self.values[other].value):
+        given = [name for name in self._lines if self.values[name].present]
+        for name in given:
+            self._check_value(name)
+            other = self._beside.get(name)
+            if other and not (other in given and _is_said(self.values[other].value)):
                 raise AtomError(f"--{name} has no meaning without --{other}")
         for name in needed:
             if not self.values[name].value:
                 raise AtomError(f"--{name} is missing")
+        for name in (name for name in given if name in self._alone and _is_said(self.values[name].value)):
+            if beside := [other for other in given if other not in self._alone[name]]:
+                raise AtomError(f"--{beside[0]} has no meaning beside --{name}")
         return self.values, rest
+
+    def _check_value(self, name: str) -> None:
+        """Raises AtomError for an empty text."""
+        flag = self.values[name]
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if name not in self._empty and (not values or "" in values):
+            said = (
+                "has an empty value among others" if len(values) > 1 else "is empty; leave it out, or give it a value"
+            )
+            raise AtomError(f"--{name} {said}")
 
     def _help(self) -> str:
         """What --help prints, as wide as the terminal."""
@@ -94,9 +123,23 @@ class Done(Exception):
         self.known = known
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether a flag has the value of one that was not given: 0 is a value."""
-    return value is None or value is False or value in ([], "")
+def _is_said(value: Any) -> bool:
+    """Whether a flag says something: 0 is a value."""
+    return value is not None and value is not False and value not in ([], "")
+
+
+@contextlib.contextmanager
+def named(argv: list[str]) -> Iterator[None]:
+    """Has an AtomError that begins with the name of a setting ("tokens: expected ...") begin with that of the flag
+    ("--tokens: expected ..."), where one of that name, and no file, is among the arguments."""
+    try:
+        yield
+    except AtomError as e:
+        typed = {arg.lstrip("-").partition("=")[0] for arg in argv if arg.startswith("-")}
+        word = re.match(r"[a-z]\w*(?=[:= ])", str(e))
+        if word is None or word[0] not in typed or word[0] in argv:
+            raise
+        raise AtomError(f"--{e}") from None
 
 
 def text_of(text: str | None, file: str | None) -> str | bytes:
@@ -124,10 +167,19 @@ def utf8(where: str, data: bytes) -> str:
         raise AtomError(f"{where}: not valid UTF-8 at byte {e.start}") from None
 
 
-def check_writable(flag: str, path: str | None, parents: bool = False) -> None:
-    """Raises AtomError where a flag names a file (None: it names none) that cannot be written; see `check_output`."""
+def check_writable(
+    flag: str, path: str | None, parents: bool = False, read: Callable[[pathlib.Path], Any] | None = None
+) -> None:  # fmt: skip
+    """Raises AtomError where a flag names a file (None: it names none) that cannot be written (see `check_output`),
+    and where one is there that is not of the kind that is to be written: `read` raises AtomError for it."""
+    if path is None:
+        return
     try:
-        if path is not None:
-            check_output(path, parents)
+        check_output(path, parents)
     except OSError as e:
         raise AtomError(f"{flag}={path}: cannot be written ({e.strerror})") from None
+    if read is not None and os.path.exists(path):
+        try:
+            read(pathlib.Path(path))
+        except AtomError:
+            raise AtomError(f"{flag}={path}: there is a file of another kind; name another one") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from absl import flags
@@ -37,6 +38,10 @@ def remember(argv: list[str]) -> None:
         raise AtomError("usage: remember --checkpoint=PATH --memory_dir=DIR FILE...; no file is named")
     if values.source is not None and len(files) > 1:
         raise AtomError("--source names one text, and several files are given")
+    if values.parts is not None and "levels" not in values.parts:
+        for name in ("law", "score", "codec"):
+            if values[name].present:
+                raise AtomError(f"--{name} has no meaning with --parts={','.join(values.parts)}; it is for levels")
 
     import pathlib
 
@@ -45,11 +50,18 @@ def remember(argv: list[str]) -> None:
     from atom_jax.lasting.memory import Memory
 
     # Before a memory is made for them.
+    names: dict[str, str] = {}
     for file in files:
         try:
-            open_regular(file).close()
+            with open_regular(file) as opened:
+                if not opened.read(1):
+                    raise AtomError(f"{file}: is empty")
+            other = names.setdefault(pathlib.Path(file).name, file)
+            if not os.path.samefile(file, other):
+                raise AtomError(f"{file}: has the name of {other}; read it alone, with a name of its own (--source)")
         except OSError as e:
             raise AtomError(f"{file}: cannot be read ({e.strerror})") from None
+    writable(values.memory_dir)
     lm = load(values.checkpoint, dtype=values.dtype)
     options = {name: values[name].value for name in ("law", "score", "part", "codec", "text", "parts")}
     with Memory.open(values.memory_dir, lm, **options) as memory:
@@ -131,10 +143,17 @@ def fit_memory(argv: list[str]) -> None:
     _needed(values, "checkpoint", "out")
     if not files:
         raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
-    check_writable("--out", values.out, parents=True)
 
     from atom_jax.checkpoint import load
+    from atom_jax.checkpoint.atomic import check_target
     from atom_jax.evaluation.tasks import lasting_fit
+    from atom_jax.lasting import learned
+
+    check_writable("--out", values.out, parents=True, read=learned.load)
+    if values.policy_out:
+        check_target(values.policy_out)
+    for file in files:
+        lasting_fit.text_of(file)
 
     how = lasting_fit.Order(
         tuple(files), values.out, values.tokens, values.facts, tuple(values.kinds), values.ridge, values.part,
@@ -208,6 +227,19 @@ def _needed(values: flags.FlagValues, *names: str) -> None:
     for name in names:
         if not values[name].value:
             raise AtomError(f"--{name} is missing")
+
+
+def writable(path: str) -> None:
+    """Raises AtomError where what --memory_dir names is no place to write a memory to: before a model is loaded."""
+    from atom_jax.checkpoint.atomic import check_target
+    from atom_jax.lasting.store import Store
+
+    store = Store(path)
+    try:
+        _ = store.exists  # AtomError where something else is there
+        check_target(path)
+    except AtomError as e:
+        raise AtomError(f"--memory_dir={e}") from None
 
 
 def there(path: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 from absl import flags
 
 from atom_jax.commands.flags import Flags
@@ -60,13 +62,17 @@ def transplant(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "donor", None, "a model that has this tokenizer already")
     known.add(flags.DEFINE_string, "fallback", "normal", "where that fails: normal, covariance, mean, zero, a method")
     known.add(flags.DEFINE_multi_string, "special", [], "NEW=OLD, special tokens of which NEW gets the row of OLD")
-    known.add(flags.DEFINE_string, "text", "austen", "text that focus learns its vectors from")
+    known.add(flags.DEFINE_string, "text", None, "text that focus learns its vectors from, by default austen")
     known.add(flags.DEFINE_string, "judged", "austen", "text whose validation split is judged")
     known.add(flags.DEFINE_integer, "bytes", 20_000, "how much of it; 0: nothing is judged")
     values, (source,) = known.parse(argv, 1, "tokenizer", "out")
     pairs = [entry.split("=") for entry in values.special]
     if wrong := [entry for entry, pair in zip(values.special, pairs) if len(pair) != 2]:
         raise AtomError(f"--special={wrong[0]}: expected NEW=OLD")
+    if twice := [new for new, n in collections.Counter(pair[0] for pair in pairs).items() if n > 1]:
+        raise AtomError(f"--special={twice[0]}=...: was given twice")
+    if values["judged"].present and not values["bytes"].value:
+        raise AtomError("--judged has no meaning beside --bytes=0")
 
     from atom_jax import config
     from atom_jax.evaluation.reports import transplanted
@@ -117,6 +123,7 @@ def info(argv: list[str]) -> None:
             raise AtomError("--json and --tensors are for checkpoints; this is a memory on disk")
         print(lasting.info(path, values.verify, values.out))
     elif values.out is not None:
+        cli.info(path)  # AtomError where nothing is there
         raise AtomError("--out is for memories on disk; this is a checkpoint")
     else:
         print(cli.info(path, values.tensors, values.verify, values.json))

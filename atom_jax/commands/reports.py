@@ -8,13 +8,14 @@ import sys
 from absl import flags
 
 from atom_jax.commands.flags import Flags, check_writable, text_of
+from atom_jax.fields import read_json
 from atom_jax.typing import AtomError
 
 
 def summary(argv: list[str]) -> None:
     """Judges a training run. argv: the command and its arguments. Raises AtomError for bad input."""
     known = Flags("summary WORKDIR", "Judges a training run on its whole validation text; draws a picture.")
-    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins")
+    known.add(flags.DEFINE_string, "prompt", "It was", "how the sample begins", empty=True)
     known.add(flags.DEFINE_integer, "sample_tokens", 400, "length of the sample")
     values, (workdir,) = known.parse(argv, 1)
 
@@ -35,10 +36,11 @@ def fairness(argv: list[str]) -> None:
     known.add(flags.DEFINE_list, "scripts", [], "instead: rates of these scripts that make equal units per language")
     known.add(flags.DEFINE_float, "prior", 0.2, "unit ends per byte of English, in the first of them", "scripts")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    known.alone("scripts", "source", "prior")
     values, _ = known.parse(argv, 0)
     if not values.checkpoint and not values.scripts:
         raise AtomError("--checkpoint is missing")
-    check_writable("--out", values.out or None, parents=True)
+    check_writable("--out", values.out, parents=True, read=read_json)
 
     import pathlib
 
@@ -76,9 +78,17 @@ def transplants(argv: list[str]) -> None:
     pairs = [tuple(entry.rsplit("=", 1)) for entry in values.donor]
     if wrong := [entry for entry, pair in zip(values.donor, pairs) if len(pair) != 2]:
         raise AtomError(f"--donor={wrong[0]}: expected TOKENIZER=MODEL")
+    donors = {tokenizer for tokenizer, _ in pairs}
+    if len(donors) < len(pairs):
+        raise AtomError("--donor: a tokenizer has two of them")
 
-    from atom_jax.evaluation.reports import transplants
+    from atom_jax.evaluation.reports import transplanted, transplants
+    from atom_jax.transfer import initialisers
 
+    if values.method:
+        asked = {f"--method={name}": initialisers.parse(name, "--method") for name in values.method}
+        donor = donors >= set(values.tokenizer) or (None if donors else False)
+        transplanted.check_methods(asked, donor, values["text"].present > 0)
     methods = tuple(values.method) or transplants.Orders.methods
     orders = transplants.Orders(
         source, tuple(values.tokenizer), methods, tuple(values.trained), tuple(pairs), values.text, values.judged,
@@ -93,13 +103,14 @@ def units(argv: list[str]) -> None:
     input."""
     known = Flags("units --checkpoint=PATH --text=TEXT", "Prints a text, or an episode, with the units made of it.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
-    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "text", None, "the text", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_string, "episode", None, "instead of a text, for world models: the world, such as watch")
     known.add(flags.DEFINE_integer, "length", 0, "frames that are watched; 0: as many as usual", "episode")
     known.add(flags.DEFINE_integer, "seed", 0, "which one", "episode")
     known.add(flags.DEFINE_string, "out", None, "a PNG to draw the probabilities of boundaries, or the frames, in")
     known.add(flags.DEFINE_string, "color", "auto", "auto (on a terminal), always or never: colours, or [brackets]")
+    known.alone("episode", "checkpoint", "length", "seed", "out", "text", "file")
     values, _ = known.parse(argv, 0, "checkpoint")
     if values.color not in ("auto", "always", "never"):
         raise AtomError(f"--color={values.color}: expected auto, always or never")
@@ -148,7 +159,7 @@ def memory(argv: list[str]) -> None:
     known = Flags("memory --checkpoint=PATH --text=TEXT", "Says which tokens of a text each head keeps.")
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for a checkpoint that has none")
-    known.add(flags.DEFINE_string, "text", None, "the text")
+    known.add(flags.DEFINE_string, "text", None, "the text", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a file with the text, instead of --text")
     known.add(flags.DEFINE_integer, "tokens", 0, "most tokens to read; 0: what the model was made for, up to 2048")
     known.add(flags.DEFINE_integer, "facts", 0, "so many facts are planted in the text, to see what is kept of them")

@@ -28,6 +28,7 @@ def train(argv: list[str]) -> int:
               "distributed")  # fmt: skip
     known.add(flags.DEFINE_integer, "process_id", None, "number of this process, from 0", "coordinator")
     known.add(flags.DEFINE_integer, "num_processes", None, "number of processes", "coordinator")
+    known.alone("compile_only", "config", "set", "init_from", "topology", "verbosity")
     values, settings = _settings(known, argv)
     more = settings[len(values["set"].value) :]
     if more and (len(more) == len(settings) or "=" not in more[0]):
@@ -73,6 +74,7 @@ def evaluate(argv: list[str]) -> int:
     known.add(flags.DEFINE_bool, "compile_only", False, "compile, say what scoring texts needs per chip, stop")
     known.add(flags.DEFINE_string, "topology", None, "chips nobody has to have: v5e:2x2", "compile_only")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
+    known.alone("compile_only", "checkpoint", "adapter", "config", "set", "topology", "verbosity")
     values, settings = _settings(known, argv)
     _quiet(values, logging.WARNING)  # Orbax reports every file that it reads.
 
@@ -92,7 +94,7 @@ def evaluate(argv: list[str]) -> int:
         return 0 if report.fits else 1
     if not values.checkpoint:
         raise AtomError("--checkpoint is missing: give the path of a model")
-    evaluation.check_tasks(values.tasks)
+    evaluation.check_tasks(values.tasks, settings)
     check_writable("--out", values.out or None, parents=True)
     cfg = evaluation.resolve(config.override(EvalConfig(), settings), values.checkpoint)
     out = pathlib.Path(values.out) if values.out else None

@@ -55,6 +55,7 @@ def serve(argv: list[str]) -> None:
         "cache_memory": None if values.cache_memory is None else size_of("--cache_memory", values.cache_memory),
     }
     body = size_of("--max_body", values.max_body)
+    http.check_address(values.host, port)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     if lm.tokenizer is None:
         raise AtomError(

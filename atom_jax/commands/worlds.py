@@ -7,6 +7,7 @@ import pathlib
 from absl import flags
 
 from atom_jax.commands.flags import Flags, check_writable
+from atom_jax.fields import read_json
 from atom_jax.typing import AtomError
 
 # Futures, and steps of one.
@@ -62,7 +63,7 @@ def plan(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "seed", 0, "of the episodes and the planner")
     known.add(flags.DEFINE_string, "out", None, "JSON file for the results")
     values, _ = known.parse(argv, 0, "checkpoint")
-    check_writable("--out", values.out, parents=True)
+    check_writable("--out", values.out, parents=True, read=read_json)
 
     import atom_jax
     from atom_jax.evaluation import cache

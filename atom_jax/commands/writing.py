@@ -39,7 +39,7 @@ def generate(argv: list[str]) -> int | None:
     from atom_jax.inference.generate import generate as write
     from atom_jax.kvcache.lasting.chosen import Choice
     from atom_jax.lasting.memory import Memory
-    from atom_jax.lasting.store import KNN
+    from atom_jax.lasting.store import KNN, LEVELS
     from atom_jax.models import registry
     from atom_jax.nn.neighbours import Neighbours
     from atom_jax.session.drafts import drafters
@@ -49,6 +49,8 @@ def generate(argv: list[str]) -> int | None:
     near = config.build(Neighbours, values.neighbours, "--neighbours:")
     if values.memory_dir is not None:
         lasting.there(values.memory_dir)
+        if values.remember:
+            lasting.writable(values.memory_dir)
     draft = drafters.parse(values.draft)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     if isinstance(draft, drafters.Local) and registry.of(lm.config).stale is None:
@@ -58,6 +60,13 @@ def generate(argv: list[str]) -> int | None:
     read = None if values.memory_dir is None else Memory.open(values.memory_dir, lm, choice=choice, neighbours=near)
     if values.neighbours and (read is None or KNN not in read.settings.parts):
         raise AtomError("--neighbours: is for a memory of states (--memory_dir of remember --parts=knn)")
+    if values.choice and LEVELS not in read.settings.parts:
+        raise AtomError("--choice: is for a memory of entries (--memory_dir of remember --parts=levels)")
+    if read is not None and LEVELS in read.settings.parts and registry.of(lm.config).memory(lm.config) is not None:
+        raise AtomError(
+            "--memory_dir: is read whole, which the cache policy of this model, by --memory, --adapter or its own"
+            " files, would not do; --memory=none keeps everything"
+        )
     options = {
         "max_new_tokens": values.max_new_tokens, "temperature": values.temperature, "key": jax.random.key(seed),
         "top_k": values.top_k, "top_p": values.top_p, "min_p": values.min_p, "stop": values.stop, "draft": draft,
@@ -86,16 +95,19 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_multi_string, "prompt", [],
-              "text to continue, or - for what the input says; several --prompt run as one batch")  # fmt: skip
+              "text to continue, or - for what the input says; several --prompt run as one batch",
+              empty=True)  # fmt: skip
     known.add(flags.DEFINE_string, "file", None, "a document that is read once, before every question and prompt")
     known.add(flags.DEFINE_multi_string, "question", [],
               "what is asked of it, by the model's chat template; may be repeated", "file")  # fmt: skip
     known.add(flags.DEFINE_integer, "max_new_tokens", 64, "most tokens to add to each prompt")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all")
-    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    known.add(flags.DEFINE_float, "min_p", 0.0, "draw from tokens at least this fraction as likely as the best")
-    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_integer, "top_k", 0, "draw from the k most likely tokens; 0: from all", "temperature")
+    known.add(flags.DEFINE_float, "top_p", 1.0,
+              "draw from the fewest tokens that together have this probability", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_float, "min_p", 0.0,
+              "draw from tokens at least this fraction as likely as the best", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws", "temperature")
     known.add(flags.DEFINE_multi_string, "stop", [], "end before this string; may be repeated")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     known.add(flags.DEFINE_string, "memory", None,
@@ -121,6 +133,7 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_integer, "length", 1024, "tokens of each prompt", "compile_only")
     known.add(flags.DEFINE_multi_string, "mesh", [],
               "AXIS=N, how chips are used; by default one is", "compile_only")  # fmt: skip
+    known.alone("compile_only", "checkpoint", "adapter", "memory", "topology", "config", "rows", "length", "mesh")
     return known
 
 
@@ -209,12 +222,13 @@ def chat(argv: list[str]) -> int:
     known.add(flags.DEFINE_string, "checkpoint", None, "what to load")
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_string, "memory", None, "what of the keys and values is kept, such as tova:budget=512")
-    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation")
+    known.add(flags.DEFINE_string, "system", None, "what the model is told before the conversation", empty=True)
     known.add(flags.DEFINE_string, "file", None, "a document that the first message brings along")
     known.add(flags.DEFINE_integer, "max_new_tokens", 512, "most tokens of an answer")
     known.add(flags.DEFINE_float, "temperature", 0.0, "0 always takes the most likely token")
-    known.add(flags.DEFINE_float, "top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws")
+    known.add(flags.DEFINE_float, "top_p", 1.0,
+              "draw from the fewest tokens that together have this probability", "temperature")  # fmt: skip
+    known.add(flags.DEFINE_integer, "seed", 0, "seed of the draws", "temperature")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     values, _ = known.parse(argv, 0, "checkpoint")
 
@@ -229,7 +243,7 @@ def chat(argv: list[str]) -> int:
     seed = config.in_range("--seed", values.seed, int)
     most = config.in_range("--max_new_tokens", values.max_new_tokens, int, 1)
     sampling.sampler(values.temperature, top_p=values.top_p)
-    document = None if values.file is None else document_of(values.file)
+    document = None if values.file is None else _document(values.file)
     lm = load(values.checkpoint, adapter=values.adapter, dtype=values.dtype, memory=values.memory)
     options = {"temperature": values.temperature, "top_p": values.top_p, "key": jax.random.key(seed)}
     whole = talk.talk(lambda: Chat(lm, values.system, **options), most, document)
@@ -243,7 +257,7 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "adapter", None, "learned evictors for it: a shipped name or a directory")
     known.add(flags.DEFINE_string, "puzzle", "subset", "of what kind --problem is")
     known.add(flags.DEFINE_string, "problem", None, "such as 'a 10 b 18 c 15 d 11 goal 26'; its answer is checked")
-    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds")
+    known.add(flags.DEFINE_string, "prompt", None, "instead: any text, whose answer --answer finds", empty=True)
     known.add(flags.DEFINE_string, "file", None,
               'instead: a file with a prompt on every line, or {"prompt": "...", "answer": "..."}')  # fmt: skip
     known.add(flags.DEFINE_bool, "chat", False, "prompts are messages to a model that was tuned for conversations")
@@ -264,6 +278,8 @@ def reason(argv: list[str]) -> None:
     known.add(flags.DEFINE_bool, "json", False, "print one JSON object instead of text")
     values, _ = known.parse(argv, 0, "checkpoint")
     given = [f"--{name}" for name in ("problem", "prompt", "file") if values[name].value is not None]
+    if values.json and values.show:
+        raise AtomError("--show has no meaning beside --json, which has the chains")
     if len(given) != 1:
         raise AtomError(f"{' and '.join(given)}: choose one" if given else "--problem, --prompt or --file is missing")
     for name, other in (("puzzle", given != ["--problem"]), ("answer", given == ["--problem"])):

@@ -34,13 +34,18 @@ _OF_DATA = {
 }  # fmt: skip
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raises AtomError unless every name is a task, and there is one."""
+def check_tasks(names: Sequence[str], settings: Sequence[str] = ()) -> None:
+    """Raises AtomError unless every name is a task, and there is one, and settings such as "bpb.limit=9" are of tasks
+    that are named."""
     if not names:
         raise AtomError(f"--tasks is missing: the tasks are {', '.join(TASKS)}")
     for name in names:
         if name not in TASKS:
             raise AtomError(f"--tasks: no task {name!r}; the tasks are {', '.join(TASKS)}")
+    for setting in settings:
+        task = setting.strip().partition(".")[0]
+        if task in TASKS and task not in names:
+            raise AtomError(f"--set {setting}: has no meaning without {task} among --tasks")
 
 
 def resolve(cfg: EvalConfig, checkpoint: str) -> EvalConfig:

@@ -21,6 +21,8 @@ from atom_jax.session.queue import Made
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 
+# Chains of a prompt.
+MOST = 2**20
 VOTES = ("majority", "verify")
 STOPS = "none, decided, verified or first:M"
 
@@ -83,7 +85,7 @@ def reason(
     Raises AtomError for what `generate` refuses, and for options out of their range.
     """
     began = time.perf_counter()
-    chains = config.whole("chains", chains, 1)
+    chains = config.whole("chains", chains, 1, MOST)
     most = config.whole("max_new_tokens", max_new_tokens, 1)
     rows = config.whole("rows", rows, 1)
     enough = _enough(stop, verify)

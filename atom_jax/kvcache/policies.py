@@ -9,6 +9,7 @@ from typing import Any
 
 from atom_jax import config
 from atom_jax.fields import Fields
+from atom_jax.files import read_regular
 from atom_jax.kvcache.adakv import AdaKV
 from atom_jax.kvcache.cam import CaM
 from atom_jax.kvcache.d2o import D2O
@@ -97,7 +98,7 @@ def parse(text: str) -> Policy | PerLayer | None:
 
 def _read(path: pathlib.Path) -> Policy | PerLayer:
     try:
-        memory = config.from_json(object, json.loads(path.read_bytes()), str(path))
+        memory = config.from_json(object, json.loads(read_regular(path)), str(path))
     except OSError as e:
         raise AtomError(f"memory {path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError):

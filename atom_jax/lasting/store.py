@@ -117,7 +117,11 @@ class Settings:
     parts: tuple[str, ...] = (LEVELS,)
 
     def __post_init__(self):
-        config.check(self, part=(1, 2**20), sinks=(0, self.part if type(self.part) is int else 0))
+        config.check(self, part=(1, 2**20), sinks=(0, 2**20))
+        if self.sinks > self.part:
+            raise AtomError(
+                f"part: expected {self.sinks} tokens or more, as many as there are sinks, got {self.part}"
+            )
         for name, known in (("score", (*SCORES, LEARNED)), ("codec", tuple(CODECS)), ("text", ("ids", "none"))):
             if getattr(self, name) not in known:
                 raise AtomError(f"{name}: expected {', '.join(known)}, got {getattr(self, name)!r}")

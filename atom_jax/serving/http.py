@@ -8,8 +8,9 @@ import functools
 import json
 import logging
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import jax
@@ -264,8 +265,26 @@ def serve(
             await stop.wait()
 
     try:
-        asyncio.run(main())
-    except OSError as e:
-        raise AtomError(f"--host={host} --port={port}: {e.strerror or e}") from None
+        with _bound(host, port):
+            asyncio.run(main())
     finally:
         engine.close()
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises AtomError where there is no such address, or another program has it: before a model is loaded."""
+    with _bound(host, port):
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, number) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[None]:
+    """AtomError for what the system says of an address."""
+    try:
+        yield
+    except (OSError, UnicodeError) as e:
+        reason = "no name of a machine" if isinstance(e, UnicodeError) else e.strerror or e
+        raise AtomError(f"--host={host} --port={port}: {reason}") from None

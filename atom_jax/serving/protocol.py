@@ -100,7 +100,7 @@ def read(data: dict[str, Any], chat: bool, model: str) -> Asked:
     most = given.whole("max_tokens", None if chat else COMPLETION_TOKENS, 1)
     most = given.whole("max_completion_tokens", most, 1) if chat else most
     stream = given.take("stream", bool, False)
-    more = given.take("stream_options", dict, {})
+    usage = _usage(given.take("stream_options", dict, None), stream)
     if chat:
         told = given.take("logprobs", bool, False)
         top = given.whole("top_logprobs", 0, 0, NAMED)
@@ -127,7 +127,7 @@ def read(data: dict[str, Any], chat: bool, model: str) -> Asked:
     }  # fmt: skip
     seed = given.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1)
     given.done()
-    return Asked(chat, prompts, n, most, seed, stream, more.get("include_usage") is True, options)
+    return Asked(chat, prompts, n, most, seed, stream, usage, options)
 
 
 class _Given:
@@ -172,6 +172,22 @@ class _Given:
                 raise Refusal(400, f"unknown field {name!r:.80}{hint}", name[:80], "unknown_parameter")
             if value not in NEUTRAL[name]:
                 raise Refusal(400, f"{name}: this server does not do that", name, "unsupported_parameter")
+
+
+def _usage(given: dict[str, Any] | None, stream: bool) -> bool:
+    """Whether a stream ends with its usage."""
+    if given is None:
+        return False
+    if not stream:
+        raise Refusal(400, "stream_options: expected stream to be true as well", "stream_options")
+    for name, value in given.items():
+        if name not in ("include_usage", "include_obfuscation"):
+            raise Refusal(
+                400, f"unknown field {f'stream_options.{name}'!r:.80}", "stream_options", "unknown_parameter"
+            )
+        if type(value) not in (bool, type(None)):
+            raise Refusal(400, f"stream_options.{name}: expected true or false", "stream_options", "invalid_type")
+    return given.get("include_usage") is True
 
 
 def _prompts(given: Any) -> list[Any]:

@@ -286,6 +286,7 @@ def test_rows_without_such_sources_have_no_weights():
     ("text", "message"),
     [("", "expected a source of running text"), ("reason:subset", "expected a source of running text"),
      ("facts:austen", "expected a source of running text"), ("austen:pages=2", "no field 'pages'; valid names"),
+     ("austen:size", "'size': expected NAME=VALUE"), ("austen:sizes:gap=9", "'sizes': expected NAME=VALUE"),
      ("austen:facts=0", "facts: expected a whole number from 1"), ("austen:gap=x", "gap=x: 'x' is not an integer"),
      ("austen:size=1000", "size is 1000: a gap of 1000 and facts=8 need 3816 bytes"),
      ("austen:weight=0", "weight: expected a number"), ("no/such/text", "There is no source no/such/text"),

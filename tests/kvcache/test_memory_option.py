@@ -131,6 +131,6 @@ def test_the_command_line(lm, tmp_path, capsys):
     assert "kv_reads            56.000" in " ".join(capsys.readouterr().err.split("\n"))
     assert main([*flags, "--memory=h2o"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: memory h2o") and err.count("\n") == 1
+    assert err.startswith("error: --memory h2o") and err.count("\n") == 1
     assert main(["atom_jax", "generate", "--help"]) == 0
     assert "--memory" in capsys.readouterr().out

@@ -80,6 +80,8 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
     code, out, err = run("generate", model, where, prompt, "--max_new_tokens=3", "--reread=1", "--remember")
     assert code == 0 and f"({64 + len(prompt) - 9} of prompt" in err
     assert len(Memory.open(tmp_path / "m").sources) == 3
+    code, _, err = run("generate", model, where, prompt, "--memory=tova:budget=8")
+    assert code == 1 and "--memory_dir: is read whole" in err
     code, out, _ = run("recall", model, where, prompt, "--pages=2")
     assert code == 0 and out.count("tokens ") == 2 and "%  " in out
     code, out, _ = run("forget", where, "--source=a.txt")
@@ -99,6 +101,8 @@ def test_a_memory_of_states(run, home, tmp_path):
     lm = atom_jax.load(home / "model")
     with Memory.open(tmp_path / "m", lm, neighbours=Neighbours(nearest=8, weight=0.9)) as memory:
         made = atom_jax.generate(lm, [prompt[9:]], 6, memory=memory)
+    code, _, err = run("generate", model, where, prompt, "--choice=pages=2")
+    assert code == 1 and "--choice: is for a memory of entries" in err
     # The text goes on as it was read.
     assert code == 0 and json.loads(out)["text"] == made.text == [" compa"]
     code, out, _ = run("recall", model, where, prompt, "--pages=2")
@@ -114,6 +118,9 @@ def test_a_memory_of_states(run, home, tmp_path):
     (["remember", "--checkpoint=model", "--memory_dir=m", "--score=nowhere", "a.txt"], "score 'nowhere': is no file"),
     (["remember", "--checkpoint=model", "--memory_dir=m", "--parts=cards", "a.txt"], "parts: expected levels or knn"),
     (["remember", "--checkpoint=model", "--memory_dir=model", "a.txt"], "and no memory"),
+    (["remember", "--checkpoint=model", "--memory_dir=m", "--part=1", "a.txt"], "--part: expected 4 tokens or more"),
+    (["remember", "--checkpoint=model", "--memory_dir=m", "--codec=zip", "a.txt"], "--codec: expected float16, int8"),
+    (["info", "nowhere", "--out=x.png"], "nowhere: no such file or directory"),
     (["generate", "--checkpoint=model", "--memory_dir=nowhere", "--prompt=x"], "--memory_dir=nowhere: there is no"),
     (["generate", "--checkpoint=model", "--remember", "--prompt=x"], "--remember has no meaning without --memory"),
     (["generate", "--checkpoint=model", "--memory_dir=model", "--prompt=x"], "there is no memory"),

@@ -305,7 +305,7 @@ def test_what_is_asked_wrongly(read, tmp_path):
     lm = LM(sliding, params.init(jax.random.key(1), transformer.spec(sliding)), None)
     with pytest.raises(AtomError, match="this olmo3 model has layers of other kinds"):
         Memory.open(tmp_path / "o", lm)
-    with pytest.raises(AtomError, match="sinks: expected a whole number from 0 to 16"):
+    with pytest.raises(AtomError, match="part: expected 17 tokens or more, as many as there are sinks, got 16"):
         opened(tmp_path / "o", "llama", sinks=17)
     with pytest.raises(AtomError, match="codec: expected float16, int8"):
         opened(tmp_path / "o", "llama", codec="zip")

@@ -116,6 +116,9 @@ COMPLETIONS = [
     ({"prompt": "a", "temperature": -1}, 400, "invalid_value"), ({"prompt": "a", "n": 1000}, 400, "invalid_value"),
     ({"prompt": "a", "stop_token_ids": ["a"]}, 400, None), ({"prompt": "a", "wat": 1}, 400, "unknown_parameter"),
     ({"prompt": "a", "echo": True}, 400, "unsupported_parameter"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, None),
+    ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "yes"}}, 400, "invalid_type"),
+    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400, "unknown_parameter"),
 ]  # fmt: skip
 CHATS = [
     ({"messages": "hi"}, 400, "invalid_type"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 import atom_jax
 from atom_jax import params
 from atom_jax.__main__ import main
+from atom_jax.evaluation.reports import transplanted
 from atom_jax.models import registry, transformer
 from atom_jax.tokenizers import ByteTokenizer, train
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
@@ -190,12 +191,21 @@ def test_what_tuning_changed_is_carried_over():
         add_tuning(moved, model(seed=1, vocab_size=800), base)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     lm = model(max_length=512)
     atom_jax.save_hf(lm, tmp_path / "source")
     files = {"tokenizer.json": tokenizer("qwenlike").backend.to_str()}
     (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
     flags = [f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out={tmp_path / 'out'}", "--bytes=600"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as there:
+        there.setattr(transplanted, "draw", interrupted)
+        assert main(["atom_jax", "transplant", str(tmp_path / "source"), *flags]) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "tokenizer.json"}
+    capsys.readouterr()
     assert main(["atom_jax", "transplant", str(tmp_path / "source"), *flags]) == 0
     said = capsys.readouterr().out
     assert "bits per byte" in said and "composed" in said
@@ -209,7 +219,7 @@ def test_the_command(tmp_path, capsys):
     for wrong, message in (
         ([*flags], "already exists"), ([flags[0], "--out=x", "--method=best"], "--method 'best': expected fvt"),
         ([flags[0]], "--out is missing"), ([flags[0], "--out=x", "--special=a"], "expected NEW=OLD"),
-        ([flags[0], "--out=x", "--method=omp", "--bytes=0"], "needs donor"),
+        ([flags[0], "--out=x", "--method=omp", "--bytes=0"], "--method=omp: needs --donor"),
     ):  # fmt: skip
         assert main(["atom_jax", "transplant", str(tmp_path / "source"), *wrong]) == 1
         assert message in capsys.readouterr().err

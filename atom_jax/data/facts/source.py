@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Sequence
@@ -59,6 +60,9 @@ def parse(text: str) -> tuple[str, Facts]:
     source, options = re.fullmatch(r"(.*?)((?::\w+=[^:]*)*)", text, re.DOTALL).groups()
     if not source or source.startswith(_OTHER):
         raise AtomError(f"facts:{text}: expected a source of running text, such as facts:austen")
+    running, _, last = source.rpartition(":")
+    if running and difflib.get_close_matches(last, [field.name for field in dataclasses.fields(Facts)], 1):
+        raise AtomError(f"facts:{text}: {last!r}: expected NAME=VALUE, such as {running}:size=6000")
     return source, config.build(Facts, options.split(":")[1:], f"facts:{source}:")
 
 

@@ -14,6 +14,7 @@ from atom_jax import config
 from atom_jax.data import puzzles
 from atom_jax.evaluation.metrics import columns
 from atom_jax.evaluation.tasks.hyper import check_words
+from atom_jax.fields import meant
 from atom_jax.inference import chat as template
 from atom_jax.inference.scaling import Reasoning, last_match, reason
 from atom_jax.typing import LM, AtomError
@@ -57,6 +58,9 @@ def task_of_lines(text: str, answer: str, name: str) -> Task:
                 given = json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise AtomError(f"{name}, line {number}: not a JSON object ({e})") from None
+            for field in given.keys() - {"prompt", "answer"}:
+                if hint := meant(field, ("prompt", "answer")):
+                    raise AtomError(f"{name}, line {number}: unknown field {field!r}{hint}")
         if not isinstance(given.get("prompt"), str) or type(given.get("answer", "")) not in (str, int, float):
             raise AtomError(f'{name}, line {number}: expected a text, or {{"prompt": "...", "answer": "..."}}')
         prompts.append(given["prompt"])
@@ -74,6 +78,7 @@ def run(
 ) -> Reasoning:  # fmt: skip
     """Thinks, with progress on a terminal. chat: prompts are messages to a model that was tuned for conversations."""
     seed, prompts = config.in_range("--seed", seed, int), what.prompts
+    config.in_range("--length", length, int, 1)
     if what.puzzle is not None:
         check_words(lm, prompts[0])
     if chat:

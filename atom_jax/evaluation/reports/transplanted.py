@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atom_jax import checkpoint, picture
-from atom_jax.checkpoint.atomic import check_new
+from atom_jax.checkpoint.atomic import check_new, staged
 from atom_jax.data.sources import open_source
 from atom_jax.evaluation import cache, run
 from atom_jax.evaluation.reports import fairness
@@ -29,8 +29,8 @@ class Order:
     """What is asked for.
 
     source: a checkpoint. tokenizer, method, fallback, donor, special: as of `inference.transplant`.
-    text: source of the text that focus learns its vectors from (its train split). judged: source of the text on whose
-    validation split bits per byte are measured; nbytes: how much of it, 0 to leave that out.
+    text: source of the text that focus learns its vectors from (its train split), None: austen. judged: source of the
+    text on whose validation split bits per byte are measured; nbytes: how much of it, 0 to leave that out.
     """
 
     source: str
@@ -38,7 +38,7 @@ class Order:
     method: str = "fvt"
     fallback: str = "normal"
     donor: str | None = None
-    text: str = "austen"
+    text: str | None = None
     judged: str = "austen"
     nbytes: int = 20_000
     special: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -54,10 +54,12 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
     check_new(out, "--out=")
     method = initialisers.parse(order.method, "--method")
     fallback = initialisers.parse(order.fallback, "--fallback")
+    methods = {f"--method={order.method}": method, f"--fallback={order.fallback}": fallback}
+    check_methods(methods, order.donor is not None, order.text is not None)
     tokenizer = lib.find_tokenizer(order.tokenizer)
     judged = documents(order.judged, "validation", order.nbytes) if order.nbytes else []
     lm, began = checkpoint.load(order.source), time.monotonic()
-    texts = lessons(method, order.text)
+    texts = lessons((method, fallback), order.text)
     say(f"{order.source}: {lm.config.vocab_size:,} rows; by {method.name} for {tokenizer.vocab_size:,} ids")
     made, report = lib.transplant(
         lm, tokenizer, method, donor=order.donor, texts=texts, fallback=fallback, special=order.special
@@ -70,10 +72,31 @@ def transplant(order: Order, out: str, say: Callable[[str], None]) -> dict[str, 
         result[name] = measured(model, judged)
         say(f"{name:<7}{result[name]['bits_per_byte']:.4f} bits per byte, {result[name]['tokens']:,} tokens")
     result |= report.to_json()
-    checkpoint.save_hf(made, target)
-    cache.write_json(target / REPORT, result)
-    draw(report, result, target / PICTURE)
+    with staged(target) as staging:
+        checkpoint.save_hf(made, staging)
+        cache.write_json(staging / REPORT, result)
+        draw(report, result, staging / PICTURE)
     return result
+
+
+def check_methods(methods: Mapping[str, Initialiser], donor: bool | None, text: bool) -> None:
+    """Raises AtomError for a method that a command cannot run, and for what none of the methods has a use for.
+
+    methods: by the flag that names each. donor: whether there is one; None: not for every tokenizer. text: whether
+    one was named.
+    """
+    for flag, method in methods.items():
+        if "donor" in method.needs and not donor:
+            whose = "each --tokenizer" if donor is None else "the --tokenizer"
+            raise AtomError(f"{flag}: needs --donor, a model that has {whose} already")
+        if "source_vectors" in method.needs:
+            raise AtomError(f"{flag}: needs vectors of both vocabularies, which only Python can give it")
+        if "hypernet" in method.needs and not method.path:
+            raise AtomError(f"{flag}: needs a network, as hypernet:path=DIR")
+    for flag, given, need in (("--donor", donor is not False, "donor"), ("--text", text, "target_vectors")):
+        if given and not any(need in method.needs for method in methods.values()):
+            users = ", ".join(name for name, cls in initialisers.INITIALISERS.items() if cls.needs == (need,))
+            raise AtomError(f"{flag} has no meaning with {' and '.join(methods)}; it is for {users}")
 
 
 def measured(lm: LM, documents: list[bytes]) -> dict[str, float]:
@@ -99,9 +122,11 @@ def draw(report: Report, result: Mapping[str, Any], path: pathlib.Path) -> None:
         right.set(ylabel="bits per byte")
 
 
-def lessons(method: Initialiser, source: str) -> list[bytes] | None:
-    """Documents that a method learns its vectors from, where it needs those of the new tokens and no others."""
-    return documents(source, "train", 0) if method.needs == ("target_vectors",) else None
+def lessons(methods: Sequence[Initialiser], source: str | None) -> list[bytes] | None:
+    """Documents that methods learn their vectors from, where one needs those of the new tokens and no others. source:
+    None: the novels."""
+    needed = any(method.needs == ("target_vectors",) for method in methods)
+    return documents(source or "austen", "train", 0) if needed else None
 
 
 def documents(source: str, split: str, nbytes: int) -> list[bytes]:

@@ -99,7 +99,7 @@ def _judged(key: dict[str, Any], judged: list[bytes]) -> dict[str, Any]:
     lm, began = checkpoint.load(key["source"]), time.monotonic()
     if key["tokenizer"]:
         method = initialisers.parse(key["method"], "--method")
-        texts = lessons(method, key["text"])
+        texts = lessons((method,), key["text"])
         lm, _ = lib.transplant(
             lm, lib.find_tokenizer(key["tokenizer"]), method, donor=key["donor"] or None, texts=texts
         )

@@ -112,6 +112,8 @@ class Hyper:
         longest = max(len(lm.tokenizer.encode(p)) for p in prompts) + len(lm.tokenizer.front)
         if longest + max(settings.lengths) > lm.config.max_length:
             raise AtomError(f"hyper.lengths: {max(settings.lengths)} is beyond the model's {lm.config.max_length}")
+        if settings.learned != HyperSettings.learned and not settings.adapters:
+            raise AtomError("hyper.learned: has no meaning without hyper.adapters")
         chosen = methods(lm, settings, longest, prompts[0])
         path = out and out.with_name(out.name + ".cells.jsonl")
         with contextlib.closing(cache.Lines(path, {"key": str, "problem": int, "grid": dict})) as lines:

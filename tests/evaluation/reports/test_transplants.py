@@ -18,8 +18,8 @@ def test_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
     atom_jax.save_hf(model(max_length=512), source)
     atom_jax.save_hf(model("qwenlike", 1, vocab_size=1000, max_length=512), donor)
     (tmp_path / "tokenizer.json").write_text(tokenizer("qwenlike").backend.to_str())
-    flags = [source, f"--tokenizer={other}", "--method=fvt", "--method=omp:k=4", f"--out={tmp_path / 'out'}",
-             "--bytes=300", f"--trained={donor}"]  # fmt: skip
+    flags = [source, f"--tokenizer={other}", f"--out={tmp_path / 'out'}", "--bytes=300", f"--trained={donor}"]
+    omp = ["--method=fvt", "--method=omp:k=4"]
     judge, asked = transplants._judged, []
 
     def stopping(key, judged):
@@ -29,9 +29,8 @@ def test_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
         return judge(key, judged)
 
     monkeypatch.setattr(transplants, "_judged", stopping)
-    # Without a donor, omp is left out.
-    assert main(["atom_jax", "transplants", *flags]) == 130 and asked == ["", "fvt", ""]
-    assert main(["atom_jax", "transplants", *flags, f"--donor={other}={donor}"]) == 0
+    assert main(["atom_jax", "transplants", *flags, "--method=fvt"]) == 130 and asked == ["", "fvt", ""]
+    assert main(["atom_jax", "transplants", *flags, *omp, f"--donor={other}={donor}"]) == 0
     assert asked == ["", "fvt", "", "omp:k=4", ""]
     rows = [json.loads(line) for line in (tmp_path / "out" / transplants.ROWS).read_text().splitlines()]
     assert [row["method"] for row in rows] == ["", "fvt", "omp:k=4", ""] and rows[0]["source"] == source
@@ -43,6 +42,8 @@ def test_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
         ([flags[0]], "--tokenizer is missing"),
         ([*flags, "--donor=x"], "expected TOKENIZER=MODEL"),
         ([*flags, "--donor=x=y"], "there is no --tokenizer=x"),
+        ([*flags, *omp], "--method=omp:k=4: needs --donor"),
+        ([*flags, *omp, "--donor=x=y"], "a model that has each --tokenizer already"),
     ):
         assert main(["atom_jax", "transplants", *wrong]) == 1
         assert message in capsys.readouterr().err
