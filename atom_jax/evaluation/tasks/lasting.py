@@ -42,7 +42,8 @@ class LastingSettings:
         these kinds (`planted.KINDS`; (): of all).
     laws: as of `Law.parse`; "none" keeps only the window, "reread" puts `passages` of the text in front of the
         question, and "knn" mixes in `neighbours` among the states of what was read; together with a + between them,
-        as in "sqrt+reread". scores: names, or files that fit_memory wrote; laws that choose run with each of them.
+        as in "sqrt+reread". scores: names, "learned" (the one that ships for the model) or files
+        that fit_memory wrote; laws that choose run with each of them.
     part: tokens that are read at once. choice: of pages, where more is held than `choice.whole`. batch: questions
         that are answered at once. seed: of facts.
     later: another book than those of the streams: so many `windows` (0: none) of it, of `scored` tokens each, are
@@ -89,9 +90,10 @@ class Lasting:
         OUT.lasting.jsonl, memories on disk in OUT.memories, and neither is measured or read again; a picture is drawn
         next to it."""
         lm = registry.with_memory(lm, None)
-        chosen = methods(settings.laws, settings.scores)
+        model = model_of(lm)
+        chosen = methods(settings.laws, settings.scores, model.fingerprint)
         _check(lm, settings, chosen, out)
-        windows, model = _windows(settings, encoder), model_of(lm)
+        windows = _windows(settings, encoder)
         path = out and out.with_name(out.name + ".lasting.jsonl")
         rows = []
         with contextlib.closing(cache.Lines(path, {"key": str, "rows": list})) as lines:

@@ -18,7 +18,7 @@ from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
-from atom_jax.kvcache.lasting.score import SCORES, Linear
+from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
 from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import learned
@@ -70,9 +70,9 @@ class Kept(NamedTuple):
     rate: float | None
 
 
-def methods(laws: Sequence[str], scores_: Sequence[str]) -> list[Method]:
-    """All that are compared, NONE among them: what each of them says is held against it. AtomError for unknown laws
-    and scores."""
+def methods(laws: Sequence[str], scores_: Sequence[str], model: str) -> list[Method]:
+    """All that are compared, NONE among them: what each of them says is held against it. model: its fingerprint.
+    AtomError for unknown laws and scores."""
     out = []
     for text in kv.joined(tuple(laws)):
         first, *also = text.split("+")
@@ -83,12 +83,22 @@ def methods(laws: Sequence[str], scores_: Sequence[str]) -> list[Method]:
         name = "+".join([*([str(law)] if law is not None else []), *also]) or NONE
         given = [""] if law is None else scores_ if law.alpha < 1 else scores_[:1]
         for score in given:
-            fit = None if score in ("", *SCORES) else learned.load(score)
+            file = _shipped(model) if score == LEARNED else score
+            fit = None if file in ("", *SCORES) else learned.load(file)
             shown = pathlib.Path(score).name
-            out.append(Method(name, shown, law, score, fit, REREAD in also, KNN in also))
+            out.append(Method(name, shown, law, file, fit, REREAD in also, KNN in also))
     if not out or not scores_:
         raise AtomError("lasting: expected at least one law and score")
     return out if NONE in (method.name for method in out) else [Method(NONE), *out]
+
+
+def _shipped(model: str) -> str:
+    file = learned.shipped(model)
+    if file is None:
+        raise AtomError(
+            f"lasting.scores: {LEARNED}: no score ships for this model; name a file that fit_memory wrote"
+        )
+    return str(file)
 
 
 def stream_of(

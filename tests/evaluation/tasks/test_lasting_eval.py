@@ -87,7 +87,7 @@ def test_a_stream_of_several_texts(home):
 
 
 def test_methods_are_laws_with_what_is_beside_them():
-    found = methods(("sqrt:entries=8", "block=16+reread", "reread", "all+knn"), ("observed", "random"))
+    found = methods(("sqrt:entries=8", "block=16+reread", "reread", "all+knn"), ("observed", "random"), "m")
     assert [(m.name, m.score, m.rereads, m.mixes) for m in found] == [
         ("none", "", False, False),
         ("sqrt:entries=8,block=16+reread", "observed", True, False),
@@ -97,7 +97,9 @@ def test_methods_are_laws_with_what_is_beside_them():
     ]
     assert found[1].law == Law(0.5, 8, 16) and found[3].law is None
     with pytest.raises(AtomError, match="expected reread or knn behind"):
-        methods(("sqrt+sorcery",), ("observed",))
+        methods(("sqrt+sorcery",), ("observed",), "m")
+    with pytest.raises(AtomError, match="learned: no score ships for this model"):
+        methods(("sqrt",), ("learned",), "m")
 
 
 def test_ages_and_other_books_by_hand():
@@ -173,7 +175,8 @@ def test_processes_read_what_one_reads(lm, home, tmp_path, monkeypatch):
 
 def _same_entries(lm, cfg, where):
     """What memories on disk hold is what one process holds, entry by entry."""
-    chosen, name, model = methods(cfg.laws, cfg.scores), cfg.streams[0], model_of(lm)
+    name, model = cfg.streams[0], model_of(lm)
+    chosen = methods(cfg.laws, cfg.scores, model.fingerprint)
     stream = stream_of(name, cfg.kinds, cfg.facts, cfg.tokens, np.random.default_rng((0, 7, 0)), ENCODER)
     how = (lm, model, stream, chosen, cfg.part, name, cfg.choice, cfg.neighbours)
     kept = lasting.Held(*how)
