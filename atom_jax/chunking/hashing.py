@@ -46,13 +46,6 @@ def hashed(
     return _floor_mod(limbs, size)
 
 
-def remember(ids_bt: jax.Array, tokens: Tokens, before: jax.Array) -> jax.Array:
-    """The latest ids of every row after a call, i32 [b, w] like `before`; padding (after the ids) is not read."""
-    line = jnp.concatenate([before, ids_bt], axis=1)
-    count = jnp.sum(tokens.segments > 0, axis=1)
-    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.shape[1]))(line, count)
-
-
 def _floor_mod(limbs: list[jax.Array], size: int) -> jax.Array:
     """Signed 64-bit numbers, as limbs of 16 bits from the lowest, modulo `size`; four bits at a time, so that a
     remainder below 2^28 and the next digit fit 32 bits."""

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over packed, padded or continued sequences."""
+"""Causal depthwise convolution over packed, padded or continued sequences, and the latest ids of these."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def documents(tokens: Tokens) -> jax.Array:
     before = jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
     begins = (segments > 0) & ((tokens.positions == 0) | (segments != before))
     return jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+
+
+def remember(ids_bt: jax.Array, tokens: Tokens, before: jax.Array) -> jax.Array:
+    """The latest ids of every row after a call, i32 [b, w] like `before`; padding (after the ids) is not read."""
+    line = jnp.concatenate([before, ids_bt], axis=1)
+    count = jnp.sum(tokens.segments > 0, axis=1)
+    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.shape[1]))(line, count)
 
 
 def causal_conv(

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atom_jax.chunking.hashing import remember
 from atom_jax.nn.attention import Tokens
-from atom_jax.nn.conv import causal_conv
+from atom_jax.nn.conv import causal_conv, remember
 from atom_jax.nn.norm import rms_norm
 from atom_jax.params import ParamSpec, normal, ones, zeros
 from atom_jax.typing import AtomError

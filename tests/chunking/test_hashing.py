@@ -6,6 +6,7 @@ from safetensors.numpy import load_file
 
 from atom_jax.chunking import hashing
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.conv import remember
 from atom_jax.typing import AtomError
 
 SIZE = 500002
@@ -66,7 +67,7 @@ def test_in_two_calls(cut):
     tokens = Tokens(whole(2, 10).positions, np.tile(np.arange(10) < cut, (2, 1)).astype(np.int32))
     before = np.zeros((2, 5), np.int32)
     np.testing.assert_array_equal(hashing.hashed(first, tokens, 4, 0, SIZE, before)[:, :cut], expected[:, :cut])
-    before = hashing.remember(first, tokens, before)
+    before = remember(first, tokens, before)
     second = hashing.hashed(ids[:, cut:], whole(2, 10 - cut, cut), 4, 0, SIZE, before)
     np.testing.assert_array_equal(second, expected[:, cut:])
 

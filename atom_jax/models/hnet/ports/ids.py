@@ -12,6 +12,7 @@ from atom_jax import config
 from atom_jax.chunking import hashing
 from atom_jax.chunking.types import END
 from atom_jax.nn.attention import Tokens
+from atom_jax.nn.conv import remember
 from atom_jax.nn.embedding import lookup
 from atom_jax.params import ParamSpec, Tree, normal, zeros
 from atom_jax.sharding import constrain
@@ -55,7 +56,7 @@ def inlet(
     x_btd = constrain(lookup(p["embed"], batch.ids, cfg.dtype), "batch", None, None)
     if cfg.ngrams:
         x_btd += _ngrams(p["ngrams"], batch.ids, tokens, before, cfg)
-    return x_btd, None if before is None else hashing.remember(batch.ids, tokens, before), None
+    return x_btd, None if before is None else remember(batch.ids, tokens, before), None
 
 
 def outlet(p: Tree, x_btd: jax.Array, cfg: Any) -> jax.Array:
