@@ -128,9 +128,10 @@ def _read(directory: pathlib.Path, session: str, ids: np.ndarray, checkpoint: st
         command = [sys.executable, "-m", "atom_jax", "remember", f"--checkpoint={checkpoint}",
                    f"--memory_dir={directory}", "--ids", f"--source={session}", str(file)]  # fmt: skip
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-        file.unlink()
     except OSError as e:
         raise AtomError(f"{e.filename or file}: {e.strerror or e}") from None
+    finally:
+        file.unlink(missing_ok=True)
     if done.returncode:
         raise AtomError(f"lasting.processes: the process that read {session} ended with {done.returncode}")
     print(done.stdout.decode(errors="replace"), end="", file=sys.stderr, flush=True)

@@ -98,6 +98,8 @@ def test_methods_are_laws_with_what_is_beside_them():
     assert found[1].law == Law(0.5, 8, 16) and found[3].law is None
     with pytest.raises(AtomError, match="expected reread or knn behind"):
         methods(("sqrt+sorcery",), ("observed",))
+    with pytest.raises(AtomError, match="sqrt:entries=64,block=128 by random is there twice"):
+        methods(("sqrt", "sqrt:block=128"), ("random",))
 
 
 def test_ages_and_other_books_by_hand():
@@ -147,6 +149,7 @@ def test_processes_read_what_one_reads(lm, home, tmp_path, monkeypatch):
     monkeypatch.setattr(lasting_sessions.subprocess, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         measured(lm, cfg, tmp_path / "many.json", monkeypatch)
+    assert not list((tmp_path / "many.json.memories").glob("*.npy"))
     many = measured(lm, cfg, tmp_path / "many.json", monkeypatch)
     # Two sessions for each of two memories; one was interrupted, and none that was read is read again.
     assert len(calls) == 2 * 2 + 1 and calls[2] == calls[1]
