@@ -189,6 +189,9 @@ def _same_entries(lm, cfg, where):
         for a, b in zip(ours, theirs):
             assert np.array_equal(a.place, b.place) and np.array_equal(a.source, b.source)
             np.testing.assert_allclose(a.k.astype(np.float32), b.k.astype(np.float32), atol=2e-3)
+    # Nothing is known of how they grew, but how they stand now.
+    with on_disk.kept(chosen[1]) as found:
+        assert found.growth == [(0, 0), kept._growth[chosen[1].law, chosen[1].file][-1]]
     on_disk._stream = dataclasses.replace(stream, ids=stream.ids[::-1].copy())
     with pytest.raises(AtomError, match="and not the stream as it is"), on_disk.kept(chosen[1]):
         pass
