@@ -30,7 +30,7 @@ def run(name: str, main: Callable[[], int | None]) -> None:
 
 def numbers(flag: str, texts: Sequence[str], what: str = "numbers", least: int = 1) -> tuple[int, ...]:
     """What a flag lists. Raises AtomError for an empty list, and for what is no number or less than `least`."""
-    if not texts or not all(t.isdigit() and int(t) >= least for t in texts):
+    if not texts or not all(t.isdecimal() and int(t) >= least for t in texts):
         raise AtomError(f"--{flag}={','.join(texts)}: expected {what} of at least {least}")
     return tuple(map(int, texts))
 

@@ -32,8 +32,7 @@ def remember(argv: list[str]) -> None:
     known.add(flags.DEFINE_string, "text", None, "ids (by default): token ids are kept too; none")
     known.add(flags.DEFINE_list, "parts", None, "levels (by default): entries that stand before prompts; knn: states "
               "that are mixed into what the model says; or levels,knn")  # fmt: skip
-    values, files = known.parse(argv, None)
-    _needed(values, "checkpoint", "memory_dir")
+    values, files = known.parse(argv, None, "checkpoint", "memory_dir")
     if not files:
         raise AtomError("usage: remember --checkpoint=PATH --memory_dir=DIR FILE...; no file is named")
     if values.source is not None and len(files) > 1:
@@ -89,8 +88,7 @@ def recall(argv: list[str]) -> None:
     _model_and_memory(known)
     known.add(flags.DEFINE_multi_string, "prompt", None, "text that leans on the memory; may be repeated")
     known.add(flags.DEFINE_integer, "pages", 5, "how many to name")
-    values, _ = known.parse(argv, 0)
-    _needed(values, "checkpoint", "memory_dir", "prompt")
+    values, _ = known.parse(argv, 0, "checkpoint", "memory_dir", "prompt")
 
     from atom_jax import config
     from atom_jax.checkpoint import load
@@ -111,8 +109,7 @@ def forget(argv: list[str]) -> None:
     known = Flags("forget --memory_dir=DIR --source=NAME", "Takes a text out of a memory; needs no model.")
     known.add(flags.DEFINE_string, "memory_dir", None, "the memory")
     known.add(flags.DEFINE_string, "source", None, "name of the text, as info lists it")
-    values, _ = known.parse(argv, 0)
-    _needed(values, "memory_dir", "source")
+    values, _ = known.parse(argv, 0, "memory_dir", "source")
 
     from atom_jax.lasting.memory import Memory
 
@@ -139,8 +136,7 @@ def fit_memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_integer, "part", 512, "tokens that are read at once, as `remember` will")
     known.add(flags.DEFINE_integer, "seed", 0, "of the facts")
     known.add(flags.DEFINE_string, "policy_out", "", "directory for the score as a cache policy, for --adapter")
-    values, files = known.parse(argv, None)
-    _needed(values, "checkpoint", "out")
+    values, files = known.parse(argv, None, "checkpoint", "out")
     if not files:
         raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
 
@@ -221,12 +217,6 @@ def _model_and_memory(known: Flags) -> None:
     known.add(flags.DEFINE_string, "checkpoint", None, "the model")
     known.add(flags.DEFINE_string, "dtype", None, "float32 or bfloat16; by default what the checkpoint names")
     known.add(flags.DEFINE_string, "memory_dir", None, "the memory, which belongs to that model in that dtype")
-
-
-def _needed(values: flags.FlagValues, *names: str) -> None:
-    for name in names:
-        if not values[name].value:
-            raise AtomError(f"--{name} is missing")
 
 
 def writable(path: str) -> None:

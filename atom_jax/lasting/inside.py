@@ -18,7 +18,8 @@ from atom_jax.chunking.types import START
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer, widen
 from atom_jax.kvcache.lasting.layer import moved
-from atom_jax.kvcache.memory import Layer, Memory, Stack, is_state
+from atom_jax.kvcache.layer import Layer
+from atom_jax.kvcache.memory import Memory, Stack, is_state
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.models import registry
 from atom_jax.models.attention import Attention

@@ -79,17 +79,18 @@ class Directories:
         directory = (self._homes[own] if own else next(iter(self._homes.values()))).directory
         with Memory.open(directory, self._lm, choice=self._choice, neighbours=self._how) as memory:
             self._check(memory)
+            stats = memory.stats()
             if method.law is None:
                 front = front_lib.front(self._lm, [], *memory.latest(), lasting_fit.SINKS)
                 found, chooses = lasting_streams.in_front(self._lm, front, self._choice)
                 held, by_law, places = 0, None, front.k.shape[2]
             else:
-                stats = memory.stats()
                 found, chooses, held, places = memory.front(), memory.chooses, memory.held, memory.length
                 by_law = lasting_streams.lawful(method, held, stats["written"])
             lm = dataclasses.replace(self._lm, params=memory.mixing(self._lm.params)) if method.mixes else self._lm
-            size, points = (memory.stats()["bytes"], self._growth[directory]) if own else (None, [])
-            yield Kept(lm, found, chooses, held, by_law, places, points if held else [], size, None)
+            # How it stands now is known, too, where an interruption came between a session and its point.
+            points = sorted({*self._growth[directory], (stats["written"], held)}) if own and held else []
+            yield Kept(lm, found, chooses, held, by_law, places, points, stats["bytes"] if own else None, None)
 
     def _check(self, memory: Memory) -> None:
         """AtomError unless a memory has read the texts of the stream, and these alone."""
@@ -128,9 +129,10 @@ def _read(directory: pathlib.Path, session: str, ids: np.ndarray, checkpoint: st
         command = [sys.executable, "-m", "atom_jax", "remember", f"--checkpoint={checkpoint}",
                    f"--memory_dir={directory}", "--ids", f"--source={session}", str(file)]  # fmt: skip
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-        file.unlink()
     except OSError as e:
         raise AtomError(f"{e.filename or file}: {e.strerror or e}") from None
+    finally:
+        file.unlink(missing_ok=True)
     if done.returncode:
         raise AtomError(f"lasting.processes: the process that read {session} ended with {done.returncode}")
     print(done.stdout.decode(errors="replace"), end="", file=sys.stderr, flush=True)

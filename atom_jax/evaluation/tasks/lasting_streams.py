@@ -72,7 +72,7 @@ class Kept(NamedTuple):
 
 def methods(laws: Sequence[str], scores_: Sequence[str], model: str) -> list[Method]:
     """All that are compared, NONE among them: what each of them says is held against it. model: its fingerprint.
-    AtomError for unknown laws and scores."""
+    AtomError for unknown laws and scores, and for two of one name, which tables could not tell apart."""
     out = []
     for text in kv.joined(tuple(laws)):
         first, *also = text.split("+")
@@ -89,6 +89,11 @@ def methods(laws: Sequence[str], scores_: Sequence[str], model: str) -> list[Met
             out.append(Method(name, shown, law, file, fit, REREAD in also, KNN in also))
     if not out or not scores_:
         raise AtomError("lasting: expected at least one law and score")
+    shown = [(method.name, method.score) for method in out]
+    if twice := [both for both in shown if shown.count(both) > 1]:
+        raise AtomError(
+            f"lasting: {' by '.join(filter(None, twice[0]))} is there twice; laws and scores differ by name"
+        )
     return out if NONE in (method.name for method in out) else [Method(NONE), *out]
 
 

@@ -100,6 +100,8 @@ def test_methods_are_laws_with_what_is_beside_them():
         methods(("sqrt+sorcery",), ("observed",), "m")
     with pytest.raises(AtomError, match="learned: no score ships for this model"):
         methods(("sqrt",), ("learned",), "m")
+    with pytest.raises(AtomError, match="sqrt:entries=64,block=128 by random is there twice"):
+        methods(("sqrt", "sqrt:block=128"), ("random",), "m")
 
 
 def test_ages_and_other_books_by_hand():
@@ -149,6 +151,7 @@ def test_processes_read_what_one_reads(lm, home, tmp_path, monkeypatch):
     monkeypatch.setattr(lasting_sessions.subprocess, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         measured(lm, cfg, tmp_path / "many.json", monkeypatch)
+    assert not list((tmp_path / "many.json.memories").glob("*.npy"))
     many = measured(lm, cfg, tmp_path / "many.json", monkeypatch)
     # Two sessions for each of two memories; one was interrupted, and none that was read is read again.
     assert len(calls) == 2 * 2 + 1 and calls[2] == calls[1]
@@ -189,6 +192,9 @@ def _same_entries(lm, cfg, where):
         for a, b in zip(ours, theirs):
             assert np.array_equal(a.place, b.place) and np.array_equal(a.source, b.source)
             np.testing.assert_allclose(a.k.astype(np.float32), b.k.astype(np.float32), atol=2e-3)
+    # Nothing is known of how they grew, but how they stand now.
+    with on_disk.kept(chosen[1]) as found:
+        assert found.growth == [(0, 0), kept._growth[chosen[1].law, chosen[1].file][-1]]
     on_disk._stream = dataclasses.replace(stream, ids=stream.ids[::-1].copy())
     with pytest.raises(AtomError, match="and not the stream as it is"), on_disk.kept(chosen[1]):
         pass
