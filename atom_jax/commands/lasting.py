@@ -208,7 +208,7 @@ def _ids(file: str) -> Any:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError):
         found = None
-    if not isinstance(found, np.ndarray):
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
         raise AtomError(f"--ids: {file} is no .npy file of token ids")
     return found
 

@@ -59,6 +59,7 @@ class Order:
         config.check(
             self, tokens=(2, 2**30), facts=(1, 2**20), ridge=(1e-6, 1e6), part=(1, 2**20), seed=(0, 2**31 - 1)
         )
+        drawn(KINDS, OTHERS, self.kinds, self.facts, np.random.default_rng(0))
 
 
 def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
