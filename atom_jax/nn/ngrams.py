@@ -39,7 +39,8 @@ class Tables:
 
     def __post_init__(self):
         if not (2 <= self.longest <= 8 and 1 <= self.heads <= 64 and 2 <= self.size <= 2**24 and self.channels >= 1):
-            raise AtomError(f"ngrams: expected 2 to 8 ids, 1 to 64 heads, 2 to 2^24 rows and 1 or more channels, got {self}")
+            sizes = "2 to 8 ids, 1 to 64 heads, 2 to 2^24 rows and 1 or more channels"
+            raise AtomError(f"ngrams: expected {sizes}, got {self}")
 
     @property
     def count(self) -> int:

@@ -101,8 +101,8 @@ def test_a_memory_of_states(run, home, tmp_path):
     lm = atom_jax.load(home / "model")
     with Memory.open(tmp_path / "m", lm, neighbours=Neighbours(nearest=8, weight=0.9)) as memory:
         made = atom_jax.generate(lm, [prompt[9:]], 6, memory=memory)
-    code, _, err = run("generate", model, where, prompt, "--choice=pages=2")
-    assert code == 1 and "--choice: is for a memory of entries" in err
+    refused, _, err = run("generate", model, where, prompt, "--choice=pages=2")
+    assert refused == 1 and "--choice: is for a memory of entries" in err
     # The text goes on as it was read.
     assert code == 0 and json.loads(out)["text"] == made.text == [" compa"]
     code, out, _ = run("recall", model, where, prompt, "--pages=2")
