@@ -124,7 +124,7 @@ def listed(references: str | os.PathLike | Sequence[Any] | None) -> list[Any]:
     """The adapters that a list, or a text with commas, names, in order; each must be there."""
     if isinstance(references, str):
         text, references = references, [part for part in references.split(",") if part]
-        if not references:
+        if text and not references:
             raise AtomError(f"adapter: expected the name of one or a directory, got {text!r}; leave it out for none")
     elif references is None or isinstance(references, os.PathLike):
         references = [] if references is None else [references]
