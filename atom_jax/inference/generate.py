@@ -123,7 +123,7 @@ def generate(
     parts, runs = 1 if keep_memory or before is not None else _parts(lm, len(rows)), []
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
-        own = memory.front(len(mine)) if ahead else None
+        own = memory.front(len(mine), mine) if ahead else None
         session = _read(lm, mine, before, own, memory, min(max_new_tokens, ROOM), int(lengths.max()))
         choice = Choice(keys if parts == 1 else keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())

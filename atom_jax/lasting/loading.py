@@ -64,15 +64,19 @@ def front(store: Store, manifest: Manifest, lm: LM) -> front_lib.Front:
     return _front(store, manifest, lm, entries(store, manifest))
 
 
+def near(store: Store, manifest: Manifest, lm: LM) -> front_lib.Front:
+    """What stands before a prompt that leans on no entries: sinks and window."""
+    return _front(store, manifest, lm, [Entries.none(manifest.model)])
+
+
 def paged(
     store: Store, manifest: Manifest, lm: LM, choice: Choice, known: Pages | None
 ) -> tuple[memory_lib.Memory, Pages]:
     """The model's memory, one row, while entries stay on disk, and their pages. known: as of `Pages`."""
     if choice.page != codec.PAGE:
         raise AtomError(f"choice: entries that stay on disk are in pages of {codec.PAGE}, not of {choice.page}")
-    near = _front(store, manifest, lm, [Entries.none(manifest.model)])
     pages = Pages(store, manifest, tail(store, manifest)[0], known)
-    return front_lib.paged(lm, near, pages, choice), pages
+    return front_lib.paged(lm, near(store, manifest, lm), pages, choice), pages
 
 
 def _front(store: Store, manifest: Manifest, lm: LM, held: list[Entries]) -> front_lib.Front:

@@ -19,8 +19,8 @@ from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear, Seen
 from atom_jax.lasting import front as front_lib
+from atom_jax.lasting import gate, learned, loading, making, reread
 from atom_jax.lasting import inside as inside_lib
-from atom_jax.lasting import learned, loading, making, reread
 from atom_jax.lasting import states as states_lib
 from atom_jax.lasting import texts as texts_lib
 from atom_jax.lasting.blocks import Blocks, Entries
@@ -224,9 +224,11 @@ class Memory(Contents):
         read = sum(s.tokens for s in self.sources if s.id == window.source)
         return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
-    def front(self, rows: int = 1) -> memory_lib.Memory:
+    def front(self, rows: int = 1, prompts: Sequence[np.ndarray] | None = None) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
-        places from 0 on, or a choice among it. AtomError where that exceeds the model's positions."""
+        places from 0 on, or a choice among it. prompts: i32 [t] each, which the rows read next; those that entries
+        don't make likelier by `choice.gain` nats have `without` in front. AtomError where that exceeds the model's
+        positions."""
         lm = self._model("answering")
         if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
@@ -235,7 +237,16 @@ class Memory(Contents):
             )
         if self._front is None:
             self._front = self._current(self._made)
+        if prompts is not None and self.choice.gain:
+            return gate.front(lm, self._front, self.without(), prompts, self.choice.gain)
         return memory_lib.rows(self._front, np.zeros(rows, np.int32))
+
+    def without(self) -> memory_lib.Memory:
+        """As `front` of one row that leans on sinks and window alone."""
+        if self.chooses:
+            return gate.leaning_on_nothing(self.front())
+        lm = self._model("answering")
+        return front_lib.dense(lm, self._current(lambda: loading.near(self._store, self._manifest, lm)))
 
     def mixing(self, params: Any) -> Any:
         """The model's parameters, as it has them or laid out, and beside them the states of this memory, where it has

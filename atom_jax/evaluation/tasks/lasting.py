@@ -137,7 +137,9 @@ def measure(
     def ask(asked: list[Asked]) -> list[lasting_ask.Said]:
         if method.rereads:
             asked = [(_with_passages(stream.texts, q, settings.passages), a) for q, a in asked]
-        return lasting_ask.ask(kept.lm, kept.memory, kept.chooses, asked, settings.batch)
+        return lasting_ask.ask(
+            kept.lm, kept.memory, kept.without, kept.chooses, asked, settings.batch, settings.choice.gain
+        )
 
     ages = (len(stream.ids) - stream.at).tolist()
     facts = list(zip(stream.facts, ages))

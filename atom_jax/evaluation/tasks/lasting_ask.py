@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.memory import Memory
-from atom_jax.lasting import inside
+from atom_jax.lasting import gate, inside
 from atom_jax.models import registry
-from atom_jax.nn import scoring
-from atom_jax.session import laid_out, reading
+from atom_jax.session import laid_out
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
-from atom_jax.typing import LM, AtomError, Batch
+from atom_jax.typing import LM, AtomError
 
 # Ids of a question and of its answer; of the answer's tokens, which are the likeliest, and their nats.
 Asked = tuple[np.ndarray, np.ndarray]
@@ -26,10 +22,13 @@ Said = tuple[np.ndarray, np.ndarray]
 BEFORE = 16
 
 
-def ask(lm: LM, memory: Memory, chooses: bool, asked: list[Asked], batch: int) -> list[Said]:
+def ask(
+    lm: LM, memory: Memory, without: Memory, chooses: bool, asked: list[Asked], batch: int, gain: float = 0.0
+) -> list[Said]:
     """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f32
-    [n], each given the true ones before it. memory: what stands in front of every question, of one row. chooses:
-    whether a question chooses among that. AtomError where both exceed the model's positions."""
+    [n], each given the true ones before it. memory: what stands in front of every question, of one row; without and
+    gain: what stands there instead, and when (`gate.front`). chooses: whether a question chooses among that.
+    AtomError where both exceed the model's positions."""
     of = inside.of(lm.config)
     if chooses and registry.of(lm.config).codec(lm.config).pending:
         raise AtomError(
@@ -46,7 +45,7 @@ def ask(lm: LM, memory: Memory, chooses: bool, asked: list[Asked], batch: int) -
         some = asked[at : at + batch]
         # The last of them again, so that all calls have one shape.
         some += some[-1:] * (batch - len(some))
-        cache = memory_lib.rows(memory, np.zeros(batch, np.int32))
+        cache = gate.front(lm, memory, without, [q for q, _ in some], gain)
         out += (_chosen_answers if chooses else _answers)(lm, cache, some, asked)[: len(asked) - at]
     return out
 
@@ -64,9 +63,7 @@ def another_book(ids: np.ndarray, windows: int, scored: int) -> list[Asked]:
 def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
     """Of some of all questions, read with their answers in one call."""
     ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
-    room = lambda cfg: reading.room(cache, ids.shape[1], cfg)  # noqa: E731
-    run = lambda cfg: _ask(laid_out.scanned(lm), ids, lengths, room(cfg), cfg=cfg)  # noqa: E731
-    hits, nats = jax.device_get(reading.exactly(run, lm.config))
+    hits, nats = gate.said(lm, cache, ids, lengths)
     parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]
     return [(hits[i, part], nats[i, part]) for i, part in enumerate(parts)]
 
@@ -81,21 +78,3 @@ def _chosen_answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]
     hit = np.asarray(logp.argmax(-1))[:, :-1] == answers
     nats = -np.asarray(jnp.take_along_axis(logp[:, :-1], jnp.asarray(answers)[..., None], axis=-1))[..., 0]
     return [(hit[i, :n], nats[i, :n]) for i, n in enumerate(counts)]
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _ask(
-    params: Any, ids_bt: jax.Array, length_b: jax.Array, memory: Memory, *, cfg: Any
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Of every token but the first, [b, t - 1]: whether it is the likeliest, and its nats; and how many units were
-    lost."""
-    model, offsets = registry.of(cfg), jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
-    codec = model.codec(cfg)
-    real = (offsets < length_b[:, None]).astype(jnp.int32)
-    batch = Batch(ids_bt, memory.length[:, None] + offsets, real)
-    x_btd, _, aux = model.hidden(params, batch, cfg=cfg, cache=memory)
-    head = lambda x_btd: codec.merge(model.logits(params, x_btd, cfg=cfg))  # noqa: E731
-    # Where the form of tokens is decided late, states are those before the tokens.
-    before = x_btd[:, 1:] if codec.pending else x_btd[:, :-1]
-    said = scoring.score(head, before, codec.plain(ids_bt[:, 1:]), ("hit", "nats"))
-    return (said["hit"], said["nats"]), aux.get("lost")

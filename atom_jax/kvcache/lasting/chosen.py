@@ -35,6 +35,8 @@ class Choice(Policy):
     Where nothing has been chosen yet (tokens of a prompt may have made no unit) the first one chooses at once.
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
+    gain: nats by which entries must make a prompt likelier, or its row leans on sinks and window alone; every prompt
+    is read two times more for that. 0: all rows lean on entries.
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
@@ -47,10 +49,11 @@ class Choice(Policy):
     stride: int = 16
     successors: bool = True
     resident: int = 2**30
+    gain: float = 0.0
 
     def __post_init__(self):
         sizes = dict.fromkeys(("pages", "page", "stride"), (1, 2**16))
-        config.check(self, whole=(0, 2**30), resident=(0, 2**50), **sizes)
+        config.check(self, whole=(0, 2**30), resident=(0, 2**50), gain=(0, 1e6), **sizes)
 
 
 @struct.dataclass
@@ -61,7 +64,8 @@ class ChosenLayer(Layer):
     near_k, near_v: [b, h, n, k], what is always attended to, at near_pos i32 [b, n] (-1: nothing there). page_k,
     page_v: [b, h, p, k], the chosen pages, at page_pos i32 [b, h, p]; first: i32 [b], the first place of pages.
     k, v: [b, h, c, k], tokens since, at places from `start`, i32 [b], on. recent: [b, h, g, stride, k], queries
-    before RoPE that have come one by one since the last choice; since: i32 [b], how many. policy: static.
+    before RoPE that have come one by one since the last choice; since: i32 [b], how many. leans: bool [b], rows that
+    attend to pages at all. policy: static.
     """
 
     mem_k: jax.Array
@@ -79,6 +83,7 @@ class ChosenLayer(Layer):
     start: jax.Array
     recent: jax.Array
     since: jax.Array
+    leans: jax.Array
     policy: Choice = struct.field(pytree_node=False, default=None)
 
     free: ClassVar[dict[str, float]] = {"near_pos": -1, "page_pos": -1}
@@ -166,8 +171,9 @@ class ChosenLayer(Layer):
         folded = k.astype(self.k.dtype).reshape(-1, 1, *k.shape[2:])
         k = turned(folded, jnp.maximum(places, 0).reshape(-1, places.shape[-1]), call.rotary, call.rope)
         return self.replace(
-            page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype), page_pos=jnp.where(real, places, -1)
-        )
+            page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype),
+            page_pos=jnp.where(real & self.leans[:, None, None], places, -1),
+        )  # fmt: skip
 
     def _sizes(self) -> jax.Array:
         """i32 [p], entries of every page."""
@@ -289,5 +295,6 @@ def empty(
     return ChosenLayer(
         k, v, number(count), near_k, near_v, jnp.broadcast_to(pos, (layers, 1, len(pos))).astype(jnp.int32),
         zeros(many), zeros(many), jnp.full((layers, 1, h, many), -1, jnp.int32), number(sinks), zeros(room),
-        zeros(room), number(start), jnp.zeros((layers, 1, h, g, policy.stride, size), dtype), number(0), policy,
+        zeros(room), number(start), jnp.zeros((layers, 1, h, g, policy.stride, size), dtype), number(0),
+        jnp.ones((layers, 1), bool), policy,
     )  # fmt: skip
