@@ -61,12 +61,12 @@ class Flags:
             other = self._beside.get(name)
             if other and not (other in given and _is_said(self.values[other].value)):
                 raise AtomError(f"--{name} has no meaning without --{other}")
-        for name in needed:
-            if not self.values[name].value:
-                raise AtomError(f"--{name} is missing")
         for name in (name for name in given if name in self._alone and _is_said(self.values[name].value)):
             if beside := [other for other in given if other not in self._alone[name]]:
                 raise AtomError(f"--{beside[0]} has no meaning beside --{name}")
+        for name in needed:
+            if not self.values[name].value:
+                raise AtomError(f"--{name} is missing")
         return self.values, rest
 
     def _check_value(self, name: str) -> None:
