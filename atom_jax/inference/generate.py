@@ -112,12 +112,10 @@ def generate(
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
     reread, ahead = _checked(memory, remember, reread), 0 if memory is None else _ahead(lm, memory, after)
     said = token_rows(lm, prompts, first=after is None and not ahead)
-    again = [token_rows(lm, prompts, first=False)] if twice else []
-    rows = [_row(copies, memory, reread) for copies in zip(said, *again)]
+    rows = _rows(said, token_rows(lm, prompts, first=False) if twice else None, memory, reread)
     before = None if after is None else _memory(after, len(rows))
     lengths = np.array([len(row) for row in rows])
-    longest = int((lengths + ahead if before is None else lengths + 1 + before.length).max())
-    _check_length(lm, longest, max_new_tokens)
+    _check_length(lm, lengths + (ahead if before is None else before.length + 1), max_new_tokens)
     keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
     learned = heads.load(drafter.source, lm.config) if drafter is not None and drafter.source else None
     parts, runs = 1 if keep_memory or before is not None else _parts(lm, len(rows)), []
@@ -135,12 +133,16 @@ def generate(
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
-    for run in runs:
-        run.slots.session.check()
     result = _result(lm, runs, began, started, busy, keep_memory)
-    for row, ids in zip(said, result.ids if remember else []):
-        memory.read(np.concatenate([row, np.array(ids, np.int32)]))
+    if remember:
+        _remembered(memory, said, result.ids)
     return result
+
+
+def _remembered(memory: Memory, said: list[np.ndarray], made: list[list[int]]) -> None:
+    """Reads prompts, i32 [t] each, with their answers, each as one source."""
+    for row, ids in zip(said, made):
+        memory.read(np.concatenate([row, np.array(ids, np.int32)]))
 
 
 def _stops(lm: LM, stop: Any, streams: bool, keep_memory: bool) -> list[str]:
@@ -167,15 +169,20 @@ def _checked(memory: Memory | None, remember: bool, reread: int) -> int:
     return reread
 
 
-def _row(copies: tuple[np.ndarray, ...], memory: Memory | None, reread: int) -> np.ndarray:
-    """What is read of a prompt, i32 [t]: every copy of it, each behind the passages that are read again."""
-    passages = memory.passages(copies[0], reread) if reread else np.zeros(0, np.int32)
-    return np.concatenate([part for copy in copies for part in (passages, copy)])
+def _rows(
+    said: list[np.ndarray], again: list[np.ndarray] | None, memory: Memory | None, reread: int
+) -> list[np.ndarray]:  # fmt: skip
+    """What is read of every prompt, i32 [t]: each copy of it behind the passages that are read again."""
+    rows = []
+    for copies in zip(said, *([] if again is None else [again])):
+        passages = memory.passages(copies[0], reread) if reread else np.zeros(0, np.int32)
+        rows.append(np.concatenate([part for copy in copies for part in (passages, copy)]))
+    return rows
 
 
-def _check_length(lm: LM, longest: int, most: int) -> None:
-    """AtomError where a prompt of so many tokens and `most` after it are too long."""
-    if longest + most > lm.config.max_length:
+def _check_length(lm: LM, length_b: np.ndarray, most: int) -> None:
+    """AtomError where a row of so many tokens, i32 [b], and `most` after it are too long."""
+    if (longest := int(length_b.max())) + most > lm.config.max_length:
         raise AtomError(
             f"a prompt of {longest} tokens and max_new_tokens {most} exceed the {lm.config.max_length}"
             " positions of the model"
@@ -208,6 +215,8 @@ def _decoded(runs: list[_Run], most: int, look: int) -> float:
             busy += time.perf_counter() - at
             for run, one in zip(going, made):
                 run.take(one)
+    for run in runs:
+        run.slots.session.check()
     return busy
 
 
