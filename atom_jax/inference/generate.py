@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ from atom_jax.typing import LM, AtomError
 LOOK = 8
 # The longest draft.
 LONGEST = 64
+# The step of a row's key that draws whether it leans on a memory: none of its tokens'.
+GATE = np.int32(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Generation:
     window); kv_bytes: size of the cache buffers at the end. With drafts, for which a call of the model counts what it
     reads once, also tokens_per_call: later tokens by the calls in which their rows took part; and
     kv_reads_per_query: entries that all queries read, those of drafts included, where each reads by itself.
+    With a memory on disk also leaning: the share of rows that leaned on it.
     acceptance: with drafts, of every row the share of their tokens that was accepted (0 where there were none).
     memory: with `keep_memory`, where the model stands after all that it has read and chosen: `generate(..., after=)`
     goes on from it.
@@ -95,10 +98,11 @@ def generate(
       draft: who guesses at what follows, so that the model reads several tokens in one call: a name in
         `drafts.drafters` or a drafter. The ids are those without. There are none where they cost more than they gain,
         in a Bolmo, and in other models with units under a cache policy. draft_tokens: their greatest length.
-      memory: what the model has read in earlier sessions (`atom_jax.Memory`), on which all rows lean: its entries
-        stand before the prompts, which then get no front, and its states are mixed into what is said of every token.
-        It stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread:
-        so many passages of 64 tokens that share most words with a prompt are read again in front of it.
+      memory: what the model has read in earlier sessions (`atom_jax.Memory`): its entries stand before the prompts
+        that they make likelier (with a temperature: drawn by how much, `lasting.gate`), before others its sinks and
+        window alone; none gets a front. Its states are mixed into what is said of every token. It stays as it is.
+        remember: afterwards it also reads prompts with their answers, each as one source. reread: so many passages of
+        64 tokens that share most words with a prompt are read again in front of it, where it leans on the memory.
       twice: every prompt is read a second time behind itself, with what is read again in front of it: of what a text
         says, the second time is read knowing what is asked (Just read twice, Arora et al., 2024). Texts get no second
         front. With `remember` a prompt is remembered once.
@@ -111,18 +115,17 @@ def generate(
     how = sampling.sampler(temperature, top_k, top_p, min_p)
     drafter, draft_tokens = drafters.parse(draft), config.whole("draft_tokens", draft_tokens, 1, LONGEST)
     reread, ahead = _checked(memory, remember, reread), 0 if memory is None else _ahead(lm, memory, after)
-    said = token_rows(lm, prompts, first=after is None and not ahead)
-    rows = _rows(said, token_rows(lm, prompts, first=False) if twice else None, memory, reread)
-    before = None if after is None else _memory(after, len(rows))
-    lengths = np.array([len(row) for row in rows])
-    _check_length(lm, lengths + (ahead if before is None else before.length + 1), max_new_tokens)
-    keys, ends = sampling.row_keys(key, len(rows)), end_ids(lm, stop_ids)
+    given = _Prompts.of(lm, prompts, after is None and not ahead, twice, memory, reread)
+    before = None if after is None else _memory(after, len(given.said))
+    _check_length(lm, given.lengths + (ahead if before is None else before.length + 1), max_new_tokens)
+    keys, ends = sampling.row_keys(key, len(given.said)), end_ids(lm, stop_ids)
+    given = given.gated(memory, sampling.Draw(keys, GATE, how)) if ahead and memory.choice.gated else given
+    rows, lengths = given.rows, given.lengths
     learned = heads.load(drafter.source, lm.config) if drafter is not None and drafter.source else None
     parts, runs = 1 if keep_memory or before is not None else _parts(lm, len(rows)), []
     for part in np.split(np.arange(len(rows)), parts):
         mine = [rows[i] for i in part]
-        own = memory.front(len(mine), mine) if ahead else None
-        session = _read(lm, mine, before, own, memory, min(max_new_tokens, ROOM), int(lengths.max()))
+        session = _read(lm, given, part, before, memory, min(max_new_tokens, ROOM))
         choice = Choice(keys if parts == 1 else keys[part], how, ends, registry.of(lm.config).codec(lm.config))
         peak = float(lengths[part].sum() if before is None and _drops(lm) else session.use()[0].sum())
         if drafter is None or not programs.together(session.memory, cfg=lm.config):
@@ -133,10 +136,47 @@ def generate(
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
-    result = _result(lm, runs, began, started, busy, keep_memory)
+    result = _result(lm, runs, began, started, busy, keep_memory, float(given.leans.mean()) if ahead else None)
     if remember:
-        _remembered(memory, said, result.ids)
+        _remembered(memory, given.said, result.ids)
     return result
+
+
+class _Prompts(NamedTuple):
+    """What is read of every row. said: its prompt, i32 [t]; again: that without a front, where it is read twice;
+    passages: what a memory reads again in front of each of these, i32 [p]; leans: bool [b], rows with what the memory
+    holds in front."""
+
+    said: list[np.ndarray]
+    again: list[np.ndarray] | None
+    passages: list[np.ndarray]
+    leans: np.ndarray
+
+    @classmethod
+    def of(cls, lm: LM, prompts: Any, first: bool, twice: bool, memory: Memory | None, reread: int) -> _Prompts:
+        """first: texts get the tokenizer's front. reread: so many passages are."""
+        said = token_rows(lm, prompts, first=first)
+        again = token_rows(lm, prompts, first=False) if twice else None
+        passages = [memory.passages(row, reread) if reread else np.zeros(0, np.int32) for row in said]
+        return cls(said, again, passages, np.ones(len(said), bool))
+
+    def gated(self, memory: Memory, draw: sampling.Draw) -> _Prompts:
+        """With what makes a prompt likeliest in front of it, or drawn as a token is: nothing, the memory, or both the
+        memory and passages."""
+        side = np.asarray(draw.token(-memory.weigh(self.said, self.passages).T.astype(np.float32)))
+        passages = [passage[: len(passage) * (mine == 2)] for passage, mine in zip(self.passages, side)]
+        return self._replace(passages=passages, leans=side > 0)
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """i32 [t] each."""
+        copies = zip(*([self.said] if self.again is None else [self.said, self.again]))
+        return [np.concatenate([x for one in own for x in (read, one)]) for read, own in zip(self.passages, copies)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """i64 [b]."""
+        return np.array([len(row) for row in self.rows])
 
 
 def _remembered(memory: Memory, said: list[np.ndarray], made: list[list[int]]) -> None:
@@ -169,17 +209,6 @@ def _checked(memory: Memory | None, remember: bool, reread: int) -> int:
     return reread
 
 
-def _rows(
-    said: list[np.ndarray], again: list[np.ndarray] | None, memory: Memory | None, reread: int
-) -> list[np.ndarray]:  # fmt: skip
-    """What is read of every prompt, i32 [t]: each copy of it behind the passages that are read again."""
-    rows = []
-    for copies in zip(said, *([] if again is None else [again])):
-        passages = memory.passages(copies[0], reread) if reread else np.zeros(0, np.int32)
-        rows.append(np.concatenate([part for copy in copies for part in (passages, copy)]))
-    return rows
-
-
 def _check_length(lm: LM, length_b: np.ndarray, most: int) -> None:
     """AtomError where a row of so many tokens, i32 [b], and `most` after it are too long."""
     if (longest := int(length_b.max())) + most > lm.config.max_length:
@@ -190,15 +219,17 @@ def _check_length(lm: LM, length_b: np.ndarray, most: int) -> None:
 
 
 def _read(
-    lm: LM, rows: list[np.ndarray], before: Session | None, front: Any, memory: Memory | None, room: int, longest: int
+    lm: LM, given: _Prompts, part: np.ndarray, before: Session | None, memory: Memory | None, room: int
 ) -> Session:  # fmt: skip
-    """Where rows stand once these prompts are read, after `before` or after what a lasting memory puts in front; and
-    what that mixes in goes with them."""
+    """Where some rows, i32 [p], stand once their prompts are read, after `before` or after what a lasting memory puts
+    in front; and what that mixes in goes with them."""
+    rows = [given.rows[i] for i in part]
     if before is not None:
         return before.extend(rows)
     params = laid_out.of(lm)
     params = params if memory is None else memory.mixing(params)
-    return Session.prefill(lm, rows, room=room, longest=longest, params=params, memory=front)
+    front = memory.front(len(rows), given.leans[part]) if memory is not None and memory.length else None
+    return Session.prefill(lm, rows, room=room, longest=int(given.lengths.max()), params=params, memory=front)
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:
@@ -254,8 +285,11 @@ def _ahead(lm: LM, memory: Memory, after: Generation | None) -> int:
     return memory.taken if memory.length else 0
 
 
-def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool) -> Generation:
-    """Ends all rows and adds up. busy: seconds of decoding without compilation."""
+def _result(
+    lm: LM, runs: list[_Run], began: float, started: float, busy: float, keep_memory: bool, leaning: float | None
+) -> Generation:  # fmt: skip
+    """Ends all rows and adds up. busy: seconds of decoding without compilation. leaning: the share of rows that lean
+    on a memory on disk."""
     for run in runs:
         run.finish()
     streams = [stream for run in runs for stream in run.streams]
@@ -270,6 +304,7 @@ def _result(lm: LM, runs: list[_Run], began: float, started: float, busy: float,
         "kv_reads": sum(run.reads for run in runs),
         "kv_bytes": sum(run.slots.session.nbytes for run in runs),
     }
+    stats |= {} if leaning is None else {"leaning": leaning}
     drafts = [run.slots for run in runs if isinstance(run.slots, DraftSlots)]
     acceptance = None
     if drafts:

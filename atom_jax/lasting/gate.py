@@ -1,4 +1,10 @@
-"""Which prompts lean on a memory: those that it makes likelier. What is remembered makes other texts harder."""
+"""Texts that lean on a memory, and texts that don't: a mixture of the model with what is remembered and without it.
+
+What is remembered makes other texts harder. So before a prompt all sides are equally likely: nothing, the memory, and
+the memory with passages that are read again, where there are some. The prompt's tokens make one of them likelier, by
+Bayes' rule; and all that follows is that one's, drawn once, which is how a mixture is drawn from. No text, its prompt
+included, is then less likely than without the memory by more than ln 2 nats (ln 3 with passages), however long it is.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +25,50 @@ from atom_jax.session import laid_out, reading
 from atom_jax.session.prompts import padded
 from atom_jax.typing import LM, Batch
 
+# Prompts that are read in one call.
+ROWS = 8
 
-def front(lm: LM, memory: Memory, without: Memory, prompts: Sequence[np.ndarray], gain: float) -> Memory:
-    """What stands in front of these prompts, i32 [t] each, a row for each: `memory`, one row with entries, where the
-    prompt's tokens after the first are together more than `gain` nats likelier behind it than behind `without`, one
-    row with sinks and window alone; else that. gain: 0: `memory` for all."""
-    every = memory_lib.rows(memory, np.zeros(len(prompts), np.int32))
-    if not gain or not len(prompts):
-        return every
-    ids, lengths = padded(list(prompts), 0)
-    real = np.arange(ids.shape[1] - 1)[None] < lengths[:, None] - 1
-    behind, alone = (
-        np.where(real, said(lm, memory_lib.rows(one, np.zeros(len(ids), np.int32)), ids, lengths)[1], 0).sum(1)
-        for one in (memory, without)
-    )
-    other = np.flatnonzero(alone - behind <= gain)
-    if not len(other):
+
+def weigh(
+    lm: LM, memory: Memory, without: Memory, prompts: Sequence[np.ndarray], passages: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Nats of prompts, i32 [t] each, but of their first tokens, on every side: f64 [3, n], behind `without`, one row,
+    behind `memory`, one row, and behind that and passages, i32 [p] each; inf for a prompt that has none."""
+    count = np.array([len(prompt) for prompt in prompts])
+    out = np.full((3, len(prompts)), np.inf)
+    out[:2] = [_nats(lm, one, prompts, count) for one in (without, memory)]
+    some = np.flatnonzero([len(passage) for passage in passages])
+    out[2, some] = _nats(lm, memory, [np.concatenate([passages[i], prompts[i]]) for i in some], count[some])
+    return out
+
+
+def front(memory: Memory, without: Memory, leans: np.ndarray) -> Memory:
+    """A row for each of these, bool [b]: `memory`, one row, where it leans, else `without`, one row."""
+    every = memory_lib.rows(memory if leans.any() else without, np.zeros(len(leans), np.int32))
+    if not len(other := np.flatnonzero(~leans)) or not leans.any():
         return every
     return memory_lib.put(every, other, memory_lib.rows(without, np.zeros(len(other), np.int32)))
+
+
+def mixed(weight_kb: np.ndarray, nats_kbt: np.ndarray) -> np.ndarray:
+    """Nats of tokens under a mixture of k sides, f64 [b, t], each given those before it. weight: f64 [k, b], nats by
+    which every side is ahead before the first of them; nats: f64 [k, b, t], of every side."""
+    ahead = weight_kb[..., None] - (np.cumsum(nats_kbt, axis=2) - nats_kbt)
+    return np.logaddexp.reduce(ahead, axis=0) - np.logaddexp.reduce(ahead - nats_kbt, axis=0)
+
+
+def _nats(lm: LM, memory: Memory, rows: Sequence[np.ndarray], count: np.ndarray) -> np.ndarray:
+    """Of the last `count` tokens of every row, i32 [n], but the first of these, behind one row of memory: f64 [n]."""
+    out, longest = [], max((len(row) for row in rows), default=0)
+    for at in range(0, len(rows), ROWS):
+        some = list(rows[at : at + ROWS])
+        # The last of them again, so that all calls have one shape.
+        some += some[-1:] * (min(len(rows), ROWS) - len(some))
+        ids, lengths = padded(some, longest)
+        nats = said(lm, memory_lib.rows(memory, np.zeros(len(some), np.int32)), ids, lengths)[1].astype(np.float64)
+        for row, length, n in zip(nats, lengths, count[at : at + ROWS]):
+            out.append(row[length - n : length - 1].sum())
+    return np.array(out)
 
 
 def leaning_on_nothing(memory: Memory) -> Memory:

@@ -224,11 +224,10 @@ class Memory(Contents):
         read = sum(s.tokens for s in self.sources if s.id == window.source)
         return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
-    def front(self, rows: int = 1, prompts: Sequence[np.ndarray] | None = None) -> memory_lib.Memory:
+    def front(self, rows: int = 1, leans: np.ndarray | None = None) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
-        places from 0 on, or a choice among it. prompts: i32 [t] each, which the rows read next; those that entries
-        don't make likelier by `choice.gain` nats have `without` in front. AtomError where that exceeds the model's
-        positions."""
+        places from 0 on, or a choice among it. leans: bool [rows], those that do; others have `without` in front.
+        AtomError where that exceeds the model's positions."""
         lm = self._model("answering")
         if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
@@ -237,9 +236,15 @@ class Memory(Contents):
             )
         if self._front is None:
             self._front = self._current(self._made)
-        if prompts is not None and self.choice.gain:
-            return gate.front(lm, self._front, self.without(), prompts, self.choice.gain)
-        return memory_lib.rows(self._front, np.zeros(rows, np.int32))
+        leans = np.ones(rows, bool) if leans is None else leans
+        return gate.front(self._front, self._front if leans.all() else self.without(), leans)
+
+    def weigh(self, prompts: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> np.ndarray:
+        """Nats of prompts, i32 [t] each, without the memory, behind all that it holds, and behind that and passages
+        that are read again, i32 [p] each: f64 [3, n] (`gate.weigh`)."""
+        lm = self._model("answering")
+        lm = dataclasses.replace(lm, params=self.mixing(lm.params))
+        return gate.weigh(lm, self.front(), self.without(), prompts, passages)
 
     def without(self) -> memory_lib.Memory:
         """As `front` of one row that leans on sinks and window alone."""

@@ -234,7 +234,7 @@ class Naive:
             logits, k, v, _ = self.forward(ids, at, before)
             for i in range(layers):
                 if i in self.full and len(recent[i]) == choice.stride:
-                    pages[i], recent[i] = chosen(i, np.concatenate(recent[i])), []
+                    pages[i], recent[i] = chosen(i, np.concatenate(recent[i][-choice.queries :])), []
             own_k, own_v = np.concatenate([own_k, k], axis=1), np.concatenate([own_v, v], axis=1)
             out.append(logits[-1])
             at, ids = at + len(ids), np.array([logits[-1].argmax()])

@@ -166,7 +166,7 @@ def test_within_the_window_it_is_the_model(tmp_path):
 
 
 def test_rows_lean_on_it_each_by_itself(read):
-    lm, memory = lm_of("llama"), opened(read / "llama", "llama")
+    lm, memory = lm_of("llama"), opened(read / "llama", "llama", choice=Choice(gated=False))
     prompts = [PROMPT[0].tolist(), [7], TEXTS[3].tolist()]
     made = atom_jax.generate(lm, prompts, 5, stop_ids=[], memory=memory)
     for prompt, ids in zip(prompts, made.ids):
@@ -186,9 +186,10 @@ def test_rows_lean_on_it_each_by_itself(read):
     np.testing.assert_allclose(both[1, :32], alone[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name, successors", [("qwen3", True), ("llama", False), ("olmo3", True)])
-def test_pages_are_chosen_as_in_the_reference(read, scanned, name, successors):
-    lm, choice = lm_of(name), Choice(whole=20, pages=3, page=4, stride=2, successors=successors)
+@pytest.mark.parametrize("name, successors, queries", [("qwen3", True, 1), ("llama", False, 2), ("olmo3", True, 8)])
+def test_pages_are_chosen_as_in_the_reference(read, scanned, name, successors, queries):
+    lm = lm_of(name)
+    choice = Choice(whole=20, pages=3, page=4, stride=2, queries=queries, successors=successors)
     memory = opened(read / name, name, choice=choice)
     naive = Naive(lm, memory.settings)
     for text in TEXTS[:3]:

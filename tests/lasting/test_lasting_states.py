@@ -8,6 +8,7 @@ import pytest
 import atom_jax
 from atom_jax.inference import score
 from atom_jax.kvcache import policies
+from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import memory as memory_module
 from atom_jax.lasting.memory import Memory
 from atom_jax.models import registry, transformer
@@ -103,6 +104,7 @@ def test_beside_entries_and_beside_a_cache_policy(home, scanned):
     # What is mixed in is a distribution, with the weight that it is to have.
     said = np.exp(mixture) - (1 - HOW.weight) * plain
     assert said.min() > -1e-6 and np.abs(said.sum(-1) - HOW.weight).max() < 1e-5 and (said > 1e-4).sum(-1).max() <= 6
+    both.choice = Choice(gated=False)
     assert atom_jax.generate(lm, PROMPTS[:1], 2, memory=both, stop_ids=[]).ids[0][0] == mixture[-1].argmax()
     small = registry.with_memory(lm, policies.parse("streaming_llm:budget=8"))
     made = atom_jax.generate(small, PROMPTS[:1], 2, stop_ids=[], memory=states(home / "knn"))

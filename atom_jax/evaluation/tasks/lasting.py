@@ -135,10 +135,10 @@ def measure(
     """Rows of one method on one stream."""
 
     def ask(asked: list[Asked]) -> list[lasting_ask.Said]:
-        if method.rereads:
-            asked = [(_with_passages(stream.texts, q, settings.passages), a) for q, a in asked]
+        passages = [_passages(stream.texts, q, settings.passages * method.rereads) for q, _ in asked]
+        gated = settings.choice.gated and (method.law is not None or method.rereads)
         return lasting_ask.ask(
-            kept.lm, kept.memory, kept.without, kept.chooses, asked, settings.batch, settings.choice.gain
+            kept.lm, kept.memory, kept.without, kept.chooses, asked, passages, settings.batch, gated
         )
 
     ages = (len(stream.ids) - stream.at).tolist()
@@ -185,9 +185,9 @@ def _windows(settings: LastingSettings, encoder: Encoder) -> list[Asked]:
     return lasting_ask.another_book(ids, settings.windows, settings.scored)
 
 
-def _with_passages(texts: list[np.ndarray], question: np.ndarray, n: int) -> np.ndarray:
-    found = reread.passages(texts, question, n)
-    return np.concatenate([*(texts[i][a:b] for i, a, b in found[::-1]), question])
+def _passages(texts: list[np.ndarray], question: np.ndarray, n: int) -> np.ndarray:
+    found = reread.passages(texts, question, n) if n else []
+    return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
 
 
 def _are_rows(value: Any) -> bool:

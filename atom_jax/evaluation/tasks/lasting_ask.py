@@ -23,30 +23,43 @@ BEFORE = 16
 
 
 def ask(
-    lm: LM, memory: Memory, without: Memory, chooses: bool, asked: list[Asked], batch: int, gain: float = 0.0
-) -> list[Said]:
-    """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f32
-    [n], each given the true ones before it. memory: what stands in front of every question, of one row; without and
-    gain: what stands there instead, and when (`gate.front`). chooses: whether a question chooses among that.
+    lm: LM, memory: Memory, without: Memory, chooses: bool, asked: list[Asked], passages: list[np.ndarray],
+    batch: int, gated: bool,
+) -> list[Said]:  # fmt: skip
+    """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f64
+    [n], each given the true ones before it. memory: what stands in front of every question, of one row, and behind it
+    passages i32 [p] of its own. gated: nats are those of the mixture of all sides of `lasting.gate`, and tokens are
+    the likeliest of the side that its question makes likeliest. chooses: whether a question chooses among the memory.
     AtomError where both exceed the model's positions."""
     of = inside.of(lm.config)
     if chooses and registry.of(lm.config).codec(lm.config).pending:
         raise AtomError(
             "lasting.choice: a model that sees a byte ahead is asked with all entries; make `whole` larger"
         )
-    taken, longest = int(memory_lib.nodes(memory)[-1].length[0]), max(len(q) + len(a) for q, a in asked)
+    behind = [(np.concatenate([passage, q]), a) for passage, (q, a) in zip(passages, asked)]
+    taken, longest = int(memory_lib.nodes(memory)[-1].length[0]), max(len(q) + len(a) for q, a in behind)
     if not of.units and taken + longest > of.limit:
         raise AtomError(
             f"lasting: {taken} entries and {longest} tokens exceed the {of.limit} positions of the model; make"
             " lasting.tokens, or lasting.choice.whole, smaller"
         )
-    out = []
+    sides = [(without, asked), (memory, asked), (memory, behind)]
+    answers, out = _chosen_answers if chooses else _answers, []
     for at in range(0, len(asked), batch):
-        some = asked[at : at + batch]
         # The last of them again, so that all calls have one shape.
-        some += some[-1:] * (batch - len(some))
-        cache = gate.front(lm, memory, without, [q for q, _ in some], gain)
-        out += (_chosen_answers if chooses else _answers)(lm, cache, some, asked)[: len(asked) - at]
+        which = np.minimum(np.arange(at, at + batch), len(asked) - 1)
+        weight = np.array([[-np.inf], [-np.inf], [0]]).repeat(batch, 1)
+        if gated:
+            weight = -gate.weigh(lm, memory, without, [asked[i][0] for i in which], [passages[i] for i in which])
+        mine = [side for side, ahead in enumerate(weight) if np.isfinite(ahead).any()]
+        said = [
+            answers(lm, memory_lib.rows(front, np.zeros(batch, np.int32)), [texts[i] for i in which], texts)
+            for front, texts in (sides[side] for side in mine)
+        ]
+        for row, ahead in enumerate(weight[mine].T[: len(asked) - at]):
+            hits, nats = zip(*(side[row] for side in said))
+            nats = gate.mixed(ahead[:, None], np.stack(nats).astype(np.float64)[:, None])[0]
+            out.append((hits[int(ahead.argmax())], nats))
     return out
 
 

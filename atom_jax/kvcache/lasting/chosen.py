@@ -31,12 +31,12 @@ class Choice(Policy):
     (keys and queries before RoPE) has its largest weights.
 
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
-    `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the queries of these.
-    Where nothing has been chosen yet (tokens of a prompt may have made no unit) the first one chooses at once.
+    `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the latest `queries`
+    of these. Where nothing has been chosen yet (tokens of a prompt may make no unit) the first one chooses at once.
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
-    gain: nats by which entries must make a prompt likelier, or its row leans on sinks and window alone; every prompt
-    is read two times more for that. 0: all rows lean on entries.
+    gated: rows lean on entries where these make their prompts likelier (`lasting.gate`), else on sinks and window
+    alone; every prompt is read two times more for that. Otherwise all rows do.
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
@@ -47,13 +47,14 @@ class Choice(Policy):
     pages: int = 16
     page: int = 32
     stride: int = 16
+    queries: int = 8
     successors: bool = True
     resident: int = 2**30
-    gain: float = 0.0
+    gated: bool = True
 
     def __post_init__(self):
-        sizes = dict.fromkeys(("pages", "page", "stride"), (1, 2**16))
-        config.check(self, whole=(0, 2**30), resident=(0, 2**50), gain=(0, 1e6), **sizes)
+        sizes = dict.fromkeys(("pages", "page", "stride", "queries"), (1, 2**16))
+        config.check(self, whole=(0, 2**30), resident=(0, 2**50), **sizes)
 
 
 @struct.dataclass
@@ -63,9 +64,9 @@ class ChosenLayer(Layer):
     mem_k, mem_v: [1, h, s, k], entries with keys before RoPE, whole pages; count: i32 [1], how many are there.
     near_k, near_v: [b, h, n, k], what is always attended to, at near_pos i32 [b, n] (-1: nothing there). page_k,
     page_v: [b, h, p, k], the chosen pages, at page_pos i32 [b, h, p]; first: i32 [b], the first place of pages.
-    k, v: [b, h, c, k], tokens since, at places from `start`, i32 [b], on. recent: [b, h, g, stride, k], queries
-    before RoPE that have come one by one since the last choice; since: i32 [b], how many. leans: bool [b], rows that
-    attend to pages at all. policy: static.
+    k, v: [b, h, c, k], tokens since, at places from `start`, i32 [b], on. recent: [b, h, g, queries, k], the latest
+    queries before RoPE that have come one by one, in a ring; since: i32 [b], how many since the last choice. leans:
+    bool [b], rows that attend to pages at all. policy: static.
     """
 
     mem_k: jax.Array
@@ -98,7 +99,8 @@ class ChosenLayer(Layer):
             layer = self._renewed(_before_rope(call), call.real, call)
             return layer._attend(call, at)
         layer = self._stored(call, at)._due(call)
-        slot = jnp.where(call.real[:, 0], layer.since, self.policy.stride)
+        size = layer.recent.shape[3]
+        slot = jnp.where(call.real[:, 0], layer.since % size, size)
         rows = jnp.arange(len(slot))
         recent = layer.recent.at[rows, :, :, slot].set(_before_rope(call)[..., 0, :], mode="drop")
         return layer._attend_one(call), layer.replace(recent=recent, since=layer.since + call.real[:, 0])
@@ -108,7 +110,7 @@ class ChosenLayer(Layer):
         before it: so nothing else reads the pages that are replaced, which then happens where they lie."""
         none = self.page_pos[:, 0, 0] < 0
         due = call.real[:, 0] & ((self.since >= self.policy.stride) | (none & (self.since > 0)))
-        real = due[:, None] & (jnp.arange(self.policy.stride)[None] < self.since[:, None])
+        real = due[:, None] & (jnp.arange(self.recent.shape[3])[None] < self.since[:, None])
 
         def pages(layer: ChosenLayer) -> dict[str, jax.Array]:
             return {name: getattr(layer, name) for name in ("page_k", "page_v", "page_pos", "since")}
@@ -286,7 +288,7 @@ def empty(
     k, v, count = mem
     near_k, near_v, pos = near
     layers, _, h, _, size = near_k.shape
-    dtype, many = near_k.dtype, policy.pages * policy.page
+    dtype, many, asking = near_k.dtype, policy.pages * policy.page, min(policy.queries, policy.stride)
 
     def number(x: Any) -> jax.Array:
         return jnp.full((layers, 1), x, jnp.int32)
@@ -295,6 +297,6 @@ def empty(
     return ChosenLayer(
         k, v, number(count), near_k, near_v, jnp.broadcast_to(pos, (layers, 1, len(pos))).astype(jnp.int32),
         zeros(many), zeros(many), jnp.full((layers, 1, h, many), -1, jnp.int32), number(sinks), zeros(room),
-        zeros(room), number(start), jnp.zeros((layers, 1, h, g, policy.stride, size), dtype), number(0),
+        zeros(room), number(start), jnp.zeros((layers, 1, h, g, asking, size), dtype), number(0),
         jnp.ones((layers, 1), bool), policy,
     )  # fmt: skip
