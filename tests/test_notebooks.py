@@ -39,7 +39,7 @@ def test_notebook_runs(path, place, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra: pip install 'atom-jax[dev]'")
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", str(place / "site"))
-    if path.stem == "smaller_memory" and not (MODELS / "smollm2-135m-instruct").is_dir():
+    if "smollm2.fetch" in path.read_text() and not (MODELS / "smollm2-135m-instruct").is_dir():
         pytest.skip("needs SmolLM2: make smollm2")
     # One device, as where they are meant to run.
     monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)

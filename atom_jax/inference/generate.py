@@ -14,6 +14,7 @@ import numpy as np
 from atom_jax import config
 from atom_jax.checkpoint import heads
 from atom_jax.inference.stream import TextStream
+from atom_jax.lasting import gate
 from atom_jax.lasting.memory import Memory
 from atom_jax.lasting.store import LEVELS
 from atom_jax.models import registry
@@ -99,8 +100,8 @@ def generate(
         `drafts.drafters` or a drafter. The ids are those without. There are none where they cost more than they gain,
         in a Bolmo, and in other models with units under a cache policy. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`): its entries stand before the prompts
-        that they make likelier (with a temperature: drawn by how much, `lasting.gate`), before others its sinks and
-        window alone; none gets a front. Its states are mixed into what is said of every token. It stays as it is.
+        that they make likelier (with a temperature: drawn by how much, `lasting.gate`), before others what was read
+        last, or nothing. Its states are mixed into what is said of every token. It stays as it is.
         remember: afterwards it also reads prompts with their answers, each as one source. reread: so many passages of
         64 tokens that share most words with a prompt are read again in front of it, where it leans on the memory.
       twice: every prompt is read a second time behind itself, with what is read again in front of it: of what a text
@@ -136,36 +137,39 @@ def generate(
         runs.append(_Run(slots, mine, stop, on_text, int(part[0]), peak))
     started = time.perf_counter()
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
-    result = _result(lm, runs, began, started, busy, keep_memory, float(given.leans.mean()) if ahead else None)
+    result = _result(lm, runs, began, started, busy, keep_memory, given.leaning if ahead else None)
     if remember:
         _remembered(memory, given.said, result.ids)
     return result
 
 
 class _Prompts(NamedTuple):
-    """What is read of every row. said: its prompt, i32 [t]; again: that without a front, where it is read twice;
-    passages: what a memory reads again in front of each of these, i32 [p]; leans: bool [b], rows with what the memory
-    holds in front."""
+    """What is read of every row. said: its prompt, i32 [t]; alone: that as it is read with nothing in front; again:
+    that without a front, where it is read twice; passages: what a memory reads again in front of each of these, i32
+    [p]; side: i32 [b], what a memory puts in front of them (`gate.Side`)."""
 
     said: list[np.ndarray]
+    alone: list[np.ndarray]
     again: list[np.ndarray] | None
     passages: list[np.ndarray]
-    leans: np.ndarray
+    side: np.ndarray
 
     @classmethod
     def of(cls, lm: LM, prompts: Any, first: bool, twice: bool, memory: Memory | None, reread: int) -> _Prompts:
         """first: texts get the tokenizer's front. reread: so many passages are."""
         said = token_rows(lm, prompts, first=first)
+        alone = said if first or memory is None else token_rows(lm, prompts, first=True)
         again = token_rows(lm, prompts, first=False) if twice else None
         passages = [memory.passages(row, reread) if reread else np.zeros(0, np.int32) for row in said]
-        return cls(said, again, passages, np.ones(len(said), bool))
+        return cls(said, alone, again, passages, np.full(len(said), gate.Side.PASSAGES, np.int32))
 
     def gated(self, memory: Memory, draw: sampling.Draw) -> _Prompts:
-        """With what makes a prompt likeliest in front of it, or drawn as a token is: nothing, the memory, or both the
-        memory and passages."""
-        side = np.asarray(draw.token(-memory.weigh(self.said, self.passages).T.astype(np.float32)))
-        passages = [passage[: len(passage) * (mine == 2)] for passage, mine in zip(self.passages, side)]
-        return self._replace(passages=passages, leans=side > 0)
+        """With what makes a prompt likeliest in front of it, or drawn by that as a token is."""
+        nats = memory.weigh(self.said, self.alone, self.passages)
+        side = np.asarray(draw.token(-nats.T.astype(np.float32)))
+        passages = [x[: len(x) * (mine == gate.Side.PASSAGES)] for x, mine in zip(self.passages, side)]
+        said = [b if mine == gate.Side.NOTHING else a for a, b, mine in zip(self.said, self.alone, side)]
+        return self._replace(said=said, passages=passages, side=side)
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -177,6 +181,11 @@ class _Prompts(NamedTuple):
     def lengths(self) -> np.ndarray:
         """i64 [b]."""
         return np.array([len(row) for row in self.rows])
+
+    @property
+    def leaning(self) -> float:
+        """The share of rows that lean on all that a memory holds."""
+        return float((self.side <= gate.Side.PASSAGES).mean())
 
 
 def _remembered(memory: Memory, said: list[np.ndarray], made: list[list[int]]) -> None:
@@ -228,7 +237,7 @@ def _read(
         return before.extend(rows)
     params = laid_out.of(lm)
     params = params if memory is None else memory.mixing(params)
-    front = memory.front(len(rows), given.leans[part]) if memory is not None and memory.length else None
+    front = memory.front(len(rows), given.side[part]) if memory is not None and memory.length else None
     return Session.prefill(lm, rows, room=room, longest=int(given.lengths.max()), params=params, memory=front)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.dense import DenseLayer, bucket
 from atom_jax.kvcache.lasting.chosen import Choice, ChosenLayer, empty
 from atom_jax.kvcache.lasting.layer import LateWindow, PartLayer, turned
@@ -102,6 +103,27 @@ def chosen(lm: LM, front: Front, choice: Choice) -> Memory:
     # In half precision, as they are stored.
     mem = (jnp.asarray(np.pad(x[:, None, :, old], wide), jnp.float16) for x in (front.k, front.v))
     return _behind(lm, front, choice, (*mem, count), lambda layers: layers)
+
+
+def choosing_nothing(memory: Memory) -> Memory:
+    """A memory of `chosen` or `paged` whose rows choose no pages."""
+    none = lambda x: x.replace(leans=jnp.zeros_like(x.leans)) if isinstance(x, ChosenLayer) else x  # noqa: E731
+    return memory_lib.map_layers(none, memory)
+
+
+def nothing(lm: LM, memory: Memory) -> Memory:
+    """One row that has read nothing, to be put among those of `memory`."""
+    inside = inside_lib.of(lm.config)
+    none = np.zeros((len(inside.full), inside.kind.h, 0, inside.kind.k), np.float32)
+    ring = np.zeros((len(inside.sliding), *none.shape[1:]), np.float32)
+    around = memory_lib.each(lambda node: node.replace(fresh=False), inside.empty())
+    empty_ = Front(none, none, np.zeros(0, np.int32), np.zeros(0, np.int32), 0, 0, ring, ring, around)
+    layers = inside.layers_of(memory, inside.full)
+    if not isinstance(layers, ChosenLayer):
+        return dense(lm, empty_)
+    zero = {name: jnp.zeros_like(getattr(layers, name)) for name in ("first", "start", "leans")}
+    layers = layers.replace(near_pos=jnp.full_like(layers.near_pos, -1), **zero)
+    return inside.with_layers(around, layers, 0, _ring(lm, empty_, 0))
 
 
 def paged(lm: LM, front: Front, pages: Pages, choice: Choice) -> Memory:

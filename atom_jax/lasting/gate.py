@@ -1,23 +1,23 @@
 """Texts that lean on a memory, and texts that don't: a mixture of the model with what is remembered and without it.
 
-What is remembered makes other texts harder. So before a prompt all sides are equally likely: nothing, the memory, and
-the memory with passages that are read again, where there are some. The prompt's tokens make one of them likelier, by
-Bayes' rule; and all that follows is that one's, drawn once, which is how a mixture is drawn from. No text, its prompt
-included, is then less likely than without the memory by more than ln 2 nats (ln 3 with passages), however long it is.
+What is remembered makes other texts harder. So before a prompt all that may stand in front of it is equally likely:
+everything remembered, that and passages that are read again, what was read last, nothing. The prompt's tokens make
+one of these likelier, by Bayes' rule; and all that follows is that one's, drawn once, which is how a mixture is drawn
+from. No text, its prompt included, is then less likely than without the memory by more than ln 4 nats in all.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from atom_jax.kvcache import memory as memory_lib
-from atom_jax.kvcache.lasting.chosen import ChosenLayer
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
 from atom_jax.nn import scoring
@@ -29,25 +29,51 @@ from atom_jax.typing import LM, Batch
 ROWS = 8
 
 
+class Fronts(NamedTuple):
+    """Memories of one row that may stand in front of a prompt: with all that is remembered; of that with sinks and
+    window alone; with nothing."""
+
+    memory: Memory
+    near: Memory
+    nothing: Memory
+
+
+class Side(enum.IntEnum):
+    """What stands in front of a prompt: of `Fronts` `memory`, that and passages, `near`, `nothing`."""
+
+    MEMORY = 0
+    PASSAGES = 1
+    NEAR = 2
+    NOTHING = 3
+
+
 def weigh(
-    lm: LM, memory: Memory, without: Memory, prompts: Sequence[np.ndarray], passages: Sequence[np.ndarray]
+    lm: LM, fronts: Fronts, prompts: Sequence[np.ndarray], alone: Sequence[np.ndarray], passages: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Nats of prompts, i32 [t] each, but of their first tokens, on every side: f64 [3, n], behind `without`, one row,
-    behind `memory`, one row, and behind that and passages, i32 [p] each; inf for a prompt that has none."""
+    """Nats of prompts, i32 [t] each, but of their first tokens, on every `Side`: f64 [4, n]. alone: how they are read
+    with nothing in front, where a text may begin with further tokens; passages: i32 [p] each, what is read again; inf
+    for a prompt that has none."""
     count = np.array([len(prompt) for prompt in prompts])
-    out = np.full((3, len(prompts)), np.inf)
-    out[:2] = [_nats(lm, one, prompts, count) for one in (without, memory)]
+    out = np.full((len(Side), len(prompts)), np.inf)
+    out[Side.MEMORY] = _nats(lm, fronts.memory, prompts, count)
+    out[Side.NEAR] = _nats(lm, fronts.near, prompts, count)
+    out[Side.NOTHING] = _nats(lm, fronts.nothing, alone, count)
     some = np.flatnonzero([len(passage) for passage in passages])
-    out[2, some] = _nats(lm, memory, [np.concatenate([passages[i], prompts[i]]) for i in some], count[some])
+    again = [np.concatenate([passages[i], prompts[i]]) for i in some]
+    out[Side.PASSAGES, some] = _nats(lm, fronts.memory, again, count[some])
     return out
 
 
-def front(memory: Memory, without: Memory, leans: np.ndarray) -> Memory:
-    """A row for each of these, bool [b]: `memory`, one row, where it leans, else `without`, one row."""
-    every = memory_lib.rows(memory if leans.any() else without, np.zeros(len(leans), np.int32))
-    if not len(other := np.flatnonzero(~leans)) or not leans.any():
-        return every
-    return memory_lib.put(every, other, memory_lib.rows(without, np.zeros(len(other), np.int32)))
+def front(fronts: Fronts, side_b: np.ndarray) -> Memory:
+    """A row for each of these `Side`s, i32 [b]."""
+    which = np.where(side_b == Side.PASSAGES, Side.MEMORY, side_b)
+    first, *others = np.unique(which)
+    of = {Side.MEMORY: fronts.memory, Side.NEAR: fronts.near, Side.NOTHING: fronts.nothing}
+    found = memory_lib.rows(of[first], np.zeros(len(which), np.int32))
+    for one in others:
+        rows = np.flatnonzero(which == one)
+        found = memory_lib.put(found, rows, memory_lib.rows(of[one], np.zeros(len(rows), np.int32)))
+    return found
 
 
 def mixed(weight_kb: np.ndarray, nats_kbt: np.ndarray) -> np.ndarray:
@@ -69,12 +95,6 @@ def _nats(lm: LM, memory: Memory, rows: Sequence[np.ndarray], count: np.ndarray)
         for row, length, n in zip(nats, lengths, count[at : at + ROWS]):
             out.append(row[length - n : length - 1].sum())
     return np.array(out)
-
-
-def leaning_on_nothing(memory: Memory) -> Memory:
-    """The memory whose rows choose no pages."""
-    nothing = lambda x: x.replace(leans=jnp.zeros_like(x.leans)) if isinstance(x, ChosenLayer) else x  # noqa: E731
-    return memory_lib.map_layers(nothing, memory)
 
 
 def said(lm: LM, memory: Memory, ids_bt: np.ndarray, length_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

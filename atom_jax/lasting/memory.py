@@ -224,10 +224,10 @@ class Memory(Contents):
         read = sum(s.tokens for s in self.sources if s.id == window.source)
         return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
-    def front(self, rows: int = 1, leans: np.ndarray | None = None) -> memory_lib.Memory:
+    def front(self, rows: int = 1, side_b: np.ndarray | None = None) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
-        places from 0 on, or a choice among it. leans: bool [rows], those that do; others have `without` in front.
-        AtomError where that exceeds the model's positions."""
+        places from 0 on, or a choice among it. side: i32 [rows], of `gate.Side`, where some have something else in
+        front. AtomError where that exceeds the model's positions."""
         lm = self._model("answering")
         if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
@@ -236,22 +236,26 @@ class Memory(Contents):
             )
         if self._front is None:
             self._front = self._current(self._made)
-        leans = np.ones(rows, bool) if leans is None else leans
-        return gate.front(self._front, self._front if leans.all() else self.without(), leans)
+        if side_b is None:
+            return memory_lib.rows(self._front, np.zeros(rows, np.int32))
+        return gate.front(self.fronts(), side_b)
 
-    def weigh(self, prompts: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> np.ndarray:
-        """Nats of prompts, i32 [t] each, without the memory, behind all that it holds, and behind that and passages
-        that are read again, i32 [p] each: f64 [3, n] (`gate.weigh`)."""
+    def fronts(self) -> gate.Fronts:
+        """What may stand in front of a prompt."""
+        lm, memory = self._model("answering"), self.front()
+        if self.chooses:
+            near = front_lib.choosing_nothing(self.front())
+        else:
+            near = front_lib.dense(lm, self._current(lambda: loading.near(self._store, self._manifest, lm)))
+        return gate.Fronts(memory, near, front_lib.nothing(lm, memory))
+
+    def weigh(
+        self, prompts: Sequence[np.ndarray], alone: Sequence[np.ndarray], passages: Sequence[np.ndarray]
+    ) -> np.ndarray:  # fmt: skip
+        """Nats of prompts on every side, f64 [4, n] (`gate.weigh`)."""
         lm = self._model("answering")
         lm = dataclasses.replace(lm, params=self.mixing(lm.params))
-        return gate.weigh(lm, self.front(), self.without(), prompts, passages)
-
-    def without(self) -> memory_lib.Memory:
-        """As `front` of one row that leans on sinks and window alone."""
-        if self.chooses:
-            return gate.leaning_on_nothing(self.front())
-        lm = self._model("answering")
-        return front_lib.dense(lm, self._current(lambda: loading.near(self._store, self._manifest, lm)))
+        return gate.weigh(lm, self.fronts(), prompts, alone, passages)
 
     def mixing(self, params: Any) -> Any:
         """The model's parameters, as it has them or laid out, and beside them the states of this memory, where it has

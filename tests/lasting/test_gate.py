@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax.inference import score
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.lasting import gate
+from atom_jax.lasting.gate import Side
 from atom_jax.lasting.memory import Memory
 from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
+from tests.contract import cells
 from tests.lasting.test_lasting_reading import TEXTS, lm_of
 
 DRAW = np.random.default_rng(1)
@@ -49,26 +52,48 @@ def read(lm, memory, row):
 def test_rows_lean_where_they_gain(home, lm, name):
     memory = opened(home, lm, choice=CHOICES[name])
     prompts = [DRAW.integers(0, 256, n).astype(np.int32) for n in (9, 5, 12, 7, 3, 8, 1, 6, 14, 11)]
-    nats = memory.weigh(prompts, [NOTHING] * len(prompts))
+    fronts = memory.fronts()
+    nats = memory.weigh(prompts, prompts, [NOTHING] * len(prompts))
     for prompt, mine in zip(prompts, nats.T):
-        wanted = [read(lm, one, prompt).sum() for one in (memory.without(), memory.front())]
-        np.testing.assert_allclose(mine, [*wanted, np.inf], atol=1e-4)
-    leans = nats[1] < nats[0]
-    assert 0 < leans.sum() < len(leans) - 1 and nats[:2, 6].tolist() == [0, 0]
+        wanted = [read(lm, one, prompt).sum() for one in (fronts.memory, fronts.near)]
+        alone = -np.asarray(score.logprobs(lm, prompt[None]))[0].sum()
+        np.testing.assert_allclose(mine, [wanted[0], np.inf, wanted[1], alone], atol=1e-4)
+    side = nats.argmin(0).astype(np.int32)
+    assert set(side) == {Side.MEMORY, Side.NEAR, Side.NOTHING} and side[6] == Side.MEMORY
     more = [DRAW.integers(0, 256, (len(prompts), n)).astype(np.int32) for n in (1, 1, 1, 1, 3)]
-    found = logits(lm, prompts, more, memory.front(len(prompts), leans))
+    found = logits(lm, prompts, more, memory.front(len(prompts), side))
     every = logits(lm, prompts, more, memory.front(len(prompts)))
     for i, prompt in enumerate(prompts):
-        own = memory.front() if leans[i] else memory.without()
+        own = {Side.MEMORY: fronts.memory, Side.NEAR: fronts.near, Side.NOTHING: None}[side[i]]
+        own = None if own is None else memory_lib.rows(own, np.zeros(1, np.int32))
         wanted = logits(lm, [prompt], [m[i : i + 1] for m in more], own)[:, 0]
         np.testing.assert_allclose(found[:, i], wanted, atol=2e-4, rtol=2e-4)
-        assert (np.abs(found[:, i] - every[:, i]).max() > 1e-3) == (not leans[i])
+        assert (np.abs(found[:, i] - every[:, i]).max() > 1e-3) == (side[i] != Side.MEMORY)
     text = atom_jax.generate(lm, prompts, 3, stop_ids=[], memory=memory)
     assert [row[0] for row in text.ids] == found[0].argmax(-1).tolist()
-    assert text.stats["leaning"] == leans.mean()
+    assert text.stats["leaning"] == (side == Side.MEMORY).mean()
     memory.choice = dataclasses.replace(memory.choice, gated=False)
     text = atom_jax.generate(lm, prompts, 3, stop_ids=[], memory=memory)
     assert [row[0] for row in text.ids] == every[0].argmax(-1).tolist() and text.stats["leaning"] == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo3", "hnet-hnet-2", "hnet-words", "bolmo-olmo3-sliding"])
+def test_nothing_in_front_is_a_model_that_read_nothing(tmp_path, scanned, name):
+    lm = cells.example(name) if name in cells.EXAMPLES else lm_of.__wrapped__(name)
+    long, *prompts = cells.texts(lm, 150, 25, 12)
+    with Memory.open(tmp_path / "m", lm, part=16, sinks=2, law="sqrt:entries=4,block=8") as memory:
+        memory.read(np.array(long))
+        for choice in (Choice(), Choice(whole=0, pages=2, page=4, stride=3)):
+            memory.choice = choice
+            memory.close()
+            side = np.array([Side.NOTHING, Side.MEMORY, Side.NEAR, Side.NOTHING], np.int32)
+            rows = [prompts[0], *prompts, prompts[1]]
+            session = Session.prefill(lm, rows, memory=memory.front(4, side))
+            for row, text in ((0, prompts[0]), (3, prompts[1])):
+                wanted = Session.prefill(lm, [text]).logits[0]
+                np.testing.assert_allclose(session.logits[row], wanted, atol=2e-4, rtol=2e-4)
+            alone = Session.prefill(lm, rows[1:2], memory=memory.front())
+            np.testing.assert_allclose(session.logits[1], alone.logits[0], atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -76,16 +101,16 @@ def test_passages_are_read_where_they_gain(home, lm, twice):
     memory = opened(home, lm)
     prompts = [TEXTS[i][a:b] for i, a, b in ((0, 3, 8), (0, 40, 52), (1, 2, 9), (1, 5, 20), (0, 20, 29), (0, 60, 63))]
     passages = [memory.passages(prompt, 1) for prompt in prompts]
-    nats = memory.weigh(prompts, passages)
-    for prompt, passage, found in zip(prompts, passages, nats[2]):
+    nats = memory.weigh(prompts, prompts, passages)
+    for prompt, passage, found in zip(prompts, passages, nats[Side.PASSAGES]):
         both = read(lm, memory.front(), np.concatenate([passage, prompt]))
         assert len(passage) and abs(found - both[len(passage) :].sum()) < 1e-4
     side = nats.argmin(0)
-    assert len(set(side)) > 1 and 2 in side
-    made = atom_jax.generate(lm, prompts, 4, stop_ids=[], memory=memory, reread=1, twice=twice)
-    wanted = [len(p) + len(x) * (s == 2) for p, x, s in zip(prompts, passages, side)]
+    assert len(set(side)) > 1 and Side.PASSAGES in side
+    made = atom_jax.generate(lm, [p.tolist() for p in prompts], 4, stop_ids=[], memory=memory, reread=1, twice=twice)
+    wanted = [len(p) + len(x) * (s == Side.PASSAGES) for p, x, s in zip(prompts, passages, side)]
     assert made.stats["prompt_tokens"] == sum(wanted) * (1 + twice)
-    assert made.stats["leaning"] == (side > 0).mean()
+    assert made.stats["leaning"] == (side <= Side.PASSAGES).mean()
     memory.choice = dataclasses.replace(memory.choice, gated=False)
     made = atom_jax.generate(lm, prompts, 4, stop_ids=[], memory=memory, reread=1, twice=twice)
     assert made.stats["prompt_tokens"] == sum(len(p) + len(x) for p, x in zip(prompts, passages)) * (1 + twice)
@@ -94,8 +119,8 @@ def test_passages_are_read_where_they_gain(home, lm, twice):
 def test_leaning_is_drawn_as_a_token_is(home, lm):
     memory = opened(home, lm)
     prompt = DRAW.integers(0, 256, 5).astype(np.int32)
-    nats = memory.weigh([prompt], [NOTHING])[:2, 0]
-    wanted = 1 / (1 + np.exp(nats[1] - nats[0]))
+    like = np.exp(-memory.weigh([prompt], [prompt], [NOTHING])[:, 0])
+    wanted = like[Side.MEMORY] / like.sum()
     run = lambda: atom_jax.generate(lm, [prompt] * 200, 1, 1.0, jax.random.key(3), stop_ids=[], memory=memory)  # noqa: E731
     share = run().stats["leaning"]
     assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / 200) ** 0.5 and 0 < share < 1
@@ -123,10 +148,11 @@ def logits(lm, prompts, more, memory):
     return np.stack(out)
 
 
-def test_without_is_sinks_and_window(home, lm):
+def test_near_is_sinks_and_window(home, lm):
     memory = opened(home, lm)
     near = memory.length - memory.held
-    lengths = lambda leans: memory.front(len(leans), np.array(leans)).length.tolist()  # noqa: E731
-    assert memory_lib.nodes(memory.without())[-1].length.tolist() == [near]
-    assert lengths([False, False]) == [near] * 2 and lengths([True, False]) == [memory.length, near]
-    assert memory.front().length.tolist() == lengths([True]) == [memory.length]
+    lengths = lambda *side: memory.front(len(side), np.array(side, np.int32)).length.tolist()  # noqa: E731
+    assert memory_lib.nodes(memory.fronts().near)[-1].length.tolist() == [near]
+    assert lengths(Side.NEAR, Side.NEAR) == [near] * 2 and lengths(Side.NOTHING) == [0]
+    assert lengths(Side.PASSAGES, Side.NEAR, Side.NOTHING) == [memory.length, near, 0]
+    assert memory.front().length.tolist() == lengths(Side.MEMORY) == [memory.length]

@@ -75,9 +75,10 @@ def test_remember_generate_recall_and_forget(run, home, tmp_path):
         assert code == 0 and json.loads(out)["ids"] == made.ids
         found = memory.passages(ByteTokenizer().encode("brass compass"), 1)
         assert "brass compass" in ByteTokenizer().decode(found.tolist())
-    code, out, err = run("generate", model, where, prompt, "--max_new_tokens=3", "--reread=1", "--twice")
+    write = ("generate", model, where, prompt, "--max_new_tokens=3", "--reread=1", "--choice=gated=false")
+    code, out, err = run(*write, "--twice")
     assert code == 0 and f"({2 * (64 + len(prompt) - 9)} of prompt" in err
-    code, out, err = run("generate", model, where, prompt, "--max_new_tokens=3", "--reread=1", "--remember")
+    code, out, err = run(*write, "--remember")
     assert code == 0 and f"({64 + len(prompt) - 9} of prompt" in err
     assert len(Memory.open(tmp_path / "m").sources) == 3
     code, _, err = run("generate", model, where, prompt, "--memory=tova:budget=8")

@@ -137,9 +137,7 @@ def measure(
     def ask(asked: list[Asked]) -> list[lasting_ask.Said]:
         passages = [_passages(stream.texts, q, settings.passages * method.rereads) for q, _ in asked]
         gated = settings.choice.gated and (method.law is not None or method.rereads)
-        return lasting_ask.ask(
-            kept.lm, kept.memory, kept.without, kept.chooses, asked, passages, settings.batch, gated
-        )
+        return lasting_ask.ask(kept.lm, kept.fronts, kept.chooses, asked, passages, settings.batch, gated)
 
     ages = (len(stream.ids) - stream.at).tolist()
     facts = list(zip(stream.facts, ages))

@@ -23,34 +23,38 @@ BEFORE = 16
 
 
 def ask(
-    lm: LM, memory: Memory, without: Memory, chooses: bool, asked: list[Asked], passages: list[np.ndarray],
-    batch: int, gated: bool,
+    lm: LM, fronts: gate.Fronts, chooses: bool, asked: list[Asked], passages: list[np.ndarray], batch: int,
+    gated: bool,
 ) -> list[Said]:  # fmt: skip
     """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f64
-    [n], each given the true ones before it. memory: what stands in front of every question, of one row, and behind it
-    passages i32 [p] of its own. gated: nats are those of the mixture of all sides of `lasting.gate`, and tokens are
-    the likeliest of the side that its question makes likeliest. chooses: whether a question chooses among the memory.
-    AtomError where both exceed the model's positions."""
+    [n], each given the true ones before it. fronts: what may stand in front of every question; passages: i32 [p] of
+    each, what is read again. gated: nats are those of the mixture of all sides of `lasting.gate`, and tokens are the
+    likeliest of the side that its question makes likeliest; else all have memory and passages in front. chooses:
+    whether a question chooses among the memory. AtomError where both exceed the model's positions."""
     of = inside.of(lm.config)
     if chooses and registry.of(lm.config).codec(lm.config).pending:
         raise AtomError(
             "lasting.choice: a model that sees a byte ahead is asked with all entries; make `whole` larger"
         )
     behind = [(np.concatenate([passage, q]), a) for passage, (q, a) in zip(passages, asked)]
-    taken, longest = int(memory_lib.nodes(memory)[-1].length[0]), max(len(q) + len(a) for q, a in behind)
+    taken, longest = int(memory_lib.nodes(fronts.memory)[-1].length[0]), max(len(q) + len(a) for q, a in behind)
     if not of.units and taken + longest > of.limit:
         raise AtomError(
             f"lasting: {taken} entries and {longest} tokens exceed the {of.limit} positions of the model; make"
             " lasting.tokens, or lasting.choice.whole, smaller"
         )
-    sides = [(without, asked), (memory, asked), (memory, behind)]
+    first = np.array(getattr(lm.tokenizer, "front", ()), np.int32)
+    alone = [(np.concatenate([first, q]), a) for q, a in asked]
+    sides = [(fronts.memory, asked), (fronts.memory, behind), (fronts.near, asked), (fronts.nothing, alone)]
     answers, out = _chosen_answers if chooses else _answers, []
     for at in range(0, len(asked), batch):
         # The last of them again, so that all calls have one shape.
         which = np.minimum(np.arange(at, at + batch), len(asked) - 1)
-        weight = np.array([[-np.inf], [-np.inf], [0]]).repeat(batch, 1)
+        weight = np.full((len(gate.Side), batch), -np.inf)
+        weight[gate.Side.PASSAGES] = 0
         if gated:
-            weight = -gate.weigh(lm, memory, without, [asked[i][0] for i in which], [passages[i] for i in which])
+            some = ([of[i][0] for i in which] for of in (asked, alone))
+            weight = -gate.weigh(lm, fronts, *some, [passages[i] for i in which])
         mine = [side for side, ahead in enumerate(weight) if np.isfinite(ahead).any()]
         said = [
             answers(lm, memory_lib.rows(front, np.zeros(batch, np.int32)), [texts[i] for i in which], texts)

@@ -82,18 +82,16 @@ class Directories:
             stats = memory.stats()
             if method.law is None:
                 front = front_lib.front(self._lm, [], *memory.latest(), lasting_fit.SINKS)
-                found, without, chooses = lasting_streams.in_front(self._lm, front, front, self._choice)
+                fronts, chooses = lasting_streams.in_front(self._lm, front, front, self._choice)
                 held, by_law, places = 0, None, front.k.shape[2]
             else:
-                found, without, chooses = memory.front(), memory.without(), memory.chooses
+                fronts, chooses = memory.fronts(), memory.chooses
                 held, places = memory.held, memory.length
                 by_law = lasting_streams.lawful(method, held, stats["written"])
             lm = dataclasses.replace(self._lm, params=memory.mixing(self._lm.params)) if method.mixes else self._lm
             # How it stands now is known, too, where an interruption came between a session and its point.
             points = sorted({*self._growth[directory], (stats["written"], held)}) if own and held else []
-            yield Kept(
-                lm, found, without, chooses, held, by_law, places, points, stats["bytes"] if own else None, None
-            )
+            yield Kept(lm, fronts, chooses, held, by_law, places, points, stats["bytes"] if own else None, None)
 
     def _check(self, memory: Memory) -> None:
         """AtomError unless a memory has read the texts of the stream, and these alone."""

@@ -19,7 +19,6 @@ from atom_jax.kvcache.lasting import score as scores
 from atom_jax.kvcache.lasting.chosen import Choice
 from atom_jax.kvcache.lasting.levels import Law
 from atom_jax.kvcache.lasting.score import LEARNED, SCORES, Linear
-from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import front as front_lib
 from atom_jax.lasting import gate, learned
 from atom_jax.lasting.blocks import Blocks, Entries
@@ -53,16 +52,14 @@ class Method(NamedTuple):
 class Kept(NamedTuple):
     """What a method has of a stream when it is asked.
 
-    lm: the model, with what it mixes in. memory: what stands in front of a question, of one row; without: the same
-    with sinks and window alone. chooses: whether a question chooses among it. entries, by_law: per head, those that
-    are there apart from sinks and window, and those that the law allows; front: with sinks and window. growth:
-    (tokens that have left the window, entries) as they were met. bytes: on disk, None where nothing is. rate: tokens
-    read per second, None where nobody took the time.
+    lm: the model, with what it mixes in. fronts: what may stand in front of a question. chooses: whether a question
+    chooses among it. entries, by_law: per head, those that are there apart from sinks and window, and those that the
+    law allows; front: with sinks and window. growth: (tokens that have left the window, entries) as they were met.
+    bytes: on disk, None where nothing is. rate: tokens read per second, None where nobody took the time.
     """
 
     lm: LM
-    memory: Memory
-    without: Memory
+    fronts: gate.Fronts
     chooses: bool
     entries: int
     by_law: int | None
@@ -159,9 +156,9 @@ class Held:
             by_law = lawful(method, held, blocks.written)
         lm = self._mixing() if method.mixes else self._lm
         alone = front_lib.front(self._lm, [], self._window, self._state.window, lasting_fit.SINKS)
-        memory, without, chooses = in_front(lm, front, alone, self._choice)
+        fronts, chooses = in_front(lm, front, alone, self._choice)
         points = growth[:: -(-len(growth) // _POINTS) or 1] + growth[-1:]
-        yield Kept(lm, memory, without, chooses, held, by_law, front.k.shape[2], points, None, self._rate)
+        yield Kept(lm, fronts, chooses, held, by_law, front.k.shape[2], points, None, self._rate)
 
     def _mixing(self) -> LM:
         """The model, which mixes in what the states of the stream say: of each text all but the last."""
@@ -171,15 +168,15 @@ class Held:
         return dataclasses.replace(self._lm, params=neighbours.beside(self._lm.params, store))
 
 
-def in_front(
-    lm: LM, front: front_lib.Front, alone: front_lib.Front, choice: Choice
-) -> tuple[Memory, Memory, bool]:  # fmt: skip
-    """The model's memory, one row, with all of this in front of a question, the same with `alone`, and False; or a
-    choice among it, none, and True."""
-    if front.k.shape[2] <= choice.whole:
-        return front_lib.dense(lm, front), front_lib.dense(lm, alone), False
-    memory = front_lib.chosen(lm, front, choice)
-    return memory, gate.leaning_on_nothing(memory), True
+def in_front(lm: LM, front: front_lib.Front, alone: front_lib.Front, choice: Choice) -> tuple[gate.Fronts, bool]:
+    """What may stand in front of a question: the model's memory, one row, with all of this, with `alone`, and with
+    nothing; and False. Or a choice among it, none, and nothing; and True."""
+    if chooses := front.k.shape[2] > choice.whole:
+        memory = front_lib.chosen(lm, front, choice)
+        near = front_lib.choosing_nothing(memory)
+    else:
+        memory, near = front_lib.dense(lm, front), front_lib.dense(lm, alone)
+    return gate.Fronts(memory, near, front_lib.nothing(lm, memory)), chooses
 
 
 def lawful(method: Method, held: int, written: int) -> int:

@@ -35,8 +35,8 @@ class Choice(Policy):
     of these. Where nothing has been chosen yet (tokens of a prompt may make no unit) the first one chooses at once.
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
-    gated: rows lean on entries where these make their prompts likelier (`lasting.gate`), else on sinks and window
-    alone; every prompt is read two times more for that. Otherwise all rows do.
+    gated: rows lean on entries where these make their prompts likelier, else on what was read last or on nothing
+    (`lasting.gate`); every prompt is read three times more for that. Otherwise all rows do.
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """

@@ -122,7 +122,8 @@ def test_ages_and_other_books_by_hand():
 
 def test_a_memory_without_entries_changes_nothing_of_another_book(lm, home, monkeypatch):
     # The stream is one part, so nothing has left the window.
-    cfg = settings(home, f"streams={home}/emma.txt", "tokens=700", "part=1000", "facts=4", "laws=log,sqrt")
+    cfg = settings(home, f"streams={home}/emma.txt", "tokens=700", "part=1000", "facts=4", "laws=log,sqrt",
+                   "choice.gated=false")  # fmt: skip
     notes = measured(lm, cfg, None, monkeypatch)
     assert [row["entries"] for row in notes["rows"] if not row["kind"]] == [0, 0, 0]
     assert [row["added"] for row in notes["later"]] == [0, 0, 0] and len({r["nats"] for r in notes["later"]}) == 1
