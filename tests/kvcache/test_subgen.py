@@ -219,7 +219,7 @@ def test_coins_differ_between_heads_layers_and_seeds():
     np.testing.assert_array_equal(found[0], found[3])
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
     coins = np.asarray(subgen._coins(0, 1, jnp.arange(50), (H, 9))).reshape(50, -1)
-    assert len(np.unique(coins)) == coins.size
+    assert len(np.unique(coins)) > 0.99 * coins.size
 
 
 @pytest.mark.parametrize("budget", [6, 7, 32, 33, 512, 1024])
