@@ -14,6 +14,7 @@ from atom_jax.kvcache.subgen import SubGen
 from atom_jax.models.registry import with_memory
 from atom_jax.nn.attention import Tokens
 from atom_jax.session.reading import plan
+from atom_jax.session.session import Session
 from atom_jax.typing import AtomError
 from tests.kvcache.test_memory_option import build
 
@@ -235,7 +236,7 @@ def test_memory_is_no_larger_than_its_budget(budget, more):
     assert policy.expected(10**6) <= policy.budget and policy.expected(2) == 2
 
 
-def test_generation_is_the_same_however_rows_are_batched():
+def test_a_model_says_the_same_however_rows_are_batched_and_cut():
     lm = with_memory(build(), policies.parse("subgen:budget=24,delta=2"))
     rows = [list(range(3, 60)), list(range(60, 20, -1))]
     both = atom_jax.generate(lm, rows, 12, keep_memory=True)
@@ -243,7 +244,10 @@ def test_generation_is_the_same_however_rows_are_batched():
     held, _ = memory.use(both.memory.memory)
     assert (np.asarray(held) <= 24).all() and (np.asarray(held) > 20).all()
     assert not plan(lm.config).pieces
-    assert plan(with_memory(lm, policies.parse("subgen:budget=24,exact=false")).config).pieces
+    streamed = with_memory(lm, policies.parse("subgen:budget=24,delta=2,exact=false"))
+    assert plan(streamed.config).pieces
+    cut = Session.prefill(streamed, [row[:17] for row in rows]).extend([row[17:] for row in rows])
+    np.testing.assert_allclose(cut.logits, Session.prefill(streamed, rows).logits, atol=1e-4)
 
 
 def test_too_little_is_refused():
