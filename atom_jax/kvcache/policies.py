@@ -34,6 +34,7 @@ from atom_jax.kvcache.sepllm import SepLLM
 from atom_jax.kvcache.shared import Shared
 from atom_jax.kvcache.snapkv import SnapKV
 from atom_jax.kvcache.streaming_llm import StreamingLLM
+from atom_jax.kvcache.subgen import SubGen
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.kvcache.window import WindowLayer
 from atom_jax.kvcache.wmerge import WMerge
@@ -66,6 +67,7 @@ POLICIES: dict[str, type[Policy]] = {
         CaM,
         D2O,
         KVMerger,
+        SubGen,
     )
 }
 

@@ -55,10 +55,15 @@ BUDGETS = {
 }
 BUDGETS["sepllm"] = dataclasses.replace(BUDGETS["sepllm"], separators=(1, 3))
 BUDGETS["razor_attention"] = dataclasses.replace(BUDGETS["razor_attention"], heads=((0, 1),))
+# Texts are longer than what is kept apart.
+SKETCHES = {
+    "subgen": parse("subgen:budget=10,sinks=1,samples=2,delta=3"),
+    "subgen-streamed": parse("subgen:budget=10,sinks=1,recent=0.3,delta=3,exact=false"),
+}
 # Name: policy and window of the layer.
 CASES: dict[str, tuple[Policy | None, int | None]] = {
     "dense": (None, None), "ring": (None, 6),
-    **{name: (p, None) for name, p in (DMS_FORMS | DMC_FORMS | REVISED | BUDGETS).items()},
+    **{name: (p, None) for name, p in (DMS_FORMS | DMC_FORMS | REVISED | BUDGETS | SKETCHES).items()},
     "tova-sliding": (BUDGETS["tova"], 9),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", CASES)
