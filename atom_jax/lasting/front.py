@@ -100,8 +100,11 @@ def chosen(lm: LM, front: Front, choice: Choice) -> Memory:
     count = old.stop - old.start
     size = -(-bucket(count, max(LEAST, choice.pages * choice.page)) // choice.page) * choice.page
     wide = [(0, 0), (0, 0), (0, 0), (0, size - count), (0, 0)]
-    # In half precision, as they are stored.
-    mem = (jnp.asarray(np.pad(x[:, None, :, old], wide), jnp.float16) for x in (front.k, front.v))
+    # Values in half precision, as they are stored; keys as they are compared, or all are turned for every choice.
+    mem = (
+        jnp.asarray(np.pad(x[:, None, :, old], wide), dtype)
+        for x, dtype in ((front.k, lm.config.dtype), (front.v, jnp.float16))
+    )
     return _behind(lm, front, choice, (*mem, count), lambda layers: layers)
 
 
