@@ -21,10 +21,11 @@ from atom_jax.evaluation import cache
 from atom_jax.evaluation.encode import Encoder
 from atom_jax.evaluation.metrics import Result
 from atom_jax.evaluation.tasks import lasting_ask, lasting_fit, lasting_plot, lasting_table, planted
-from atom_jax.evaluation.tasks.lasting_ask import Asked
+from atom_jax.evaluation.tasks.lasting_ask import Asked, Said
 from atom_jax.evaluation.tasks.lasting_sessions import Directories
 from atom_jax.evaluation.tasks.lasting_streams import Held, Kept, Method, methods, names, stream_of
 from atom_jax.kvcache.lasting.chosen import Choice
+from atom_jax.kvcache.memory import Memory
 from atom_jax.lasting import reread, states
 from atom_jax.lasting.reader import model_of
 from atom_jax.lasting.store import Model
@@ -105,10 +106,11 @@ class Lasting:
                 keys = [_key(model, settings, stream, windows, method) for method in chosen]
                 todo = [method for key, method in zip(keys, chosen) if key not in known]
                 held = read(lm, model, stream, todo, settings, name, out, lines) if todo else None
+                alone: dict[Any, list[Said]] = {}
                 for key, method in zip(keys, chosen):
                     if key not in known:
                         with held.kept(method) as kept:
-                            known[key] = measure(kept, stream, method, settings, encoder, windows, name)
+                            known[key] = measure(kept, stream, method, settings, encoder, windows, name, alone)
                         lines.append([{"key": key, "rows": known[key]}])
                     rows += known[key]
         if out is not None:
@@ -130,24 +132,38 @@ def read(
 
 def measure(
     kept: Kept, stream: planted.Stream, method: Method, settings: LastingSettings, encoder: Encoder,
-    windows: list[Asked], name: str,
+    windows: list[Asked], name: str, alone: dict[Any, list[Said]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of one method on one stream."""
+    """Rows of one method on one stream. alone: what is said without any, kept from one method to the next."""
+    first = np.array(getattr(kept.lm.tokenizer, "front", ()), np.int32)
 
-    def ask(asked: list[Asked]) -> list[lasting_ask.Said]:
-        passages = [_passages(stream.texts, q, settings.passages * method.rereads) for q, _ in asked]
-        gated = settings.choice.gated and (method.law is not None or method.rereads)
-        return lasting_ask.ask(kept.lm, kept.fronts, kept.chooses, asked, passages, settings.batch, gated)
+    def ask(what: str, asked: list[Asked]) -> list[Said]:
+        def said(front: Memory, passages: list[np.ndarray]) -> list[Said]:
+            return lasting_ask.ask(kept.lm, front, kept.chooses, asked, passages, settings.batch)
+
+        none, fronts = [first[:0]] * len(asked), kept.fronts
+        passages = [_passages(stream.texts, q, settings.passages) for q, _ in asked] if method.rereads else none
+        lasting_ask.check(kept.lm, fronts.memory, kept.chooses, asked, passages)
+        sides = [said(fronts.memory, passages)]
+        if not settings.choice.gated or (method.law is None and not method.rereads):
+            return sides[0]
+        if method.rereads and method.law is not None:
+            sides = [said(fronts.memory, none), *sides]
+        for side, front, ahead in (("near", fronts.near, none), ("nothing", fronts.nothing, [first] * len(asked))):
+            if (key := (what, side, method.mixes)) not in alone:
+                alone[key] = said(front, ahead)
+            sides.append(alone[key])
+        return [lasting_ask.mixed(each) for each in zip(*sides)]
 
     ages = (len(stream.ids) - stream.at).tolist()
     facts = list(zip(stream.facts, ages))
     facts += [(again, age) for fact, age in facts if (again := planted.in_other_words(fact)) is not None]
-    found = ask([planted.asked(fact, encoder) for fact, _ in facts])
-    later = [float(nats.mean()) for _, nats in ask(windows)] if windows else []
+    found = ask("facts", [planted.asked(fact, encoder) for fact, _ in facts])
+    later = [float(said.nats.mean()) for said in ask("later", windows)] if windows else []
     rows = []
     for kind in ("", *dict.fromkeys(fact.kind for fact, _ in facts)):
         mine = [i for i, (fact, _) in enumerate(facts) if kind == fact.kind or (not kind and i < len(ages))]
-        hits, nats = ([found[i][j] for i in mine] for j in (0, 1))
+        hits, nats = ([getattr(found[i], part) for i in mine] for part in ("hits", "nats"))
         rows.append({
             "stream": name, "law": method.name, "score": method.score, "kind": kind, "facts": len(mine),
             "entries": kept.entries, "by_law": kept.by_law, "front": kept.front, "bytes": kept.bytes,

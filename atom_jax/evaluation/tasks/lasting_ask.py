@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,56 +18,61 @@ from atom_jax.session.prompts import padded
 from atom_jax.session.session import Session
 from atom_jax.typing import LM, AtomError
 
-# Ids of a question and of its answer; of the answer's tokens, which are the likeliest, and their nats.
+# Ids of a question and of its answer.
 Asked = tuple[np.ndarray, np.ndarray]
-Said = tuple[np.ndarray, np.ndarray]
 # Tokens of another book that stand before those that are scored, and choose pages where something chooses.
 BEFORE = 16
 
 
-def ask(
-    lm: LM, fronts: gate.Fronts, chooses: bool, asked: list[Asked], passages: list[np.ndarray], batch: int,
-    gated: bool,
-) -> list[Said]:  # fmt: skip
-    """For each question and answer, ids: which tokens of the answer are the likeliest, bool [n], and their nats, f64
-    [n], each given the true ones before it. fronts: what may stand in front of every question; passages: i32 [p] of
-    each, what is read again. gated: nats are those of the mixture of all sides of `lasting.gate`, and tokens are the
-    likeliest of the side that its question makes likeliest; else all have memory and passages in front. chooses:
-    whether a question chooses among the memory. AtomError where both exceed the model's positions."""
+class Said(NamedTuple):
+    """What a model says of a question and its answer, each token given the true ones before it. before: nats of the
+    question's tokens but the first; hits: bool [n], which tokens of the answer are the likeliest; nats: f64 [n], of
+    these."""
+
+    before: float
+    hits: np.ndarray
+    nats: np.ndarray
+
+
+def check(lm: LM, memory: Memory, chooses: bool, asked: list[Asked], passages: list[np.ndarray]) -> None:
+    """AtomError where a memory, one row, and what is asked behind it exceed the model's positions."""
     of = inside.of(lm.config)
     if chooses and registry.of(lm.config).codec(lm.config).pending:
         raise AtomError(
             "lasting.choice: a model that sees a byte ahead is asked with all entries; make `whole` larger"
         )
-    behind = [(np.concatenate([passage, q]), a) for passage, (q, a) in zip(passages, asked)]
-    taken, longest = int(memory_lib.nodes(fronts.memory)[-1].length[0]), max(len(q) + len(a) for q, a in behind)
+    taken = int(memory_lib.nodes(memory)[-1].length[0])
+    longest = max(len(passage) + len(q) + len(a) for passage, (q, a) in zip(passages, asked))
     if not of.units and taken + longest > of.limit:
         raise AtomError(
             f"lasting: {taken} entries and {longest} tokens exceed the {of.limit} positions of the model; make"
             " lasting.tokens, or lasting.choice.whole, smaller"
         )
-    first = np.array(getattr(lm.tokenizer, "front", ()), np.int32)
-    alone = [(np.concatenate([first, q]), a) for q, a in asked]
-    sides = [(fronts.memory, asked), (fronts.memory, behind), (fronts.near, asked), (fronts.nothing, alone)]
-    answers, out = _chosen_answers if chooses else _answers, []
+
+
+def ask(
+    lm: LM, front: Memory, chooses: bool, asked: list[Asked], passages: list[np.ndarray], batch: int
+) -> list[Said]:  # fmt: skip
+    """What is said of each question and answer, ids. front: what stands before each of them, of one row, and behind
+    it passages, i32 [p] each. chooses: whether a question chooses among that."""
+    out: list[Said] = []
+    questions, answers = [len(p) + len(q) for p, (q, _) in zip(passages, asked)], [len(a) for _, a in asked]
     for at in range(0, len(asked), batch):
         # The last of them again, so that all calls have one shape.
         which = np.minimum(np.arange(at, at + batch), len(asked) - 1)
-        weight = np.full((len(gate.Side), batch), -np.inf)
-        weight[gate.Side.PASSAGES] = 0
-        if gated:
-            some = ([of[i][0] for i in which] for of in (asked, alone))
-            weight = -gate.weigh(lm, fronts, *some, [passages[i] for i in which])
-        mine = [side for side, ahead in enumerate(weight) if np.isfinite(ahead).any()]
-        said = [
-            answers(lm, memory_lib.rows(front, np.zeros(batch, np.int32)), [texts[i] for i in which], texts)
-            for front, texts in (sides[side] for side in mine)
-        ]
-        for row, ahead in enumerate(weight[mine].T[: len(asked) - at]):
-            hits, nats = zip(*(side[row] for side in said))
-            nats = gate.mixed(ahead[:, None], np.stack(nats).astype(np.float64)[:, None])[0]
-            out.append((hits[int(ahead.argmax())], nats))
+        cache = memory_lib.rows(front, np.zeros(batch, np.int32))
+        ahead, some = [passages[i] for i in which], [asked[i] for i in which]
+        longest = max(questions), max(answers)
+        out += (_chosen_answers if chooses else _answers)(lm, cache, ahead, some, *longest)[: len(asked) - at]
     return out
+
+
+def mixed(sides: Sequence[Said]) -> Said:
+    """Of the mixture of these sides of one question (`lasting.gate`): nats are those of the mixture, and tokens are
+    the likeliest of the side that the question makes likeliest, the first of equal ones."""
+    before = np.array([side.before for side in sides])
+    nats = gate.mixed(-before[:, None], np.stack([side.nats for side in sides])[:, None])[0]
+    return Said(float(before.min()), sides[int(before.argmin())].hits, nats)
 
 
 def another_book(ids: np.ndarray, windows: int, scored: int) -> list[Asked]:
@@ -77,21 +85,35 @@ def another_book(ids: np.ndarray, windows: int, scored: int) -> list[Asked]:
     return [(ids[a : a + BEFORE].astype(np.int32), ids[a + BEFORE : a + n].astype(np.int32)) for a in starts]
 
 
-def _answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
-    """Of some of all questions, read with their answers in one call."""
-    ids, lengths = padded([np.concatenate(both) for both in some], max(len(q) + len(a) for q, a in asked))
+def _answers(
+    lm: LM, cache: Memory, passages: list[np.ndarray], asked: list[Asked], question: int, answer: int
+) -> list[Said]:  # fmt: skip
+    """Of questions that are read with their answers in one call. question, answer: the lengths of the longest."""
+    ids, lengths = padded([np.concatenate([p, q, a]) for p, (q, a) in zip(passages, asked)], question + answer)
     hits, nats = gate.said(lm, cache, ids, lengths)
-    parts = [slice(len(q) - 1, len(q) + len(a) - 1) for q, a in some]
-    return [(hits[i, part], nats[i, part]) for i, part in enumerate(parts)]
+    out = []
+    for hit, nat, p, (q, a) in zip(hits, nats.astype(np.float64), passages, asked):
+        start = len(p) + len(q) - 1
+        out.append(Said(nat[len(p) : start].sum(), hit[start : start + len(a)], nat[start : start + len(a)]))
+    return out
 
 
-def _chosen_answers(lm: LM, cache: Memory, some: list[Asked], asked: list[Asked]) -> list[Said]:
+def _chosen_answers(
+    lm: LM, cache: Memory, passages: list[np.ndarray], asked: list[Asked], question: int, answer: int
+) -> list[Said]:  # fmt: skip
     """As `_answers`; the question chooses what its answer leans on."""
-    ids, lengths = padded([q for q, _ in some], max(len(q) for q, _ in asked))
+    questions = [np.concatenate([p, q]) for p, (q, _) in zip(passages, asked)]
+    ids, lengths = padded(questions, question)
+    copy = memory_lib.rows(cache, np.arange(len(asked)))
+    before = gate.said(lm, copy, ids, lengths)[1].astype(np.float64)
     params = laid_out.scanned(lm)
     session = Session.begin(lm, ids, lengths, capacity=0, params=params, unroll=False, memory=cache)
-    answers, counts = padded([a for _, a in some], max(len(a) for _, a in asked))
+    answers, counts = padded([a for _, a in asked], answer)
     logp = jax.nn.log_softmax(session.verify(answers, counts).logits, axis=-1)
     hit = np.asarray(logp.argmax(-1))[:, :-1] == answers
     nats = -np.asarray(jnp.take_along_axis(logp[:, :-1], jnp.asarray(answers)[..., None], axis=-1))[..., 0]
-    return [(hit[i, :n], nats[i, :n]) for i, n in enumerate(counts)]
+    nats = nats.astype(np.float64)
+    return [
+        Said(before[i, len(p) : len(p) + len(q) - 1].sum(), hit[i, : len(a)], nats[i, : len(a)])
+        for i, (p, (q, a)) in enumerate(zip(passages, asked))
+    ]
