@@ -87,8 +87,8 @@ def generate(argv: list[str]) -> int | None:
             print(f"--- {prompt}\n{text}")
     _report(result.stats, everything=values.stats)
     if (leaning := result.stats.get("leaning", 1)) < 1:
-        which = "no prompt" if not leaning else f"{round(leaning * len(prompts))} of {len(prompts)} prompts"
-        print(f"--memory_dir: makes {which} likelier; --choice=gated=false leans on it anyway", file=sys.stderr)
+        which = f"{round(leaning * len(prompts))} of {len(prompts)} prompts lean"
+        print(f"--memory_dir: {which} on what was remembered; with --choice=gated=false all do", file=sys.stderr)
     if any(not ids for ids in result.ids) and chat_lib.template_of(lm) is not None:
         print("the model ended at once; it was tuned for conversations: python -m atom_jax chat", file=sys.stderr)
 
@@ -116,7 +116,12 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_string, "memory", None,
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
-    known.add(flags.DEFINE_string, "memory_dir", None, "a memory on disk (remember) on which all prompts lean")
+    known.add(
+        flags.DEFINE_string,
+        "memory_dir",
+        None,
+        "a memory on disk (remember) on which prompts lean that it makes likelier",
+    )
     known.add(flags.DEFINE_list, "choice", [], "how prompts choose in a large one, by default "
               "whole=2048,pages=16,page=32,stride=16,queries=8,gated=true", "memory_dir")  # fmt: skip
     known.add(flags.DEFINE_list, "neighbours", [], "how states (knn) are mixed in, by default "

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atom_jax import config
@@ -101,9 +102,9 @@ def generate(
         in a Bolmo, and in other models with units under a cache policy. draft_tokens: their greatest length.
       memory: what the model has read in earlier sessions (`atom_jax.Memory`): its entries stand before the prompts
         that they make likelier (with a temperature: drawn by how much, `lasting.gate`), before others what was read
-        last, or nothing. Its states are mixed into what is said of every token. It stays as it is.
-        remember: afterwards it also reads prompts with their answers, each as one source. reread: so many passages of
-        64 tokens that share most words with a prompt are read again in front of it, where it leans on the memory.
+        last, or nothing; a later turn goes on with that. Its states are mixed into what is said of every token. It
+        stays as it is. remember: afterwards it also reads prompts with their answers, each as one source. reread: so
+        many passages of 64 tokens that share most words with a prompt are read again in front of it, where it leans.
       twice: every prompt is read a second time behind itself, with what is read again in front of it: of what a text
         says, the second time is read knowing what is asked (Just read twice, Arora et al., 2024). Texts get no second
         front. With `remember` a prompt is remembered once.
@@ -139,7 +140,7 @@ def generate(
     busy = _decoded(runs, max_new_tokens, LOOK if stop or on_text else CHUNK)
     result = _result(lm, runs, began, started, busy, keep_memory, given.leaning if ahead else None)
     if remember:
-        _remembered(memory, given.said, result.ids)
+        _remembered(memory, given.alone, result.ids)
     return result
 
 
@@ -164,9 +165,9 @@ class _Prompts(NamedTuple):
         return cls(said, alone, again, passages, np.full(len(said), gate.Side.PASSAGES, np.int32))
 
     def gated(self, memory: Memory, draw: sampling.Draw) -> _Prompts:
-        """With what makes a prompt likeliest in front of it, or drawn by that as a token is."""
+        """With what makes a prompt likeliest in front of it, or drawn by that."""
         nats = memory.weigh(self.said, self.alone, self.passages)
-        side = np.asarray(draw.token(-nats.T.astype(np.float32)))
+        side = np.asarray(draw.among(jnp.asarray(-nats.T, jnp.float32)))
         passages = [x[: len(x) * (mine == gate.Side.PASSAGES)] for x, mine in zip(self.passages, side)]
         said = [b if mine == gate.Side.NOTHING else a for a, b, mine in zip(self.said, self.alone, side)]
         return self._replace(said=said, passages=passages, side=side)
@@ -185,7 +186,7 @@ class _Prompts(NamedTuple):
     @property
     def leaning(self) -> float:
         """The share of rows that lean on all that a memory holds."""
-        return float((self.side <= gate.Side.PASSAGES).mean())
+        return float((self.side <= gate.Side.MEMORY).mean())
 
 
 def _remembered(memory: Memory, said: list[np.ndarray], made: list[list[int]]) -> None:
@@ -232,13 +233,14 @@ def _read(
 ) -> Session:  # fmt: skip
     """Where some rows, i32 [p], stand once their prompts are read, after `before` or after what a lasting memory puts
     in front; and what that mixes in goes with them."""
-    rows = [given.rows[i] for i in part]
+    rows = given.rows
+    longest, rows = max(map(len, rows)), [rows[i] for i in part]
     if before is not None:
         return before.extend(rows)
     params = laid_out.of(lm)
     params = params if memory is None else memory.mixing(params)
-    front = memory.front(len(rows), given.side[part]) if memory is not None and memory.length else None
-    return Session.prefill(lm, rows, room=room, longest=int(given.lengths.max()), params=params, memory=front)
+    front = gate.front(memory.fronts(), given.side[part]) if memory is not None and memory.length else None
+    return Session.prefill(lm, rows, room=room, longest=longest, params=params, memory=front)
 
 
 def _decoded(runs: list[_Run], most: int, look: int) -> float:

@@ -1,9 +1,12 @@
 """Texts that lean on a memory, and texts that don't: a mixture of the model with what is remembered and without it.
 
 What is remembered makes other texts harder. So before a prompt all that may stand in front of it is equally likely:
-everything remembered, that and passages that are read again, what was read last, nothing. The prompt's tokens make
-one of these likelier, by Bayes' rule; and all that follows is that one's, drawn once, which is how a mixture is drawn
-from. No text, its prompt included, is then less likely than without the memory by more than ln 4 nats in all.
+everything remembered, that and passages that are read again, what was read last, nothing. The prompt's tokens after
+the first make one of these likelier, by Bayes' rule; and all that follows is that one's, drawn once, which is how a
+mixture is drawn from. At temperature 1 these tokens and what follows are then together less likely than without the
+entries by ln 3 nats at most (ln 4 with passages); at temperature 0 the likeliest one is taken, which says that of the
+prompt alone. Where passages are found, or pages chosen, by the prompt itself, that one is favoured: what it gives to
+prompts does not add up to 1. States (`knn`) are mixed in whatever stands in front.
 """
 
 from __future__ import annotations
@@ -39,10 +42,11 @@ class Fronts(NamedTuple):
 
 
 class Side(enum.IntEnum):
-    """What stands in front of a prompt: of `Fronts` `memory`, that and passages, `near`, `nothing`."""
+    """What stands in front of a prompt: of `Fronts` `memory` and passages, `memory`, `near`, `nothing`. Of equally
+    likely ones the first is the likeliest."""
 
-    MEMORY = 0
-    PASSAGES = 1
+    PASSAGES = 0
+    MEMORY = 1
     NEAR = 2
     NOTHING = 3
 

@@ -50,6 +50,8 @@ class Memory(Contents):
         """See `open`."""
         super().__init__(store, choice)
         self._lm, self._front, self.neighbours = lm, None, neighbours
+        # `fronts` but the first.
+        self._others: tuple[memory_lib.Memory, memory_lib.Memory] | None = None
         self._pages: Pages | None = None
         self._datastore: Datastore | None = None
 
@@ -96,7 +98,7 @@ class Memory(Contents):
         before = self._manifest
         super().refresh()
         if self._manifest != before:
-            self._front, self._datastore = None, None
+            self._front, self._others, self._datastore = None, None, None
 
     def read(self, text: Any, name: str | None = None, *, say: Callable[[int], None] | None = None) -> Reading:
         """Reads a text to its end, and keeps of it what the law allows.
@@ -224,10 +226,24 @@ class Memory(Contents):
         read = sum(s.tokens for s in self.sources if s.id == window.source)
         return max(self.ahead + config.max_length - inside.limit, min(read, inside.near), min(self.length, 1))
 
-    def front(self, rows: int = 1, side_b: np.ndarray | None = None) -> memory_lib.Memory:
+    def front(self, rows: int = 1) -> memory_lib.Memory:
         """What the model keeps of rows that have read nothing yet, and lean on this memory: all that it holds, at
-        places from 0 on, or a choice among it. side: i32 [rows], of `gate.Side`, where some have something else in
-        front. AtomError where that exceeds the model's positions."""
+        places from 0 on, or a choice among it. AtomError where that exceeds the model's positions."""
+        return memory_lib.rows(self._whole(), np.zeros(rows, np.int32))
+
+    def fronts(self) -> gate.Fronts:
+        """What may stand in front of a prompt, as `gate.front` takes it."""
+        memory = self._whole()
+        if self._others is None:
+            lm = self._model("answering")
+            if self.chooses:
+                near = front_lib.choosing_nothing(memory)
+            else:
+                near = front_lib.dense(lm, self._current(lambda: loading.near(self._store, self._manifest, lm)))
+            self._others = near, front_lib.nothing(lm, memory)
+        return gate.Fronts(memory, *self._others)
+
+    def _whole(self) -> memory_lib.Memory:
         lm = self._model("answering")
         if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
@@ -235,26 +251,16 @@ class Memory(Contents):
                 f" {limit} positions of the model"
             )
         if self._front is None:
-            self._front = self._current(self._made)
-        if side_b is None:
-            return memory_lib.rows(self._front, np.zeros(rows, np.int32))
-        return gate.front(self.fronts(), side_b)
-
-    def fronts(self) -> gate.Fronts:
-        """What may stand in front of a prompt."""
-        lm, memory = self._model("answering"), self.front()
-        if self.chooses:
-            near = front_lib.choosing_nothing(self.front())
-        else:
-            near = front_lib.dense(lm, self._current(lambda: loading.near(self._store, self._manifest, lm)))
-        return gate.Fronts(memory, near, front_lib.nothing(lm, memory))
+            self._front, self._others = self._current(self._made), None
+        return self._front
 
     def weigh(
         self, prompts: Sequence[np.ndarray], alone: Sequence[np.ndarray], passages: Sequence[np.ndarray]
     ) -> np.ndarray:  # fmt: skip
         """Nats of prompts on every side, f64 [4, n] (`gate.weigh`)."""
         lm = self._model("answering")
-        lm = dataclasses.replace(lm, params=self.mixing(lm.params))
+        if (params := self.mixing(lm.params)) is not lm.params:
+            lm = dataclasses.replace(lm, params=params)
         return gate.weigh(lm, self.fronts(), prompts, alone, passages)
 
     def mixing(self, params: Any) -> Any:
@@ -301,7 +307,7 @@ class Memory(Contents):
 
     def close(self) -> None:
         """Lets go of what is held in memory, and of files that no session leans on."""
-        self._front, self._pages, self._datastore = None, None, None
+        self._front, self._others, self._pages, self._datastore = None, None, None, None
 
     def __enter__(self) -> Memory:
         return self

@@ -97,6 +97,13 @@ class Draw:
         """Tokens i32 [b], as `choose` draws them."""
         return choose(logits_bv, self.keys, self.step, self.how)
 
+    def among(self, log_weight_bk: jax.Array) -> jax.Array:
+        """i32 [b]: the first of the largest weights at temperature 0, else drawn as they have it, with a key of its
+        own."""
+        keys = jax.vmap(jax.random.fold_in)(self.keys, jnp.broadcast_to(self.step, self.keys.shape))
+        drawn = jax.vmap(jax.random.categorical)(keys, log_weight_bk)
+        return jnp.where(self.cold, log_weight_bk.argmax(-1), drawn).astype(jnp.int32)
+
     def yes(self, log_odds_b: jax.Array) -> jax.Array:
         """bool [b]: the likelier side at temperature 0, else drawn as the model has it, with a key of its own."""
 

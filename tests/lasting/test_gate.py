@@ -1,6 +1,7 @@
 """What makes a prompt likeliest stands in front of it: nothing, a memory, or that and passages."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import atom_jax
 from atom_jax.inference import score
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.lasting.chosen import Choice
-from atom_jax.lasting import gate
+from atom_jax.lasting import gate, pages
 from atom_jax.lasting.gate import Side
 from atom_jax.lasting.memory import Memory
 from atom_jax.session.prompts import padded
@@ -57,11 +58,11 @@ def test_rows_lean_where_they_gain(home, lm, name):
     for prompt, mine in zip(prompts, nats.T):
         wanted = [read(lm, one, prompt).sum() for one in (fronts.memory, fronts.near)]
         alone = -np.asarray(score.logprobs(lm, prompt[None]))[0].sum()
-        np.testing.assert_allclose(mine, [wanted[0], np.inf, wanted[1], alone], atol=1e-4)
+        np.testing.assert_allclose(mine, [np.inf, wanted[0], wanted[1], alone], atol=1e-4)
     side = nats.argmin(0).astype(np.int32)
     assert set(side) == {Side.MEMORY, Side.NEAR, Side.NOTHING} and side[6] == Side.MEMORY
     more = [DRAW.integers(0, 256, (len(prompts), n)).astype(np.int32) for n in (1, 1, 1, 1, 3)]
-    found = logits(lm, prompts, more, memory.front(len(prompts), side))
+    found = logits(lm, prompts, more, gate.front(fronts, side))
     every = logits(lm, prompts, more, memory.front(len(prompts)))
     for i, prompt in enumerate(prompts):
         own = {Side.MEMORY: fronts.memory, Side.NEAR: fronts.near, Side.NOTHING: None}[side[i]]
@@ -88,7 +89,7 @@ def test_nothing_in_front_is_a_model_that_read_nothing(tmp_path, scanned, name):
             memory.close()
             side = np.array([Side.NOTHING, Side.MEMORY, Side.NEAR, Side.NOTHING], np.int32)
             rows = [prompts[0], *prompts, prompts[1]]
-            session = Session.prefill(lm, rows, memory=memory.front(4, side))
+            session = Session.prefill(lm, rows, memory=gate.front(memory.fronts(), side))
             for row, text in ((0, prompts[0]), (3, prompts[1])):
                 wanted = Session.prefill(lm, [text]).logits[0]
                 np.testing.assert_allclose(session.logits[row], wanted, atol=2e-4, rtol=2e-4)
@@ -110,21 +111,67 @@ def test_passages_are_read_where_they_gain(home, lm, twice):
     made = atom_jax.generate(lm, [p.tolist() for p in prompts], 4, stop_ids=[], memory=memory, reread=1, twice=twice)
     wanted = [len(p) + len(x) * (s == Side.PASSAGES) for p, x, s in zip(prompts, passages, side)]
     assert made.stats["prompt_tokens"] == sum(wanted) * (1 + twice)
-    assert made.stats["leaning"] == (side <= Side.PASSAGES).mean()
+    assert made.stats["leaning"] == (side <= Side.MEMORY).mean()
     memory.choice = dataclasses.replace(memory.choice, gated=False)
     made = atom_jax.generate(lm, prompts, 4, stop_ids=[], memory=memory, reread=1, twice=twice)
     assert made.stats["prompt_tokens"] == sum(len(p) + len(x) for p, x in zip(prompts, passages)) * (1 + twice)
 
 
-def test_leaning_is_drawn_as_a_token_is(home, lm):
+def test_leaning_is_drawn_by_what_a_prompt_says(home, lm):
     memory = opened(home, lm)
     prompt = DRAW.integers(0, 256, 5).astype(np.int32)
     like = np.exp(-memory.weigh([prompt], [prompt], [NOTHING])[:, 0])
     wanted = like[Side.MEMORY] / like.sum()
-    run = lambda: atom_jax.generate(lm, [prompt] * 200, 1, 1.0, jax.random.key(3), stop_ids=[], memory=memory)  # noqa: E731
+    run = lambda **more: atom_jax.generate(  # noqa: E731
+        lm, [prompt] * 200, 1, key=jax.random.key(3), stop_ids=[], memory=memory, **{"temperature": 1.0, **more}
+    )
     share = run().stats["leaning"]
+    # A draw of texts, which no option about tokens changes.
+    assert run(temperature=0.5, top_p=0.3, top_k=2).stats["leaning"] == share
     assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / 200) ** 0.5 and 0 < share < 1
     assert run().ids == run().ids
+
+
+def test_rows_that_lean_on_nothing_choose_nothing(home, lm, monkeypatch):
+    memory = opened(home, lm, choice=Choice(whole=0, pages=2, page=32, stride=3, resident=0))
+    assert memory.paged
+    prompts, more = [TEXTS[0][3:30], TEXTS[3], TEXTS[1][:9]], [DRAW.integers(0, 256, (3, 1)) for _ in range(8)]
+    side = np.array([Side.NOTHING, Side.MEMORY, Side.NEAR], np.int32)
+    found = logits(lm, prompts, more, gate.front(memory.fronts(), side))
+    for i, prompt in enumerate(prompts):
+        front = gate.front(memory.fronts(), side[i : i + 1])
+        wanted = logits(lm, [prompt], [m[i : i + 1] for m in more], front)[:, 0]
+        np.testing.assert_allclose(found[:, i], wanted, atol=2e-4, rtol=2e-4)
+    calls, fetch = [], pages.Pages.__call__
+    monkeypatch.setattr(pages.Pages, "__call__", lambda self, *which: calls.append(1) or fetch(self, *which))
+    counts = []
+    for one in ([Side.MEMORY], [Side.NEAR], [Side.NOTHING]):
+        session = Session.prefill(lm, prompts[:1], memory=gate.front(memory.fronts(), np.array(one, np.int32)))
+        calls.clear()
+        for token in range(8):
+            session = session.step([token])
+        session.logits.block_until_ready()
+        counts.append(len(calls))
+    assert counts[0] > 0 == counts[1] == counts[2]
+    session = Session.prefill(lm, prompts, memory=gate.front(memory.fronts(), side))
+    near = memory.length - memory.held
+    assert session.use()[0].tolist() == [len(p) + n for p, n in zip(prompts, (0, memory.length, near))]
+    assert session.use()[1][0] == len(prompts[0])
+
+
+def test_what_is_said_is_remembered_the_same_whatever_stood_in_front(home, lm, tmp_path):
+    shutil.copytree(home, tmp_path / "m")
+    (first,) = lm.tokenizer.front
+    with opened(tmp_path / "m", lm) as memory:
+        prompts = ["abcdefgh", "zyxwvuts"]
+        sides = iter(([Side.NOTHING, Side.NEAR], [Side.MEMORY, Side.NOTHING]))
+        memory.weigh = lambda *_: -np.eye(4)[next(sides)].T
+        for _ in range(2):
+            atom_jax.generate(lm, prompts, 1, memory=memory, remember=True, stop_ids=[])
+            latest = [memory.ids(source.name)[:9].tolist() for source in memory.sources[-2:]]
+            assert latest == [[first, *prompt.encode()] for prompt in prompts]
+            for source in [source.name for source in memory.sources[3:]]:
+                memory.forget(source)
 
 
 def test_the_mixture_is_one_of_whole_texts():
@@ -134,8 +181,6 @@ def test_the_mixture_is_one_of_whole_texts():
     share = np.exp(weight - np.logaddexp.reduce(weight, axis=0))
     wanted = -np.log((share[..., None] * np.exp(-nats.cumsum(2))).sum(0))
     np.testing.assert_allclose(found.cumsum(1), wanted, rtol=1e-9)
-    even = gate.mixed(np.zeros((3, 4)), nats).sum(1)
-    assert (even <= nats.sum(2).min(0) + np.log(3)).all()
 
 
 def logits(lm, prompts, more, memory):
@@ -151,7 +196,7 @@ def logits(lm, prompts, more, memory):
 def test_near_is_sinks_and_window(home, lm):
     memory = opened(home, lm)
     near = memory.length - memory.held
-    lengths = lambda *side: memory.front(len(side), np.array(side, np.int32)).length.tolist()  # noqa: E731
+    lengths = lambda *side: gate.front(memory.fronts(), np.array(side, np.int32)).length.tolist()  # noqa: E731
     assert memory_lib.nodes(memory.fronts().near)[-1].length.tolist() == [near]
     assert lengths(Side.NEAR, Side.NEAR) == [near] * 2 and lengths(Side.NOTHING) == [0]
     assert lengths(Side.PASSAGES, Side.NEAR, Side.NOTHING) == [memory.length, near, 0]

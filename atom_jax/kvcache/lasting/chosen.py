@@ -36,7 +36,7 @@ class Choice(Policy):
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
     gated: rows lean on entries where these make their prompts likelier, else on what was read last or on nothing
-    (`lasting.gate`); every prompt is read three times more for that. Otherwise all rows do.
+    (`lasting.gate`); every prompt is read three times more for that (four with passages). Otherwise all rows do.
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
@@ -96,7 +96,7 @@ class ChosenLayer(Layer):
         at = call.length - self.start
         if call.q.shape[3] > 1:
             # A call may have nothing for a row where its tokens have made no unit yet.
-            layer = self._renewed(_before_rope(call), call.real, call)
+            layer = self._renewed(_before_rope(call), call.real & self.leans[:, None], call)
             return layer._attend(call, at)
         layer = self._stored(call, at)._due(call)
         size = layer.recent.shape[3]
@@ -109,7 +109,7 @@ class ChosenLayer(Layer):
         """New pages for rows that go on and have waited for them. Before a token attends, and not after the one
         before it: so nothing else reads the pages that are replaced, which then happens where they lie."""
         none = self.page_pos[:, 0, 0] < 0
-        due = call.real[:, 0] & ((self.since >= self.policy.stride) | (none & (self.since > 0)))
+        due = call.real[:, 0] & self.leans & ((self.since >= self.policy.stride) | (none & (self.since > 0)))
         real = due[:, None] & (jnp.arange(self.recent.shape[3])[None] < self.since[:, None])
 
         def pages(layer: ChosenLayer) -> dict[str, jax.Array]:
@@ -253,16 +253,17 @@ class ChosenLayer(Layer):
         return self.replace(**dict.fromkeys(self.shared))
 
     def held(self, length_b: jax.Array) -> jax.Array:
-        """All entries, what is near, and the tokens since."""
+        """What is near, the tokens since, and all entries, of which a row may lean on none."""
         near = jnp.sum(self.near_pos >= 0, axis=1, dtype=jnp.int32)
-        return jnp.broadcast_to((self.count + near + length_b - self.start)[:, None], self.k.shape[:2])
+        entries = jnp.where(self.leans, self.count, 0)
+        return jnp.broadcast_to((entries + near + length_b - self.start)[:, None], self.k.shape[:2])
 
     def read(self, length_b: jax.Array) -> jax.Array:
         """What is near, the pages, the tokens since; and the keys among which is chosen once in a stride."""
         near = jnp.sum(self.near_pos >= 0, axis=1)
         pages = jnp.sum(self.page_pos >= 0, axis=2)
         # Keys are half of an entry.
-        chosen = self._compared() / (2 * self.policy.stride)
+        chosen = jnp.where(self.leans, self._compared(), 0) / (2 * self.policy.stride)
         return pages + (near + length_b - self.start + chosen)[:, None].astype(jnp.float32)
 
 
