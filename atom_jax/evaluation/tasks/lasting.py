@@ -40,7 +40,8 @@ class LastingSettings:
 
     streams: novels (`data.builtin.novels`) or files, or several with + between them, of each of which as much is read
         one after another, every one a source. tokens: of each stream, facts included. facts: planted in each, of
-        these kinds (`planted.KINDS`; (): of all).
+        these kinds (`planted.KINDS`; (): of all). quotes: passages of a stream's own that are asked for by what
+        precedes them, a kind beside the facts.
     laws: as of `Law.parse`; "none" keeps only the window, "reread" puts `passages` of the text in front of the
         question, and "knn" mixes in `neighbours` among the states of what was read; together with a + between them,
         as in "sqrt+reread". scores: names, "learned" (the one that ships for the model) or files
@@ -57,6 +58,7 @@ class LastingSettings:
     tokens: int = 8192
     facts: int = 24
     kinds: tuple[str, ...] = ()
+    quotes: int = 0
     laws: tuple[str, ...] = ("none", "log", "sqrt", "all", "reread")
     scores: tuple[str, ...] = ("observed", "observed_head", "random")
     passages: int = 2
@@ -74,8 +76,8 @@ class LastingSettings:
     def __post_init__(self):
         some = (1, 2**24)
         config.check(
-            self, tokens=(2, 2**30), facts=some, passages=some, part=some, batch=some, seed=(0, 2**31 - 1),
-            windows=(0, 2**20), scored=some,
+            self, tokens=(2, 2**30), facts=some, quotes=(0, 2**24), passages=some, part=some, batch=some,
+            seed=(0, 2**31 - 1), windows=(0, 2**20), scored=some,
         )  # fmt: skip
 
 
@@ -155,20 +157,21 @@ def measure(
             sides.append(alone[key])
         return [lasting_ask.mixed(each) for each in zip(*sides)]
 
-    ages = (len(stream.ids) - stream.at).tolist()
-    facts = list(zip(stream.facts, ages))
-    facts += [(again, age) for fact, age in facts if (again := planted.in_other_words(fact)) is not None]
-    found = ask("facts", [planted.asked(fact, encoder) for fact, _ in facts])
+    facts = list(zip(stream.facts, stream.at.tolist()))
+    facts += [(again, at) for fact, at in facts if (again := planted.in_other_words(fact)) is not None]
+    asked = [(fact.kind, *planted.asked(fact, encoder), at) for fact, at in facts]
+    asked += [("quotes", *quote) for quote in planted.quotes(stream, settings.quotes)]
+    found = ask("facts", [(q, a) for _, q, a, _ in asked])
     later = [float(said.nats.mean()) for said in ask("later", windows)] if windows else []
     rows = []
-    for kind in ("", *dict.fromkeys(fact.kind for fact, _ in facts)):
-        mine = [i for i, (fact, _) in enumerate(facts) if kind == fact.kind or (not kind and i < len(ages))]
+    for kind in ("", *dict.fromkeys(kind for kind, *_ in asked)):
+        mine = [i for i, (of, *_) in enumerate(asked) if kind == of or (not kind and i < len(stream.facts))]
         hits, nats = ([getattr(found[i], part) for i in mine] for part in ("hits", "nats"))
         rows.append({
             "stream": name, "law": method.name, "score": method.score, "kind": kind, "facts": len(mine),
             "entries": kept.entries, "by_law": kept.by_law, "front": kept.front, "bytes": kept.bytes,
             "right": float(np.concatenate(hits).mean()), "whole": float(np.mean([h.all() for h in hits])),
-            "nats": float(np.concatenate(nats).mean()), "ages": [facts[i][1] for i in mine],
+            "nats": float(np.concatenate(nats).mean()), "ages": [len(stream.ids) - asked[i][3] for i in mine],
             "rights": [float(h.mean()) for h in hits], "tokens_per_second": kept.rate,
         })  # fmt: skip
     rows[0] |= {
@@ -229,7 +232,7 @@ def _key(
     fit = None if method.learned is None else method.learned.weight.tobytes().hex()
     what = [
         config.to_json(model), method.name, method.score, fit, settings.part, settings.passages, stream.facts,
-        stream.ends.tolist(), config.to_json(settings.choice), settings.processes,
+        stream.ends.tolist(), config.to_json(settings.choice), settings.processes, settings.quotes,
         config.to_json(settings.neighbours) if method.mixes else None,
     ]  # fmt: skip
     arrays = [stream.ids, *(ids for both in windows for ids in both)]

@@ -119,6 +119,8 @@ KINDS = {
 
 # Not among KINDS: the same facts again, asked with other words than they were said in.
 OTHER_WORDS = "other_words"
+# Tokens that ask for a passage of a text's own, and that follow them.
+QUOTED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,21 @@ def plant_in_all(hays: Sequence[Haystack], chosen: Sequence[Fact], tokens: int, 
     ends = [cut + sum(len(new) for place, _, (new, _) in todo if place <= cut) for cut in cuts[1:]]
     ids = np.concatenate(ids).astype(np.int32)
     return Stream(ids, said, wanted, tuple(chosen), at, np.array(ends, np.int32))
+
+
+def quotes(stream: Stream, n: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """n passages of a stream's own, evenly spaced, in which nothing is planted: QUOTED tokens, as many that follow,
+    and where they begin. AtomError where there are not so many places."""
+    long = 2 * QUOTED
+    planted = np.concatenate([[0], np.cumsum(stream.said)])
+    starts = np.arange(len(stream.ids) - long + 1)
+    text = np.searchsorted(stream.ends, np.arange(len(stream.ids)), side="right")
+    free = (planted[starts + long] == planted[starts]) & (text[starts] == text[starts + long - 1])
+    places = starts[free]
+    if n > len(places):
+        raise AtomError(f"lasting.quotes: the text has {len(places)} passages of {long} tokens, not {n}")
+    at = places[np.linspace(0, len(places) - 1, n).astype(int)]
+    return [(stream.ids[a : a + QUOTED], stream.ids[a + QUOTED : a + long], int(a)) for a in at]
 
 
 def in_other_words(fact: Fact) -> Fact | None:

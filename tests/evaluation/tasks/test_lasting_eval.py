@@ -222,3 +222,20 @@ def test_numbers_of_capitals_are_asked_again_in_other_words():
         assert (other.sentence, other.answer) == (fact.sentence, fact.answer)
         city = next(city for city in planted._CAPITALS if city in fact.sentence)
         assert f" {city}?" not in other.question and planted._CAPITALS[city] in other.question
+
+
+def test_quotes_are_the_texts_own(lm, home, monkeypatch):
+    cfg = settings(home, "quotes=5", "laws=log", "windows=0")
+    of = cfg.lasting
+    stream = stream_of(of.streams[0], of.kinds, of.facts, of.tokens, np.random.default_rng((of.seed, 7, 0)), ENCODER)
+    found = planted.quotes(stream, 5)
+    assert len(found) == 5 and planted.quotes(stream, 0) == []
+    for question, answer, at in found:
+        assert np.concatenate([question, answer]).tolist() == stream.ids[at : at + 32].tolist()
+        assert len(question) == len(answer) == 16 and not stream.said[at : at + 32].any()
+        assert (stream.ends <= at).sum() == (stream.ends <= at + 31).sum()
+    rows = [row for row in measured(lm, cfg, None, monkeypatch)["rows"] if row["kind"] == "quotes"]
+    assert [row["facts"] for row in rows] == [5, 5]
+    assert rows[0]["ages"] == [len(stream.ids) - at for _, _, at in found]
+    with pytest.raises(AtomError, match=r"lasting\.quotes: the text has"):
+        planted.quotes(stream, 10_000)
