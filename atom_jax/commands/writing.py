@@ -123,7 +123,7 @@ def _generate_flags() -> Flags:
         "a memory on disk (remember) on which prompts lean that it makes likelier",
     )
     known.add(flags.DEFINE_list, "choice", [], "how prompts choose in a large one, by default "
-              "whole=2048,pages=16,page=32,stride=16,queries=8,gated=true", "memory_dir")  # fmt: skip
+              "whole=2048,pages=16,page=32,stride=16 and queries=8,gated=true", "memory_dir")  # fmt: skip
     known.add(flags.DEFINE_list, "neighbours", [], "how states (knn) are mixed in, by default "
               "nearest=1024,temperature=0,weight=0.05", "memory_dir")  # fmt: skip
     known.add(flags.DEFINE_bool, "remember", False, "afterwards read prompts and answers into it", "memory_dir")
