@@ -49,7 +49,7 @@ class Choice(Policy):
     stride: int = 16
     queries: int = 8
     successors: bool = True
-    resident: int = 2**30
+    resident: float = 2.0**30
     gated: bool = True
 
     def __post_init__(self):
