@@ -116,12 +116,8 @@ def _generate_flags() -> Flags:
     known.add(flags.DEFINE_string, "memory", None,
               "what of the keys and values is kept: none (all), or a policy such as tova:budget=512, or (a quarter "
               "of the prompt, and all that follows) tova:ratio=0.25,prompt_only=true")  # fmt: skip
-    known.add(
-        flags.DEFINE_string,
-        "memory_dir",
-        None,
-        "a memory on disk (remember) on which prompts lean that it makes likelier",
-    )
+    known.add(flags.DEFINE_string, "memory_dir", None,
+              "a memory on disk (remember) on which prompts lean that it makes likelier")  # fmt: skip
     known.add(flags.DEFINE_list, "choice", [], "how prompts choose in a large one, by default "
               "whole=2048,pages=16,page=32,stride=16 and queries=8,gated=true", "memory_dir")  # fmt: skip
     known.add(flags.DEFINE_list, "neighbours", [], "how states (knn) are mixed in, by default "

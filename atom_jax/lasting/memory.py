@@ -244,6 +244,7 @@ class Memory(Contents):
         return gate.Fronts(memory, *self._others)
 
     def _whole(self) -> memory_lib.Memory:
+        """As `front` of one row, which is kept."""
         lm = self._model("answering")
         if self.ahead >= (limit := inside_lib.of(lm.config).limit):
             raise AtomError(
@@ -296,8 +297,7 @@ class Memory(Contents):
         if self.settings.text != "ids":
             raise AtomError(f"{self._store.directory}: keeps no token ids (text={self.settings.text}) to read again")
         texts = self._current(lambda: [self._text(s)[0] for s in self.sources])
-        found = reread.passages(texts, ids, n)
-        return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
+        return reread.again(texts, ids, n)
 
     def belongs(self, lm: LM) -> bool:
         """Whether it is a memory of this model."""

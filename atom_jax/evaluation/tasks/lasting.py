@@ -144,7 +144,7 @@ def measure(
             return lasting_ask.ask(kept.lm, front, kept.chooses, asked, passages, settings.batch)
 
         none, fronts = [first[:0]] * len(asked), kept.fronts
-        passages = [_passages(stream.texts, q, settings.passages) for q, _ in asked] if method.rereads else none
+        passages = [reread.again(stream.texts, q, settings.passages) for q, _ in asked] if method.rereads else none
         lasting_ask.check(kept.lm, fronts.memory, kept.chooses, asked, passages)
         sides = [said(fronts.memory, passages)]
         if not settings.choice.gated or (method.law is None and not method.rereads):
@@ -200,11 +200,6 @@ def _windows(settings: LastingSettings, encoder: Encoder) -> list[Asked]:
         return []
     ids, _ = encoder.tokenizer.spans(lasting_fit.text_of(settings.later))
     return lasting_ask.another_book(ids, settings.windows, settings.scored)
-
-
-def _passages(texts: list[np.ndarray], question: np.ndarray, n: int) -> np.ndarray:
-    found = reread.passages(texts, question, n) if n else []
-    return np.concatenate([np.zeros(0, np.int32), *(texts[i][a:b] for i, a, b in found[::-1])])
 
 
 def _are_rows(value: Any) -> bool:
