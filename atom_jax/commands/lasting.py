@@ -135,7 +135,14 @@ def fit_memory(argv: list[str]) -> None:
     known.add(flags.DEFINE_float, "ridge", 0.1, "regularisation")
     known.add(flags.DEFINE_integer, "part", 512, "tokens that are read at once, as `remember` will")
     known.add(flags.DEFINE_integer, "seed", 0, "of the facts")
+    known.add(
+        flags.DEFINE_integer, "later", 0,
+        "instead of planted facts, keep what is looked at again at least so many tokens later; reads texts as the"
+        " model does without a memory, puzzles (reason:subset) among them",
+    )  # fmt: skip
+    known.add(flags.DEFINE_float, "least", 0.5, "share of a query's attention that counts as a look", "later")
     known.add(flags.DEFINE_string, "policy_out", "", "directory for the score as a cache policy, for --adapter")
+    known.alone("later", "checkpoint", "dtype", "out", "tokens", "ridge", "least", "policy_out")
     values, files = known.parse(argv, None, "checkpoint", "out")
     if not files:
         raise AtomError("usage: fit_memory --checkpoint=PATH --out=FILE.safetensors TEXT...; no text is named")
@@ -149,11 +156,11 @@ def fit_memory(argv: list[str]) -> None:
     if values.policy_out:
         check_target(values.policy_out)
     for file in files:
-        lasting_fit.text_of(file)
+        next(lasting_fit.documents_of(file))
 
     how = lasting_fit.Order(
         tuple(files), values.out, values.tokens, values.facts, tuple(values.kinds), values.ridge, values.part,
-        values.seed, values.policy_out,
+        values.seed, values.policy_out, values.later, values.least,
     )  # fmt: skip
     print(lasting_fit.run(load(values.checkpoint, dtype=values.dtype), how, lambda text: print(text, flush=True)))
 

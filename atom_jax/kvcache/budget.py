@@ -121,6 +121,18 @@ class Budget(Policy):
         """float32 [b, h, c]: scores after one new token, already stored, which gave the entries these weights."""
         return layer.score
 
+    def noted(self, entries: Entries, call: Call) -> Any:
+        """Notes after several new tokens, the last of the s entries."""
+        return entries.notes
+
+    def noted_one(self, layer: BudgetLayer, weights_bhgc: jax.Array, call: Call) -> Any:
+        """Notes after one new token, as `step`."""
+        return layer.notes
+
+    def blank(self, *shape: int) -> Any:
+        """Notes on entries of which nothing is known, a pytree of arrays float32 of this shape, or None."""
+        return None
+
     def reread(self, entries: Entries, call: Call) -> jax.Array:
         """float32 [b, h, c]: scores of a prompt's entries when it is read again; the last t are the call's own."""
         return entries.score[..., : -call.k.shape[2]]
@@ -159,14 +171,15 @@ class Budget(Policy):
 
 @struct.dataclass
 class Entries:
-    """Keys and values k, v [b, h, s, k], positions i32 [b, h, s] (-1: empty), scores float32 [b, h, s], and the
-    bias on their scores in attention, float32 [b, h, s], or None."""
+    """Keys and values k, v [b, h, s, k], positions i32 [b, h, s] (-1: empty), scores float32 [b, h, s], the bias on
+    their scores in attention, float32 [b, h, s], or None, and notes (`Budget.blank`)."""
 
     k: jax.Array
     v: jax.Array
     pos: jax.Array
     score: jax.Array
     bias: Any = None
+    notes: Any = None
 
     def join(self, other: Entries) -> Entries:
         """These entries and then those."""
@@ -203,6 +216,7 @@ class BudgetLayer(Layer):
 
     k, v: [b, h, c, k]. pos: i32 [b, h, c], position of the entry, -1 in empty slots. score: float32 [b, h, c]. bias:
     float32 [b, h, c], added to the entry's score in attention, or None.
+    notes: arrays [b, h, c], as in `Entries`, or None.
     n: i32 [b, h], entries held. limit: i32 [b, h], entries that single tokens leave. extra: what else the policy
     keeps, arrays [b, ...]. policy: static.
     """
@@ -214,6 +228,7 @@ class BudgetLayer(Layer):
     n: jax.Array
     limit: jax.Array
     bias: Any = None
+    notes: Any = None
     extra: Any = None
     policy: Budget = struct.field(pytree_node=False, default=None)
 
@@ -226,12 +241,13 @@ class BudgetLayer(Layer):
         k, v = (jnp.zeros((*shape, sizes.k), sizes.dtype) for _ in range(2))
         n = jnp.zeros(shape[:2], jnp.int32)
         bias = jnp.zeros(shape) if policy.biased else None
-        return cls(k, v, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), n, n + policy.budget, bias, None, policy)
+        pos, score, limit = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), n + policy.budget
+        return cls(k, v, pos, score, n, limit, bias, policy.blank(*shape), None, policy)
 
     @property
     def entries(self) -> Entries:
         """What is stored."""
-        return Entries(self.k, self.v, self.pos, self.score, self.bias)
+        return Entries(self.k, self.v, self.pos, self.score, self.bias, self.notes)
 
     def extend(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
         """Attends, stores and evicts as the module says; see `layer.Layer`."""
@@ -240,10 +256,10 @@ class BudgetLayer(Layer):
         pos = jnp.where(call.real, call.tokens.positions, -1)
         pos = jnp.broadcast_to(pos[:, None], call.k.shape[:3])
         bias = None if self.bias is None else jnp.zeros(pos.shape)
-        new = Entries(call.k, call.v, pos, self.policy.token_score(call), bias)
+        new = Entries(call.k, call.v, pos, self.policy.token_score(call), bias, self.policy.blank(*pos.shape))
         if call.fresh:
             out = alone(call, call.window)
-            new = new.replace(score=self.policy.prompt(new, call))
+            new = new.replace(score=self.policy.prompt(new, call), notes=self.policy.noted(new, call))
             layer, new, keep, limit = self.policy.compact(self, new, call.after, self.policy.allow(self, call))
             return out, layer._put(new, keep).replace(limit=self.policy.later(limit))
         old = self if call.reading else self._shed(call)
@@ -252,7 +268,9 @@ class BudgetLayer(Layer):
         if call.reading:
             return out, self.replace(score=self.policy.reread(new, call))
         changed = jnp.broadcast_to(call.real[:, :1, None], new.pos.shape)
-        new = new.replace(score=jnp.where(changed, self.policy.observe(new, call), new.score))
+        after = self.policy.observe(new, call), self.policy.noted(new, call)
+        score, notes = jax.tree.map(lambda a, b: jnp.where(changed, a, b), after, (new.score, new.notes))
+        new = new.replace(score=score, notes=notes)
         return out, old._put(new, new.pos >= 0)
 
     def _shed(self, call: Call) -> BudgetLayer:
@@ -282,7 +300,8 @@ class BudgetLayer(Layer):
 
         one = jax.tree.map(take, new, self.entries)
         held = jnp.arange(c)[None, None] < n[..., None]
-        return self.replace(k=one.k, v=one.v, pos=jnp.where(held, one.pos, -1), score=one.score, bias=one.bias, n=n)
+        pos = jnp.where(held, one.pos, -1)
+        return self.replace(k=one.k, v=one.v, pos=pos, score=one.score, bias=one.bias, notes=one.notes, n=n)
 
     def _step(self, call: Call) -> tuple[jax.Array, BudgetLayer]:
         b, h, c, _ = self.k.shape
@@ -301,15 +320,16 @@ class BudgetLayer(Layer):
             pos=put(pos, jnp.full((b, h), -1), dropped),
             score=put(old.score, self.policy.token_score(call)[:, :, 0], slot),
             bias=None if old.bias is None else put(old.bias, jnp.zeros((b, h)), slot),
+            notes=jax.tree.map(lambda x, new: put(x, new, slot), old.notes, self.policy.blank(b, h)),
             n=self.n + jnp.where(fits & real, 1, 0) - over.astype(jnp.int32),
         )
         seen = new.pos >= 0
         seen = seen if call.window is None else seen & (at[..., None] - new.pos < call.window)
         out, weights = observe.attend_one(call.q[..., 0, :], new.k, new.v, seen, new.bias)
-        score = jnp.where(
-            jnp.broadcast_to(real[..., None], new.score.shape), self.policy.step(new, weights), new.score
-        )
-        return out[..., None, :], new.replace(score=score)
+        changed = jnp.broadcast_to(real[..., None], new.score.shape)
+        after = self.policy.step(new, weights), self.policy.noted_one(new, weights, call)
+        score, notes = jax.tree.map(lambda a, b: jnp.where(changed, a, b), after, (new.score, new.notes))
+        return out[..., None, :], new.replace(score=score, notes=notes)
 
     def _victim(self, pos: jax.Array, call: Call) -> jax.Array:
         """i32 [b, h]: slot with the least score; of several `tied` ones the one that `Budget.order` puts last."""
@@ -365,10 +385,9 @@ class BudgetLayer(Layer):
             widths = [(0, max(size - slots, 0) if i == x.ndim + axis else 0) for i in range(x.ndim)]
             return jnp.pad(x, widths, constant_values=fill)
 
-        return self.replace(
-            k=fit(self.k, -2), v=fit(self.v, -2), pos=fit(self.pos, -1, -1), score=fit(self.score, -1),
-            bias=None if self.bias is None else fit(self.bias, -1),
-        )  # fmt: skip
+        score, bias, notes = jax.tree.map(lambda x: fit(x, -1), (self.score, self.bias, self.notes))
+        k, v, pos = fit(self.k, -2), fit(self.v, -2), fit(self.pos, -1, -1)
+        return self.replace(k=k, v=v, pos=pos, score=score, bias=bias, notes=notes)
 
     def row_bytes(self, tokens: int) -> int:
         """With a slot for every token, where only what is kept of prompts is limited."""

@@ -157,6 +157,20 @@ class Policy:
         """All layers of the policy, stacked, once prompts of these lengths are read as often as `passes` says."""
         return layers
 
+    def tells(self, layer: Layer) -> jax.Array | None:
+        """What a layer says of its entries to the others, [b, c], whenever further tokens are read; None: nothing.
+        Such layers hold the same entries in the same places."""
+        return None
+
+    def hears(self, layer: Layer, told_lbc: jax.Array) -> Layer:
+        """A layer, once all layers of the policy have said what they say."""
+        return layer
+
+    @property
+    def agrees(self) -> bool:
+        """Whether its layers decide together, so that tokens can only be read one after another."""
+        return type(self).tells is not Policy.tells
+
     def expected(self, length: int) -> int:
         """Entries per head to expect of a text of so many tokens."""
         return length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -36,6 +37,22 @@ def settle(memory: Memory, reread: Memory | None = None) -> Memory:
         return node.replace(layers=jax.tree.unflatten(shape, leaves))
 
     return each(of, memory, memory if reread is None else reread)
+
+
+def agree(states: Any) -> Any:
+    """The layers of a node after further tokens: those of one policy hear what all of them say (`Policy.tells`)."""
+    leaves, shape = jax.tree.flatten(states, is_leaf=is_state)
+    for policy in dict.fromkeys(p for p in map(policy_in, leaves) if p is not None and p.agrees):
+        mine = [i for i, x in enumerate(leaves) if policy_in(x) == policy]
+        told = [
+            jax.vmap(policy.tells)(x.states) if isinstance(x, Stack) else policy.tells(x)[None]
+            for x in (leaves[i] for i in mine)
+        ]
+        hears = functools.partial(policy.hears, told_lbc=jnp.concatenate(told))
+        for i in mine:
+            x = leaves[i]
+            leaves[i] = Stack(jax.vmap(hears)(x.states)) if isinstance(x, Stack) else hears(x)
+    return jax.tree.unflatten(shape, leaves)
 
 
 def _settled(policy: Any, states: list[Any], length_b: jax.Array) -> list[Any]:

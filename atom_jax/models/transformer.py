@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atom_jax import config, params
-from atom_jax.kvcache import policies
+from atom_jax.kvcache import policies, readings
 from atom_jax.kvcache.memory import Memory, Stack
 from atom_jax.kvcache.policy import Mode, policy_of
 from atom_jax.models import attention, layers, lora
@@ -191,6 +191,7 @@ def blocks(
     (x, _), states, seen = layers.run_layers(layer, cfg.attentions, stacked, (x, told), states, others, context.remat)
     if cache is None or tentative:
         return x, states, seen
+    states = states if cache.fresh else readings.agree(states)
     length = cache.length + jnp.sum(tokens.segments > 0, axis=1, dtype=jnp.int32)
     return x, cache.replace(layers=states, length=length, fresh=False), seen
 

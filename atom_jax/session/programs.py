@@ -88,8 +88,10 @@ def commit(params: Any, memory: Memory, pending: Any, ids_bn: jax.Array, count_b
 
 def together(memory: Memory, *, cfg: Any) -> bool:
     """Whether drafts are read in one call, for them to gain by it, with this memory; else token after token."""
-    model = registry.of(cfg)
-    return model.commit is not None or (model.together(cfg) is not None and not any(memory_lib.policies(memory)))
+    model, policies = registry.of(cfg), list(memory_lib.policies(memory))
+    if model.commit is None:
+        return model.together(cfg) is not None and not policies
+    return not any(policy.agrees for policy in policies)
 
 
 def _after(memory: Memory, ids_bn: jax.Array, count_b: jax.Array) -> Batch:

@@ -181,7 +181,7 @@ def test_a_fit_and_the_evaluation_of_laws(lm, home, tmp_path, monkeypatch, capsy
     fitted = learned.load(order.out)
     assert len(fitted.weight) == 2 * 2 * 1 + 2
     first = (tmp_path / "s.safetensors").read_bytes()
-    monkeypatch.setattr(lasting_fit, "_moments", None)
+    monkeypatch.setattr(lasting_fit, "_moments", lambda *_: pytest.fail("read again"))
     lasting_fit.run(lm, dataclasses.replace(order, policy_out=str(tmp_path / "policy")), said.append)
     assert (tmp_path / "s.safetensors").read_bytes() == first
     with_policy = load_adapter(lm, tmp_path / "policy")

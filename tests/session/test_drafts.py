@@ -45,7 +45,7 @@ def groups():
     """All policies and the dense cache, as many at a time as a model has layers; two that learn different things
     don't go together."""
     observed, *dms = sorted(DMS_FORMS.values(), key=lambda policy: policy.form != "observed")
-    others = [None, *BUDGETS.values()]
+    others = [None, *(policy for policy in BUDGETS.values() if not policy.agrees)]
     cut = [others[i : i + LAYERS] for i in range(0, len(others), LAYERS)]
     return [*cut, [None, *dms], [None, observed, *DMC_FORMS.values()]]
 
@@ -59,6 +59,13 @@ def model(number):
     )  # fmt: skip
     tree = params.init(jax.random.key(1), transformer.spec(cfg))
     return LM(cfg, {**tree, "embed": tree["embed"] * 20}, None)
+
+
+def with_memory(memory):
+    """The first model with this memory."""
+    return registry.with_memory(
+        dataclasses.replace(model(0), config=dataclasses.replace(model(0).config, memory=None)), memory
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +135,19 @@ def make(lm, how, **options):
 
 def texts(made):
     return [a + b for a, b in zip(PROMPTS, made.ids)]
+
+
+def test_layers_that_decide_together_have_no_drafts_read_at_once():
+    (policy,) = (policy for policy in BUDGETS.values() if policy.agrees)
+    lm = with_memory(dataclasses.replace(policy, budget=9, window=2))
+    plain, made = make(lm, "drawn"), make(lm, "drawn", draft="ngram")
+    assert made.ids == plain.ids and made.acceptance is None
+    session = Session.prefill(lm, PROMPTS)
+    draft = np.array([ids[:3] for ids in plain.ids])
+    kept = session.fork().verify(draft).accept([3, 2, 3])
+    for i in range(3):
+        session = session.step(draft[:, i], np.array([True, i < 2, True]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept.memory, session.memory)
 
 
 @pytest.mark.parametrize("number", range(len(groups())))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +23,8 @@ from atom_jax.data.facts.kinds import drawn
 from atom_jax.data.facts.tables import KINDS
 from atom_jax.data.facts.things import OTHERS
 from atom_jax.data.sources import open_source
-from atom_jax.evaluation.encode import Encoder
-from atom_jax.evaluation.tasks import planted
+from atom_jax.evaluation.encode import Encoder, front
+from atom_jax.evaluation.tasks import lasting_later, planted
 from atom_jax.evaluation.tasks.needle import Haystack
 from atom_jax.files import read_regular, replaced
 from atom_jax.kvcache.lasting.score import Linear, Moments, Seen, by_head, features, fit, spread
@@ -43,6 +46,8 @@ class Order:
     kinds (`data.facts.tables.KINDS`, none of which an evaluation asks for; (): of all). ridge: of the fit. part:
     tokens that are read at once. seed: of facts. policy_out: directory for the score as a cache policy, an adapter;
     "": none.
+    later: instead of planted facts, tokens are to be kept to which some head of a query at least so many tokens
+    behind pays more than `least` of its attention (`lasting_later`); 0: planted facts.
     """
 
     texts: tuple[str, ...]
@@ -54,11 +59,14 @@ class Order:
     part: int = 512
     seed: int = 0
     policy_out: str = ""
+    later: int = 0
+    least: float = 0.5
 
     def __post_init__(self):
         config.check(
-            self, tokens=(2, 2**30), facts=(1, 2**20), ridge=(1e-6, 1e6), part=(1, 2**20), seed=(0, 2**31 - 1)
-        )
+            self, tokens=(2, 2**30), facts=(1, 2**20), ridge=(1e-6, 1e6), part=(1, 2**20), seed=(0, 2**31 - 1),
+            later=(0, 2**20), least=(0, 1),
+        )  # fmt: skip
         drawn(KINDS, OTHERS, self.kinds, self.facts, np.random.default_rng(0))
 
 
@@ -76,27 +84,34 @@ def run(lm: LM, how: Order, say: Callable[[str], None]) -> str:
     encoder = Encoder(lm.tokenizer, 1 << 20, False)
     kept = pathlib.Path(f"{how.out}.moments")
     for i, name in enumerate(how.texts):
-        text = text_of(name)
-        chosen = drawn(KINDS, OTHERS, how.kinds, how.facts, np.random.default_rng((how.seed, i)))
-        stream = planted.plant(Haystack.of(text, encoder), chosen, how.tokens, encoder)
-        key = hashlib.sha256(f"{model} {how.part} ".encode() + stream.ids.tobytes()).hexdigest()[:16]
+        if how.later:
+            read = list(_within(lm, name, how.tokens))
+            ids, what = np.concatenate(read), f"what is looked at after {how.later} tokens, in {how.tokens}"
+            make = functools.partial(lasting_later.moments, lm, read, how.later, how.least, name)
+            settings = f"later {how.later} {how.least} {list(map(len, read))}"
+        else:
+            chosen = drawn(KINDS, OTHERS, how.kinds, how.facts, np.random.default_rng((how.seed, i)))
+            stream = planted.plant(Haystack.of(text_of(name), encoder), chosen, how.tokens, encoder)
+            ids, what, settings = stream.ids, f"{how.facts} facts in {how.tokens} tokens", str(how.part)
+            make = functools.partial(_moments, lm, stream, how.part, name)
+        key = hashlib.sha256(f"{model} {settings} ".encode() + ids.tobytes()).hexdigest()[:16]
         file = kept / f"{key}.safetensors"
         if not file.exists():
-            _save(_moments(lm, stream, how.part, name), file)
-        say(f"{name}: {how.facts} facts in {how.tokens} tokens")
+            _save(make(), file)
+        say(f"{name}: {what}")
         found.append(_load(file, 2 * model.layers * model.heads + 2))
     learned.save(fit(found, how.ridge, model.fingerprint), how.out)
     if how.policy_out:
         attention = fit([m.of_attention() for m in found], how.ridge, model.fingerprint)
-        save_adapter(as_policy(lm, attention), how.policy_out)
+        save_adapter(as_policy(lm, attention, horizon=how.later or Shared.horizon), how.policy_out)
         say(f"wrote {how.policy_out}: the policy shared with {len(attention.weight)} weights")
     return f"wrote {how.out}: {len(found[0].first)} features, fitted on {len(found)} texts"
 
 
-def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
+def as_policy(lm: LM, attention: Linear, **fields: Any) -> LM:
     """The model, which has no units of its own, with the cache policy `shared` that chooses by this score, which was
-    fitted `of_attention`."""
-    cfg = registry.of(lm.config).with_memory(lm.config, Shared(budget=budget, learned=True))
+    fitted `of_attention`; fields: of the policy."""
+    cfg = registry.of(lm.config).with_memory(lm.config, Shared(**{"budget": 512} | fields, learned=True))
     model = model_of(lm)
     weights = by_head(attention, model.layers, model.heads)
     # Stacked layers have equal parameters, used or not.
@@ -109,18 +124,36 @@ def as_policy(lm: LM, attention: Linear, budget: int = 512) -> LM:
 
 
 def text_of(name: str) -> bytes:
-    """A novel by its name (`data.builtin.novels`), a file, or documents of a directory's training split, one after
-    another. AtomError where there is none of these."""
+    """The first documents of a text, one after another; see `documents_of`."""
+    return b"\n\n".join(itertools.islice(documents_of(name), DOCUMENTS))
+
+
+def documents_of(name: str) -> Iterator[bytes]:
+    """A novel by its name (`data.builtin.novels`), a file, or the documents of the training split of a directory, or
+    of puzzles (reason:...). AtomError where there is none of these."""
     known = novels()
     if name in known:
-        return known[name]
-    if pathlib.Path(name).is_dir():
+        yield known[name]
+    elif pathlib.Path(name).is_dir() or name.startswith("reason:"):
         documents = open_source(name, "train")
-        return b"\n\n".join(documents.read(i) for i in range(min(len(documents), DOCUMENTS)))
-    try:
-        return read_regular(name)
-    except OSError as e:
-        raise AtomError(f"{name}: cannot be read ({e.strerror}), and is no novel ({', '.join(known)})") from None
+        yield from map(documents.read, range(len(documents)))
+    else:
+        try:
+            yield read_regular(name)
+        except OSError as e:
+            raise AtomError(f"{name}: cannot be read ({e.strerror}), and is no novel ({', '.join(known)})") from None
+
+
+def _within(lm: LM, name: str, tokens: int) -> Iterator[np.ndarray]:
+    """Documents as the model was trained on them, as ids i32 [n], no longer than it can read, `tokens` together."""
+    for document in documents_of(name):
+        ids = np.array([*front(lm.tokenizer), *lm.tokenizer.encode(document)], np.int32)
+        for at in range(0, len(ids), lm.config.max_length):
+            piece = ids[at : at + min(lm.config.max_length, tokens)]
+            yield piece
+            tokens -= len(piece)
+            if not tokens:
+                return
 
 
 def read(lm: LM, texts: Sequence[np.ndarray], part: int, name: str) -> Iterator[tuple[State, Seen | None]]:

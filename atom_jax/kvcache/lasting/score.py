@@ -55,22 +55,32 @@ def features(most: Any, total: Any, nll: Any, following: Any) -> Any:
     return xp.concatenate([*received, nll[None], following[None]]).astype(xp.float32)
 
 
-def spread(x: Any, real: Any = None) -> Any:
+def spread(x: Any, place: Any = None) -> Any:
     """f32 [..., t]: of every token the mean over itself and REACH neighbours on either side, whose weights fall with
-    the distance to 0. Sentences stay whole by that. real: bool, as x, which tokens there are; None: all of them."""
+    the distance to 0. Sentences stay whole by that. place: i32, as x, where the tokens stand, in any order, -1 where
+    there is none; None: one after another."""
     xp = jnp if isinstance(x, jax.Array) else np
-    real = xp.ones(x.shape[-1:], bool) if real is None else real
+    if place is not None:
+        order = xp.argsort(place, axis=-1)
+        sorted_ = spread_sorted(*(xp.take_along_axis(a, order, axis=-1) for a in (x, place)), xp)
+        return xp.take_along_axis(sorted_, xp.argsort(order, axis=-1), axis=-1)
+    return spread_sorted(x, xp.arange(x.shape[-1]), xp)
 
-    def total(y: Any) -> Any:
-        wide = xp.pad(y, [(0, 0)] * (y.ndim - 1) + [(REACH, REACH)])
-        parts = (
-            (1 - abs(j) / (REACH + 1)) * wide[..., REACH + j : wide.shape[-1] - REACH + j]
-            for j in range(-REACH, REACH + 1)
-        )
-        return functools.reduce(operator.add, parts)
 
-    weight = total(real.astype(np.float32))
-    return (total(xp.where(real, x, 0)) / xp.maximum(weight, 1e-6)).astype(np.float32)
+def spread_sorted(x: Any, place: Any, xp: Any) -> Any:
+    """`spread` of tokens in their order, with this module of arrays."""
+    around = lambda a, none: xp.pad(a, [(0, 0)] * (a.ndim - 1) + [(REACH, REACH)], constant_values=none)  # noqa: E731
+    cut = lambda a, j: a[..., REACH + j : a.shape[-1] - REACH + j]  # noqa: E731
+    values, places = around(xp.where(place < 0, 0, x), 0), around(place, -1)
+
+    def near(j: int) -> Any:
+        there = cut(places, j)
+        falls = xp.maximum(1 - abs(there - place) / (REACH + 1), 0)
+        return xp.where(there < 0, 0, falls).astype(np.float32)
+
+    weights = [near(j) for j in range(-REACH, REACH + 1)]
+    total = functools.reduce(operator.add, (w * cut(values, i - REACH) for i, w in enumerate(weights)))
+    return (total / xp.maximum(functools.reduce(operator.add, weights), 1e-6)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
