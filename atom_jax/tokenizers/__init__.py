@@ -54,6 +54,11 @@ def padded(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     return tokenizer.padded(rows) if hasattr(tokenizer, "padded") else tokenizer
 
 
+def same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether all ids that both have stand for the same text."""
+    return all(one.decode([i]) == other.decode([i]) for i in range(min(one.vocab_size, other.vocab_size)))
+
+
 def is_trained(name: str) -> bool:
     """Whether `name` asks for a tokenizer that a run trains on its own text: "bpe:SIZE", "unigram:SIZE" or
     "words:SIZE".

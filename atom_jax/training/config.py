@@ -11,6 +11,7 @@ from atom_jax import config
 from atom_jax.data.config import DataConfig
 from atom_jax.models.lora import LoRA
 from atom_jax.sharding import MeshConfig
+from atom_jax.tokenizers import is_trained
 from atom_jax.training.objectives import OBJECTIVES, Byteify, Distill, Fit, NextToken, Objective
 from atom_jax.typing import AtomError
 
@@ -125,9 +126,11 @@ class Experiment:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    # "bytes"; "bpe:SIZE", "unigram:SIZE" or "words:SIZE", trained on the train split of data.sources (at most 64, 4
-    # and 1 MiB of it); a tokenizer.json or its directory; "" = the tokenizer of init_from.
+    # "bytes"; "bpe:SIZE", "unigram:SIZE" or "words:SIZE", trained on the train split of tokenizer_sources (at most
+    # 64, 4 and 1 MiB of it); a tokenizer.json or its directory; "" = the tokenizer of init_from.
     tokenizer: str = "bytes"
+    # As data.sources; (): these.
+    tokenizer_sources: tuple[str, ...] = ()
     # Any checkpoint that `atom_jax.load` reads, to start from instead of random values.
     init_from: str = ""
     # Adapters to put on it first, as in `load`: learned evictors, or LoRA, which becomes part of its weights.
@@ -161,6 +164,11 @@ class Experiment:
             raise AtomError(f"{' and '.join(losses)}: a run has one loss; give the others runs of their own (first)")
 
     @property
+    def tokenizer_texts(self) -> tuple[str, ...]:
+        """Sources of the text on which a tokenizer is trained."""
+        return self.tokenizer_sources or self.data.sources
+
+    @property
     def objectives(self) -> tuple[Objective, ...]:
         """What the run pursues; the last one has the loss."""
         held = [getattr(self, f.name) for f in dataclasses.fields(self)]
@@ -168,15 +176,21 @@ class Experiment:
         return tuple(found) if found and found[-1].trains else (*found, NextToken())
 
     def stages(self, workdir: pathlib.Path) -> list[tuple[Experiment, pathlib.Path]]:
-        """The experiments that `first` chains, each with its directory, in the order in which they are run. Raises
-        AtomError where one has an init_from beside `first`."""
+        """The experiments that `first` chains, each with its directory, in the order in which they are run. One
+        tokenizer is trained for all that ask for the same, on the text of all of them. Raises AtomError where one has
+        an init_from beside `first`."""
         if self.first is None:
             return [(self, workdir)]
         if self.init_from:
             given = f"init_from is {self.init_from}, but this run starts from the result of `first`"
             raise AtomError(f"{given}: set first.init_from, or first=none")
-        before = self.first.stages(workdir / "first")
-        return [*before, (dataclasses.replace(self, init_from=str(before[-1][1])), workdir)]
+        first, then = self.first, self
+        if is_trained(self.tokenizer) and first.tokenizer == self.tokenizer:
+            texts = dict.fromkeys((*first.tokenizer_texts, *self.tokenizer_texts))
+            first = dataclasses.replace(first, tokenizer_sources=tuple(texts))
+            then = dataclasses.replace(self, tokenizer="", tokenizer_sources=())
+        before = first.stages(workdir / "first")
+        return [*before, (dataclasses.replace(then, init_from=str(before[-1][1])), workdir)]
 
 
 # Differences with which a run may be resumed; all others would silently make it another run. Whether data.sources

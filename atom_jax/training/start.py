@@ -48,19 +48,27 @@ def configure(reference: str, settings: Sequence[str]) -> Experiment:
 
 def tokenizer(exp: Experiment) -> Any:
     """The tokenizer that an objective needs, that the experiment names, or that of `init_from`; None for worlds. One
-    that has to be trained is made anew every time; the same text gives the same."""
+    that has to be trained is made anew every time; the same text gives the same. Raises AtomError for one whose ids
+    mean something else to the model of `init_from`."""
     if registry.kind(exp.model).reads == FRAMES:
         return None
     needed = [found for objective in exp.objectives if (found := objective.tokenizer(exp)) is not None]
     if needed:
         return needed[-1]
+    if not exp.tokenizer:
+        found = _given(exp, "tokenizer")[1]
+        if found is None:
+            raise AtomError(f"init_from {exp.init_from} has no tokenizer: set `tokenizer`")
+        return found
     if tokenizers.is_trained(exp.tokenizer):
-        return tokenizers.padded(vocabulary.trained_tokenizer(exp.tokenizer, exp.data.sources), exp.model.vocab_size)
-    if exp.tokenizer:
-        return tokenizers.from_name(exp.tokenizer)
-    found = _given(exp, "tokenizer")[1]
-    if found is None:
-        raise AtomError(f"init_from {exp.init_from} has no tokenizer: set `tokenizer`")
+        trained = vocabulary.trained_tokenizer(exp.tokenizer, exp.tokenizer_texts)
+        found = tokenizers.padded(trained, exp.model.vocab_size)
+    else:
+        found = tokenizers.from_name(exp.tokenizer)
+    theirs = _given(exp, "tokenizer")[1] if exp.init_from else None
+    if theirs is not None and not tokenizers.same(found, theirs):
+        what = f"tokenizer {exp.tokenizer!r} has other ids than that of init_from {exp.init_from}"
+        raise AtomError(f"{what}: leave it empty, to keep the latter, or move the model (`transplant`)")
     return found
 
 
