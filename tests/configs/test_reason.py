@@ -50,6 +50,16 @@ def test_training_counts_chains_only_and_goes_on_with_memory(trained, tmp_path):
     assert learned.config.memory.name == "dms"
 
 
+def test_stages_speak_the_same_words(tmp_path, one_device):
+    few = reason.tiny()
+    few = dataclasses.replace(few, train=dataclasses.replace(few.train, steps=2, eval_every=0))
+    more = dataclasses.replace(few.data, sources=("reason:subset:letters=5:high=30:goal=60",))
+    loop.fit(dataclasses.replace(few, data=more, first=few), tmp_path)
+    one, two = (atom_jax.load(str(path)).tokenizer for path in (tmp_path / "first", tmp_path))
+    text = "a 21 b 7 c 29 d 5 e 30 goal 56 ; e+"
+    assert one.decode(one.encode(text)) == text and one.encode(text).tolist() == two.encode(text).tolist()
+
+
 def test_reason_says_what_it_found(trained, capsys):
     flags = [f"--checkpoint={trained}", "--chains=2", "--length=24"]
     assert main(["atom_jax", "reason", *flags, "--problem=a 10 b 18 c 15 goal 28", "--show"]) == 0

@@ -69,6 +69,18 @@ def test_a_run_that_starts_from_a_plain_checkpoint(tmp_path):
     assert loop.fit(config.override(exp, ["train.steps=2"]), tmp_path / "run").step == 2
 
 
+def test_a_tokenizer_with_other_ids_is_refused(tmp_path):
+    cfg = dataclasses.replace(SMALL, vocab_size=264)
+    lm = LM(cfg, params.init(jax.random.key(0), transformer.spec(cfg)), ByteTokenizer())
+    store.save_model(tmp_path / "base", lm)
+    exp = experiment(tmp_path, source=str(tmp_path / "base"), memory="None")
+    assert start.tokenizer(exp).vocab_size == 264
+    assert start.tokenizer(dataclasses.replace(exp, tokenizer="")).vocab_size == 264
+    data = dataclasses.replace(exp.data, sources=("reason:subset",))
+    with pytest.raises(AtomError, match="tokenizer 'words:256' has other ids than that of init_from"):
+        start.tokenizer(dataclasses.replace(exp, tokenizer="words:256", data=data))
+
+
 def test_all_other_absences_are_refused(tmp_path):
     exp = experiment(tmp_path, family="llama")
     wider = dataclasses.replace(exp, model=dataclasses.replace(exp.model, family="qwen3"))

@@ -172,6 +172,20 @@ def test_chains_of_stages(tmp_path):
     assert [exp.init_from for exp, _ in stages] == ["", str(tmp_path / "first" / "first"), str(tmp_path / "first")]
 
 
+def test_a_chain_of_stages_has_one_trained_tokenizer(tmp_path):
+    def stage(source, tokenizer="words:256", first=None):
+        exp = make(tokenizer=tokenizer, first=first)
+        return dataclasses.replace(exp, data=dataclasses.replace(exp.data, sources=(source, "reason:subset")))
+
+    third = stage("reason:subset:letters=6", first=stage("reason:subset:letters=5", first=stage("reason:subset")))
+    (one, _), (two, _), (three, _) = third.stages(tmp_path)
+    assert one.tokenizer_texts == ("reason:subset", "reason:subset:letters=5", "reason:subset:letters=6")
+    assert (one.tokenizer, two.tokenizer, three.tokenizer) == ("words:256", "", "")
+    assert two.tokenizer_sources == three.tokenizer_sources == ()
+    (one, _), (two, _) = stage("reason:subset", first=stage("austen", "bytes")).stages(tmp_path)
+    assert (one.tokenizer, two.tokenizer) == ("bytes", "words:256")
+
+
 def test_experiments_of_earlier_versions_are_read_and_resumed():
     old = json.loads(pathlib.Path("tests/golden/experiments.json").read_text())
     for name, saved in old.items():
