@@ -104,6 +104,7 @@ def _nats(lm: LM, memory: Memory, rows: Sequence[np.ndarray], count: np.ndarray)
 def said(lm: LM, memory: Memory, ids_bt: np.ndarray, length_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of every token but the first, [b, t - 1], read behind a memory of b rows, which is given up: whether it is the
     likeliest, bool, and its nats, f32."""
+    memory = reading.agreed(laid_out.scanned(lm), ids_bt, length_b, memory, cfg=lm.config)
     room = lambda cfg: reading.room(memory, ids_bt.shape[1], cfg)  # noqa: E731
     run = lambda cfg: _said(laid_out.scanned(lm), ids_bt, length_b, room(cfg), cfg=cfg)  # noqa: E731
     return jax.device_get(reading.exactly(run, lm.config))

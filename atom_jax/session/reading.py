@@ -13,6 +13,7 @@ import numpy as np
 from atom_jax.chunking.config import per_stage
 from atom_jax.kvcache import memory, readings
 from atom_jax.kvcache.dense import bucket
+from atom_jax.kvcache.lasting import chosen
 from atom_jax.kvcache.memory import Memory
 from atom_jax.models import registry
 from atom_jax.typing import Batch
@@ -89,6 +90,23 @@ def read(
             jax.block_until_ready(last_bd)
             on_part(min(at + size, t))
     return last_bd, cache, states
+
+
+def agreed(params: Any, ids_bt: Any, length_b: Any, cache: Memory, *, cfg: Any) -> Memory:
+    """The memory in which layers that choose what prompts lean on have agreed (`chosen.wanting`): it has read nothing
+    more. ids_bt, length_b: as for `read`. Another one is given back as it is."""
+    if not any(np.asarray(x.leans).any() for x in chosen.of(cache)):
+        return cache
+    run = lambda cfg: _agreed(params, ids_bt, length_b, room(cache, ids_bt.shape[1], cfg), cfg=cfg)  # noqa: E731
+    return exactly(run, cfg)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _agreed(params: Any, ids_bt: jax.Array, length_b: jax.Array, cache: Memory, *, cfg: Any) -> tuple[Memory, Any]:
+    offsets = jnp.broadcast_to(jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None], ids_bt.shape)
+    batch = Batch(ids_bt, cache.length[:, None] + offsets, (offsets < length_b[:, None]).astype(jnp.int32))
+    _, asked, aux = registry.of(cfg).hidden(params, batch, cfg=cfg, cache=cache)
+    return chosen.wanting(cache, asked), aux.get("lost")
 
 
 def first(

@@ -95,6 +95,7 @@ class Session:
                 scanned, ids_bt, length_b, suffix, cfg=lm.config, capacity=capacity, on_part=on_part
             )
         else:
+            memory = reading.agreed(scanned, ids_bt, length_b, memory, cfg=lm.config)
             x_bd, memory, _ = reading.read(scanned, ids_bt, length_b, memory, cfg=lm.config, on_part=on_part)
         memory = memory_lib.unstack(memory) if unroll else memory
         return cls.after(lm, params, memory_lib.trim(memory), ids_bt, length_b, x_bd)

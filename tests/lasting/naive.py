@@ -190,7 +190,8 @@ class Naive:
         return k, np.concatenate([self.sink_v, v, self.window_v[self.full, skip:]], axis=1)
 
     def answer(self, ids, n, choice):
-        """Logits [v] after a prompt and after each of the n likeliest tokens behind it; pages are chosen."""
+        """Logits [v] after a prompt and after each of the n likeliest tokens behind it; pages are chosen: for the
+        prompt by what all heads of the middle layers want of them, once each has chosen by itself."""
         held, layers, h = self.held(), self.cfg.n_layers, self.cfg.n_kv_heads
         skip = 0 if self.first else self.settings.sinks
         near_k = np.concatenate([self.sink_k, self.window_k[self.full, skip:]], axis=1)
@@ -200,11 +201,15 @@ class Naive:
         at = begin = near_k.shape[1] + room
         own_k = own_v = np.zeros((layers, 0, h, self.cfg.head_dim))
         pages, recent = [None] * layers, [[] for _ in range(layers)]
+        asked, together = {}, None
 
-        def chosen(i, q):
+        def chosen(i, q, together=None):
             g = q.shape[1] // h
             of = held[self.full.index(i)]
-            each = [self.pages(q[:, j * g : (j + 1) * g], of[j], choice) for j in range(h)]
+            asked[self.full.index(i)] = own = [
+                self.demand(q[:, j * g : (j + 1) * g], of[j], choice) for j in range(h)
+            ]
+            each = [self.pages(own[j] if together is None else together, of[j], choice) for j in range(h)]
             k = np.zeros((max(map(len, each)), h, self.cfg.head_dim))
             v, places = k.copy(), np.full(k.shape[:2], 10**6)
             for j, one in enumerate(each):
@@ -218,7 +223,7 @@ class Naive:
                 places = np.append(places, np.arange(begin, at))
                 return np.concatenate([k, own_k[i]]), np.concatenate([v, own_v[i]]), places
             if len(q) > 1:
-                pages[i] = chosen(i, q)
+                pages[i] = chosen(i, q, together)
             else:
                 recent[i].append(q)
             k, v, places = pages[i]
@@ -229,6 +234,9 @@ class Naive:
                 np.concatenate([wide(near), places, wide(own)]),
             )  # fmt: skip
 
+        self.forward(ids, at, before)
+        middle = range(len(self.full))[len(self.full) // 3 : max(4 * len(self.full) // 5, len(self.full) // 3 + 1)]
+        together = np.mean([asked[i] for i in middle], (0, 1))
         out = []
         for _ in range(n + 1):
             logits, k, v, _ = self.forward(ids, at, before)
@@ -240,13 +248,16 @@ class Naive:
             at, ids = at + len(ids), np.array([logits[-1].argmax()])
         return np.array(out)
 
-    def pages(self, q_tgk, entries, choice):
-        """The entries of one head that queries choose."""
+    def demand(self, q_tgk, entries, choice):
+        """How much queries want each page of the entries of one head."""
         k = np.array([e[2] for e in entries])
         scores = np.einsum("tgk,sk->tgs", q_tgk, k) * self.cfg.head_dim**-0.5
         w = np.exp(scores - scores.max(-1, keepdims=True))
         w = (w / w.sum(-1, keepdims=True)).max((0, 1))
-        demand = [w[a : a + choice.page].max() for a in range(0, len(w), choice.page)]
+        return [w[a : a + choice.page].max() for a in range(0, len(w), choice.page)]
+
+    def pages(self, demand, entries, choice):
+        """The entries of one head in the pages that are wanted most."""
         if choice.successors:
             demand = [max(x, y) for x, y in zip(demand, [0, *demand])]
         best = sorted(sorted(range(len(demand)), key=lambda i: -demand[i])[: choice.pages])

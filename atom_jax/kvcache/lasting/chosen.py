@@ -14,7 +14,9 @@ from atom_jax import config
 from atom_jax.kvcache import observe
 from atom_jax.kvcache.dense import bucket, put, widen
 from atom_jax.kvcache.lasting.layer import turned
+from atom_jax.kvcache.lasting.score import middle
 from atom_jax.kvcache.layer import Call, Layer
+from atom_jax.kvcache.memory import Memory, layers, map_layers
 from atom_jax.kvcache.policy import Policy
 from atom_jax.kvcache.rows import put_rows
 from atom_jax.nn import rope
@@ -27,8 +29,9 @@ ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Policy):
-    """How pages are chosen, for every layer and key/value head: those in which a query's softmax over all entries
-    (keys and queries before RoPE) has its largest weights.
+    """How pages are chosen: for every layer and key/value head those in which a query's softmax over all entries
+    (keys and queries before RoPE) has its largest weights. Before a prompt is read all layers and heads agree
+    (`wanting`) on those that they want most together: a fact needs its tokens everywhere at once.
 
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the latest `queries`
@@ -64,6 +67,8 @@ class ChosenLayer(Layer):
     mem_k, mem_v: [1, h, s, k], entries with keys before RoPE, whole pages; count: i32 [1], how many are there.
     near_k, near_v: [b, h, n, k], what is always attended to, at near_pos i32 [b, n] (-1: nothing there). page_k,
     page_v: [b, h, p, k], the chosen pages, at page_pos i32 [b, h, p]; first: i32 [b], the first place of pages.
+    told: f32 [b, pages], how much the latest several tokens wanted each page, averaged over heads. wanted: f32 [b,
+    pages], by which the next several tokens choose in place of that; -1: by themselves.
     k, v: [b, h, c, k], tokens since, at places from `start`, i32 [b], on. recent: [b, h, g, queries, k], the latest
     queries before RoPE that have come one by one, in a ring; since: i32 [b], how many since the last choice. leans:
     bool [b], rows that attend to pages at all. policy: static.
@@ -85,6 +90,8 @@ class ChosenLayer(Layer):
     recent: jax.Array
     since: jax.Array
     leans: jax.Array
+    told: jax.Array
+    wanted: jax.Array
     policy: Choice = struct.field(pytree_node=False, default=None)
 
     free: ClassVar[dict[str, float]] = {"near_pos": -1, "page_pos": -1}
@@ -96,8 +103,10 @@ class ChosenLayer(Layer):
         at = call.length - self.start
         if call.q.shape[3] > 1:
             # A call may have nothing for a row where its tokens have made no unit yet.
-            layer = self._renewed(_before_rope(call), call.real & self.leans[:, None], call)
-            return layer._attend(call, at)
+            real = call.real & self.leans[:, None]
+            layer = self._renewed(_before_rope(call), real, call)
+            done = jnp.any(real, axis=1)[:, None]
+            return layer.replace(wanted=jnp.where(done, -1.0, self.wanted))._attend(call, at)
         layer = self._stored(call, at)._due(call)
         size = layer.recent.shape[3]
         slot = jnp.where(call.real[:, 0], layer.since % size, size)
@@ -124,6 +133,7 @@ class ChosenLayer(Layer):
         new, due = self._choose(plain_bhgtk, real_bt, call), jnp.any(real_bt, axis=1)
         which = due[:, None, None]
         return self.replace(
+            told=jnp.where(which[..., 0], new.told, self.told),
             page_k=jnp.where(which[..., None], new.page_k, self.page_k),
             page_v=jnp.where(which[..., None], new.page_v, self.page_v),
             page_pos=jnp.where(which, new.page_pos, self.page_pos),
@@ -160,8 +170,11 @@ class ChosenLayer(Layer):
 
     def _choose(self, plain_bhgtk: jax.Array, real_bt: jax.Array, call: Call) -> ChosenLayer:
         """The layer with the pages that these queries want most."""
-        size = self.policy.page
-        demand, sizes = self._demand(plain_bhgtk, real_bt), self._sizes()
+        size, sizes = self.policy.page, self._sizes()
+        own = lambda: self._demand(plain_bhgtk, real_bt)  # noqa: E731
+        wanted = jnp.broadcast_to(self.wanted[:, None], (len(self.wanted), self.k.shape[1], len(sizes)))
+        demand = jax.lax.cond(jnp.all(wanted >= 0), lambda: wanted, lambda: jnp.where(wanted < 0, own(), wanted))
+        told = demand.mean(1)
         if self.policy.successors:
             before = jnp.concatenate([jnp.zeros_like(demand[..., :1]), demand[..., :-1]], axis=-1)
             demand = jnp.maximum(demand, before)
@@ -173,7 +186,7 @@ class ChosenLayer(Layer):
         folded = k.astype(self.k.dtype).reshape(-1, 1, *k.shape[2:])
         k = turned(folded, jnp.maximum(places, 0).reshape(-1, places.shape[-1]), call.rotary, call.rope)
         return self.replace(
-            page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype),
+            told=told, page_k=k.reshape(self.page_k.shape), page_v=v.astype(self.v.dtype),
             page_pos=jnp.where(real & self.leans[:, None, None], places, -1),
         )  # fmt: skip
 
@@ -267,6 +280,24 @@ class ChosenLayer(Layer):
         return pages + (near + length_b - self.start + chosen)[:, None].astype(jnp.float32)
 
 
+def wanting(memory: Memory, asked: Memory) -> Memory:
+    """The memory whose layers choose the same pages for the prompt that comes: those that the heads of the `middle`
+    layers of `asked`, the memory after the same prompt, have wanted most on average."""
+    told = [x.told if x.told.ndim == 3 else x.told[None] for x in of(asked)]
+    told = jnp.concatenate(told)
+    wanted = told[middle(len(told))].mean(0)
+
+    def agreed(x: Layer) -> Layer:
+        return x.replace(wanted=jnp.broadcast_to(wanted, x.wanted.shape)) if isinstance(x, ChosenLayer) else x
+
+    return map_layers(agreed, memory)
+
+
+def of(memory: Memory) -> list[ChosenLayer]:
+    """The layers of a memory that choose."""
+    return [x for x in layers(memory) if isinstance(x, ChosenLayer)]
+
+
 def _before_rope(call: Call) -> jax.Array:
     """Queries [b, h, g, t, k] as they were before RoPE."""
     if not call.rotary:
@@ -288,16 +319,18 @@ def empty(
     start: of the next token. g: query heads per key/value head. room: for tokens."""
     k, v, count = mem
     near_k, near_v, pos = near
-    layers, _, h, _, size = near_k.shape
+    n, _, h, _, size = near_k.shape
     dtype, many, asking = near_k.dtype, policy.pages * policy.page, min(policy.queries, policy.stride)
+    # Of pages on disk there are marks, and no values.
+    pages = jnp.zeros((n, 1, k.shape[3] // policy.page if v.shape[3] else k.shape[3]))
 
     def number(x: Any) -> jax.Array:
-        return jnp.full((layers, 1), x, jnp.int32)
+        return jnp.full((n, 1), x, jnp.int32)
 
-    zeros = lambda n: jnp.zeros((layers, 1, h, n, size), dtype)  # noqa: E731
+    zeros = lambda room: jnp.zeros((n, 1, h, room, size), dtype)  # noqa: E731
     return ChosenLayer(
-        k, v, number(count), near_k, near_v, jnp.broadcast_to(pos, (layers, 1, len(pos))).astype(jnp.int32),
-        zeros(many), zeros(many), jnp.full((layers, 1, h, many), -1, jnp.int32), number(sinks), zeros(room),
-        zeros(room), number(start), jnp.zeros((layers, 1, h, g, asking, size), dtype), number(0),
-        jnp.ones((layers, 1), bool), policy,
+        k, v, number(count), near_k, near_v, jnp.broadcast_to(pos, (n, 1, len(pos))).astype(jnp.int32),
+        zeros(many), zeros(many), jnp.full((n, 1, h, many), -1, jnp.int32), number(sinks), zeros(room),
+        zeros(room), number(start), jnp.zeros((n, 1, h, g, asking, size), dtype), number(0),
+        jnp.ones((n, 1), bool), pages, pages - 1, policy,
     )  # fmt: skip
