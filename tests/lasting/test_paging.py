@@ -22,16 +22,21 @@ CHOICE = Choice(whole=20, pages=3, page=PAGE, stride=2, resident=0)
 class ByMeans(Naive):
     """Pages of three, which end with their blocks, and are chosen by their mean keys."""
 
-    def pages(self, q_tgk, entries, choice):
+    def cuts(self):
         ends = np.cumsum([*(len(block[0][0]) for _, block in self.blocks), len(self.waiting)])
-        cuts = [range(a, min(a + PAGE, b)) for start, b in zip([0, *ends], ends) for a in range(start, b, PAGE)]
+        return [range(a, min(a + PAGE, b)) for start, b in zip([0, *ends], ends) for a in range(start, b, PAGE)]
+
+    def demand(self, q_tgk, entries, choice):
+        cuts = self.cuts()
         means = np.array([np.mean([entries[i][2] for i in cut], axis=0) for cut in cuts]).astype(np.float16)
         scores = np.einsum("tgk,pk->tgp", q_tgk, means.astype(np.float64)) * self.cfg.head_dim**-0.5
         w = np.exp(scores) * np.array([len(cut) for cut in cuts])
-        demand = (w / w.sum(-1, keepdims=True)).max((0, 1))
+        return (w / w.sum(-1, keepdims=True)).max((0, 1))
+
+    def pages(self, demand, entries, choice):
         demand = np.maximum(demand, np.append(0, demand[:-1]))
         best = sorted(np.argsort(-demand, kind="stable")[: choice.pages])
-        return [entries[i] for p in best for i in cuts[p]]
+        return [entries[i] for p in best for i in self.cuts()[p]]
 
 
 def test_pages_on_disk_are_chosen_as_in_the_reference(tmp_path, scanned, monkeypatch):
