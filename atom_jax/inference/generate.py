@@ -168,7 +168,7 @@ class _Prompts(NamedTuple):
         """With what makes a prompt likeliest in front of it, or drawn by that."""
         nats = memory.weigh(self.said, self.alone, self.passages)
         side = np.asarray(draw.among(jnp.asarray(-nats.T, jnp.float32)))
-        passages = [x[: len(x) * (mine == gate.Side.PASSAGES)] for x, mine in zip(self.passages, side)]
+        passages = [x[: len(x) * (mine in gate.REREAD)] for x, mine in zip(self.passages, side)]
         said = [b if mine == gate.Side.NOTHING else a for a, b, mine in zip(self.said, self.alone, side)]
         return self._replace(said=said, passages=passages, side=side)
 

@@ -1,12 +1,12 @@
 """Texts that lean on a memory, and texts that don't: a mixture of the model with what is remembered and without it.
 
 What is remembered makes other texts harder. So before a prompt all that may stand in front of it is equally likely:
-everything remembered, that and passages that are read again, what was read last, nothing. The prompt's tokens after
-the first make one of these likelier, by Bayes' rule; and all that follows is that one's, drawn once, which is how a
-mixture is drawn from. At temperature 1 these tokens and what follows are then together less likely than without the
-entries by ln 3 nats at most (ln 4 with passages); at temperature 0 the likeliest one is taken, which says that of the
-prompt alone. Where passages are found, or pages chosen, by the prompt itself, that one is favoured: what it gives to
-prompts does not add up to 1. States (`knn`) are mixed in whatever stands in front.
+everything remembered, what was read last, each of these with passages that are read again, nothing. The prompt's
+tokens after the first make one of these likelier, by Bayes' rule; and all that follows is that one's, drawn once,
+which is how a mixture is drawn from. At temperature 1 these tokens and what follows are then together less likely
+than without the entries by ln 3 nats at most (ln 5 with passages); at temperature 0 the likeliest one is taken,
+which says that of the prompt alone. Where passages are found, or pages chosen, by the prompt itself, that one is
+favoured: what it gives to prompts does not add up to 1. States (`knn`) are mixed in whatever stands in front.
 """
 
 from __future__ import annotations
@@ -42,19 +42,24 @@ class Fronts(NamedTuple):
 
 
 class Side(enum.IntEnum):
-    """What stands in front of a prompt: of `Fronts` `memory` and passages, `memory`, `near`, `nothing`. Of equally
-    likely ones the first is the likeliest."""
+    """What stands in front of a prompt: of `Fronts` `memory` and passages, `memory`, `near` and passages, `near`,
+    `nothing`. Of equally likely ones the first is the likeliest."""
 
     PASSAGES = 0
     MEMORY = 1
-    NEAR = 2
-    NOTHING = 3
+    AGAIN = 2
+    NEAR = 3
+    NOTHING = 4
+
+
+# Those with passages.
+REREAD = (Side.PASSAGES, Side.AGAIN)
 
 
 def weigh(
     lm: LM, fronts: Fronts, prompts: Sequence[np.ndarray], alone: Sequence[np.ndarray], passages: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Nats of prompts, i32 [t] each, but of their first tokens, on every `Side`: f64 [4, n]. alone: how they are read
+    """Nats of prompts, i32 [t] each, but of their first tokens, on every `Side`: f64 [5, n]. alone: how they are read
     with nothing in front, where a text may begin with further tokens; passages: i32 [p] each, what is read again; inf
     for a prompt that has none."""
     count = np.array([len(prompt) for prompt in prompts])
@@ -64,13 +69,14 @@ def weigh(
     out[Side.NOTHING] = _nats(lm, fronts.nothing, alone, count)
     some = np.flatnonzero([len(passage) for passage in passages])
     again = [np.concatenate([passages[i], prompts[i]]) for i in some]
-    out[Side.PASSAGES, some] = _nats(lm, fronts.memory, again, count[some])
+    for side, memory in zip(REREAD, (fronts.memory, fronts.near)):
+        out[side, some] = _nats(lm, memory, again, count[some])
     return out
 
 
 def front(fronts: Fronts, side_b: np.ndarray) -> Memory:
     """A row for each of these `Side`s, i32 [b]."""
-    which = np.where(side_b == Side.PASSAGES, Side.MEMORY, side_b)
+    which = np.where(side_b == Side.PASSAGES, Side.MEMORY, np.where(side_b == Side.AGAIN, Side.NEAR, side_b))
     first, *others = np.unique(which)
     of = {Side.MEMORY: fronts.memory, Side.NEAR: fronts.near, Side.NOTHING: fronts.nothing}
     found = memory_lib.rows(of[first], np.zeros(len(which), np.int32))

@@ -258,7 +258,7 @@ class Memory(Contents):
     def weigh(
         self, prompts: Sequence[np.ndarray], alone: Sequence[np.ndarray], passages: Sequence[np.ndarray]
     ) -> np.ndarray:  # fmt: skip
-        """Nats of prompts on every side, f64 [4, n] (`gate.weigh`)."""
+        """Nats of prompts on every side, f64 [5, n] (`gate.weigh`)."""
         lm = self._model("answering")
         if (params := self.mixing(lm.params)) is not lm.params:
             lm = dataclasses.replace(lm, params=params)

@@ -58,7 +58,7 @@ def test_rows_lean_where_they_gain(home, lm, name):
     for prompt, mine in zip(prompts, nats.T):
         wanted = [read(lm, one, prompt).sum() for one in (fronts.memory, fronts.near)]
         alone = -np.asarray(score.logprobs(lm, prompt[None]))[0].sum()
-        np.testing.assert_allclose(mine, [np.inf, wanted[0], wanted[1], alone], atol=1e-4)
+        np.testing.assert_allclose(mine, [np.inf, wanted[0], np.inf, wanted[1], alone], atol=1e-4)
     side = nats.argmin(0).astype(np.int32)
     assert set(side) == {Side.MEMORY, Side.NEAR, Side.NOTHING} and side[6] == Side.MEMORY
     more = [DRAW.integers(0, 256, (len(prompts), n)).astype(np.int32) for n in (1, 1, 1, 1, 3)]
@@ -103,13 +103,14 @@ def test_passages_are_read_where_they_gain(home, lm, twice):
     prompts = [TEXTS[i][a:b] for i, a, b in ((0, 3, 8), (0, 40, 52), (1, 2, 9), (1, 5, 20), (0, 20, 29), (0, 60, 63))]
     passages = [memory.passages(prompt, 1) for prompt in prompts]
     nats = memory.weigh(prompts, prompts, passages)
-    for prompt, passage, found in zip(prompts, passages, nats[Side.PASSAGES]):
-        both = read(lm, memory.front(), np.concatenate([passage, prompt]))
-        assert len(passage) and abs(found - both[len(passage) :].sum()) < 1e-4
+    for side, front in (Side.PASSAGES, memory.front), (Side.AGAIN, lambda: memory.fronts().near):
+        for prompt, passage, found in zip(prompts, passages, nats[side]):
+            both = read(lm, front(), np.concatenate([passage, prompt]))
+            assert len(passage) and abs(found - both[len(passage) :].sum()) < 1e-4
     side = nats.argmin(0)
-    assert len(set(side)) > 1 and Side.PASSAGES in side
+    assert len(set(side)) > 1 and set(side) & set(gate.REREAD)
     made = atom_jax.generate(lm, [p.tolist() for p in prompts], 4, stop_ids=[], memory=memory, reread=1, twice=twice)
-    wanted = [len(p) + len(x) * (s == Side.PASSAGES) for p, x, s in zip(prompts, passages, side)]
+    wanted = [len(p) + len(x) * (s in gate.REREAD) for p, x, s in zip(prompts, passages, side)]
     assert made.stats["prompt_tokens"] == sum(wanted) * (1 + twice)
     assert made.stats["leaning"] == (side <= Side.MEMORY).mean()
     memory.choice = dataclasses.replace(memory.choice, gated=False)
@@ -165,7 +166,7 @@ def test_what_is_said_is_remembered_the_same_whatever_stood_in_front(home, lm, t
     with opened(tmp_path / "m", lm) as memory:
         prompts = ["abcdefgh", "zyxwvuts"]
         sides = iter(([Side.NOTHING, Side.NEAR], [Side.MEMORY, Side.NOTHING]))
-        memory.weigh = lambda *_: -np.eye(4)[next(sides)].T
+        memory.weigh = lambda *_: -np.eye(len(Side))[next(sides)].T
         for _ in range(2):
             atom_jax.generate(lm, prompts, 1, memory=memory, remember=True, stop_ids=[])
             latest = [memory.ids(source.name)[:9].tolist() for source in memory.sources[-2:]]
@@ -199,5 +200,5 @@ def test_near_is_sinks_and_window(home, lm):
     lengths = lambda *side: gate.front(memory.fronts(), np.array(side, np.int32)).length.tolist()  # noqa: E731
     assert memory_lib.nodes(memory.fronts().near)[-1].length.tolist() == [near]
     assert lengths(Side.NEAR, Side.NEAR) == [near] * 2 and lengths(Side.NOTHING) == [0]
-    assert lengths(Side.PASSAGES, Side.NEAR, Side.NOTHING) == [memory.length, near, 0]
+    assert lengths(Side.PASSAGES, Side.AGAIN, Side.NOTHING) == [memory.length, near, 0]
     assert memory.front().length.tolist() == lengths(Side.MEMORY) == [memory.length]

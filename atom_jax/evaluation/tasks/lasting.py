@@ -150,7 +150,7 @@ def measure(
         if not settings.choice.gated or (method.law is None and not method.rereads):
             return sides[0]
         if method.rereads and method.law is not None:
-            sides = [said(fronts.memory, none), *sides]
+            sides = [said(fronts.memory, none), said(fronts.near, passages), *sides]
         for side, front, ahead in (("near", fronts.near, none), ("nothing", fronts.nothing, [first] * len(asked))):
             if (key := (what, side, method.mixes)) not in alone:
                 alone[key] = said(front, ahead)

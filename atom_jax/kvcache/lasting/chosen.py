@@ -39,7 +39,7 @@ class Choice(Policy):
     successors: a page is wanted as much as the one before it, where that is more.
     resident: entries of more bytes than this stay on disk, and pages are chosen by their mean keys (`FetchedLayer`).
     gated: rows lean on entries where these make their prompts likelier, else on what was read last or on nothing
-    (`lasting.gate`); every prompt is read three times more for that (four with passages). Otherwise all rows do.
+    (`lasting.gate`); every prompt is read three times more for that (five with passages). Otherwise all rows do.
 
     Several tokens in one call (a prompt) choose together, before any of them attends.
     """
