@@ -86,6 +86,11 @@ def test_a_reasoner_keeps_what_it_looks_at_again(lm, tmp_path):
         lasting_fit.run(lm, dataclasses.replace(order, later=200), said.append)
 
 
+def test_what_no_policy_could_have_is_refused_before_the_work():
+    with pytest.raises(AtomError, match="later: expected 0"):
+        lasting_fit.Order(("emma",), "out", later=1)
+
+
 def test_flags_of_facts_are_refused_beside_later(capsys, tmp_path):
     fit = ["atom_jax", "fit_memory", "--checkpoint=none", f"--out={tmp_path}/s.safetensors", "emma"]
     for more, what in ([["--later=8", "--facts=3"], "--facts has no meaning beside --later"],

@@ -67,6 +67,8 @@ class Order:
             self, tokens=(2, 2**30), facts=(1, 2**20), ridge=(1e-6, 1e6), part=(1, 2**20), seed=(0, 2**31 - 1),
             later=(0, 2**20), least=(0, 1),
         )  # fmt: skip
+        if self.later == 1:
+            raise AtomError("later: expected 0 (planted facts) or at least 2, got 1")
         drawn(KINDS, OTHERS, self.kinds, self.facts, np.random.default_rng(0))
 
 
