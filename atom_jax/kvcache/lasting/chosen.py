@@ -31,8 +31,8 @@ ROWS = 64
 class Choice(Policy):
     """How pages are chosen: for every layer and key/value head those in which a query's softmax over all entries
     (keys and queries before RoPE) has its largest weights. Before a first prompt is read all layers and heads
-    agree (`wanting`) on those that they want most together: a fact needs its tokens everywhere at once. Later turns and
-    strides choose in every layer and head by themselves.
+    agree (`wanting`) on those that they want most together: a fact needs its tokens everywhere at once. Later turns
+    and strides choose in every layer and head by themselves.
 
     whole: so many entries are all attended to, and nothing is chosen. pages: how many are attended to otherwise, of
     `page` neighbouring entries each. stride: single tokens after which they are chosen anew, by the latest `queries`
