@@ -99,6 +99,8 @@ class Kv:
             memory = registry.of(found.config).memory(found.config)
             chosen.append(Method(path, getattr(memory, "budget", None), memory, found))
         texts = _texts(settings, encoder)
+        for (part, _), asks in texts.items():
+            _fits(part, max(ask.positions for ask in asks), lm.config.max_length)
         cells = [Cell(m, part, source, asks) for m in chosen for (part, source), asks in texts.items()]
         path = out and out.with_name(out.name + ".cells.jsonl")
         with contextlib.closing(cache.Lines(path, {"key": str})) as lines:
@@ -124,11 +126,15 @@ def check(settings: KvSettings, max_length: int) -> None:
             raise AtomError(f"kv.{name}: there is none")
     longest = {
         "loss": settings.context + settings.scored, "needle": max(settings.lengths) + 16,
-        "facts": max(settings.fact_lengths) + 128,
+        "facts": max(settings.fact_lengths),
     }  # fmt: skip
     for part in settings.parts:
-        if longest.get(part, 0) > max_length:
-            raise AtomError(f"kv: {part} reads up to {longest[part]} tokens, the model was made for {max_length}")
+        _fits(part, longest.get(part, 0), max_length)
+
+
+def _fits(part: str, tokens: int, max_length: int) -> None:
+    if tokens > max_length:
+        raise AtomError(f"kv: {part} reads up to {tokens} tokens, the model was made for {max_length}")
 
 
 def methods(settings: KvSettings, cfg: Any) -> list[Method]:

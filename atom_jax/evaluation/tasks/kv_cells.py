@@ -31,6 +31,11 @@ class Ask(NamedTuple):
     question: np.ndarray = np.zeros(0, np.int32)
     kind: str = ""
 
+    @property
+    def positions(self) -> int:
+        """That it takes of the model."""
+        return len(self.context) + len(self.question) + len(self.target)
+
 
 class Method(NamedTuple):
     """A policy as the table names it, its budget (None: it has none of its own), and what `config.memory` becomes.

@@ -249,7 +249,7 @@ def test_adapters_stand_beside_policies(lm, cfg, tmp_path, monkeypatch):
         (["parts=needle"], "the model was made for 64"),
         (["depths=1.5"], "depths: expected a number from 0 to 1"),
         (["adapters=/no/such/adapter"], "^kv.adapters: /no/such/adapter"),
-        (["parts=facts", "fact_lengths=64", "kinds=zip"], "the model was made for 64"),
+        (["parts=facts", "fact_lengths=65", "kinds=zip"], "reads up to 65 tokens, the model was made for 64"),
         (["sources=/no/such/text"], "/no/such/text"),
         (["limit=-1"], "limit: expected a whole number from 0"),
     ],
@@ -257,6 +257,20 @@ def test_adapters_stand_beside_policies(lm, cfg, tmp_path, monkeypatch):
 def test_bad_settings(lm, cfg, settings, message):
     with pytest.raises(AtomError, match=message):
         run.evaluate(lm, ["kv"], config.override(cfg, [f"kv.{s}" for s in settings]))
+
+
+def test_questions_fit_behind_their_contexts(lm, cfg, monkeypatch):
+    settings = ["parts=facts", "fact_lengths=256", "policies=none", "kinds=number", "facts=2"]
+    cfg = config.override(cfg, [f"kv.{s}" for s in settings])
+    read = []
+    monkeypatch.setattr(kv, "_measure", lambda lm, cells, *_: read.extend(cells) or [])
+    lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=512))
+    run.evaluate(lm, ["kv"], cfg)
+    most = max(len(a.context) + len(a.question) + len(a.target) for cell in read for a in cell.asks)
+    assert most > 256 + 10
+    run.evaluate(dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=most)), ["kv"], cfg)
+    with pytest.raises(AtomError, match=f"facts reads up to {most} tokens, the model was made for {most - 1}"):
+        run.evaluate(dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=most - 1)), ["kv"], cfg)
 
 
 def test_a_source_that_is_too_short(lm, cfg, tmp_path):
