@@ -33,6 +33,7 @@ USAGE = """atom-jax COMMAND [...], or python -m atom_jax COMMAND [...]
   fit_memory --checkpoint=PATH --out=FILE TEXT...  learn what is worth remembering, in closed form
   convert   SRC DST                           Hugging Face directory <-> Orbax directory, GGUF -> either
   merge     SRC DST                           LoRA in the weights of a model, for transformers
+  mix       SRC DECODER DST                   two models of one tokenizer, whose next tokens are mixed
   adapter   WORKDIR DST                       what a run has trained beside its model, alone, for PEFT
   transplant SRC --tokenizer=PATH --out=DIR   give a model another tokenizer
   transplants SRC --tokenizer=PATH --out=DIR  several tokenizers and methods next to each other, judged
@@ -96,6 +97,7 @@ def _commands() -> dict[str, Callable[[list[str]], int | None]]:
         "serve": serving.serve,
         "convert": models.convert,
         "merge": models.merge,
+        "mix": models.mix,
         "adapter": models.adapter,
         "info": models.info,
         "transplants": reports.transplants,

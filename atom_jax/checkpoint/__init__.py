@@ -129,7 +129,7 @@ def save_hf(lm: LM, directory: str | os.PathLike, name: str | None = None, shard
     lm = peft.merged(lm)
     published = registry.of(lm.config).published
     if published is None:
-        raise AtomError(f"models of type {type(lm.config).__name__} have no Hugging Face format here")
+        raise AtomError(f"models of family {lm.family} have no Hugging Face format here")
     config = published.to_hf(lm.config, _most(lm.params))
     source = families.ExportSource(lm.config, lm.params)
     if lm.tokenizer is not None and lm.tokenizer.name == "bytes":

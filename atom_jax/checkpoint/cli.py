@@ -1,4 +1,4 @@
-"""The commands `convert`, `merge`, `adapter` and `info` of python -m atom_jax."""
+"""The commands `convert`, `merge`, `mix`, `adapter` and `info` of python -m atom_jax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atom_jax.checkpoint.atomic import check_new
 from atom_jax.checkpoint.gguf_import import GGUFSource
 from atom_jax.checkpoint.safetensors_io import SafetensorsSource
 from atom_jax.fields import Expression
-from atom_jax.models import lora, mtp, registry
+from atom_jax.models import lora, mixture, mtp, registry
 from atom_jax.tokenizers.json_tokenizer import JsonTokenizer
 from atom_jax.typing import AtomError
 
@@ -60,6 +60,19 @@ def merge(source: str, target: str, adapter: str | None) -> str:
     lm = checkpoint.load(source, adapter=adapter)
     checkpoint.save_hf(lm, target)
     return f"{target}: {lm.family}, {params_lib.count(lm.params):,} parameters"
+
+
+def mix(source: str, decoder: str, target: str, weight: float, temperature: float) -> str:
+    """Writes two models as one (`models.mixture`), an Orbax directory, and returns a sentence about it; errors as of
+    `merge`, and AtomError for models that don't go together."""
+    from atom_jax.checkpoint import store
+
+    check_new(target)
+    lm = mixture.of(checkpoint.load(source), checkpoint.load(decoder), weight, temperature)
+    if lm.tokenizer is None:
+        raise AtomError(f"{source}: has no tokenizer.json, which an Orbax directory needs")
+    store.save_model(target, lm)
+    return f"{target}: {weight:g} of {decoder} in {source}, {params_lib.count(lm.params):,} parameters"
 
 
 def adapter(source: str, target: str) -> str:

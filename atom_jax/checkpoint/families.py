@@ -36,7 +36,7 @@ def _places(cfg: Any, part: Collection[str] | None = None) -> dict[str, _Place]:
     """Every published name of this model, layer by layer, with where it goes; only for the paths of `part`."""
     published = registry.of(cfg).published
     if published is None:
-        raise AtomError(f"models of type {type(cfg).__name__} have no Hugging Face format here")
+        raise AtomError(f"models of family {cfg.family} have no Hugging Face format here")
     specs, places = _specs(cfg, part), {}
     rules = {rule.path: rule for rule in published.rules(cfg)}
     if missing := [path for path in specs if path not in rules]:

@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, merge, adapter, transplant, instructify, info."""
+"""Commands about checkpoints: convert, merge, mix, adapter, transplant, instructify, info."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def merge(argv: list[str]) -> None:
     from atom_jax.checkpoint import cli
 
     print(cli.merge(source, target, values.adapter))
+
+
+def mix(argv: list[str]) -> None:
+    """Makes one model of two. argv: the command and its arguments. Raises AtomError for bad input."""
+    known = Flags(
+        "mix SRC DECODER DST",
+        "Writes two transformers with one tokenizer as one model, whose next token is drawn from a mixture of theirs"
+        " (as Memory Decoder's); DST must not exist yet.",
+    )
+    known.add(flags.DEFINE_float, "weight", 0.25, "DECODER's share of the mixture, from 0 to 1")
+    known.add(flags.DEFINE_float, "temperature", 1.0, "DECODER's logits are divided by this first")
+    values, (source, decoder, target) = known.parse(argv, 3)
+
+    from atom_jax.checkpoint import cli
+
+    print(cli.mix(source, decoder, target, values.weight, values.temperature))
 
 
 def adapter(argv: list[str]) -> None:

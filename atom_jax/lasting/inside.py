@@ -190,6 +190,8 @@ def of(cfg: Any) -> Inside:
     family = registry.of(cfg)
     nodes, places, kinds = family.nodes(cfg), [], {}
     cache = jax.eval_shape(lambda: family.init_cache(cfg, 1, 1))
+    if sum(node.rule is None for node in nodes) > 1:
+        raise AtomError(f"a lasting memory stands before one network, and a {cfg.family} has several")
     fits = True
     for node, about in zip(memory_lib.nodes(cache), nodes):
         inner, (dense, window) = about.rule is None, (DenseLayer, WindowLayer)

@@ -42,7 +42,9 @@ class Plan(NamedTuple):
 def room(cache: Memory | None, positions: int, cfg: Any) -> Memory | None:
     """The memory with room for so many further positions of every row, and for as many units of them as this
     configuration has; None stays None. Runs on the host."""
-    return None if cache is None else memory.grow(cache, per_stage(positions, getattr(cfg, "chunking", ())))
+    chunking = getattr(cfg, "chunking", ())
+    more = per_stage(positions, chunking) if chunking else positions
+    return None if cache is None else memory.grow(cache, more)
 
 
 @functools.cache
