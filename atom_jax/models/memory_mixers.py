@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from atom_jax.kvcache.knn import KnnLayer
 from atom_jax.kvcache.landmark import LandmarkLayer
 from atom_jax.kvcache.policy import Policy
+from atom_jax.models.flops import keys
 from atom_jax.models.mixer import Heads, Mixer, SelfAttention, Width
-from atom_jax.nn import fast_weights, landmark, neural_memory, ngrams, product_keys, slots
+from atom_jax.nn import fast_weights, knn_attention, landmark, neural_memory, ngrams, product_keys, slots
 from atom_jax.params import ParamSpec, Tree, normal
 from atom_jax.typing import AtomError
 
@@ -99,6 +101,56 @@ class Slots(SelfAttention):
     def describe(self, width: Width) -> str:
         """Heads, and what they see."""
         return f"{width.heads} heads that see {self.near} positions and {self.count} slots"
+
+
+class KnnAttention(SelfAttention):
+    """e and E. near: newest positions that are seen as they are; size: older ones in memory; nearest: those of them
+    that a query reads."""
+
+    def __init__(
+        self, mlp: bool = False, near: int = knn_attention.NEAR, size: int = knn_attention.SIZE,
+        nearest: int = knn_attention.NEAREST,
+    ):  # fmt: skip
+        super().__init__(mlp)
+        self.near, self.size, self.nearest = near, size, nearest
+
+    def check(self, width: Width, where: str) -> None:
+        """As of attention, without a window."""
+        super().check(width, where)
+        if width.window >= 0:
+            raise AtomError(f"window: layers of kNN attention in {where} have their own, got {width.window}")
+
+    def spec(self, width: Width, out_scale: float) -> Tree:
+        """With the gates and factors of heads."""
+        return super().spec(width, out_scale) | knn_attention.layer_spec(width.heads)
+
+    def kind(self, width: Width, policy: Policy | None) -> None:
+        """All layers are alike, and have no cache policy."""
+        return None
+
+    def empty(self, width: Width, b: int, capacity: int, dtype: Any) -> KnnLayer:
+        """A ring of keys and values."""
+        sizes = (b, width.heads, capacity, width.head_dim)
+        return KnnLayer.empty(*sizes, dtype, self.near + self.size, self.near, self.nearest)
+
+    def apply(self, p, x_btd, y_btd, state, kind, width, context, others):
+        """As of `knn_attention.layer`."""
+        y_btd, state = knn_attention.layer(
+            p, y_btd, context.tokens, state, context.length, rotary=width.rotary, eps=width.eps, near=self.near,
+            size=self.size, nearest=self.nearest, fresh=context.fresh,
+        )  # fmt: skip
+        return y_btd, state, {}
+
+    def operations(self, width: Width, positions: int) -> float:
+        """Scores and weighted sums of the newest positions and of neighbours, and scores of all in memory."""
+        near, all_seen = (keys(positions, n) for n in (self.near, self.near + self.size))
+        read = keys(positions, self.near + self.nearest)
+        return positions * width.d * (4 * read + 2 * (all_seen - near))
+
+    def describe(self, width: Width) -> str:
+        """Heads, and what they see."""
+        older = f"the {self.nearest} nearest of {self.size:,} older ones"
+        return f"{width.heads} heads that see {self.near} positions and {older}"
 
 
 class FastWeights(Heads):

@@ -4,6 +4,7 @@
     t  causal attention        T  causal attention, then SwiGLU
     l  landmark attention      L  landmark attention, then SwiGLU
     s  slots                   S  slots, then SwiGLU: the newest positions, and means of older ones
+    e  kNN attention           E  kNN attention, then SwiGLU: the newest positions, and the nearest of older ones
     f  fast weights            F  fast weights, then SwiGLU
     n  neural memory           N  neural memory, then SwiGLU
     k  product keys, a table of values of which every position reads few (in the place of an MLP)
@@ -19,7 +20,15 @@ from typing import Any
 
 from atom_jax.kvcache.dense import DenseLayer
 from atom_jax.models.flops import keys
-from atom_jax.models.memory_mixers import FastWeights, Landmark, NeuralMemory, Ngrams, ProductKeys, Slots
+from atom_jax.models.memory_mixers import (
+    FastWeights,
+    KnnAttention,
+    Landmark,
+    NeuralMemory,
+    Ngrams,
+    ProductKeys,
+    Slots,
+)
 from atom_jax.models.mixer import Heads, Mixer, SelfAttention, Width
 from atom_jax.nn import relative
 from atom_jax.nn.ssd import MambaState, mamba2, mamba2_spec
@@ -105,6 +114,8 @@ register("l", Landmark())
 register("L", Landmark(mlp=True))
 register("s", Slots())
 register("S", Slots(mlp=True))
+register("e", KnnAttention())
+register("E", KnnAttention(mlp=True))
 register("f", FastWeights())
 register("F", FastWeights(mlp=True))
 register("n", NeuralMemory())

@@ -86,6 +86,7 @@ def test_a_new_mixer_is_one_entry(average):
         (("f1", "F1", "f1"), ["2 fast weights of 8 x 8"]),
         (("t1", "l1L1", "t1"), ["2 heads with landmarks of blocks of 2,", "of blocks of 2, of which 1 are read"]),
         (("h1", "T1h1", "h1t1"), ["6 tables of 11 rows for n-grams of 2 to 4 ids"]),
+        (("t1", "e1E1", "t1"), ["2 heads that see 3 positions and the 2 nearest of 4 older ones"]),
         (("t1", "s1S1", "t1"), ["2 heads that see 3 positions and 2 slots"]),
         (("n1", "N1k1", "t1"), ["2 neural memories of 8 x 16", "a table of 36 values, 6 read by each position"]),
     ],
@@ -95,6 +96,8 @@ def test_layers_with_a_memory_read_and_write(layout, said, monkeypatch):
     monkeypatch.setitem(MIXERS, "h", mixers.Ngrams(ngrams.Tables(11, heads=2, longest=4, channels=3)))
     for letter in "sS":
         monkeypatch.setitem(MIXERS, letter, mixers.Slots(letter == "S", near=3, count=2, alike=0.5))
+    for letter in "eE":
+        monkeypatch.setitem(MIXERS, letter, mixers.KnnAttention(letter == "E", near=3, size=4, nearest=2))
     monkeypatch.setitem(MIXERS, "l", mixers.Landmark(every=2))
     monkeypatch.setitem(MIXERS, "L", mixers.Landmark(True, every=2, nearest=1))
     cfg = small({"rule": Fixed(2), "pool": "mean"}, layout=layout)
@@ -130,6 +133,7 @@ def test_letters_are_taken_once():
     [
         ({"layout": ("t1", "T1", "t1"), "n_heads": (3, 2)}, "n_heads: 3 heads do not divide the width 16 of stage 0"),
         ({"layout": ("l1", "T1", "t1")}, "window: landmark attention in stage 0 has none, got 5"),
+        ({"layout": ("e1", "T1", "t1")}, "window: layers of kNN attention in stage 0 have their own, got 5"),
         ({"rotary_dim": (4, 10)}, "rotary_dim: expected an even number up to 8 in stage 1, got 10"),
         ({"d_intermediate": (24, 0)}, "d_intermediate: stage 1 has layers with an MLP"),
     ],

@@ -71,10 +71,10 @@ def to_hf(cfg: HNetConfig, dtype: str) -> dict[str, Any]:
         raise AtomError("H-Net's published format has no learned memory")
     if cfg.norm_eps != 1e-5:
         raise AtomError(f"H-Net's published format knows the norm_eps 0.00001 only, this model has {cfg.norm_eps}")
-    if cfg.head_bias or cfg.ngrams or cfg.qk_norm or set("".join(cfg.layout)) & set("xlLsSfFnNkh"):
+    if cfg.head_bias or cfg.ngrams or cfg.qk_norm or set("".join(cfg.layout)) & set("xlLsSeEfFnNkh"):
         raise AtomError(
-            "H-Net's published format has no logit bias, n-gram embeddings, QK norms, landmarks, slots, fast weights,"
-            " neural memories, product keys, hashed n-grams or Transformer-XL layers"
+            "H-Net's published format has no logit bias, n-gram embeddings, QK norms, landmarks, slots, kNN"
+            " attention, fast weights, neural memories, product keys, hashed n-grams or Transformer-XL layers"
         )
     nested: list[Any] = [cfg.layout[cfg.stages - 1]]
     for s in reversed(range(cfg.stages - 1)):
