@@ -13,7 +13,7 @@ from atom_jax import params
 from atom_jax.kvcache import policies
 from atom_jax.kvcache.memory import policies as policies_in
 from atom_jax.kvcache.policy import fitted, policies_of
-from atom_jax.models import bolmo, cct, hnet, image_tokens, mixture, transformer_family, world
+from atom_jax.models import bolmo, cct, hnet, image_tokens, mixture, rmt, transformer_family, world
 from atom_jax.models.family import Family, Kind
 from atom_jax.models.published import Published
 from atom_jax.typing import LM, TEXTS, AtomError
@@ -29,7 +29,7 @@ def register(kind: Kind) -> None:
     (FAMILIES if kind.reads == TEXTS else _OTHERS)[kind.name] = kind
 
 
-_FAMILIES = (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, mixture.FAMILY, world.FAMILY)
+_FAMILIES = (*transformer_family.FAMILIES, hnet.FAMILY, bolmo.FAMILY, mixture.FAMILY, rmt.FAMILY, world.FAMILY)
 for _kind in (*_FAMILIES, image_tokens.FAMILY, cct.KIND):
     register(_kind)
 
