@@ -111,8 +111,8 @@ class Kind:
     describe(cfg): (label, text) of sizes, positions and memory, for `info`.
     examples(): small configurations by name, which together take every path; for tests.
     reads: what it is about: TEXTS, FRAMES or IMAGES of `atom_jax.typing`.
-    parts(cfg): models within it that are trained before it and stay as they are, as configurations, by the name that
-        their parameters have in its tree. `init_from` may be a run of one.
+    parts(cfg): models within it that are trained before it, as configurations, by the name that their parameters have
+        in its tree. `init_from` may be a run of one; whether that stays as it is is the objective's choice.
     """
 
     name: str

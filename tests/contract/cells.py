@@ -184,9 +184,10 @@ The small examples of every family of texts (`Family.examples`) together take ev
 them and all policies in the registries and tries each of them: `info`, reading, generation (a row of a batch is what
 it is alone), later turns, saving and loading and both Flax modules work in all, and `--compile_only` in every family.
 Models of worlds and of images read no text; docs/world.md and docs/images.md say what they do.
-Cache policies run in every kind of model, in layers that see everything before them and have their positions in keys
-(letters t and T of a layout; x layers have them in the scores). Those that look at the ids of tokens see the one at
-a unit's mark. A lasting memory (docs/lasting.md) has the entries of such layers of the innermost network.
+Cache policies run in every kind of model but recurrent memory transformers (rmt), whose layers see one segment: in
+layers that see everything before them and have their positions in keys (letters t and T of a layout; x layers have
+them in the scores). Those that look at the ids of tokens see the one at a unit's mark. A lasting memory
+(docs/lasting.md) has the entries of such layers of the innermost network.
 
 What an example refuses, it refuses with the sentence that stands here. `python -m tests.contract.cells` writes this
 page.

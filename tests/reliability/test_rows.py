@@ -15,7 +15,8 @@ CASES = [("qwen3", "plain", "knorm"), ("olmo3", "sliding", "h2o")]
 
 def test_every_family_goes_with_every_policy():
     found = {(family, name) for family, _, name in rows.cases(1)}
-    assert found == {(family, name) for family in registry.FAMILIES for name in POLICIES}
+    # Layers of recurrent memory transformers see one segment alone.
+    assert found == {(family, name) for family in registry.FAMILIES if family != "rmt" for name in POLICIES}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
