@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from atom_jax import config
 from atom_jax.kvcache.policy import policies_of
@@ -38,8 +39,6 @@ class RMTConfig:
         config.check(
             self, memory_tokens=(0, 2**16), segment=(1, 2**24), documents=(1, 2**16), max_length=(1, 2**31 - 1)
         )
-        if not isinstance(self.main, TransformerConfig):
-            raise AtomError(f"main: expected a TransformerConfig, got a {type(self.main).__name__}")
         if self.main.lora is not None:
             raise AtomError("main.lora is for transformers, and this one is inside of a recurrent memory transformer")
         if (places := self.segment + 2 * self.memory_tokens) > self.main.max_length:
@@ -74,6 +73,11 @@ class RMTConfig:
     def eos_ids(self) -> tuple[int, ...]:
         """What texts end with."""
         return self.main.eos_ids
+
+    @property
+    def memory(self) -> Any:
+        """Cache policies: what is refused, where there are some (`spec`)."""
+        return self.main.memory
 
     @property
     def pad_id(self) -> int | None:

@@ -63,6 +63,6 @@ def _together(cfg: RMTConfig) -> RMTConfig:
 FAMILY = Family(
     name="rmt", config=RMTConfig, spec=spec, apply=apply, hidden=hidden, logits=logits, init_cache=init_cache,
     nodes=_nodes, step=step, decode_params=decode_params, roomier=roomier, flops=flops, describe=describe,
-    examples=examples, together=_together, memory=lambda cfg: cfg.main.memory, with_memory=_with_memory,
+    examples=examples, together=_together, with_memory=_with_memory,
     parts=_parts,
 )  # fmt: skip
