@@ -60,10 +60,14 @@ def _take(path: Path):
     except OSError as e:
         logging.warning("%s: no lock (%s); nothing keeps a second run out of this directory", path, e.strerror)
         return "", file
-    file.truncate(0)
     began = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": began}) + "\n")
-    file.flush()
+    said = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": began}) + "\n"
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), said.encode())
+    except OSError as e:
+        file.close()
+        return f"{path.parent}: cannot be written to ({e.strerror})", None
     return "", file
 
 

@@ -96,7 +96,7 @@ class _Segment:
             raise AtomError(f"{self._path}: its pages don't fit its entries")
 
     def page(self, layer: int, head: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values float16 [n, k]. Damaged where they are not what was written."""
+        """Keys and values float16 [n, k]. Damaged where they are not what was written, or no numbers."""
         first, count = number * codecs.PAGE, self.sizes[number]
         one = {}
         for i, name in enumerate("kv"):
@@ -114,6 +114,8 @@ class _Segment:
             at = slice(number, number + 1) if name in self._codec.by_page else slice(first, first + count)
             one[name] = self._arrays[name][layer : layer + 1, head : head + 1, at]
         k, v = self._codec.decode(one, (slice(layer, layer + 1), slice(head, head + 1)))
+        if not (np.isfinite(k).all() and np.isfinite(v).all()):
+            raise Damaged(f"{self._path}: page {number} holds NaN or infinite values")
         return k[0, 0], v[0, 0]
 
 

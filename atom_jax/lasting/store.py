@@ -168,13 +168,13 @@ class Store:
     @property
     def exists(self) -> bool:
         """Whether a memory is there. AtomError where something else is."""
-        if (self.directory / MANIFEST).exists():
-            return True
-        if not self.directory.exists():
-            return False
-        if not self.directory.is_dir():
-            raise AtomError(f"{self.directory}: is a file; a memory is a directory")
         try:
+            if (self.directory / MANIFEST).exists():
+                return True
+            if not self.directory.exists():
+                return False
+            if not self.directory.is_dir():
+                raise AtomError(f"{self.directory}: is a file; a memory is a directory")
             names = sorted(p.name for p in self.directory.iterdir())
         except OSError as e:
             raise AtomError(f"{self.directory}: cannot be read ({e.strerror})") from None

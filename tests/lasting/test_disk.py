@@ -3,10 +3,7 @@
 import dataclasses
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -82,20 +79,6 @@ def test_a_disk_that_refuses_at_any_step_leaves_before_or_after(memory, tmp_path
         assert {p.name for p in path.iterdir()} == {*Store(path).manifest().files, MANIFEST, ".lock"}
         stop += 1
     assert stop > 10 and seen == {False, True}
-
-
-def test_a_process_that_dies_at_a_step_leaves_before_or_after(memory, tmp_path):
-    code = (
-        "import os, sys\nfrom tests.lasting import disk\nfrom atom_jax.lasting import store\nimport pathlib\n"
-        "real, left = os.replace, [int(sys.argv[2])]\n"
-        "def replace(*args):\n    left[0] -= 1\n    os._exit(7) if left[0] < 0 else real(*args)\n"
-        "store.os.replace = replace\ndisk.add(pathlib.Path(sys.argv[1]), 2, 9)\n"
-    )
-    before = disk.content(memory)
-    done = subprocess.run([sys.executable, "-c", code, str(memory), "2"], env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 7 and disk.content(memory) == before
-    disk.add(memory, 2, 9)
-    assert len(Memory.open(memory).sources) == 3
 
 
 def test_nothing_that_the_manifest_does_not_name_is_left(memory):
