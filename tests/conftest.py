@@ -42,7 +42,7 @@ SLOW = (
     "evaluation/tasks/test_lasting_eval.py",
     "evaluation/tasks/test_planning.py", "evaluation/test_loglik.py",
     "evaluation/test_run.py", "inference", "kvcache", "lasting/test_lasting_commands.py", "lasting/test_disk.py",
-    "lasting/test_disk_refusals.py",
+    "lasting/test_disk_refusals.py", "lasting/test_lasting_decoding.py", "lasting/test_places.py",
     "lasting/test_lasting_reading.py", "lasting/test_lasting_states.py", "lasting/test_lasting_units.py",
     "lasting/test_paging.py", "models/test_bolmo.py", "models/test_codes.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
