@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import atom_jax
-from atom_jax import params
+from atom_jax import params, sharding
 from atom_jax.kvcache import memory as memory_lib
 from atom_jax.kvcache.tova import TOVA
 from atom_jax.models import registry, rmt, transformer
@@ -176,6 +176,21 @@ def test_gradients_go_through_all_segments():
     again = dataclasses.replace(CFG, remat=True)
     remat = jax.jit(jax.grad(lambda p: last(p, lambda p: rmt.hidden(p, batch, cfg=again)[0][0, 24:])))(p)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), remat, mine)
+
+
+def test_on_a_mesh_it_is_the_same():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    p, batch = weights(), rows(*(text(n, n) for n in (T, 9, 20, 3)))
+
+    def loss(p, batch):
+        return jnp.mean(jnp.sin(rmt.hidden(p, batch, cfg=CFG)[0]) * (batch.segments > 0)[:, :, None])
+
+    alone = jax.jit(jax.value_and_grad(loss))(p, batch)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(p, sharding.shardings(rmt.spec(CFG), mesh))
+        spread = jax.device_put(batch, sharding.batch_sharding(mesh))
+        found = jax.jit(jax.value_and_grad(loss))(placed, spread)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, alone)
 
 
 def test_memory_tells_what_the_last_segment_does_not():
