@@ -47,7 +47,7 @@ SLOW = (
     "lasting/test_lasting_reading.py", "lasting/test_lasting_states.py", "lasting/test_lasting_units.py",
     "lasting/test_paging.py", "models/test_bolmo.py", "models/test_codes.py", "models/test_dynpool.py",
     "models/test_hnet.py", "models/test_image_tokens.py", "models/test_memory_everywhere.py", "models/test_mixers.py",
-    "models/test_pixels.py", "models/test_units_properties.py",
+    "models/test_pixels.py", "models/test_rmt.py", "models/test_units_properties.py",
     "nn/test_fast_weights.py", "nn/test_knn_attention.py", "nn/test_landmark.py", "nn/test_mlstm.py",
     "nn/test_neighbours.py", "nn/test_neural_memory.py", "nn/test_ngrams.py", "nn/test_product_keys.py",
     "nn/test_relative.py", "nn/test_self_attention.py", "nn/test_slots.py", "nn/test_ssd.py", "pallas_kernels",

@@ -147,6 +147,17 @@ def test_what_is_kept_does_not_grow():
     assert not np.asarray(memory_lib.full(later.memory, 1000)).any()
 
 
+def test_rows_come_and_go():
+    p, texts = weights(), [text(11), text(24, 1), text(6, 2)]
+    _, cache, _ = hidden(p, rows(*texts), rmt.init_cache(CFG, 3, T))
+    _, other, _ = hidden(p, rows(text(17, 3)), rmt.init_cache(CFG, 1, T))
+    chosen = memory_lib.rows(memory_lib.put(cache, np.array([0]), other), jnp.array([2, 0, 1]))
+    y, cache, _ = hidden(p, rows(*(text(7, n) for n in range(5, 8)), t=7), chosen)
+    assert cache.length.tolist() == [13, 24, 31]
+    for row, before in enumerate((texts[2], text(17, 3), texts[1])):
+        np.testing.assert_allclose(y[row], loop(p, np.append(before, text(7, row + 5)))[-7:], atol=1e-5)
+
+
 def test_drafts_are_tried_together():
     lm = LM(CFG, weights(), None)
     session = Session.prefill(lm, [text(13).tolist(), text(6, 1).tolist()])

@@ -166,7 +166,11 @@ def _further(p: Tree, x_btd: jax.Array, batch: Batch, cfg: RMTConfig, cache: Mem
     n = -(-((0 if cache.fresh else size - 1) + t) // size)
     total = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
 
-    def one(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+    def some(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+        none = lambda carry: (carry, jnp.zeros((b, w, d), x_btd.dtype))  # noqa: E731
+        return jax.lax.cond(jnp.any(carry[2] < total), one, none, carry)
+
+    def one(carry: tuple) -> tuple[tuple, jax.Array]:
         state, memory_bmd, read_b = carry
         length_b = cache.length + read_b
         place_b = length_b % size
@@ -183,9 +187,9 @@ def _further(p: Tree, x_btd: jax.Array, batch: Batch, cfg: RMTConfig, cache: Mem
 
     carry = *cache.layers, jnp.zeros_like(total)
     if n == 1:
-        carry, y_btd = one(carry, None)
+        carry, y_btd = one(carry)
     else:
-        carry, y_nbwd = jax.lax.scan(one, carry, None, length=n)
+        carry, y_nbwd = jax.lax.scan(some, carry, None, length=n)
         # Where a row's tokens went: the first step took what was left of its segment.
         along = before[:, None] + jnp.arange(t)[None]
         number = along // size
