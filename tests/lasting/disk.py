@@ -45,6 +45,14 @@ def add(path, source, n, heads=False):
         memory._write(blocks, (*m.sources, known), m.window, {}, m.next + 1, text)
 
 
+def filled(path):
+    """Four blocks and a tail: the next ones merge twice."""
+    make(path)
+    add(path, 0, 9)
+    add(path, 1, 18)
+    return path
+
+
 def content(path):
     """All that a memory says: its manifest without the numbers of files, and its entries."""
     memory = Memory.open(path)

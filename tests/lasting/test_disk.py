@@ -20,11 +20,7 @@ from tests.lasting import disk
 
 @pytest.fixture
 def memory(tmp_path):
-    """Four blocks and a tail: the next ones merge twice."""
-    path = disk.make(tmp_path / "m")
-    disk.add(path, 0, 9)
-    disk.add(path, 1, 18)
-    return path
+    return disk.filled(tmp_path / "m")
 
 
 def steps(monkeypatch, stop):
