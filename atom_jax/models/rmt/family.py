@@ -32,13 +32,11 @@ def describe(cfg: RMTConfig) -> list[tuple[str, str]]:
 
 
 def examples() -> dict[str, RMTConfig]:
-    """See `Family`: a full segment and less, no memory, and layers of another kind inside."""
+    """See `Family`: several segments, and layers of another kind inside."""
     inside = {f.name: f.examples() for f in transformer_family.FAMILIES}
     return {
         "llama-plain": RMTConfig(main=inside["llama"]["plain"], memory_tokens=3, segment=8, max_length=512),
-        "qwen3-long": RMTConfig(main=inside["qwen3"]["untied"], memory_tokens=2, segment=64, max_length=512),
         "olmo3-sliding": RMTConfig(main=inside["olmo3"]["sliding"], memory_tokens=2, segment=11, max_length=512),
-        "no-memory": RMTConfig(main=inside["qwen3"]["plain"], memory_tokens=0, segment=8, max_length=512),
     }
 
 
