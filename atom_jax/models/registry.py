@@ -36,11 +36,12 @@ for _kind in (*_FAMILIES, image_tokens.FAMILY, cct.KIND):
 
 def recognise(data: dict[str, Any], where: str) -> Published:
     """How the model with these fields of the config.json `where` is published. Raises AtomError for unknown ones."""
-    for family in FAMILIES.values():
-        if family.published is not None and family.published.recognises(data):
-            return family.published
+    known = {name: family.published for name, family in FAMILIES.items() if family.published is not None}
+    for published in known.values():
+        if published.recognises(data):
+            return published
     kind = str(data.get("model_type"))[:60]
-    raise AtomError(f"{where}: model_type {kind!r} is not supported (known: {', '.join(FAMILIES)})")
+    raise AtomError(f"{where}: model_type {kind!r} is not supported (known: {', '.join(known)})")
 
 
 def kind(cfg: Any) -> Kind:
