@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -150,9 +149,8 @@ def logits(p: Tree, x_btd: jax.Array, *, cfg: MixtureConfig) -> jax.Array:
     and of the mixture of these with remembered states beside the parameters (`nn.neighbours`)."""
     states = jnp.split(x_btd, [cfg.model.d_model], axis=-1)
     own, other = (transformer.logits(p[name], x, cfg=one) for name, one, x in zip(PARTS, cfg.parts, states))
-    shares = [math.log(w) if w else -math.inf for w in (1 - cfg.weight, cfg.weight)]
     said = (jax.nn.log_softmax(own, axis=-1), jax.nn.log_softmax(other / cfg.temperature, axis=-1))
-    out = jnp.logaddexp(*(share + one for share, one in zip(shares, said)))
+    out = neighbours.blended(*said, cfg.weight)
     return neighbours.mixed(out, x_btd, p[neighbours.NAME]) if neighbours.NAME in p else out
 
 

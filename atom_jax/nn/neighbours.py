@@ -94,10 +94,15 @@ def mixed(logits_btv: jax.Array, x_btd: jax.Array, store: Datastore) -> jax.Arra
         share_qn, index_qn = store.find(x_qd)
         rows = jnp.arange(len(x_qd))[:, None]
         said_qv = jnp.zeros(logits_qv.shape, jnp.float32).at[rows, store.tokens[index_qn]].add(share_qn)
-        own = jnp.log1p(-store.weight) + jax.nn.log_softmax(logits_qv.astype(jnp.float32), axis=-1)
-        return jnp.logaddexp(own, jnp.log(store.weight) + jnp.log(said_qv))
+        own = jax.nn.log_softmax(logits_qv.astype(jnp.float32), axis=-1)
+        return blended(own, jnp.log(said_qv), store.weight)
 
     return _in_rows(some, logits_btv.reshape(b * t, v), x_btd.reshape(b * t, -1)).reshape(b, t, v)
+
+
+def blended(own: jax.Array, other: jax.Array, weight: jax.Array | float) -> jax.Array:
+    """Log-probabilities of a mixture in which `other`, log-probabilities of the same shape, has this weight."""
+    return jnp.logaddexp(jnp.log1p(-weight) + own, jnp.log(weight) + other)
 
 
 def nearest(keys_md: jax.Array, lengths_m: jax.Array, x_qd: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
